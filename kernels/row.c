@@ -1,0 +1,691 @@
+// The row kernel on CPUs: what row.h does on GPUs, one row after another, in vector registers.
+//
+// Compiler vector extensions only, no libc, no headers: gcc or clang, any architecture.  A vector of floats is LANES
+// wide.  Rows are taken in steps of 2*LANES elements held as (even, odd): a 32-bit word of two bfloat16 splits into
+// floats by one shift and one mask and packs again without a shuffle, and nothing between load and store cares which
+// lane an element sits in.
+//
+// A row is read again from the cache for each thing that depends on all of it: the statistic, the largest value.
+// Outputs must not overlap inputs.  Pointers need only the alignment of their element.
+//
+// The macros that specialise this file come from lowering/kernel.py.  PROTOTYPE is the entry's declaration as its
+// caller believes it to be: a kernel that takes something else does not compile.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef __INT32_TYPE__ i32;
+typedef __INT64_TYPE__ i64;
+
+// The codes of dtypes, ROUNDING, RESIDUAL, ACT, LAYOUTi and CODESi.
+#define BF16 1
+#define F16 2
+#define F32 3
+#define ONCE 1
+#define TWICE 2
+#define ROUNDED 2
+#define SILU 1
+#define GELU 2
+enum { ROW = 0, COLUMN_TMA = 1, COLUMN = 2, UE8M0_PACKED = 3 };
+enum { E4M3FN = 0, E4M3FNUZ = 1, E5M2 = 2, INT8 = 3 };
+
+#ifndef __clang__
+#pragma GCC optimize("no-tree-loop-distribute-patterns")  // else copy loops become calls of memcpy
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#define LANES 16
+#elif defined(__AVX2__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#define STEP (2 * LANES)
+
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#define HAS_FMA 1
+#else
+#define HAS_FMA 0
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef u32 Words __attribute__((vector_size(4 * LANES)));
+typedef i32 Signed __attribute__((vector_size(4 * LANES)));
+typedef u16 Halves __attribute__((vector_size(2 * LANES)));
+// As they lie in memory: aligned to their element only.
+typedef float LooseFloats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef u32 LooseWords __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
+typedef u16 LooseHalves __attribute__((vector_size(2 * LANES), aligned(1), may_alias));
+
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Signed){__VA_ARGS__})
+#endif
+#if LANES == 16
+#define EVENS 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODDS 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#define ZIP_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define ZIP_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif LANES == 8
+#define EVENS 0, 2, 4, 6, 8, 10, 12, 14
+#define ODDS 1, 3, 5, 7, 9, 11, 13, 15
+#define ZIP_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define ZIP_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define EVENS 0, 2, 4, 6
+#define ODDS 1, 3, 5, 7
+#define ZIP_LOW 0, 4, 1, 5
+#define ZIP_HIGH 2, 6, 3, 7
+#endif
+
+#define INLINE static inline __attribute__((always_inline, unused))
+
+typedef struct { Floats even, odd; } Pair;
+
+INLINE Words bits_of(Floats a) { return (Words)a; }
+INLINE Floats floats_of(Words a) { return (Floats)a; }
+INLINE Floats all(float a) { return a - (Floats){0}; }
+INLINE Words select(Signed mask, Words a, Words b) { return ((Words)mask & a) | (~(Words)mask & b); }
+
+INLINE Words larger(Words a, Words b) {
+  Words r;
+  for (int i = 0; i < LANES; ++i) r[i] = a[i] > b[i] ? a[i] : b[i];
+  return r;
+}
+
+INLINE Words smaller(Words a, Words b) {
+  Words r;
+  for (int i = 0; i < LANES; ++i) r[i] = a[i] < b[i] ? a[i] : b[i];
+  return r;
+}
+
+// a*b + c; where the machine has no fused form only the sum of squares uses it, whose roundings are free.
+INLINE Floats fma(Floats a, Floats b, Floats c) {
+#if HAS_FMA
+  Floats r;
+  for (int i = 0; i < LANES; ++i) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return r;
+#else
+  return a * b + c;
+#endif
+}
+
+INLINE float float_of(u32 bits) {
+  union { u32 bits; float value; } both = {bits};
+  return both.value;
+}
+
+INLINE u32 word_of(float value) {
+  union { float value; u32 bits; } both = {value};
+  return both.bits;
+}
+
+// Torch computes with subnormals, IREE's workers run with them flushed to zero: the kernel switches and switches back.
+#if defined(__SSE__)
+typedef u32 FloatMode;
+INLINE FloatMode enter_ieee(void) {
+  u32 mode, ieee;
+  __asm__ volatile("stmxcsr %0" : "=m"(mode) : : "memory");
+  ieee = mode & ~0x8040u;
+  __asm__ volatile("ldmxcsr %0" : : "m"(ieee) : "memory");
+  return mode;
+}
+INLINE void leave_ieee(FloatMode mode) { __asm__ volatile("ldmxcsr %0" : : "m"(mode) : "memory"); }
+#elif defined(__aarch64__)
+typedef i64 FloatMode;
+INLINE FloatMode enter_ieee(void) {
+  i64 mode;
+  __asm__ volatile("mrs %0, fpcr" : "=r"(mode) : : "memory");
+  __asm__ volatile("msr fpcr, %0" : : "r"(mode & ~(i64)0x1080000) : "memory");
+  return mode;
+}
+INLINE void leave_ieee(FloatMode mode) { __asm__ volatile("msr fpcr, %0" : : "r"(mode) : "memory"); }
+#else
+typedef int FloatMode;
+INLINE FloatMode enter_ieee(void) { return 0; }
+INLINE void leave_ieee(FloatMode mode) { (void)mode; }
+#endif
+
+// |a| rounded to nearest even onto the numbers with DIGITS significand bits and exponents of at least LEAST (biased
+// as in float32), as the code (exponent field, mantissa) of such a format, subnormals included.  Adding a power of
+// two whose last place is the format's last place at that exponent lets the adder round.  |a| is below 2^126.
+INLINE Words encode(Words magnitude, int digits, u32 least) {
+  Words exponent = larger(magnitude & 0x7f800000u, (Words){0} + (least << 23));
+  Words grid = exponent + ((u32)(24 - digits) << 23);
+  Words units = bits_of(floats_of(magnitude) + floats_of(grid)) - grid;
+  return units + (exponent >> (24 - digits)) - (least << (digits - 1));
+}
+
+// Codes of quotients that are finite and round to at most the largest of the type, or NaN.
+//
+// A NaN becomes the value its code would stand for: 480 for e4m3fn's 0x7f, 114688 for e5m2's 0x7f, 256 for e4m3fnuz's
+// 0x80, which is where that type has no negative zero either.  Torch leaves the int8 of NaN undefined; here it is 0.
+// Adding 1.5*2^23 leaves the integer, rounded to nearest even, in the low bits.
+INLINE Words codes_of(Floats a, int codes) {
+  Words bits = bits_of(a), magnitude = bits & 0x7fffffffu, sign = (bits >> 24) & 0x80u;
+  if (codes == INT8) return select((Signed)(magnitude > 0x7f800000u), (Words){0}, bits_of(a + 12582912.0f) & 0xffu);
+  if (codes == E5M2) return encode(smaller(magnitude, (Words){0} + 0x47e00000u), 3, 113) | sign;
+  if (codes == E4M3FN) return encode(smaller(magnitude, (Words){0} + 0x43f00000u), 4, 121) | sign;
+  Words code = encode(smaller(magnitude, (Words){0} + 0x43800000u), 4, 120);
+  return code | (sign & (Words)(code != 0u));
+}
+
+INLINE Words f16_of(Floats a) {
+  Words bits = bits_of(a), magnitude = bits & 0x7fffffffu;
+  Words code = smaller(encode(smaller(magnitude, (Words){0} + 0x47800000u), 11, 113), (Words){0} + 0x7c00u);
+  return select((Signed)(magnitude > 0x7f800000u), (Words){0} + 0x7e00u, code) | ((bits >> 16) & 0x8000u);
+}
+
+INLINE Floats f16_to_floats(Words half) {
+  Words magnitude = (half & 0x7fffu) << 13;
+  Words bits = bits_of(floats_of(magnitude) * 0x1p112f);
+  bits = select((Signed)(magnitude >= 0x0f800000u), magnitude | 0x7f800000u, bits);
+  return floats_of(bits | (half & 0x8000u) << 16);
+}
+
+// Rounded to bfloat16, in the upper half of each word; the lower is garbage.
+INLINE Words bf16_of(Floats a) {
+  Words bits = bits_of(a), rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+#if X_DTYPE == BF16 && WEIGHT_DTYPE == F32
+  // Only a NaN that came from float32 can have low bits to carry over into the sign.
+  rounded = select((Signed)((bits & 0x7fffffffu) > 0x7f800000u), bits | 0x400000u, rounded);
+#endif
+  return rounded;
+}
+
+INLINE Pair load(const void *base, i64 at, int dtype) {
+  Pair p;
+  if (dtype == F32) {
+    const float *from = (const float *)base + at;
+    Floats a = *(const LooseFloats *)from, b = *(const LooseFloats *)(from + LANES);
+    p.even = SHUFFLE(a, b, EVENS);
+    p.odd = SHUFFLE(a, b, ODDS);
+  } else {
+    Words words = *(const LooseWords *)((const u16 *)base + at);
+    p.even = dtype == BF16 ? floats_of(words << 16) : f16_to_floats(words & 0xffffu);
+    p.odd = dtype == BF16 ? floats_of(words & 0xffff0000u) : f16_to_floats(words >> 16);
+  }
+  return p;
+}
+
+INLINE void store(void *base, i64 at, int dtype, Pair p) {
+  if (dtype == F32) {
+    float *to = (float *)base + at;
+    *(LooseFloats *)to = SHUFFLE(p.even, p.odd, ZIP_LOW);
+    *(LooseFloats *)(to + LANES) = SHUFFLE(p.even, p.odd, ZIP_HIGH);
+  } else {
+    Words words = dtype == BF16 ? bf16_of(p.even) >> 16 | (bf16_of(p.odd) & 0xffff0000u)
+                                : f16_of(p.even) | f16_of(p.odd) << 16;
+    *(LooseWords *)((u16 *)base + at) = words;
+  }
+}
+
+INLINE Floats rounded_to(int dtype, Floats a) {
+  if (dtype == BF16) return floats_of(bf16_of(a) & 0xffff0000u);
+  if (dtype == F16) return f16_to_floats(f16_of(a));
+  return a;
+}
+
+INLINE Pair rounded_pair(int dtype, Pair p) {
+  return (Pair){rounded_to(dtype, p.even), rounded_to(dtype, p.odd)};
+}
+
+// 2*LANES bytes from two vectors of codes.
+INLINE void store_codes(u8 *to, Words even, Words odd) {
+  Words both = even | odd << 8;
+#if LANES == 8
+  typedef long long Longs __attribute__((vector_size(32)));
+  Longs packed = (Longs)__builtin_ia32_packusdw256((Signed)both, (Signed)both);
+#ifdef __clang__
+  packed = __builtin_shufflevector(packed, packed, 0, 2, 0, 2);
+#else
+  packed = __builtin_shuffle(packed, (Longs){0, 2, 0, 2});
+#endif
+  typedef long long Low __attribute__((vector_size(16), aligned(1), may_alias));
+  *(Low *)to = (Low){packed[0], packed[1]};
+#else
+  *(LooseHalves *)to = __builtin_convertvector(both, Halves);
+#endif
+}
+
+// `up` and the residual have an element where x has it; of a packed gate and up x is the first half of a row.
+typedef struct {
+  const void *x, *up, *residual, *weight;
+  void *sum, *y, *scale[4];
+  u8 *q[4];
+  i32 rows;
+} Site;
+
+#define X_PITCH (GATE_PACKED ? 2 * (i64)HIDDEN : HIDDEN)  // elements from one row of x to the next
+
+#if ACT
+// What activation.h is written in.
+#define ACTIVATION INLINE
+typedef Floats Reals;
+INLINE Reals plus(Reals a, Reals b) { return a + b; }
+INLINE Reals times(Reals a, Reals b) { return a * b; }
+INLINE Reals fused(Reals a, Reals b, Reals c) { return fma(a, b, c); }
+INLINE Reals over(Reals a, Reals b) { return a / b; }
+INLINE Reals between(Reals a, float low, float high) {
+  Reals r;
+  for (int i = 0; i < LANES; ++i) r[i] = a[i] > high ? high : a[i] < low ? low : a[i];
+  return r;
+}
+INLINE Reals magnitude(Reals a) { return floats_of(bits_of(a) & 0x7fffffffu); }
+INLINE Reals with_sign(Reals a, Reals b) { return floats_of((bits_of(a) & 0x7fffffffu) | (bits_of(b) & 0x80000000u)); }
+INLINE Reals where_above(Reals a, float bound, Reals yes, Reals no) {
+  return floats_of(select((Signed)(a > bound), bits_of(yes), bits_of(no)));
+}
+INLINE Reals exponent_from(Reals a) { return floats_of(bits_of(a) << 23); }
+#include "activation.h"
+#endif
+
+// float32 of x, with the residual added, from an element of the whole tensor on.
+INLINE Pair input(const Site *site, i64 at) {
+  Pair p = load(site->x, at, X_DTYPE);
+#if RESIDUAL
+  Pair r = load(site->residual, at, X_DTYPE);
+  p.even += r.even;
+  p.odd += r.odd;
+#if RESIDUAL == ROUNDED
+  p = rounded_pair(X_DTYPE, p);
+#endif
+#endif
+  return p;
+}
+
+INLINE Pair normed(const Site *site, Pair p, float rstd, i64 column) {
+  p.even *= rstd;
+  p.odd *= rstd;
+  if (ROUNDING == TWICE) p = rounded_pair(X_DTYPE, p);
+#if WEIGHT_DTYPE
+  Pair w = load(site->weight, column, WEIGHT_DTYPE);
+#if HAS_WEIGHT_OFFSET
+  w.even += WEIGHT_OFFSET;
+  w.odd += WEIGHT_OFFSET;
+#endif
+  p.even *= w.even;
+  p.odd *= w.odd;
+  if (ROUNDING == TWICE) p = rounded_pair(PRODUCT_DTYPE, p);
+#endif
+  return ROUNDING == ONCE ? rounded_pair(X_DTYPE, p) : p;
+}
+
+#if ACT
+INLINE Pair gated(const Site *site, Pair p, i64 at) {
+  p.even = activation(p.even);
+  p.odd = activation(p.odd);
+  if (ROUNDING == TWICE) p = rounded_pair(X_DTYPE, p);
+  Pair up = load(site->up, at, X_DTYPE);
+  p.even *= up.even;
+  p.odd *= up.odd;
+  return ROUNDING ? rounded_pair(X_DTYPE, p) : p;
+}
+#endif
+
+// y of one step, from its input.
+INLINE Pair produced(const Site *site, Pair p, float rstd, i64 at, i64 column) {
+#if ACT
+  return gated(site, p, at);
+#elif NORM
+  return normed(site, p, rstd, column);
+#else
+  return p;
+#endif
+}
+
+INLINE float inverse_rms(float total) { return 1.0f / __builtin_sqrtf(total / HIDDEN + EPS); }
+
+INLINE float lane_sum(Floats a) {
+  float part[LANES];
+  for (int i = 0; i < LANES; ++i) part[i] = a[i];
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) part[i] += part[i + half];
+  return part[0];
+}
+
+INLINE u32 lane_max(Words a) {
+  u32 part[LANES];
+  for (int i = 0; i < LANES; ++i) part[i] = a[i];
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) part[i] = part[i] > part[i + half] ? part[i] : part[i + half];
+  return part[0];
+}
+
+#if QUANTS
+#define MAX2(a, b) ((a) > (b) ? (a) : (b))
+// Every group divides it but a whole row, and it divides HIDDEN.
+#define BLOCK MAX2(32, MAX2(MAX2(GROUP0, GROUP1), MAX2(GROUP2, GROUP3)))
+#define PAIRS (BLOCK / STEP)
+
+// A quantization as constants; lowering/kernel.py explains them.  A group of 0 is the whole row; floats that are
+// compared come as their bits, an inverse of 0 means division.
+typedef struct {
+  int group, layout, codes, limit, power, reciprocal, safe;
+  u32 floor, ceiling, scale_floor, inverse;
+} Scheme;
+
+#define SCHEME(i) \
+  (Scheme) { \
+    GROUP##i, LAYOUT##i, CODES##i, LIMIT##i, POWER##i, RECIPROCAL##i, SAFE##i, FLOOR##i, CEILING##i, SCALE_FLOOR##i, \
+        INVERSE##i \
+  }
+
+// What a group's values are divided by: r = 1/scale, and s = scale but where that is infinite.
+typedef struct { float scale, r, s; } Divisor;
+
+// The next power of two not below, its exponent kept in [-126, 127]; NaN stays NaN.
+INLINE u32 power_of_two_above(u32 scale) {
+  u32 up = (scale + 0x7fffffu) & 0x7f800000u;
+  up = up < 0x00800000u ? 0x00800000u : up > 0x7f000000u ? 0x7f000000u : up;
+  return scale > 0x7f800000u ? scale : up;
+}
+
+INLINE float scale_of(u32 amax, Scheme scheme) {
+  amax = MAX2(amax, scheme.floor);
+  if (amax > scheme.ceiling && amax <= 0x7f800000u) amax = scheme.ceiling;
+  float scale = scheme.inverse ? float_of(amax) * float_of(scheme.inverse) : float_of(amax) / (float)scheme.limit;
+  u32 bits = MAX2(word_of(scale), scheme.scale_floor);
+  return float_of(scheme.power ? power_of_two_above(bits) : bits);
+}
+
+INLINE Divisor divisor_of(float scale) {
+  return (Divisor){scale, 1.0f / scale, word_of(scale) == 0x7f800000u ? 0.0f : scale};
+}
+
+INLINE Floats clamped(Floats a, float limit) {
+  a = floats_of(select((Signed)(a > limit), bits_of(all(limit)), bits_of(a)));
+  return floats_of(select((Signed)(a < -limit), bits_of(all(-limit)), bits_of(a)));
+}
+
+// y/scale correctly rounded, or y * (1/scale) where the scheme says so; row.h says why the short way is enough, and
+// when there is nothing to clamp.
+INLINE Floats quotient(Floats y, Divisor by, Scheme scheme) {
+  Floats near = y * by.r;
+  if (scheme.power || (scheme.reciprocal && !scheme.safe)) return clamped(near, scheme.limit);
+  if (scheme.reciprocal) return near;
+  if (!scheme.safe) return clamped(y / by.scale, scheme.limit);
+  return HAS_FMA ? fma(-fma(near, all(by.s), -y), all(by.r), near) : y / by.scale;
+}
+
+// Bits of max|y| over `count` elements.  Bits of magnitudes order as magnitudes do, with NaN on top, so the integer
+// maximum hands on a NaN.
+INLINE u32 amax_of(const Pair *y, int count) {
+  Words magnitude = {0};
+  for (int i = 0; i < count / STEP; ++i) {
+    magnitude = larger(magnitude, bits_of(y[i].even) & 0x7fffffffu);
+    magnitude = larger(magnitude, bits_of(y[i].odd) & 0x7fffffffu);
+  }
+  return lane_max(magnitude);
+}
+
+INLINE void store_quotients(const Pair *y, int count, Divisor by, Scheme scheme, u8 *q) {
+  for (int i = 0; i < count / STEP; ++i) {
+    Words even = codes_of(quotient(y[i].even, by, scheme), scheme.codes);
+    store_codes(q + i * STEP, even, codes_of(quotient(y[i].odd, by, scheme), scheme.codes));
+  }
+}
+
+// The byte of the scale of group g, with the zeros of pad bytes after the last group and of pad rows after the last.
+INLINE void store_packed_scale(u8 *bytes, i64 groups, i64 row, i64 rows, i64 g, float scale) {
+  const i64 padded = (rows + 3) & ~(i64)3;
+  const i64 pad_bytes = g == groups - 1 ? 3 - g % 4 : 0;
+  bytes += g / 4 * padded * 4 + g % 4;
+  bytes[row * 4] = (u8)(word_of(scale) >> 23);
+  for (i64 i = 1; i <= pad_bytes; ++i) bytes[row * 4 + i] = 0;
+  if (row == rows - 1)
+    for (i64 pad = rows; pad < padded; ++pad)
+      for (i64 i = 0; i <= pad_bytes; ++i) bytes[pad * 4 + i] = 0;
+}
+
+INLINE void store_scale(void *to, int layout, i64 groups, i64 row, i64 rows, i64 g, float scale) {
+  float *scales = to;
+  const i64 padded = (rows + 3) & ~(i64)3;
+  if (layout == UE8M0_PACKED) {
+    store_packed_scale(to, groups, row, rows, g, scale);
+  } else if (layout == ROW) {
+    scales[row * groups + g] = scale;
+  } else if (layout == COLUMN) {
+    scales[g * rows + row] = scale;
+  } else {
+    scales[g * padded + row] = scale;
+    if (row == rows - 1)
+      for (i64 pad = rows; pad < padded; ++pad) scales[g * padded + pad] = 0.0f;
+  }
+}
+
+// One quantization of the block of y that starts at `column` of `row`; of_row is the largest magnitude of the row.
+INLINE void quantize(const Site *site, int which, Scheme scheme, const Pair *y, u32 of_row, i64 row, i64 column) {
+  const int length = scheme.group ? scheme.group : BLOCK;
+  const i64 groups = scheme.group ? HIDDEN / scheme.group : 1;
+  for (int g = 0; g < BLOCK / length; ++g) {
+    const Pair *part = y + g * (length / STEP);
+    const i64 at = column + g * length;
+    const float scale = scale_of(scheme.group ? amax_of(part, length) : of_row, scheme);
+    store_quotients(part, length, divisor_of(scale), scheme, site->q[which] + row * HIDDEN + at);
+    if (scheme.group || column == 0)
+      store_scale(site->scale[which], scheme.layout, groups, row, site->rows, at / length, scale);
+  }
+}
+#endif
+
+INLINE float row_rstd(const Site *site, i64 start) {
+#if NORM
+  Floats squares[4] = {{0}, {0}, {0}, {0}};
+  for (i64 column = 0; column + 2 * STEP <= HIDDEN; column += 2 * STEP) {
+    Pair a = input(site, start + column), b = input(site, start + column + STEP);
+    squares[0] = fma(a.even, a.even, squares[0]);
+    squares[1] = fma(a.odd, a.odd, squares[1]);
+    squares[2] = fma(b.even, b.even, squares[2]);
+    squares[3] = fma(b.odd, b.odd, squares[3]);
+  }
+#if HIDDEN / STEP % 2
+  Pair last = input(site, start + HIDDEN / STEP * STEP - STEP);
+  squares[0] = fma(last.even, last.even, squares[0]);
+  squares[1] = fma(last.odd, last.odd, squares[1]);
+#endif
+  return lane_sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+#else
+  return 0.0f;
+#endif
+}
+
+#define TAIL (HIDDEN % STEP)  // only where nothing is quantized
+
+#if TAIL
+INLINE void copy(void *to, const void *from, i64 bytes) {
+  for (i64 i = 0; i < bytes; ++i) ((u8 *)to)[i] = ((const u8 *)from)[i];
+}
+
+// The last TAIL elements of a row in buffers of STEP elements, zero beyond the end.
+typedef struct { float x[STEP], up[STEP], residual[STEP], weight[STEP], sum[STEP], y[STEP]; } Tail;
+
+#define SIZE(dtype) ((dtype) == F32 ? 4 : 2)
+
+INLINE Site tail_of(const Site *site, i64 start, Tail *tail) {
+  Site local = {0};
+  const i64 at = start + HIDDEN - TAIL;
+  for (int i = 0; i < STEP; ++i) tail->x[i] = tail->up[i] = tail->residual[i] = tail->weight[i] = 0.0f;
+  copy(tail->x, (const u8 *)site->x + at * SIZE(X_DTYPE), TAIL * SIZE(X_DTYPE));
+#if ACT
+  copy(tail->up, (const u8 *)site->up + at * SIZE(X_DTYPE), TAIL * SIZE(X_DTYPE));
+#endif
+#if RESIDUAL
+  copy(tail->residual, (const u8 *)site->residual + at * SIZE(X_DTYPE), TAIL * SIZE(X_DTYPE));
+#endif
+#if WEIGHT_DTYPE
+  copy(tail->weight, (const u8 *)site->weight + (HIDDEN - TAIL) * SIZE(WEIGHT_DTYPE), TAIL * SIZE(WEIGHT_DTYPE));
+#endif
+  local.x = tail->x, local.up = tail->up, local.residual = tail->residual, local.weight = tail->weight;
+  local.sum = tail->sum, local.y = tail->y;
+  return local;
+}
+#endif
+
+// One step of the last pass: the sum (round(x + residual), whichever of the two `input` returns) and y.  `from` is
+// where it starts in x, `to` in the outputs.
+INLINE void step(const Site *site, i64 from, i64 to, i64 column, float rstd, Pair *y) {
+  Pair p = input(site, from);
+#if WRITES_SUM
+  store(site->sum, to, X_DTYPE, p);
+#endif
+  *y = produced(site, p, rstd, from, column);
+#if WRITES_Y
+  store(site->y, to, X_DTYPE, *y);
+#endif
+}
+
+// Bits of max|y| over the row.
+INLINE u32 row_amax(const Site *site, i64 from, float rstd) {
+  u32 amax = 0;
+#if WHOLE_ROW
+  Words magnitude = {0};
+  for (i64 column = 0; column < HIDDEN; column += STEP) {
+    Pair y = produced(site, input(site, from + column), rstd, from + column, column);
+    magnitude = larger(magnitude, larger(bits_of(y.even) & 0x7fffffffu, bits_of(y.odd) & 0x7fffffffu));
+  }
+  amax = lane_max(magnitude);
+#endif
+  return amax;
+}
+
+INLINE void one_row(const Site *site, i64 row) {
+  const i64 from = row * X_PITCH, to = row * HIDDEN;
+  float rstd = row_rstd(site, from);
+#if TAIL
+  Tail tail;
+  Site local = tail_of(site, from, &tail);
+#if NORM
+  Pair rest = input(&local, 0);
+  rstd += lane_sum(fma(rest.even, rest.even, rest.odd * rest.odd));
+#endif
+#endif
+#if NORM
+  rstd = inverse_rms(rstd);
+#endif
+#if QUANTS
+  const u32 amax = row_amax(site, from, rstd);
+  for (i64 column = 0; column < HIDDEN; column += BLOCK) {
+    Pair y[PAIRS];
+    for (int i = 0; i < PAIRS; ++i) {
+      const i64 at = column + i * STEP;
+      step(site, from + at, to + at, at, rstd, &y[i]);
+    }
+    quantize(site, 0, SCHEME(0), y, amax, row, column);
+#if QUANTS > 1
+    quantize(site, 1, SCHEME(1), y, amax, row, column);
+#endif
+#if QUANTS > 2
+    quantize(site, 2, SCHEME(2), y, amax, row, column);
+#endif
+#if QUANTS > 3
+    quantize(site, 3, SCHEME(3), y, amax, row, column);
+#endif
+  }
+#else
+  Pair y;
+  for (i64 column = 0; column + STEP <= HIDDEN; column += STEP)
+    step(site, from + column, to + column, column, rstd, &y);
+#if TAIL
+  step(&local, 0, 0, 0, rstd, &y);
+#if WRITES_SUM
+  copy((u8 *)site->sum + (to + HIDDEN - TAIL) * SIZE(X_DTYPE), tail.sum, TAIL * SIZE(X_DTYPE));
+#endif
+#if WRITES_Y
+  copy((u8 *)site->y + (to + HIDDEN - TAIL) * SIZE(X_DTYPE), tail.y, TAIL * SIZE(X_DTYPE));
+#endif
+#endif
+#endif
+}
+
+#if X_DTYPE == F32
+typedef float X;
+#else
+typedef u16 X;
+#endif
+#if WEIGHT_DTYPE == F32
+typedef float Weight;
+#else
+typedef u16 Weight;
+#endif
+
+#define TEXT_(...) #__VA_ARGS__
+#define TEXT(...) TEXT_(__VA_ARGS__)
+#ifdef PROTOTYPE
+PROTOTYPE;
+#ifdef __ELF__
+// For lowering/abi.py: the declaration this object was checked against.
+__asm__(".pushsection .vmfuse.abi,\"\",@progbits\n\t.asciz \"" TEXT(PROTOTYPE) "\"\n\t.popsection");
+#endif
+#endif
+
+#define BINDING(type, name) type *name, i64 name##_offset
+#define SCALES(i) __typeof__(__builtin_choose_expr(LAYOUT##i == UE8M0_PACKED, (i32)0, 0.0f))
+
+void ENTRY(BINDING(const X, x)
+#if ACT && !GATE_PACKED
+               , BINDING(const X, up)
+#endif
+#if RESIDUAL
+               , BINDING(const X, residual)
+#endif
+#if WEIGHT_DTYPE
+               , BINDING(const Weight, weight)
+#endif
+#if WRITES_SUM
+               , BINDING(X, sum)
+#endif
+#if WRITES_Y
+               , BINDING(X, y)
+#endif
+#if QUANTS > 0
+               , BINDING(u8, q0), BINDING(SCALES(0), scale0)
+#endif
+#if QUANTS > 1
+               , BINDING(u8, q1), BINDING(SCALES(1), scale1)
+#endif
+#if QUANTS > 2
+               , BINDING(u8, q2), BINDING(SCALES(2), scale2)
+#endif
+#if QUANTS > 3
+               , BINDING(u8, q3), BINDING(SCALES(3), scale3)
+#endif
+               , i32 rows, i32 workgroup) {
+  Site site = {0};
+  site.rows = rows;
+  site.x = x + x_offset;
+#if ACT && GATE_PACKED
+  site.up = x + x_offset + HIDDEN;
+#elif ACT
+  site.up = up + up_offset;
+#endif
+#if RESIDUAL
+  site.residual = residual + residual_offset;
+#endif
+#if WEIGHT_DTYPE
+  site.weight = weight + weight_offset;
+#endif
+#if WRITES_SUM
+  site.sum = sum + sum_offset;
+#endif
+#if WRITES_Y
+  site.y = y + y_offset;
+#endif
+#if QUANTS > 0
+  site.q[0] = q0 + q0_offset, site.scale[0] = scale0 + scale0_offset;
+#endif
+#if QUANTS > 1
+  site.q[1] = q1 + q1_offset, site.scale[1] = scale1 + scale1_offset;
+#endif
+#if QUANTS > 2
+  site.q[2] = q2 + q2_offset, site.scale[2] = scale2 + scale2_offset;
+#endif
+#if QUANTS > 3
+  site.q[3] = q3 + q3_offset, site.scale[3] = scale3 + scale3_offset;
+#endif
+  i64 first = (i64)workgroup * ROWS, end = first + ROWS < rows ? first + ROWS : rows;
+  FloatMode mode = enter_ieee();
+  for (i64 row = first; row < end; ++row) one_row(&site, row);
+  leave_ieee(mode);
+}

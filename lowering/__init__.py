@@ -1,0 +1,110 @@
+"""Compile a PyTorch model to one IREE program in which each norm + quantization chain is one kernel.
+
+    compiled = lowering.compile(module, args)      # torch.nn.Module -> Compiled
+    compiled.save("m.vmfb"); print(compiled.report.summary())
+    program = lowering.load("m.vmfb")              # -> Program
+    y = program(x)                                 # torch tensors in, torch tensors out
+
+Importing this package registers ``torch.ops.lowering.*`` and nothing else: the compiler is
+imported by the first ``compile``, the runtime by the first ``load``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import nn, ops
+    from .compiler import Compiled, compile, compile_mlir, explain
+    from .errors import (
+        CompileError,
+        LoweringError,
+        RunError,
+        ToolchainError,
+        UnfusedError,
+        UsageError,
+        VerificationError,
+    )
+    from .foreign import declare_ops
+    from .nn import quantize
+    from .report import Report, Site
+    from .runtime import Program, load
+    from .targets import TARGETS, Target
+
+__version__ = "0.1.0"
+
+# Every public name and the module that defines it. A module's own name means the module itself.
+_HOME = {
+    "compile": "compiler",
+    "compile_mlir": "compiler",
+    "explain": "compiler",
+    "declare_ops": "foreign",
+    "Compiled": "compiler",
+    "load": "runtime",
+    "Program": "runtime",
+    "nn": "nn",
+    "ops": "ops",
+    "quantize": "nn",
+    "Report": "report",
+    "Site": "report",
+    "TARGETS": "targets",
+    "Target": "targets",
+    "LoweringError": "errors",
+    "CompileError": "errors",
+    "ToolchainError": "errors",
+    "UsageError": "errors",
+    "UnfusedError": "errors",
+    "VerificationError": "errors",
+    "RunError": "errors",
+}
+
+__all__ = [
+    "TARGETS",
+    "CompileError",
+    "Compiled",
+    "LoweringError",
+    "Program",
+    "Report",
+    "RunError",
+    "Site",
+    "Target",
+    "ToolchainError",
+    "UnfusedError",
+    "UsageError",
+    "VerificationError",
+    "compile",
+    "compile_mlir",
+    "declare_ops",
+    "explain",
+    "load",
+    "nn",
+    "ops",
+    "quantize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module that defines ``name`` at its first use (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = importlib.import_module(f".{_HOME[name]}", __name__)
+    value = home if name == _HOME[name] else getattr(home, name)
+    globals()[name] = value
+    return value
+
+
+def _is_command() -> bool:
+    """Whether this process is one of the commands: they answer ``--help`` and most mistakes without
+    the second that importing torch takes, and import ``ops`` themselves before any model."""
+    return bool(sys.argv) and PurePath(sys.argv[0]).name in ("compile-to-vmfb", "run-vmfb")
+
+
+if not _is_command():
+    importlib.import_module(".ops", __name__)  # registers torch.ops.lowering.*
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,286 @@
+"""Step 7, compile: runs the steps in order and hands the result to IREE.
+
+``compile`` takes a torch module, ``compile_mlir`` torch-dialect text; both return a ``Compiled``.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from iree.compiler import ir
+from iree.compiler.api import Invocation, Output, Session, Source
+from iree.compiler.passmanager import PassManager
+
+from patterns import torch_ir
+from patterns.sites import Ledger
+
+from . import devices, extensions, floats
+from . import parameters as weights
+from .dispatch import Dispatched, choose_kernels, dispatch, return_physical_scales, supported
+from .errors import CompileError
+from .expand import Expander
+from .fuse import fuse
+from .importer import Program, import_module, parse_module
+from .normalize import normalize
+from .raising import RECOGNISERS, raise_function
+from .report import Report, Site
+from .signature import SIGNATURE_KEY, Signature
+from .targets import Target, resolve
+from .views import sink_views
+
+Progress = Callable[[str, str], None]
+
+
+@dataclass
+class Compiled:
+    """A compiled program.  ``vmfb`` holds its bytes; ``report`` says what became of each site."""
+
+    target: Target
+    report: Report
+    vmfb: bytes
+    dispatched: Dispatched
+    signature: Signature
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the vmfb to ``path``, all of it or nothing."""
+        weights.write_atomically(Path(path), lambda temporary: temporary.write_bytes(self.vmfb))
+
+    def dump_kernels(self, directory: str | os.PathLike[str]) -> None:
+        """Write every kernel object and ``kernels.json`` (launches in execution order) to ``directory``."""
+        from .dump import dump_kernels
+
+        dump_kernels(self.dispatched, Path(directory))
+
+
+def compile(
+    module: torch.nn.Module | torch.export.ExportedProgram,
+    args: tuple[Any, ...] = (),
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    target: str = "cpu",
+    parameters: str | os.PathLike[str] | None = None,
+    patterns: Sequence[str | os.PathLike[str]] = (),
+    dump_phases_to: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Compiled:
+    """Compile a torch module for ``target``.
+
+    args, kwargs, dynamic_shapes: as for torch.export.export (ignored for an ExportedProgram).
+    parameters: write the weights to this ``.irpa`` instead of embedding them in the vmfb.
+    patterns: Python files with recognisers of your own (see ``lowering.extensions``).
+    dump_phases_to: a directory that gets the IR after each step.
+    progress: called with (phase, detail) as each step starts.
+
+    Raises UsageError for an unknown target, CompileError when the model cannot be compiled and
+    ToolchainError when the target's kernel compiler is not installed.
+    """
+    pipeline = _Pipeline(resolve(target), patterns, dump_phases_to, progress)
+    pipeline.start("import", type(module).__name__)
+    program = import_module(module, args, pipeline.context, kwargs=kwargs, dynamic_shapes=dynamic_shapes)
+    return pipeline.run(program, parameters)
+
+
+def explain(
+    module: torch.nn.Module | torch.export.ExportedProgram,
+    args: tuple[Any, ...] = (),
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    target: str = "cpu",
+    patterns: Sequence[str | os.PathLike[str]] = (),
+) -> Report:
+    """The report ``compile`` would give, without compiling anything; arguments as there."""
+    pipeline = _Pipeline(resolve(target), patterns)
+    program = import_module(module, args, pipeline.context, kwargs=kwargs, dynamic_shapes=dynamic_shapes)
+    return pipeline.explain(program)
+
+
+def compile_mlir(
+    source: str | bytes,
+    *,
+    target: str = "cpu",
+    parameters: str | os.PathLike[str] | None = None,
+    patterns: Sequence[str | os.PathLike[str]] = (),
+    dump_phases_to: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Compiled:
+    """Compile torch-dialect MLIR text for ``target``; the other arguments are those of ``compile``."""
+    pipeline = _Pipeline(resolve(target), patterns, dump_phases_to, progress)
+    pipeline.start("import", "MLIR")
+    return pipeline.run(parse_module(source, pipeline.context), parameters)
+
+
+class _Pipeline:
+    """The steps in order, over one MLIR context."""
+
+    def __init__(
+        self,
+        target: Target,
+        patterns: Sequence[str | os.PathLike[str]],
+        dump_phases_to: str | os.PathLike[str] | None = None,
+        progress: Progress | None = None,
+    ):
+        self.target = target
+        self.recognisers = (*extensions.recognisers(patterns), *RECOGNISERS)
+        self.dump_to = Path(dump_phases_to) if dump_phases_to is not None else None
+        self.progress = progress or (lambda phase, detail: None)
+        self.context = ir.Context()
+        self.phase = 0
+
+    def start(self, phase: str, detail: str = "") -> None:
+        self.progress(phase, detail)
+
+    def dump(self, phase: str, module: ir.Module) -> None:
+        if self.dump_to is not None:
+            self.dump_to.mkdir(parents=True, exist_ok=True)
+            text = module.operation.get_asm(enable_debug_info=False, large_elements_limit=16)
+            (self.dump_to / f"{self.phase}-{phase}.mlir").write_text(text)
+        self.phase += 1
+
+    def run(self, program: Program, parameters: str | os.PathLike[str] | None) -> Compiled:
+        archive_path = Path(parameters) if parameters is not None else None
+        with self.context, ir.Location.unknown(), tempfile.TemporaryDirectory() as directory:
+            ledger = self._fuse(program)
+            dispatched = self._dispatch(program, ledger, Path(directory))
+            with weights.archived(program.parameters, archive_path) as archive:
+                signature = self._sign(program, archive)
+                vmfb = self._compile(program, archive)
+        report = _report(self.target, ledger, len(dispatched.launches))
+        return Compiled(self.target, report, vmfb, dispatched, signature)
+
+    def explain(self, program: Program) -> Report:
+        with self.context, ir.Location.unknown():
+            ledger = self._fuse(program)
+            return _report(self.target, ledger, len(choose_kernels(program.main(), self.target, ledger)))
+
+    def _fuse(self, program: Program) -> Ledger:
+        """Steps 2 to 5, in place; what became of every site."""
+        function, ledger = program.main(), Ledger()
+        self.dump("import", program.module)
+        steps: list[tuple[str, Callable[[], Any]]] = [
+            ("normalize", lambda: normalize(function)),
+            ("raise", lambda: raise_function(function, ledger, self.recognisers)),
+            ("sink", lambda: sink_views(function)),
+            ("fuse", lambda: fuse(function, ledger, supported(self.target))),
+        ]
+        for phase, step in steps:
+            self.start(phase)
+            step()
+            self.dump(phase, program.module)
+        return ledger
+
+    def _dispatch(self, program: Program, ledger: Ledger, directory: Path) -> Dispatched:
+        """Step 6, in place: kernels for the fused rows, plain operations for what is left."""
+        function = program.main()
+        self.start("dispatch", f"{len(ledger.records)} sites")
+        dispatched = dispatch(
+            program.module,
+            function,
+            self.target,
+            ledger,
+            directory,
+            lambda entry: self.start("kernels", entry),
+        )
+        program.mark_strides(return_physical_scales(function, dispatched.physical_scales))
+        Expander().expand(function)
+        self.dump("dispatch", program.module)
+        return dispatched
+
+    def _sign(self, program: Program, archive: weights.Archive) -> Signature:
+        """Record how the program is called on the function itself, for the runtime to read."""
+        signature = program.signature(self.target, archive.identity)
+        entry = ir.DictAttr.get({SIGNATURE_KEY: ir.StringAttr.get(signature.to_json())})
+        program.main().attributes["iree.reflection"] = entry
+        return signature
+
+    def _compile(self, program: Program, archive: weights.Archive) -> bytes:
+        self.start("compile", self.target.name)
+        module = program.module
+        devices.declare_device(module, self.target)
+        with _Diagnostics(self.context) as diagnostics:
+            try:
+                PassManager.parse("builtin.module(torch-to-iree)").run(module.operation)
+            except ir.MLIRError as error:
+                raise diagnostics.error("the model uses an operation that cannot be lowered", error) from None
+        floats.rewrite_unsupported(module, self.target)
+        self.dump("linalg", module)
+        return _iree_compile(module, (*devices.flags(self.target), *archive.flags()))
+
+
+class _Diagnostics:
+    """Collects what MLIR says while something runs, for the error message."""
+
+    def __init__(self, context: ir.Context):
+        self.context = context
+        self.errors: list[tuple[str, str]] = []
+
+    def __enter__(self) -> _Diagnostics:
+        self.handler = self.context.attach_diagnostic_handler(self._record)
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.handler.detach()
+
+    def _record(self, diagnostic: Any) -> bool:
+        if diagnostic.severity == ir.DiagnosticSeverity.ERROR:
+            self.errors.append((torch_ir.model_line(str(diagnostic.location)), _plain(diagnostic.message)))
+        return True
+
+    def error(self, summary: str, caught: ir.MLIRError | None = None) -> CompileError:
+        for item in caught.error_diagnostics if caught else ():
+            self._record(item)
+        lines = [f"{where}: {message}" for where, message in dict.fromkeys(self.errors[:3])]
+        return CompileError("\n  ".join([f"{summary}:", *lines]) if lines else summary)
+
+
+_ILLEGAL = re.compile(
+    r"failed to legalize (?:unresolved )?operation '([^']+)'(?:.*?\bname = \"([^\"]+)\")?", re.S
+)
+
+
+def _plain(message: str) -> str:
+    """The first line of an MLIR error; which operation, where it is about one nothing lowers."""
+    illegal = _ILLEGAL.match(message)
+    if illegal:
+        return f"nothing lowers {illegal[2] or illegal[1]}; write it with operations that IREE knows"
+    return message.splitlines()[0][:300]
+
+
+def _iree_compile(module: ir.Module, flags: tuple[str, ...]) -> bytes:
+    """Hand ``module`` to a fresh IREE session (as bytecode: the session has a context of its own)."""
+    bytecode = io.BytesIO()
+    module.operation.write_bytecode(bytecode)
+    with Session() as session:
+        session.set_flags("--iree-input-type=none", *flags)
+        with _Diagnostics(session.context) as diagnostics, session.invocation() as invocation:
+            source = Source.wrap_buffer(session, bytecode.getvalue())
+            if not (invocation.parse_source(source) and invocation.execute()):
+                raise diagnostics.error("IREE could not compile the program")
+            return _bytes(invocation)
+
+
+def _bytes(invocation: Invocation) -> bytes:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "program.vmfb"
+        output = Output.open_file(str(path))
+        invocation.output_vm_bytecode(output)
+        output.keep()
+        output.close()
+        return path.read_bytes()
+
+
+def _report(target: Target, ledger: Ledger, dispatches: int) -> Report:
+    sites = [
+        Site(r.op, r.location, "fused" if r.fused else "unfused", r.pattern, r.kernel, r.reason)
+        for r in ledger.records
+    ]
+    return Report(target.name, tuple(sites), dispatches)

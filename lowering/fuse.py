@@ -1,0 +1,35 @@
+"""Step 5, fuse: from each producer outward, one ``vmfuse.row`` takes all that reads it."""
+
+from __future__ import annotations
+
+from iree.compiler import ir
+
+from patterns import canonical, torch_ir
+from patterns.row_fusion import Support, fuse_plain, fuse_producer
+from patterns.sites import Ledger
+
+
+def fuse(function: ir.Operation, ledger: Ledger, support: Support) -> None:
+    """Fuse every site of ``function`` in place; ``support`` says why a row has no kernel, or None.
+
+    Producers come first: what is quantized behind them is theirs.  Every site's fate is in ``ledger``.
+    """
+    block = torch_ir.block_of(function)
+    for producer in _ops(block, *canonical.PRODUCERS):
+        fuse_producer(producer, ledger, support)
+    for value in _quantized(block):
+        fuse_plain(value, ledger, support)
+    torch_ir.erase_dead(block)
+
+
+def _ops(block: ir.Block, *names: str) -> list[ir.Operation]:
+    return [op.operation for op in block.operations if torch_ir.op_name(op.operation) in names]
+
+
+def _quantized(block: ir.Block) -> list[ir.Value]:
+    """The tensors that still have quantizations, once each, in block order."""
+    values: list[ir.Value] = []
+    for quant in _ops(block, canonical.GROUP_QUANT):
+        if quant.operands[0] not in values:
+            values.append(quant.operands[0])
+    return values

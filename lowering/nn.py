@@ -1,0 +1,162 @@
+"""Quantized layers, and the one call that puts them into a loaded model.
+
+Weights are quantized once, here; activations at every call, by ``torch.ops.lowering.group_quant``,
+which is what the compiler fuses with the norm before it.  No compiler is imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from . import ops as _ops  # noqa: F401  registers torch.ops.lowering.*
+
+WEIGHT_DTYPE = torch.float8_e4m3fn
+_QMAX = torch.finfo(WEIGHT_DTYPE).max
+_AMAX_FLOOR = 1e-10
+
+
+class BlockScaledLinear(nn.Module):
+    """y = x . weight^T + bias with fp8 weights and activations (W8A8, 1xG by GxG scales).
+
+    x: [..., in_features] float32, bfloat16 or float16; y: [..., out_features] in x's dtype.  The
+    activation is quantized in groups of ``group_size`` (``group_quant``), the product is
+    ``block_scaled_matmul``, rounded to x's dtype before the bias is added.
+
+    weight: float8_e4m3fn [out_features, in_features]; weight_scale: float32
+    [ceil(out_features / G), in_features / G]; both are buffers, and keep their dtype when the model is
+    cast.  bias: [out_features] or None.  Raises ValueError if G does not divide in_features.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        group_size: int = 128,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        _check_group(group_size, in_features, f"BlockScaledLinear(in {in_features}, out {out_features})")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.group_size = group_size
+        blocks = (-(-out_features // group_size), in_features // group_size)
+        weight = torch.zeros(out_features, in_features, dtype=WEIGHT_DTYPE, device=device)
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", torch.ones(blocks, dtype=torch.float32, device=device))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, group_size: int = 128, quantized: tuple[Tensor, Tensor] | None = None
+    ) -> BlockScaledLinear:
+        """The layer that stands for ``linear``; it shares the bias and quantizes the weight.
+
+        quantized: what ``quantize_weight`` returned for this weight, when it is known already.
+        """
+        layer = cls(linear.in_features, linear.out_features, group_size, bias=False, device="meta")
+        layer.weight, layer.weight_scale = quantized or quantize_weight(linear.weight, group_size)
+        layer.bias = linear.bias
+        return layer.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, scale = torch.ops.lowering.group_quant(x, self.group_size)
+        y = torch.ops.lowering.block_scaled_matmul(q, self.weight, scale, self.weight_scale, x.dtype)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"group_size={self.group_size}, bias={self.bias is not None}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockScaledLinear:
+        """Move with the model, but stay fp8: ``model.to(torch.bfloat16)`` is about the other weights."""
+        weight, scale = self.weight, self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight.dtype != weight.dtype:
+            self.weight = weight.to(self.weight.device)
+        if self.weight_scale.dtype != scale.dtype:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
+
+
+def quantize_weight(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Quantize [N, K] in blocks of G x G: q float8_e4m3fn [N, K], scale float32 [ceil(N/G), K/G].
+
+    Per block: scale = max(max|w|, 1e-10) / 448, q = round(clamp(w / scale)).
+    """
+    rows, depth = weight.shape
+    w32 = weight.detach().to(torch.float32)
+    padded = nn.functional.pad(w32, (0, 0, 0, -rows % group_size))
+    blocks = padded.unflatten(1, (depth // group_size, group_size)).unflatten(0, (-1, group_size))
+    scale = blocks.abs().amax(dim=(1, 3)).clamp(min=_AMAX_FLOOR) / torch.full((), _QMAX, device=weight.device)
+    q = (blocks / scale[:, None, :, None]).clamp(-_QMAX, _QMAX).to(WEIGHT_DTYPE)
+    return q.flatten(2, 3).flatten(0, 1)[:rows].clone(), scale
+
+
+def quantize(
+    model: nn.Module, *, group_size: int = 128, exclude: tuple[str, ...] = ("lm_head",)
+) -> nn.Module:
+    """Replace the nn.Linear layers of ``model``, in place and one by one, by BlockScaledLinear.
+
+    A layer is left alone when a pattern of ``exclude`` (fnmatch) is its qualified name or the last
+    part of it; so are subclasses of nn.Linear, which may mean something else.  A layer or a weight
+    that is used in several places is quantized once and stays shared.  Returns ``model`` (the new layer
+    when ``model`` is an nn.Linear itself).
+
+    Raises ValueError naming the first layer whose in_features ``group_size`` does not divide; the
+    model is then unchanged.
+    """
+    sites = [site for site in _linear_layers(model) if not _excluded(site[0], exclude)]
+    for name, _, linear in sites:
+        label = f"layer {name!r} (in {linear.in_features}, out {linear.out_features})"
+        _check_group(group_size, linear.in_features, label)
+    layers: dict[int, BlockScaledLinear] = {}
+    weights: dict[int, tuple[Tensor, Tensor]] = {}
+    sites.reverse()
+    while sites:
+        # Popped, so that a weight is freed before the next one is quantized.
+        name, parent, linear = sites.pop()
+        if id(linear) not in layers:
+            key = id(linear.weight)
+            if key not in weights:
+                weights[key] = quantize_weight(linear.weight, group_size)
+            layers[id(linear)] = BlockScaledLinear.from_linear(linear, group_size, weights[key])
+        if parent is None:
+            return layers[id(linear)]
+        setattr(parent, name.rpartition(".")[2], layers[id(linear)])
+    return model
+
+
+def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None, nn.Linear]]:
+    """(qualified name, parent, layer) of every use of an nn.Linear, shared layers at each use."""
+    if type(model) is nn.Linear:
+        yield "", None, model
+    for prefix, parent in model.named_modules():
+        for child, module in parent._modules.items():
+            if type(module) is nn.Linear:
+                yield f"{prefix}.{child}".lstrip("."), parent, module
+
+
+def _excluded(name: str, patterns: tuple[str, ...]) -> bool:
+    last = name.rpartition(".")[2]
+    return any(fnmatchcase(name, pattern) or fnmatchcase(last, pattern) for pattern in patterns)
+
+
+def _check_group(group_size: int, in_features: int, label: str) -> None:
+    if group_size > 0 and in_features % group_size == 0:
+        return
+    fitting = [size for size in (128, 64, 32) if in_features % size == 0]
+    advice = f"; group_size {fitting[0]} does" if fitting else ""
+    raise ValueError(f"{label}: group_size {group_size} does not divide in_features{advice}")

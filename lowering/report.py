@@ -1,0 +1,316 @@
+"""What fused, what did not, and why: the answer a compilation gives about itself.
+
+A report is plain data.  It is written by the compiler, printed by the command line, and read by
+people and by other programs; nothing here knows about IR.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+Status = Literal["fused", "unfused"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One operation that could be part of a fused kernel, and what became of it.
+
+    op
+        canonical name: ``rms_norm``, ``group_quant``, ...
+    location
+        ``file:line`` of the model's source.
+    pattern, kernel
+        the pattern that took the site and the kernel it became part of; None when unfused (a
+        pattern that looked at the site and refused may still be named).
+    reason
+        a sentence saying why the site did not fuse; None exactly when it did.
+    """
+
+    op: str
+    location: str
+    status: Status
+    pattern: str | None = None
+    kernel: str | None = None
+    reason: str | None = None
+
+    def __post_init__(self) -> None:
+        where = f"site {self.op} at {self.location}"
+        if self.status not in ("fused", "unfused"):
+            raise ValueError(f'{where}: status is "fused" or "unfused", not {self.status!r}')
+        if self.status == "fused" and self.reason is not None:
+            raise ValueError(f"{where} is fused, so it cannot have a reason for not fusing: {self.reason!r}")
+        if self.status == "fused" and (self.pattern is None or self.kernel is None):
+            raise ValueError(f"{where} is fused, so its pattern and its kernel must be named")
+        if self.status == "unfused" and not self.reason:
+            raise ValueError(f"{where} did not fuse, so it needs a reason")
+
+    @property
+    def fused(self) -> bool:
+        """Whether the site became part of a kernel."""
+        return self.status == "fused"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every site of one compilation, in the order of the program.
+
+    ``dispatches`` counts the custom kernel launches of one call; what IREE generates itself is not
+    counted, since IREE decides about it after the report is made.
+    """
+
+    target: str
+    sites: tuple[Site, ...] = ()
+    dispatches: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sites", tuple(self.sites))
+
+    @property
+    def fused(self) -> tuple[Site, ...]:
+        """The sites that became part of a kernel."""
+        return tuple(site for site in self.sites if site.fused)
+
+    @property
+    def unfused(self) -> tuple[Site, ...]:
+        """The sites that were left to IREE's own code generation."""
+        return tuple(site for site in self.sites if not site.fused)
+
+    def summary(self) -> dict[str, int]:
+        """``{"fused": ..., "unfused": ..., "dispatches": ...}``."""
+        return {"fused": len(self.fused), "unfused": len(self.unfused), "dispatches": self.dispatches}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values: target, sites, summary."""
+        return {
+            "target": self.target,
+            "sites": [asdict(site) for site in self.sites],
+            "summary": self.summary(),
+        }
+
+    def to_json(self) -> str:
+        """The report as JSON text; ``json.loads`` of it is ``to_dict()``."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The report that ``to_json`` wrote."""
+        data = json.loads(text)
+        sites = tuple(Site(**site) for site in data["sites"])
+        return cls(data["target"], sites, data["summary"]["dispatches"])
+
+    def to_html(self) -> str:
+        """The report as one self-contained page: no script, style or font comes from elsewhere."""
+        return _page(self)
+
+    def write(self, path: str | Path) -> None:
+        """Write the report as ``path``'s suffix says: ``.json`` or ``.html``."""
+        path = Path(path)
+        path.write_text(self.to_html() if path.suffix == ".html" else self.to_json(), encoding="utf-8")
+
+    def table(self) -> RenderableType:
+        """The report for a terminal: unfused sites first, equal sites as one line with a count."""
+        return _terminal_table(self)
+
+
+# Grouping ---------------------------------------------------------------------------------------
+
+
+def _counted(sites: Iterable[Site]) -> list[tuple[Site, int]]:
+    """Equal sites once with their number: a model's layers share the source line they come from."""
+    return list(Counter(sites).items())
+
+
+def _by_kernel(sites: Iterable[Site]) -> dict[str, list[Site]]:
+    """Fused sites under the kernel they became part of, in order of first appearance."""
+    groups: dict[str, list[Site]] = {}
+    for site in sites:
+        groups.setdefault(site.kernel or "", []).append(site)
+    return groups
+
+
+def _short(location: str, parts: int = 2) -> str:
+    """The last parts of a location's path: enough to recognise, short enough for a column."""
+    path, colon, line = location.rpartition(":")
+    if not (colon and line.isdigit()):
+        path, line = location, ""
+    tail = "/".join(PurePath(path).parts[-parts:]).lstrip("/")
+    return f"{tail}:{line}" if line else tail
+
+
+def _headline(report: Report) -> str:
+    total = len(report.sites)
+    if not total:
+        return "no operation of this program is one that fuses"
+    return f"{len(report.fused)} of {total} site{'s' * (total != 1)} fused"
+
+
+# Terminal ---------------------------------------------------------------------------------------
+
+
+def _terminal_table(report: Report) -> RenderableType:
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    rest = f"  ·  target {report.target}  ·  {report.dispatches} custom dispatches per call"
+    title = Text.assemble((_headline(report), "bold"), rest)
+    if not report.sites:
+        return title
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("sites", justify="right", no_wrap=True)
+    table.add_column("op", no_wrap=True)
+    table.add_column("source", no_wrap=True)
+    table.add_column("kernel, or why not", overflow="fold")
+    for site, count in _counted(report.unfused):
+        reason = Text(site.reason or "", "yellow")
+        table.add_row(Text("✗", "bold red"), str(count), site.op, Text(_short(site.location, 1)), reason)
+    for kernel, sites in _by_kernel(report.fused).items():
+        for index, (site, count) in enumerate(_counted(sites)):
+            name = Text(kernel, "cyan") if index == 0 else Text("〃", "dim")
+            table.add_row(Text("✓", "green"), str(count), site.op, Text(_short(site.location, 1)), name)
+        table.add_section()
+    return Group(title, table)
+
+
+# Page -------------------------------------------------------------------------------------------
+
+_STYLE = """
+:root { --ink: #1c2430; --soft: #667085; --line: #e3e7ee; --page: #f6f7f9; --card: #fff;
+        --good: #137a4b; --good-bg: #e5f5ec; --bad: #b4380f; --bad-bg: #fdeee7; --mark: #3056d3; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e8ef; --soft: #97a1b2; --line: #2b3340; --page: #12161c; --card: #1a2029;
+          --good: #5dcb95; --good-bg: #173326; --bad: #ff9a6c; --bad-bg: #3a2117; --mark: #8aa6ff; } }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
+main { max-width: 1080px; margin: 0 auto; padding: 40px 24px 80px }
+h1 { font-size: 26px; line-height: 1.25; margin: 0 0 4px; letter-spacing: -.01em }
+h2 { font-size: 17px; margin: 36px 0 10px; overflow-wrap: anywhere }
+h2 small { color: var(--soft); font-weight: 400; font-size: 14px; margin-left: 8px }
+.sub { color: var(--soft); margin: 0 0 24px }
+.strip { display: flex; flex-wrap: wrap; gap: 12px }
+.tile { flex: 1 1 130px; background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+        padding: 12px 16px }
+.tile b { display: block; font-size: 24px; line-height: 1.2; font-variant-numeric: tabular-nums }
+.tile span { color: var(--soft); font-size: 13px }
+.good b { color: var(--good) } .bad b { color: var(--bad) }
+.bar { height: 8px; border-radius: 4px; background: var(--bad-bg); margin: 16px 0 24px; overflow: hidden }
+.bar i { display: block; height: 100%; background: var(--good) }
+.controls { display: flex; gap: 10px; align-items: center; position: sticky; top: 0; padding: 10px 0;
+            background: var(--page) }
+input, select { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line);
+                border-radius: 8px; padding: 7px 12px }
+input { flex: 1; min-width: 0 }
+:is(input, select):focus-visible { outline: 2px solid var(--mark); outline-offset: 1px }
+.wrap { background: var(--card); border: 1px solid var(--line); border-radius: 10px; overflow-x: auto }
+table { border-collapse: collapse; width: 100% }
+th { text-align: left; font-size: 12px; font-weight: 600; color: var(--soft); padding: 8px 14px }
+td { border-top: 1px solid var(--line); padding: 8px 14px; vertical-align: top }
+td.n, th.n { text-align: right; width: 64px; font-variant-numeric: tabular-nums }
+td.op { width: 170px } td.at { width: 320px } td.is { width: 110px; text-align: right }
+h2 code { font-size: 15px; font-weight: 600 }
+code { font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere }
+.pill { display: inline-block; font-size: 12px; font-weight: 600; border-radius: 99px; padding: 0 9px }
+.fused .pill { background: var(--good-bg); color: var(--good) }
+.unfused .pill { background: var(--bad-bg); color: var(--bad) }
+.none { color: var(--soft); padding: 24px 0 }
+[hidden] { display: none !important }
+"""
+
+_SCRIPT = """
+const text = document.querySelector('#text'), status = document.querySelector('#status');
+function show() {
+  const words = text.value.toLowerCase().split(/\\s+/).filter(Boolean);
+  let any = false;
+  for (const section of document.querySelectorAll('section')) {
+    let some = false;
+    for (const row of section.querySelectorAll('tbody tr')) {
+      const content = (section.dataset.kernel + ' ' + row.dataset.all).toLowerCase();
+      row.hidden = !(words.every(w => content.includes(w)) &&
+                     (!status.value || row.classList.contains(status.value)));
+      some ||= !row.hidden;
+    }
+    section.hidden = !some;
+    any ||= some;
+  }
+  document.querySelector('.none').hidden = any;
+}
+text.addEventListener('input', show); status.addEventListener('change', show); show();
+"""
+
+
+def _page(report: Report) -> str:
+    sections = []
+    if report.unfused:
+        sections.append(_section("Left unfused", report.unfused, last_column="reason"))
+    for kernel, sites in _by_kernel(report.fused).items():
+        sections.append(_section(kernel, sites, last_column="pattern"))
+    controls = _CONTROLS if report.sites else ""
+    script = f"<script>{_SCRIPT}</script>" if report.sites else ""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Fusion report: {html.escape(report.target)}</title><style>{_STYLE}</style></head>\n"
+        f"<body><main>\n<h1>{html.escape(_headline(report)).capitalize()}</h1>\n"
+        f'<p class="sub">Compiled for {html.escape(report.target)}</p>\n'
+        f"{_strip(report)}\n{controls}\n" + "\n".join(sections) + f"\n</main>{script}</body></html>\n"
+    )
+
+
+_CONTROLS = """<div class="controls">
+<input id="text" type="search" aria-label="Filter sites"
+       placeholder="Filter: operation, file, kernel, reason">
+<select id="status" aria-label="Status"><option value="">all sites</option>
+<option value="unfused">unfused</option><option value="fused">fused</option></select></div>
+<p class="none" hidden>No site matches.</p>"""
+
+
+def _strip(report: Report) -> str:
+    kernels = len(_by_kernel(report.fused))
+    unfused = len(report.unfused)
+    tiles = [
+        ("good", len(report.fused), "sites fused"),
+        ("bad" if unfused else "", unfused, "sites unfused"),
+        ("", kernels, "distinct kernels"),
+        ("", report.dispatches, "custom dispatches per call"),
+    ]
+    strip = "".join(
+        f'<div class="tile {kind}"><b>{n}</b><span>{what}</span></div>' for kind, n, what in tiles
+    )
+    share = 100 * len(report.fused) / len(report.sites) if report.sites else 100
+    return f'<div class="strip">{strip}</div>\n<div class="bar"><i style="width:{share:.1f}%"></i></div>'
+
+
+def _section(title: str, sites: Iterable[Site], *, last_column: Literal["reason", "pattern"]) -> str:
+    counted = _counted(sites)
+    total = sum(count for _, count in counted)
+    rows = "\n".join(_row(site, count, last_column) for site, count in counted)
+    heading = html.escape(title) if last_column == "reason" else f"<code>{html.escape(title)}</code>"
+    return (
+        f'<section data-kernel="{html.escape(title)}"><h2>{heading}'
+        f"<small>{total} site{'s' * (total != 1)}</small></h2>\n"
+        f'<div class="wrap"><table><thead><tr><th class="n">sites</th><th>operation</th><th>source</th>'
+        f"<th>{last_column}</th><th></th></tr></thead><tbody>\n{rows}\n</tbody></table></div></section>"
+    )
+
+
+def _row(site: Site, count: int, last_column: str) -> str:
+    last = site.reason if last_column == "reason" else site.pattern
+    source = f'<code title="{html.escape(site.location)}">{html.escape(_short(site.location))}</code>'
+    everything = " ".join(filter(None, (site.op, site.location, site.pattern, site.reason)))
+    return (
+        f'<tr class="{site.status}" data-all="{html.escape(everything)}"><td class="n">{count}</td>'
+        f'<td class="op"><code>{html.escape(site.op)}</code></td>'
+        f'<td class="at">{source}</td>'
+        f'<td>{html.escape(last or "")}</td><td class="is"><span class="pill">{site.status}</span></td></tr>'
+    )

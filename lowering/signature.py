@@ -1,0 +1,238 @@
+"""What a compiled function takes and returns, as JSON inside the program.
+
+The compiler writes one ``Signature`` per exported function, under ``SIGNATURE_KEY`` of its
+``iree.reflection``; the runtime checks every call against it.  Both sides import this module, so
+it needs nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import operator
+import platform
+import re
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, get_args
+
+SIGNATURE_KEY = "vmfuse.signature"
+PARAMETER_SCOPE = "model"
+VERSION = 1
+
+Dim = int | str | None
+"""A size; a symbol or an expression of symbols in ``+ - * // %``; None: whatever it is."""
+
+Symbols = dict[str, int]
+
+Strides = Literal["column", "column_tma", "ue8m0_packed"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor argument or result.
+
+    dtype: torch's name, 'bfloat16'.  shape: None when even the rank is unstated; the same symbol
+    has the same value in every shape of a signature.
+    strides (results only), a column-major scale layout: the program returns the physical buffer, [S, M] for
+    ``column`` and [S, Mp], Mp = M rounded up to 4, for ``column_tma`` and ``ue8m0_packed``; ``shape`` is the
+    logical one, leading dims of product M + (S,), and each of the leading sizes follows from the arguments'
+    symbols.  S is the groups in a row, for ``ue8m0_packed`` (dtype int32) the groups of four of them.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...] | None
+    strides: Strides | None = None
+
+    def __str__(self) -> str:
+        sizes = "..." if self.shape is None else ", ".join("?" if d is None else str(d) for d in self.shape)
+        return f"{self.dtype}[{sizes}]"
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A leaf of the argument or result tree that is no tensor: its value was burned in."""
+
+    value: int | float | bool | str | None
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The parameter archive a program needs: its scope, and ``parameter_digest`` of the file."""
+
+    scope: str
+    digest: str
+
+
+Leaf = TensorSpec | Constant
+
+
+@dataclass(frozen=True)
+class Signature:
+    """One exported function.
+
+    target, backend, arch: as in ``lowering.targets``; for the cpu, ``arch`` is ``host_arch()`` of the
+    machine whose instructions are used, or 'native' or '' when nothing is to be checked.
+    inputs, outputs: one entry per leaf of the trees, in order; None when unstated (no checks; every
+    result is returned as the runtime describes it).
+    input_tree, output_tree: ``torch.utils._pytree.treespec_dumps`` of ``(args, kwargs)`` and of the
+    result; None: the arguments are the leaves, the result is a flat tuple, or bare if there is one.
+    """
+
+    target: str
+    backend: str
+    arch: str
+    inputs: tuple[Leaf, ...] | None = None
+    outputs: tuple[Leaf, ...] | None = None
+    input_tree: str | None = None
+    output_tree: str | None = None
+    parameters: Parameters | None = None
+    version: int = VERSION
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @staticmethod
+    def from_json(text: str) -> Signature:
+        """Raises ValueError when ``text`` is no signature, or one of a later version."""
+        try:
+            data = json.loads(text)
+            if data["version"] > VERSION:
+                raise ValueError(f"its signature has version {data['version']}, this vmfuse reads {VERSION}")
+            data["inputs"] = _leaves(data["inputs"])
+            data["outputs"] = _leaves(data["outputs"])
+            data["parameters"] = Parameters(**data["parameters"]) if data["parameters"] else None
+            return Signature(**{field.name: data[field.name] for field in fields(Signature)})
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"its signature cannot be read ({error})") from error
+
+
+def _leaves(items: list[dict[str, Any]] | None) -> tuple[Leaf, ...] | None:
+    return None if items is None else tuple(_leaf(item) for item in items)
+
+
+def _leaf(item: dict[str, Any]) -> Leaf:
+    if "value" in item:
+        return Constant(item["value"])
+    shape = None if item["shape"] is None else tuple(item["shape"])
+    if item["strides"] not in (None, *get_args(Strides)):
+        raise ValueError(f"its signature names the unknown strides {item['strides']!r}")
+    return TensorSpec(item["name"], item["dtype"], shape, item["strides"])
+
+
+# --- sizes -------------------------------------------------------------------------------------
+
+_ARITHMETIC: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
+
+
+def resolve(dim: Dim, symbols: Mapping[str, int]) -> int | None:
+    """The value of ``dim``; None when it is unstated or names a symbol that has no value."""
+    if isinstance(dim, int) or dim is None:
+        return dim
+    if dim in symbols:
+        return symbols[dim]
+    try:
+        return _evaluate(ast.parse(dim, mode="eval").body, symbols)
+    except (KeyError, SyntaxError, ZeroDivisionError):
+        return None
+
+
+def _evaluate(node: ast.expr, symbols: Mapping[str, int]) -> int:
+    """Raises KeyError for anything but integers, known symbols and their arithmetic."""
+    if isinstance(node, ast.BinOp):
+        return _ARITHMETIC[type(node.op)](_evaluate(node.left, symbols), _evaluate(node.right, symbols))
+    if isinstance(node, ast.Constant) and isinstance(node.value, int):
+        return node.value
+    if isinstance(node, ast.Name):
+        return symbols[node.id]
+    raise KeyError(ast.dump(node))
+
+
+# --- parameter archives ------------------------------------------------------------------------
+
+_IRPA_HEADER = struct.Struct("<4sHHQQQQ6Q")
+_SAMPLES = 256
+_SAMPLE_BYTES = 4096
+
+
+def parameter_digest(path: str | Path) -> str:
+    """A digest of an .irpa file, cheap for any size: its index, its length, and samples of its data.
+
+    It tells a file from the one a program was compiled with, and finds a truncated one; it reads at
+    most a few megabytes, so it does not see every changed bit.  Raises ValueError if ``path`` is no
+    complete .irpa file, OSError if it cannot be read.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        data_begin = _irpa_data_offset(file, size)
+        digest = hashlib.sha256(str(size).encode())
+        file.seek(0)
+        digest.update(file.read(data_begin))
+        step = max(_SAMPLE_BYTES, (size - data_begin) // _SAMPLES)
+        for offset in (*range(data_begin, size, step), max(data_begin, size - _SAMPLE_BYTES)):
+            file.seek(offset)
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:32]
+
+
+def _irpa_data_offset(file: BinaryIO, size: int) -> int:
+    """Where the data of the archive begins: behind its header, entries and metadata."""
+    header = file.read(_IRPA_HEADER.size)
+    if not header.startswith(b"IRPA"):
+        raise ValueError("it is not an .irpa parameter archive")
+    if len(header) < _IRPA_HEADER.size:
+        raise ValueError("it is truncated")
+    offset, length = _IRPA_HEADER.unpack(header)[-2:]
+    if offset + length > size:
+        raise ValueError(f"it is truncated: {size} bytes of {offset + length}")
+    return offset
+
+
+# --- the machine -------------------------------------------------------------------------------
+
+# Instruction sets that compilers choose by themselves, where /proc/cpuinfo and LLVM agree on the
+# name but for punctuation.
+_VECTOR_FEATURE = re.compile(r"avx|fma|f16c|bmi2|amx|asimd|sve|i8mm|bf16")
+
+
+def host_arch() -> str:
+    """This machine's processor and vector instruction sets, e.g. 'x86_64+avx+avx2+fma'."""
+    return "+".join((platform.machine(), *sorted(_host_features())))
+
+
+def _host_features() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    match = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    words = match.group(1).split() if match else []
+    return {_plain(word) for word in words if _VECTOR_FEATURE.match(word)}
+
+
+def _plain(feature: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", feature.lower())
+
+
+def missing_on_host(arch: str) -> str | None:
+    """What this machine lacks to run code for ``arch`` (a ``host_arch()`` or LLVM's spelling), or None."""
+    machine, *features = arch.split("+")
+    if machine in ("", "native"):
+        return None
+    if machine != platform.machine():
+        return f"a {machine} processor (this is {platform.machine()})"
+    present = _host_features()
+    missing = [name for name in features if _VECTOR_FEATURE.match(name) and _plain(name) not in present]
+    # Without /proc/cpuinfo nothing is known, and nothing is refused.
+    return ", ".join(missing) if present and missing else None

@@ -1,0 +1,60 @@
+"""Step 4, sink views: a view between a producer and a quantization moves below the quantization."""
+
+from __future__ import annotations
+
+from iree.compiler import ir
+
+from patterns import canonical, torch_ir, views
+
+
+def sink_views(function: ir.Operation) -> None:
+    """Move the views between a producer and a ``vmfuse.group_quant`` below it, whole chains, in place.
+
+    Where groups would not survive, the quantization keeps the reason for the report.  Behind any
+    other value views stay: they hide nothing there.
+    """
+    for op in [op.operation for op in torch_ir.block_of(function).operations]:
+        if torch_ir.op_name(op) == canonical.GROUP_QUANT:
+            while (below := _sink_one(op)) is not None:
+                op = below
+    torch_ir.erase_dead(torch_ir.block_of(function))
+
+
+def _sink_one(quant: ir.Operation) -> ir.Operation | None:
+    """Move the view right above ``quant`` below it; the new quantization, or None if there is none."""
+    view = torch_ir.producer(quant.operands[0])
+    if view is None or not views.is_view(view) or not _starts_at_producer(view):
+        return None
+    blocked = views.why_blocked(view, canonical.quantization(quant))
+    if blocked is not None:
+        quant.attributes[canonical.BLOCKED] = ir.StringAttr.get(blocked)
+        return None
+    return _quantize_first(view, quant)
+
+
+def _quantize_first(view: ir.Operation, quant: ir.Operation) -> ir.Operation:
+    quantization = canonical.quantization(quant)
+    before, after = torch_ir.tensor_type(view.operands[0]), torch_ir.tensor_type(view.result)
+    assert before is not None and after is not None
+    q_type, scale_type = canonical.quantized_types(after, quantization)
+    with ir.InsertionPoint(view), quant.location:
+        new = canonical.create(
+            canonical.GROUP_QUANT,
+            [view.operands[0]],
+            canonical.quantized_types(before, quantization),
+            contract=quant.attributes["contract"],
+            site=quant.attributes[canonical.SITE],
+        )
+        q = views.replay(view, new.results[0], q_type)
+        scale = views.replay(view, new.results[1], scale_type)
+    quant.results[0].replace_all_uses_with(q)
+    quant.results[1].replace_all_uses_with(scale)
+    quant.erase()
+    return new
+
+
+def _starts_at_producer(view: ir.Operation) -> bool:
+    source: ir.Operation | None = view
+    while source is not None and views.is_view(source):
+        source = torch_ir.producer(source.operands[0])
+    return source is not None and torch_ir.op_name(source) in canonical.PRODUCERS

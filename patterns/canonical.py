@@ -1,0 +1,151 @@
+"""The canonical operations every spelling is raised to, and the fused row operation.
+
+They are ``torch.operator`` ops whose names start with ``vmfuse.`` and whose attributes hold one of
+the frozen values of ``patterns.contracts``:
+
+``vmfuse.rms_norm``              x, [residual], [weight] -> y, [sum]        contract: RmsNorm
+``vmfuse.gated_activation``      gate_up (packed) or gate, up -> y          contract: GatedActivation
+``vmfuse.group_quant``           x -> q, scale                             contract: Quantization
+``vmfuse.block_scaled_matmul``   a, b, a_scale, b_scale -> out
+``vmfuse.row``                   x, [up], [residual], [weight] -> [sum], [y], (q, scale)*   spec: RowSpec
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+from iree.compiler import ir
+
+from . import torch_ir
+from .contracts import GatedActivation, Quantization, RmsNorm, RowSpec
+from .torch_ir import TensorType
+
+RMS_NORM = "vmfuse.rms_norm"
+GATED_ACTIVATION = "vmfuse.gated_activation"
+GROUP_QUANT = "vmfuse.group_quant"
+BLOCK_SCALED_MATMUL = "vmfuse.block_scaled_matmul"
+# What makes the value a row kernel quantizes.
+PRODUCERS = (RMS_NORM, GATED_ACTIVATION)
+ROW = "vmfuse.row"
+
+# A site's number in the ledger, and the numbers of the sites a fused operation stands for.
+SITE = "site"
+SITES = "sites"
+# On a group_quant: why it could not be moved above the views between it and its norm.
+BLOCKED = "blocked"
+
+T = TypeVar("T")
+
+
+def quantized_types(y: TensorType, quantization: Quantization) -> tuple[TensorType, TensorType]:
+    """The types of q and scale when ``quantization`` is done to a tensor of type ``y``."""
+    hidden = y.shape[-1]
+    assert hidden is not None
+    groups = quantization.groups(hidden)
+    packed = quantization.layout == "ue8m0_packed"
+    scale = y.with_last(-(-groups // 4), "int32") if packed else y.with_last(groups, "float32")
+    return y.with_last(hidden, quantization.dtype), scale
+
+
+def create(
+    name: str, operands: Sequence[ir.Value], results: Sequence[TensorType], **attributes: ir.Attribute
+) -> ir.Operation:
+    """A canonical operation at the current insertion point."""
+    return ir.Operation.create(
+        "torch.operator",
+        results=[result.torch() for result in results],
+        operands=list(operands),
+        attributes={"name": ir.StringAttr.get(name), **attributes},
+        regions=0,
+    )
+
+
+def to_attribute(value: Any) -> ir.Attribute:
+    """A frozen contract value as an MLIR attribute: a dictionary of the fields that are not at their default.
+
+    A field that is None and has no default is left out as well.
+    """
+    if is_dataclass(value):
+        items = {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default}
+        return ir.DictAttr.get({k: to_attribute(v) for k, v in items.items() if v is not None})
+    if isinstance(value, tuple):
+        return ir.ArrayAttr.get([to_attribute(item) for item in value])
+    if isinstance(value, bool):
+        return ir.BoolAttr.get(value)
+    if isinstance(value, int):
+        return ir.IntegerAttr.get(ir.IntegerType.get_signless(64), value)
+    if isinstance(value, float):
+        return ir.FloatAttr.get_f64(value)
+    return ir.StringAttr.get(str(value))
+
+
+def from_attribute(kind: type[T], attribute: ir.Attribute) -> T:
+    """The contract value of type ``kind`` that ``to_attribute`` wrote."""
+    dictionary = ir.DictAttr(attribute)
+    present = {item.name: item.attr for item in dictionary}
+    hints = _hints(kind)
+    required = {f.name: None for f in fields(kind) if f.default is MISSING}  # type: ignore[arg-type]
+    return kind(**{**required, **{name: _decode(hints[name], attr) for name, attr in present.items()}})
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _decode(hint: Any, attribute: ir.Attribute) -> Any:
+    if isinstance(attribute, ir.DictAttr):
+        return from_attribute(_without_none(hint), attribute)
+    if isinstance(attribute, ir.ArrayAttr):
+        item = typing.get_args(hint)[0]
+        return tuple(_decode(item, entry) for entry in ir.ArrayAttr(attribute))
+    return getattr(attribute, "value", attribute)
+
+
+def _without_none(hint: Any) -> Any:
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    return hint
+
+
+def norm_contract(op: ir.Operation) -> RmsNorm:
+    """What a ``vmfuse.rms_norm`` computes."""
+    return from_attribute(RmsNorm, op.attributes["contract"])
+
+
+def gate_contract(op: ir.Operation) -> GatedActivation:
+    """What a ``vmfuse.gated_activation`` computes."""
+    return from_attribute(GatedActivation, op.attributes["contract"])
+
+
+def quantization(op: ir.Operation) -> Quantization:
+    """What a ``vmfuse.group_quant`` computes."""
+    return from_attribute(Quantization, op.attributes["contract"])
+
+
+def row_spec(op: ir.Operation) -> RowSpec:
+    """What a ``vmfuse.row`` computes."""
+    return from_attribute(RowSpec, op.attributes["spec"])
+
+
+def site_name(op: ir.Operation) -> str | None:
+    """What the report calls the site ``op`` is; None if it is not one and only carries meaning on."""
+    name = torch_ir.op_name(op)
+    if name == GATED_ACTIVATION:
+        return f"{gate_contract(op).activation}_mul"
+    return {RMS_NORM: "rms_norm", GROUP_QUANT: "group_quant"}.get(name)
+
+
+def site_of(op: ir.Operation) -> int:
+    """The ledger's number of a norm or quantization."""
+    return ir.IntegerAttr(op.attributes[SITE]).value
+
+
+def sites_of(op: ir.Operation) -> list[int]:
+    """The ledger's numbers of all that a ``vmfuse.row`` stands for."""
+    return [ir.IntegerAttr(item).value for item in ir.ArrayAttr(op.attributes[SITES])]

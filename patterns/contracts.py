@@ -1,0 +1,141 @@
+"""The values that say what a site computes, bit for bit.
+
+Patterns attach them to operations, the report prints them and the kernels are
+specialised by them; nothing here knows about IR, targets or compilers.  The
+meaning of every field follows the serving stacks (vLLM, AITER, FlashInfer,
+DeepGEMM, torch.nn.RMSNorm); where those disagree the field exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Rounding = Literal["once", "twice", "none"]
+Residual = Literal["exact", "rounded"]
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+ScaleEncoding = Literal["float32", "ue8m0"]
+ScaleLayout = Literal["row", "column", "column_tma", "ue8m0_packed"]
+Division = Literal["true", "reciprocal"]
+
+LARGEST_FINITE = {
+    "float8_e4m3fn": 448.0,
+    "float8_e4m3fnuz": 240.0,
+    "float8_e5m2": 57344.0,
+    "int8": 127.0,
+}
+
+
+@dataclass(frozen=True)
+class RmsNorm:
+    """``y = x32 * rstd * w`` over the last axis, ``rstd = 1/sqrt(sum(x32^2)/H + eps)``.
+
+    rounding
+        ``once``: y = round(x32*rstd*w), torch.nn.RMSNorm and FlashInfer.
+        ``twice``: y = round(round(x32*rstd) * w), Hugging Face and vLLM CUDA: the
+        inner rounding is to x's dtype, the product is taken in the promoted dtype of
+        x and w and rounded to it.
+        ``none``: float32 goes on into the quantizations unrounded, AITER.
+    residual
+        None: there is no add before the norm and x32 = float32(x).
+        ``exact``: x32 = float32(x) + float32(residual), not rounded before the
+        statistic (the fused ops of vLLM and FlashInfer).
+        ``rounded``: x32 = float32(round(x + residual)), what an eager ``x + residual``
+        followed by a norm computes.
+        Either way the residual written back is round(x + residual) in x's dtype.
+    weight_offset
+        w = float32(weight) + weight_offset, added in float32 (Gemma stores w - 1).  Such a w is float32:
+        under ``twice`` the product is too.
+    """
+
+    eps: float
+    rounding: Rounding = "once"
+    residual: Residual | None = None
+    weight_offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class GatedActivation:
+    """``y = act(gate) * up`` of two tensors [T, H], or of one [T, 2H] that holds gate, then up, in each row.
+
+    rounding
+        ``once``: y = round(act32(gate) * up32), the fused ops of the serving stacks.
+        ``twice``: y = round(round(act32(gate)) * up), an eager ``act(gate) * up``.
+        ``none``: float32 goes on into the quantizations unrounded.
+    activation
+        In float32: ``silu``: g / (1 + exp(-g)), within 2 units in the last place; ``gelu``:
+        g/2 * (1 + erf(g/sqrt(2))), and ``gelu_tanh``, its tanh approximation, within 2.1 units for g >= 0 and
+        |g| * 2^-23 below, where the sum cancels in eager torch as well.
+    """
+
+    activation: Activation
+    rounding: Rounding = "once"
+    packed: bool = True
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Group quantization along the last axis: one scale per ``group`` elements, or per row (None).
+
+    In float32, for each group:
+        amax = min(max(max|y|, amax_floor), amax_ceiling)
+        scale = amax / qmax (``scale_division`` true) or amax * float32(1/qmax) (reciprocal)
+        scale = max(scale, scale_floor)
+        ``ue8m0``: scale = 2^ceil(log2(scale)), the exponent kept in [-126, 127]
+        q = clamp(y / scale, -qmax, qmax) (``quotient`` true) or of y * (1/scale) (reciprocal),
+            rounded to nearest even.
+    qmax is the largest finite value of ``dtype`` unless ``limit`` says otherwise (vLLM's 224 for e4m3fnuz).
+    A NaN in a group makes its scale NaN and, in a float dtype, every q NaN.  In int8, where torch leaves the
+    conversion of NaN undefined, a NaN quotient becomes 0.
+
+    Layouts, for q of [M, K] and Gn scales a row: ``row`` is [M, Gn] row major; ``column`` a logical
+    [M, Gn] with strides (1, M); ``column_tma`` with strides (1, Mp), Mp = M rounded up to 4, pad rows
+    zero.  Their scales are float32, powers of two under ``ue8m0``.  ``ue8m0_packed`` (scale encoding ue8m0
+    only) is int32 [M, ceil(Gn/4)] with strides (1, Mp): byte ((g//4)*Mp + m)*4 + g%4 is the biased
+    exponent of scale (m, g), 255 for NaN; pad bytes and pad rows are zero.
+
+    Sources: vLLM per_token_group_quant_fp8 and its fused kernels, AITER, FlashInfer, DeepGEMM.
+    """
+
+    group: int | None
+    dtype: str = "float8_e4m3fn"
+    scale: ScaleEncoding = "float32"
+    layout: ScaleLayout = "row"
+    amax_floor: float = 1e-10
+    amax_ceiling: float | None = None
+    scale_floor: float = 0.0
+    scale_division: Division = "true"
+    quotient: Division = "true"
+    limit: float | None = None
+
+    @property
+    def qmax(self) -> float:
+        return LARGEST_FINITE[self.dtype] if self.limit is None else self.limit
+
+    def groups(self, hidden: int) -> int:
+        """Scales in a row of ``hidden`` elements."""
+        return 1 if self.group is None else hidden // self.group
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """One fused site: what a kernel reads, computes and writes for each row of [T, hidden].
+
+    The producer of y is ``norm``, ``gate`` or, with neither, x itself.
+    Reads x (gate and up in one tensor [T, 2*hidden] if the gate is packed), then up if it is not, then
+    residual if the norm has one, then weight (``weight_dtype`` not None).
+    Writes, in this order: the residual sum (``writes_sum``), y rounded to ``dtype`` (``writes_y``), and q and
+    scale of every quantization.
+    """
+
+    hidden: int
+    dtype: str
+    norm: RmsNorm | None = None
+    gate: GatedActivation | None = None
+    weight_dtype: str | None = None
+    writes_sum: bool = False
+    writes_y: bool = False
+    quantizations: tuple[Quantization, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

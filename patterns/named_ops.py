@@ -1,0 +1,594 @@
+"""Operations that other libraries have a name for, and what each of them computes: one table.
+
+A row maps a name to the canonical op or ops it stands for: which argument holds what, by the
+argument's name, and the contract, field by field, as a value or as the argument that gives it.
+A row may be a norm or a gated activation, a quantization, or the one and then the other.
+
+An operation that writes into its arguments has no place in a functional program; ``functional`` is
+the name of its twin, which takes the same arguments and returns what would have been written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from iree.compiler import ir
+
+from . import canonical, torch_ir
+from .contracts import LARGEST_FINITE, GatedActivation, Quantization, RmsNorm
+from .recogniser import Raised
+from .torch_ir import TensorType
+
+FUNCTIONAL = "vmfuse_functional"
+# What the twin of a quantization is told besides: how the caller laid out the tensor for the scales.
+LAYOUT = "scale_layout"
+
+Role = Literal["y", "sum", "q", "scale"]
+
+_FLOATS = ("float32", "bfloat16", "float16", "float64")
+_EPSILON = {"bfloat16": 2.0**-23, "float16": 2.0**-23, "float32": 2.0**-23, "float64": 2.0**-52}
+
+
+@dataclass(frozen=True)
+class Arg:
+    """A field of a contract that an argument of the call gives; ``becomes`` translates its values."""
+
+    name: str
+    becomes: Mapping[Any, Any] | None = None
+
+
+Fields = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class NamedOp:
+    """One row: ``name`` with its ``schema`` stands for ``norm`` or ``gate``, then ``quantization``.
+
+    results
+        What the results are; of an operation that writes into its arguments, what those become.
+    norm, gate, quantization
+        Fields of the contracts; None where the operation has no such part.
+    x, weight, residual
+        Names of the arguments that hold the tensors.
+    shape
+        The argument that lists the normalized axes; only the last one is a norm as meant here.
+    lower
+        The argument that holds the lower bound of the quantized values, which must be minus the upper one.
+    requires
+        What other arguments must be; with any other value the operation is not recognised.
+    """
+
+    name: str
+    schema: str
+    results: tuple[Role, ...]
+    x: str = "input"
+    weight: str | None = None
+    residual: str | None = None
+    norm: Fields | None = None
+    gate: Fields | None = None
+    quantization: Fields | None = None
+    shape: str | None = None
+    lower: str | None = None
+    requires: Fields = field(default_factory=dict)
+
+    @cached_property
+    def arguments(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in _arguments(self.schema))
+
+    @cached_property
+    def required(self) -> int:
+        """How many arguments come before the first that has a default."""
+        inside = self.schema[: self.schema.rindex("->")]
+        return (
+            len(_arguments(f"{inside[: inside.find('=')]}) ->")) - 1 if "=" in inside else len(self.arguments)
+        )
+
+    @cached_property
+    def mutated(self) -> tuple[str, ...]:
+        """The arguments it writes into."""
+        return tuple(name for name, type_ in _arguments(self.schema) if "!" in type_)
+
+    @property
+    def functional(self) -> str:
+        return f"{FUNCTIONAL}::{self.name.replace('::', '__')}"
+
+    @cached_property
+    def functional_schema(self) -> str:
+        """The twin's schema: nothing is written, everything that was is returned."""
+        inside = self.schema[: self.schema.rindex("->")].replace("!", "").strip()
+        if "scale" in self.results:
+            inside = f"{inside[:-1]}, str {LAYOUT}='row')"
+        return f"{inside} -> ({', '.join('Tensor' for _ in self.mutated)})"
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """Names in the torch dialect."""
+        names = (self.name, self.functional) if self.mutated else (self.name,)
+        return tuple(f"torch.{name.replace('::', '.')}" for name in names)
+
+    def recognise(self, op: ir.Operation) -> Raised | None:
+        call = _Call.of(self, op)
+        if call is None or not all(call.value(name) == value for name, value in self.requires.items()):
+            return None
+        producer = self._producer(call)
+        if self.quantization is None or producer is None:
+            return producer
+        quantized = call.source if producer is call.source else producer.results[0]
+        if isinstance(quantized, ir.Value):
+            quantized = torch_ir.tensor_type(quantized)
+        return self._quantization(call, producer, quantized)
+
+    def _producer(self, call: _Call) -> Any:
+        """What makes the row: a Raised, x itself where nothing does, or None if it cannot be told."""
+        if self.norm is not None:
+            return self._norm(call, self.norm)
+        if self.gate is not None:
+            return self._gate(call, self.gate)
+        return call.tensors["x"]
+
+    def _norm(self, call: _Call, row: Fields) -> Raised | None:
+        values = call.fields(row)
+        if values is None or not self._fits(call):
+            return None
+        if values.get("eps") is None:  # torch's default
+            values["eps"] = _EPSILON[call.x.dtype]
+        weight = call.types.get("weight")
+        y = call.types.get("y") or _with_dtype(call.x, "float32")
+        values["rounding"] = _rounding(values.get("rounding", "once"), call.x, weight, y)
+        contract = RmsNorm(**values)
+        if "y" in self.results and y != _with_dtype(call.x, _norm_dtype(contract, call.x, weight)):
+            return None
+        operands = [call.tensors[name] for name in ("x", "residual", "weight") if name in call.tensors]
+        results = [call.tensors.get("y", y)]
+        if contract.residual is not None:
+            results.append(call.tensors.get("sum", call.x))
+        return Raised(canonical.RMS_NORM, contract, operands, results)
+
+    def _fits(self, call: _Call) -> bool:
+        """Whether the tensors are those of a norm over the last axis."""
+        weight, residual = call.types.get("weight"), call.types.get("residual")
+        return (
+            (weight is None or (weight.shape == (call.hidden,) and weight.dtype in _FLOATS))
+            and (residual is None or residual == call.x)
+            and (self.shape is None or call.value(self.shape) == [call.hidden])
+        )
+
+    def _gate(self, call: _Call, row: Fields) -> Raised | None:
+        values = call.fields(row)
+        if values is None or call.hidden is None or call.hidden % 2:
+            return None
+        rounding = values.get("rounding", "once")
+        if rounding == "twice" and call.x.dtype == "float32":
+            values["rounding"] = "once"  # nothing is rounded in between, and one contract is enough
+        y = call.x.with_last(call.hidden // 2, "float32" if rounding == "none" else None)
+        if "y" in self.results and call.types["y"] != y:
+            return None
+        contract = GatedActivation(**values)
+        return Raised(canonical.GATED_ACTIVATION, contract, [call.tensors["x"]], [call.tensors.get("y", y)])
+
+    def _quantization(self, call: _Call, producer: Any, y: TensorType | None) -> Raised | None:
+        values = call.fields(self.quantization or {})
+        if values is None or y is None or y.shape[-1] is None:
+            return None
+        q, scale = call.types["q"], call.types["scale"]
+        limit, fnuz_limit = values.pop("limit", None), values.pop("fnuz_limit", None)
+        limit = fnuz_limit if q.dtype == "float8_e4m3fnuz" and fnuz_limit is not None else limit
+        if q.dtype not in LARGEST_FINITE or (self.lower and call.value(self.lower) != -limit):
+            return None
+        largest = LARGEST_FINITE[q.dtype]
+        values["limit"] = None if limit == largest else limit
+        values["group"] = values["group"] if values["group"] > 0 else None  # ours, for the whole row
+        if scale.dtype == "int32":
+            values["layout"] = "ue8m0_packed"
+        contract = Quantization(dtype=q.dtype, **values)
+        if (contract.layout == "ue8m0_packed") != (scale.dtype == "int32"):
+            return None
+        if contract.qmax > largest:
+            return None
+        if (q, scale) != canonical.quantized_types(y, contract):
+            return None
+        return Raised(canonical.GROUP_QUANT, contract, [producer], [call.tensors["q"], call.tensors["scale"]])
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The operands and results of one operation, by name and by role."""
+
+    operands: Mapping[str, ir.Value]
+    tensors: Mapping[str, ir.Value]
+    types: Mapping[str, TensorType]
+
+    @staticmethod
+    def of(row: NamedOp, op: ir.Operation) -> _Call | None:
+        """None where the operation is not of the row's schema."""
+        names = row.arguments
+        if len(op.operands) == len(names) + 1 and row.mutated and "scale" in row.results:
+            names = (*names, LAYOUT)
+        # MLIR written by hand may leave out what the schema has a value for.
+        names = names[: max(len(op.operands), row.required)]
+        if len(op.operands) != len(names) or len(op.results) != len(row.results):
+            return None
+        operands = dict(zip(names, op.operands, strict=True))
+        tensors: dict[str, ir.Value] = dict(zip(row.results, op.results, strict=True))
+        for role, name in (("x", row.x), ("weight", row.weight), ("residual", row.residual)):
+            if name in operands and torch_ir.constant(operands[name]) is not None:
+                tensors[role] = operands[name]
+        types = {role: torch_ir.tensor_type(value) for role, value in tensors.items()}
+        known = {role: type_ for role, type_ in types.items() if type_ is not None}
+        x = known.get("x")
+        if len(known) != len(types) or x is None or not x.shape:
+            return None
+        return _Call(operands, tensors, known) if x.dtype in _FLOATS else None
+
+    @property
+    def x(self) -> TensorType:
+        return self.types["x"]
+
+    @property
+    def source(self) -> ir.Value:
+        return self.tensors["x"]
+
+    @property
+    def hidden(self) -> int | None:
+        return self.x.shape[-1]
+
+    def value(self, name: str) -> Any:
+        """What the argument ``name`` is; None too where only a twin has it."""
+        return torch_ir.constant(self.operands[name]) if name in self.operands else None
+
+    def fields(self, row: Fields) -> dict[str, Any] | None:
+        """The fields of ``row`` with arguments read; None if one of them is computed or unknown."""
+        values: dict[str, Any] = {}
+        for name, given in row.items():
+            value = given
+            if isinstance(given, Arg):
+                if given.name not in self.operands and given.becomes is None:
+                    continue  # the contract's default, which is the schema's
+                value = self.value(given.name)
+                if given.becomes is not None:
+                    value = given.becomes.get(value, torch_ir.NOT_CONSTANT)
+            if value is torch_ir.NOT_CONSTANT:
+                return None
+            values[name] = value
+        return values
+
+
+def _arguments(schema: str) -> list[tuple[str, str]]:
+    """Name and type of every argument of a schema, in its order."""
+    inside = schema[schema.index("(") + 1 : schema.rindex("->")].strip()[:-1]
+    parts = [part.split("=")[0].split() for part in re.split(r",\s*", inside)]
+    return [(part[-1], part[0]) for part in parts if part != ["*"]]
+
+
+def _with_dtype(type_: TensorType, dtype: str) -> TensorType:
+    """``type_`` with other elements."""
+    return TensorType(type_.shape, dtype)
+
+
+def _promoted(x: TensorType, weight: TensorType) -> str:
+    if weight.dtype == x.dtype:
+        return x.dtype
+    return "float64" if "float64" in (x.dtype, weight.dtype) else "float32"
+
+
+def _rounding(rounding: Any, x: TensorType, weight: TensorType | None, y: TensorType) -> Any:
+    """The rounding for the dtypes at hand.
+
+    Two roundings are one where there is no weight or nothing but float32, and where a weight of
+    another dtype gives a result in x's: there the product is taken in float32.
+    """
+    if rounding != "twice":
+        return rounding
+    one = weight is None or x.dtype == "float32" or (weight.dtype != x.dtype and y.dtype == x.dtype)
+    return "once" if one else "twice"
+
+
+def _norm_dtype(norm: RmsNorm, x: TensorType, weight: TensorType | None) -> str:
+    """The dtype of y."""
+    if norm.rounding == "none":
+        return "float32"
+    return _promoted(x, weight) if norm.rounding == "twice" and weight is not None else x.dtype
+
+
+# --- the table -------------------------------------------------------------------------------------
+#
+# How sure a row is: "read" means the schema and the arithmetic were read in the library's sources,
+# "numerics" that the arithmetic follows the numeric contracts this project wrote down, "memory" that
+# it was not looked up.  Where a library changed its arithmetic, the row says so.
+
+_PLAIN = {"eps": Arg("eps"), "rounding": "once"}
+_GEMMA = {"eps": Arg("eps"), "rounding": "once", "weight_offset": 1.0}
+
+_VLLM_NORM = {"eps": Arg("epsilon"), "rounding": "twice"}
+_AITER_NORM = {"eps": Arg("variance_epsilon"), "rounding": "once"}
+_AITER_UNROUNDED = {"eps": Arg("variance_epsilon"), "rounding": "none"}
+
+# vLLM's and SGLang's CUDA kernels: true divisions; every bound is an argument.
+_CUDA_QUANT = {
+    "group": Arg("group_size"),
+    "amax_floor": Arg("eps"),
+    "limit": Arg("fp8_max"),
+    "layout": Arg(LAYOUT, {None: "row", **{name: name for name in ("row", "column", "column_tma")}}),
+}
+_FLOAT_SCALE = {"scale_ue8m0": False}
+_UE8M0_SCALE = {"scale_ue8m0": True}
+_POWER_OF_TWO = {"scale": "ue8m0", "scale_floor": 1e-10}
+
+# AITER: products with reciprocals, for the scale and for the values.
+_AITER_QUANT = {
+    "group": Arg("group_size"),
+    "amax_floor": 1e-10,
+    "scale_division": "reciprocal",
+    "quotient": "reciprocal",
+}
+
+
+def _norms_of(namespace: str, pdl: str) -> Iterable[NamedOp]:
+    """The norms FlashInfer has, under its own name and under SGLang's, which are the same kernels."""
+    for prefix, norm in (("", _PLAIN), ("gemma_", _GEMMA)):
+        yield NamedOp(
+            f"{namespace}::{prefix}rmsnorm",
+            f"(Tensor! {'out' if namespace == 'flashinfer' else 'output'}, Tensor input, Tensor weight, "
+            f"float eps, {pdl}) -> ()",
+            ("y",),
+            weight="weight",
+            norm=norm,
+        )
+        yield NamedOp(
+            f"{namespace}::{prefix}fused_add_rmsnorm",
+            f"(Tensor! input, Tensor! residual, Tensor weight, float eps, {pdl}) -> ()",
+            ("y", "sum"),
+            weight="weight",
+            residual="residual",
+            norm={**norm, "residual": "exact"},
+        )
+
+
+def _gates_of(namespace: str, rounding: str, arguments: str) -> Iterable[NamedOp]:
+    """act(first half) * second half, as every library spells it."""
+    for prefix, activation in (("silu", "silu"), ("gelu", "gelu"), ("gelu_tanh", "gelu_tanh")):
+        yield NamedOp(
+            f"{namespace}::{prefix}_and_mul",
+            f"({arguments}) -> ()",
+            ("y",),
+            gate={"activation": activation, "rounding": rounding},
+        )
+
+
+def _cuda_quants(name: str, arguments: str) -> Iterable[NamedOp]:
+    """One quantization whose scales are float32 or powers of two, as an argument says."""
+    for requires, scale in ((_FLOAT_SCALE, {}), (_UE8M0_SCALE, _POWER_OF_TWO)):
+        yield NamedOp(
+            name,
+            f"({arguments}) -> ()",
+            ("q", "scale"),
+            quantization={**_CUDA_QUANT, **scale},
+            lower="fp8_min",
+            requires=requires,
+        )
+
+
+def _aiter_add_quants(orders: Iterable[tuple[Role, ...]]) -> Iterable[NamedOp]:
+    """vLLM has returned these three in two orders; the types tell which."""
+    for results in orders:
+        yield NamedOp(
+            "vllm::rocm_aiter_rmsnorm_with_add_fp8_group_quant",
+            "(Tensor x, Tensor residual, Tensor weight, float variance_epsilon, int group_size)"
+            " -> (Tensor, Tensor, Tensor)",
+            results,
+            x="x",
+            weight="weight",
+            residual="residual",
+            norm={**_AITER_UNROUNDED, "residual": "exact"},
+            quantization=_AITER_QUANT,
+        )
+
+
+_OURS = (  # read: they are this project's own, and PyTorch's
+    NamedOp(
+        "lowering::rms_norm",
+        "(Tensor x, Tensor? weight, float eps) -> Tensor",
+        ("y",),
+        x="x",
+        weight="weight",
+        norm=_PLAIN,
+    ),
+    NamedOp(
+        "lowering::add_rms_norm",
+        "(Tensor x, Tensor residual, Tensor? weight, float eps) -> (Tensor, Tensor)",
+        ("y", "sum"),
+        x="x",
+        weight="weight",
+        residual="residual",
+        norm={**_PLAIN, "residual": "exact"},
+    ),
+    NamedOp(
+        "aten::rms_norm",
+        "(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None) -> Tensor",
+        ("y",),
+        weight="weight",
+        norm=_PLAIN,
+        shape="normalized_shape",
+    ),
+    NamedOp(
+        "lowering::silu_mul",
+        "(Tensor gate_up) -> Tensor",
+        ("y",),
+        x="gate_up",
+        gate={"activation": "silu", "rounding": "once"},
+    ),
+    NamedOp(
+        "lowering::group_quant",
+        "(Tensor x, int group_size, *, ScalarType dtype=float8_e4m3fn, str scale='float32', "
+        "str scale_layout='row', float amax_floor=1e-10, float? amax_ceiling=None, float scale_floor=0.0, "
+        "str scale_division='true', str quotient='true', float? limit=None) -> (Tensor, Tensor)",
+        ("q", "scale"),
+        x="x",
+        quantization={
+            "group": Arg("group_size"),
+            "layout": Arg("scale_layout"),
+            **{
+                name: Arg(name)
+                for name in (
+                    "scale",
+                    "amax_floor",
+                    "amax_ceiling",
+                    "scale_floor",
+                    "scale_division",
+                    "quotient",
+                    "limit",
+                )
+            },
+        },
+    ),
+)
+
+_VLLM = (
+    # read: the native definitions, whose casts follow the weight's dtype.
+    NamedOp(
+        "vllm_ir::rms_norm",
+        "(Tensor x, Tensor? weight, float epsilon, int? variance_size=None) -> Tensor",
+        ("y",),
+        x="x",
+        weight="weight",
+        norm=_VLLM_NORM,
+        requires={"variance_size": None},
+    ),
+    NamedOp(
+        "vllm_ir::fused_add_rms_norm",
+        "(Tensor x, Tensor x_residual, Tensor? weight, float epsilon, int? variance_size=None)"
+        " -> (Tensor, Tensor)",
+        ("y", "sum"),
+        x="x",
+        weight="weight",
+        residual="x_residual",
+        norm={**_VLLM_NORM, "residual": "exact"},
+        requires={"variance_size": None},
+    ),
+    # Schemas read, arithmetic numerics: the kernels of 2025 round twice, those of 2026 once, and in
+    # both the sum of fused_add_rms_norm is rounded before the statistic where numerics has it exact.
+    NamedOp(
+        "_C::rms_norm",
+        "(Tensor! result, Tensor input, Tensor? weight, float epsilon) -> ()",
+        ("y",),
+        weight="weight",
+        norm=_VLLM_NORM,
+    ),
+    NamedOp(
+        "_C::fused_add_rms_norm",
+        "(Tensor! input, Tensor! residual, Tensor? weight, float epsilon) -> ()",
+        ("y", "sum"),
+        weight="weight",
+        residual="residual",
+        norm={**_VLLM_NORM, "residual": "exact"},
+    ),
+    # read: the activation is rounded to the element type before the product.
+    *_gates_of("_C", "twice", "Tensor! result, Tensor input"),
+    # read
+    *_cuda_quants(
+        "_C::per_token_group_fp8_quant",
+        "Tensor input, Tensor! output_q, Tensor! output_s, int group_size, float eps, float fp8_min, "
+        "float fp8_max, bool scale_ue8m0, bool dummy_is_scale_transposed=False, "
+        "bool dummy_is_tma_aligned=False",
+    ),
+    NamedOp(
+        "_C::per_token_group_fp8_quant_packed",
+        "(Tensor input, Tensor! output_q, Tensor! output_s_packed, int group_size, float eps, "
+        "float fp8_min, float fp8_max) -> ()",
+        ("q", "scale"),
+        quantization={**_CUDA_QUANT, **_POWER_OF_TWO},
+        lower="fp8_min",
+    ),
+    # read: the scale by a reciprocal, the values by a division, and vLLM's own bound for fnuz.
+    NamedOp(
+        "vllm::triton_per_token_group_quant_fp8",
+        "(Tensor x, int group_size) -> (Tensor, Tensor)",
+        ("q", "scale"),
+        x="x",
+        quantization={
+            "group": Arg("group_size"),
+            "amax_floor": 1e-10,
+            "scale_division": "reciprocal",
+            "fnuz_limit": 224.0,
+        },
+    ),
+)
+
+_AITER = (
+    # Schemas read, arithmetic numerics.
+    NamedOp(
+        "vllm::rocm_aiter_group_fp8_quant",
+        "(Tensor x, int group_size) -> (Tensor, Tensor)",
+        ("q", "scale"),
+        x="x",
+        quantization=_AITER_QUANT,
+    ),
+    NamedOp(
+        "vllm::rocm_aiter_rmsnorm_fp8_group_quant",
+        "(Tensor x, Tensor weight, float variance_epsilon, int group_size) -> (Tensor, Tensor)",
+        ("q", "scale"),
+        x="x",
+        weight="weight",
+        norm=_AITER_UNROUNDED,
+        quantization=_AITER_QUANT,
+    ),
+    *_aiter_add_quants((("q", "sum", "scale"), ("q", "scale", "sum"))),
+    # Schemas read, arithmetic memory.
+    NamedOp(
+        "vllm::rocm_aiter_rms_norm",
+        "(Tensor x, Tensor weight, float variance_epsilon) -> Tensor",
+        ("y",),
+        x="x",
+        weight="weight",
+        norm=_AITER_NORM,
+    ),
+    NamedOp(
+        "vllm::rocm_aiter_rmsnorm2d_fwd_with_add",
+        "(Tensor x, Tensor residual, Tensor weight, float variance_epsilon) -> (Tensor, Tensor)",
+        ("y", "sum"),
+        x="x",
+        weight="weight",
+        residual="residual",
+        norm={**_AITER_NORM, "residual": "exact"},
+    ),
+    NamedOp(
+        "vllm::rocm_aiter_act_mul_and_fp8_group_quant",
+        "(Tensor x, int group_size) -> (Tensor, Tensor)",
+        ("q", "scale"),
+        x="x",
+        gate={"activation": "silu", "rounding": "none"},
+        quantization=_AITER_QUANT,
+    ),
+)
+
+_SGLANG = (
+    # Schemas read; the kernels are FlashInfer's.
+    *_norms_of("sgl_kernel", "bool enable_pdl=False"),
+    *_gates_of("sgl_kernel", "once", "Tensor! out, Tensor input"),
+    # Schemas read, arithmetic memory: true divisions, as in vLLM, whose kernel it once was; a version of
+    # 2025 that was read multiplies by qmax/amax instead, which no contract says.  Older libraries declare
+    # the outputs without saying that they are written: torch.export drops such calls before anyone sees them.
+    *_cuda_quants(
+        "sgl_kernel::sgl_per_token_group_quant_fp8",
+        "Tensor input, Tensor! output_q, Tensor! output_s, int group_size, float eps, float fp8_min, "
+        "float fp8_max, bool scale_ue8m0",
+    ),
+    *_cuda_quants(
+        "sgl_kernel::sgl_per_token_group_quant_8bit",
+        "Tensor input, Tensor! output_q, Tensor! output_s, int group_size, float eps, float fp8_min, "
+        "float fp8_max, bool scale_ue8m0",
+    ),
+)
+
+_FLASHINFER = (  # read
+    *_norms_of("flashinfer", "bool? enable_pdl=None"),
+    *_gates_of("flashinfer", "once", "Tensor! out, Tensor input, bool? enable_pdl=None"),
+)
+
+NAMED_OPS: tuple[NamedOp, ...] = (*_OURS, *_VLLM, *_AITER, *_SGLANG, *_FLASHINFER)
+
+RECOGNISERS = NAMED_OPS

@@ -1,0 +1,37 @@
+"""What a recogniser is: something that looks at one operation and may say what it means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from iree.compiler import ir
+
+from .contracts import GatedActivation, Quantization, RmsNorm
+from .torch_ir import TensorType
+
+
+@dataclass(frozen=True)
+class Raised:
+    """A recognised spelling: the canonical op to create and the values it replaces.
+
+    ``operands`` are values, or other Raised whose first result is the operand (an op that stands
+    for a norm and its quantization).  ``results`` are in the order of the canonical op's results:
+    the old value that a result replaces, only its type where nothing is replaced, or None where the
+    canonical op is to be made without that result.
+    """
+
+    op: str
+    contract: RmsNorm | GatedActivation | Quantization | None
+    operands: Sequence[ir.Value | Raised]
+    results: Sequence[ir.Value | TensorType | None]
+
+
+class Recogniser(Protocol):
+    """``roots``: names of the operations it may start from, so that others cost nothing."""
+
+    @property
+    def roots(self) -> tuple[str, ...]: ...
+
+    def recognise(self, op: ir.Operation) -> Raised | None: ...

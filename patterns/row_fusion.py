@@ -1,0 +1,270 @@
+"""The one fusion: a producer takes all its quantizations, and the add before it, into one row kernel.
+
+It starts at the producer (a norm, or any tensor that is quantized) and looks at everything that
+reads it, so fan-out, equal quantizations and readers of the unquantized value need no patterns of
+their own.  Whatever is left out is refused in the ledger with its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from iree.compiler import ir
+
+from . import canonical, torch_ir
+from .contracts import GatedActivation, Quantization, RmsNorm, RowSpec
+from .sites import Ledger
+
+# Says why no kernel exists for a row, or None when one does: the target answers this, not the pattern.
+Support = Callable[[RowSpec], str | None]
+
+_FLOATS = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a row kernel reads, in the order of its operands, and where it must stand.
+
+    ``sum`` is the eager value the kernel can write back instead (an absorbed add's, or the second
+    result of an add_rms_norm).
+    """
+
+    x: ir.Value
+    before: ir.Operation
+    norm: RmsNorm | None = None
+    gate: GatedActivation | None = None
+    up: ir.Value | None = None
+    residual: ir.Value | None = None
+    weight: ir.Value | None = None
+    sum: ir.Value | None = None
+
+    def operands(self) -> list[ir.Value]:
+        return [v for v in (self.x, self.up, self.residual, self.weight) if v is not None]
+
+
+def fuse_producer(producer: ir.Operation, ledger: Ledger, support: Support) -> None:
+    """Fuse a norm or gated activation with all quantizations of its result, or refuse it with a reason."""
+    value = producer.results[0]
+    quants = [op for op in torch_ir.users(value) if torch_ir.op_name(op) == canonical.GROUP_QUANT]
+    refusal = _why_no_row(value)
+    if refusal is None:
+        inputs = _absorb_add(_producer_inputs(producer))
+        refusal = support(_spec(inputs, value, [], writes_y=True))
+    if refusal is not None:
+        _refuse_producer(producer, quants, refusal, ledger)
+        return
+    quants = _supported(quants, inputs, value, ledger, support)
+    others = [op for op in torch_ir.users(value) if op not in quants]
+    spec = _spec(inputs, value, quants, writes_y=bool(others) or not quants)
+    refusal = _why_not_written(value, spec) or support(spec)
+    if refusal is not None:
+        _refuse_producer(producer, quants, refusal, ledger)
+        return
+    _replace(inputs, value, spec, producer, quants, ledger)
+
+
+def fuse_plain(value: ir.Value, ledger: Ledger, support: Support) -> None:
+    """Fuse all quantizations of a tensor that nothing here produces, or refuse each with a reason."""
+    quants = [op for op in torch_ir.users(value) if torch_ir.op_name(op) == canonical.GROUP_QUANT]
+    refusal = _why_no_row(value)
+    if refusal is not None:
+        _refuse(quants, refusal, ledger)
+        return
+    inputs = Inputs(value, before=quants[0])
+    quants = _supported(quants, inputs, value, ledger, support)
+    if not quants:
+        return
+    spec = _spec(inputs, value, quants, writes_y=False)
+    refusal = support(spec)
+    if refusal is not None:
+        _refuse(quants, refusal, ledger)
+        return
+    _replace(inputs, value, spec, None, quants, ledger)
+
+
+def _why_no_row(value: ir.Value) -> str | None:
+    type_ = torch_ir.tensor_type(value)
+    if type_ is None or not type_.shape:
+        return "the tensor's rank is unknown or zero"
+    if type_.shape[-1] is None:
+        return "the size of the last axis is unknown until run time; a kernel is made for one size"
+    if type_.dtype not in _FLOATS:
+        return f"{type_.dtype} rows have no kernel; {', '.join(_FLOATS)} have"
+    return None
+
+
+def _why_not_written(value: ir.Value, spec: RowSpec) -> str | None:
+    type_ = torch_ir.tensor_type(value)
+    if not spec.writes_y or type_ is None or type_.dtype == spec.dtype:
+        return None
+    return f"something reads its {type_.dtype} value, and the row kernel writes {spec.dtype}, as it reads"
+
+
+def _producer_inputs(producer: ir.Operation) -> Inputs:
+    x, *rest = list(producer.operands)
+    if torch_ir.op_name(producer) == canonical.GATED_ACTIVATION:
+        return Inputs(x, producer, gate=canonical.gate_contract(producer), up=rest[0] if rest else None)
+    contract = canonical.norm_contract(producer)
+    residual = rest.pop(0) if contract.residual else None
+    weight = rest.pop(0) if rest else None
+    total = producer.results[1] if contract.residual else None
+    return Inputs(x, producer, norm=contract, residual=residual, weight=weight, sum=total)
+
+
+def _absorb_add(inputs: Inputs) -> Inputs:
+    """Let the kernel do the eager ``x + residual`` before the norm, when nothing forbids it.
+
+    The kernel stands where the norm stood, or where the add stood if the sum is read before the
+    norm; there the weight must be known already, or the add stays outside.
+    """
+    add = torch_ir.producer(inputs.x)
+    if inputs.norm is None or inputs.norm.residual is not None or add is None or not _is_plain_add(add):
+        return inputs
+    before = inputs.before
+    early = [op for op in torch_ir.users(add.result) if op != before and op.is_before_in_block(before)]
+    if early:
+        if inputs.weight is not None and not _dominates(inputs.weight, add):
+            return inputs
+        before = add
+    x, residual, _ = list(add.operands)
+    # In float32 there is nothing to round: one contract, and so one kernel, for both.
+    rounded = torch_ir.tensor_type(x) and torch_ir.tensor_type(x).dtype != "float32"  # type: ignore[union-attr]
+    norm = replace(inputs.norm, residual="rounded" if rounded else "exact")
+    return replace(inputs, norm=norm, x=x, residual=residual, sum=add.result, before=before)
+
+
+def _is_plain_add(op: ir.Operation) -> bool:
+    if op.name != "torch.aten.add.Tensor" or torch_ir.constant(op.operands[2]) != 1:
+        return False
+    return op.operands[0].type == op.operands[1].type == op.result.type
+
+
+def _dominates(value: ir.Value, op: ir.Operation) -> bool:
+    source = torch_ir.producer(value)
+    return source is None or source.is_before_in_block(op)
+
+
+def _supported(
+    quants: list[ir.Operation], inputs: Inputs, value: ir.Value, ledger: Ledger, support: Support
+) -> list[ir.Operation]:
+    """The quantizations that have a kernel with this producer; the others are refused."""
+    kept = []
+    for quant in quants:
+        reason = support(_spec(inputs, value, [quant], writes_y=True))
+        if reason is None:
+            kept.append(quant)
+        else:
+            _refuse([quant], reason, ledger)
+    return kept
+
+
+def _spec(inputs: Inputs, value: ir.Value, quants: list[ir.Operation], *, writes_y: bool) -> RowSpec:
+    type_, source = torch_ir.tensor_type(value), torch_ir.tensor_type(inputs.x)
+    weight = torch_ir.tensor_type(inputs.weight) if inputs.weight is not None else None
+    assert type_ is not None and type_.shape[-1] is not None and source is not None
+    return RowSpec(
+        hidden=type_.shape[-1],
+        dtype=source.dtype,
+        norm=inputs.norm,
+        gate=inputs.gate,
+        weight_dtype=weight.dtype if weight else None,
+        writes_sum=inputs.sum is not None and _read_besides_norm(inputs),
+        writes_y=writes_y and inputs.before not in quants,
+        quantizations=tuple(_distinct(quants)),
+    )
+
+
+def _read_besides_norm(inputs: Inputs) -> bool:
+    assert inputs.sum is not None
+    uses = len(torch_ir.users(inputs.sum))
+    absorbed = torch_ir.op_name(torch_ir.producer(inputs.sum)) != canonical.RMS_NORM  # type: ignore[arg-type]
+    return uses > (1 if absorbed else 0)
+
+
+def _distinct(quants: Iterable[ir.Operation]) -> dict[Quantization, None]:
+    """Equal quantizations of one tensor are one output."""
+    return dict.fromkeys(canonical.quantization(op) for op in quants)
+
+
+def _replace(
+    inputs: Inputs,
+    value: ir.Value,
+    spec: RowSpec,
+    producer: ir.Operation | None,
+    quants: list[ir.Operation],
+    ledger: Ledger,
+) -> None:
+    row = _create(inputs, value, spec, [op for op in (producer, *quants) if op is not None])
+    results = iter(row.results)
+    if spec.writes_sum:
+        assert inputs.sum is not None
+        inputs.sum.replace_all_uses_with(next(results))
+    if spec.writes_y:
+        value.replace_all_uses_with(next(results))
+    made = {quantization: (next(results), next(results)) for quantization in spec.quantizations}
+    for quant in quants:
+        for old, new in zip(quant.results, made[canonical.quantization(quant)], strict=True):
+            old.replace_all_uses_with(new)
+    replaced = [op for op in (producer, *quants) if op is not None]
+    _record(replaced, pattern_name(spec), ledger)
+    add = torch_ir.producer(inputs.sum) if inputs.sum is not None else None
+    if add is not None and add != producer:
+        replaced.insert(0, add)
+    for op in reversed(replaced):
+        op.erase()
+
+
+def _create(inputs: Inputs, value: ir.Value, spec: RowSpec, sites: list[ir.Operation]) -> ir.Operation:
+    y = torch_ir.tensor_type(value)
+    assert y is not None
+    type_ = replace(y, dtype=spec.dtype)  # y may go on unrounded; what is written is in x's dtype
+    results = [type_] * (spec.writes_sum + spec.writes_y)
+    for quantization in spec.quantizations:
+        results += canonical.quantized_types(type_, quantization)
+    numbers = [canonical.to_attribute(canonical.site_of(op)) for op in sites]
+    with ir.InsertionPoint(inputs.before), sites[0].location:
+        row = canonical.create(
+            canonical.ROW,
+            inputs.operands(),
+            results,
+            spec=canonical.to_attribute(spec),
+            sites=ir.ArrayAttr.get(numbers),
+        )
+        torch_ir.set_example(row, [torch_ir.example_shape(value)] * len(results))
+    return row
+
+
+def pattern_name(spec: RowSpec) -> str:
+    """What a fused site is called in the report, e.g. ``add_norm_quant``."""
+    parts = [
+        "add" if spec.norm and spec.norm.residual else "",
+        "norm" if spec.norm else "",
+        f"{spec.gate.activation}_mul" if spec.gate else "",
+        "quant" if spec.quantizations else "",
+    ]
+    return "_".join(part for part in parts if part)
+
+
+def _record(ops: list[ir.Operation], pattern: str, ledger: Ledger) -> None:
+    for op in ops:
+        site = canonical.site_of(op)
+        if canonical.BLOCKED in op.attributes:
+            # It has a kernel of its own, but not its norm's.
+            ledger.refuse(site, ir.StringAttr(op.attributes[canonical.BLOCKED]).value)
+        else:
+            ledger.fuse(site, pattern)
+
+
+def _refuse_producer(
+    producer: ir.Operation, quants: Iterable[ir.Operation], reason: str, ledger: Ledger
+) -> None:
+    """Refuse a producer; its quantizations may still get a kernel of their own, but keep the reason."""
+    _refuse([producer], reason, ledger)
+    for quant in quants:
+        quant.attributes[canonical.BLOCKED] = ir.StringAttr.get(f"what it quantizes did not fuse: {reason}")
+
+
+def _refuse(ops: Iterable[ir.Operation], reason: str, ledger: Ledger) -> None:
+    for op in ops:
+        ledger.refuse(canonical.site_of(op), reason)

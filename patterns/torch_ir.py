@@ -1,0 +1,265 @@
+"""Reading and building torch-dialect IR: types, constants, and the few operations passes create.
+
+The IREE wheel registers the torch dialect without Python classes for it, so operations are
+handled by name here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cmp_to_key, lru_cache
+from typing import Any
+
+from iree.compiler import ir
+
+_VTENSOR = re.compile(r"!torch\.vtensor<\[([^\]]*)\],\s*([\w]+)>")
+
+# MLIR's spelling of an element type, PyTorch's name of it, and the code torch ops pass around.
+_ELEMENTS = (
+    ("f64", "float64", 7),
+    ("f32", "float32", 6),
+    ("f16", "float16", 5),
+    ("bf16", "bfloat16", 15),
+    ("f8E4M3FN", "float8_e4m3fn", 24),
+    ("f8E4M3FNUZ", "float8_e4m3fnuz", 26),
+    ("f8E5M2", "float8_e5m2", 23),
+    ("f8E8M0FNU", "float8_e8m0fnu", 44),
+    ("si64", "int64", 4),
+    ("si32", "int32", 3),
+    ("si16", "int16", 2),
+    ("si8", "int8", 1),
+    ("ui8", "uint8", 0),
+    ("i1", "bool", 11),
+)
+_DTYPE_OF = {element: dtype for element, dtype, _ in _ELEMENTS}
+_ELEMENT_OF = {dtype: element for element, dtype, _ in _ELEMENTS}
+_CODE_OF = {dtype: code for _, dtype, code in _ELEMENTS}
+_DTYPE_OF_CODE = {code: dtype for _, dtype, code in _ELEMENTS}
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """Shape and dtype of a torch value; a dimension is None when only known at run time."""
+
+    shape: tuple[int | None, ...]
+    dtype: str
+
+    def with_last(self, size: int, dtype: str | None = None) -> TensorType:
+        return replace(self, shape=(*self.shape[:-1], size), dtype=dtype or self.dtype)
+
+    def torch(self) -> ir.Type:
+        """``!torch.vtensor<[?,8],bf16>``"""
+        dims = ",".join("?" if dim is None else str(dim) for dim in self.shape)
+        return ir.Type.parse(f"!torch.vtensor<[{dims}],{_ELEMENT_OF[self.dtype]}>")
+
+    def builtin(self) -> ir.RankedTensorType:
+        """``tensor<?x8xbf16>``"""
+        dynamic = ir.ShapedType.get_dynamic_size()
+        return ir.RankedTensorType.get(
+            [dynamic if d is None else d for d in self.shape], element_type(self.dtype)
+        )
+
+
+def element_type(dtype: str) -> ir.Type:
+    """The builtin element type of a PyTorch dtype name; integers are signless."""
+    return ir.Type.parse(re.sub(r"^[su]i", "i", _ELEMENT_OF[dtype]))
+
+
+@lru_cache(maxsize=4096)
+def _parse_tensor_type(text: str) -> TensorType | None:
+    found = _VTENSOR.fullmatch(text)
+    if not found or found[2] not in _DTYPE_OF:
+        return None
+    dims = [dim.strip() for dim in found[1].split(",") if dim.strip()]
+    return TensorType(tuple(None if dim == "?" else int(dim) for dim in dims), _DTYPE_OF[found[2]])
+
+
+def tensor_type(value: ir.Value) -> TensorType | None:
+    """The value's tensor type; None for scalars, lists and tensors of unknown rank or dtype."""
+    return _parse_tensor_type(str(value.type))
+
+
+def producer(value: ir.Value) -> ir.Operation | None:
+    """The operation that makes ``value``; None for a block argument."""
+    owner = value.owner
+    return owner.operation if isinstance(owner, (ir.Operation, ir.OpView)) else None
+
+
+def op_name(op: ir.Operation) -> str:
+    """The operation's name; for ``torch.operator`` the name it carries."""
+    if op.name == "torch.operator":
+        return ir.StringAttr(op.attributes["name"]).value
+    return op.name
+
+
+# The sizes a dynamic tensor had for the example arguments, one array per result of its operation.
+_EXAMPLE = "example"
+
+
+def set_example(op: ir.Operation, shapes: Sequence[Sequence[int] | None]) -> None:
+    """Remember the example sizes of each result of ``op``; None (nothing known) is kept as ()."""
+    if any(shapes):
+        op.attributes[_EXAMPLE] = ir.ArrayAttr.get([ir.DenseI64ArrayAttr.get(list(s or ())) for s in shapes])
+
+
+def example_shape(value: ir.Value) -> tuple[int, ...] | None:
+    """The sizes of ``value``: its static shape, or what the example arguments gave; None if unknown."""
+    type_ = tensor_type(value)
+    if type_ is not None and None not in type_.shape:
+        return tuple(dim for dim in type_.shape if dim is not None)
+    op = producer(value)
+    attributes = op.attributes if op is not None else value.owner.owner.attributes
+    if _EXAMPLE not in attributes:
+        return None
+    number = ir.OpResult(value).result_number if op is not None else ir.BlockArgument(value).arg_number
+    return tuple(ir.DenseI64ArrayAttr(ir.ArrayAttr(attributes[_EXAMPLE])[number])) or None
+
+
+def users(value: ir.Value) -> list[ir.Operation]:
+    """Every operation that reads ``value``, once per use, in block order."""
+
+    def order(a: ir.Operation, b: ir.Operation) -> int:
+        return 0 if a == b else -1 if a.is_before_in_block(b) else 1
+
+    return sorted((use.owner.operation for use in value.uses), key=cmp_to_key(order))
+
+
+NOT_CONSTANT = object()
+
+
+def constant(value: ir.Value) -> Any:
+    """The Python value of a torch constant: int, float, bool, str, None, a one-element tensor or a list.
+
+    Returns NOT_CONSTANT for anything that is computed.
+    """
+    op = producer(value)
+    reader = _CONSTANTS.get(op.name) if op is not None else None
+    return reader(op) if op is not None and reader is not None else NOT_CONSTANT
+
+
+def _one_element(op: ir.Operation) -> Any:
+    elements = op.attributes["value"]
+    single = isinstance(elements, ir.DenseElementsAttr) and len(elements) == 1
+    return elements.get_splat_value().value if single else NOT_CONSTANT
+
+
+def _items(op: ir.Operation) -> Any:
+    items = [constant(operand) for operand in op.operands]
+    return NOT_CONSTANT if any(item is NOT_CONSTANT for item in items) else items
+
+
+_CONSTANTS: dict[str, Callable[[ir.Operation], Any]] = {
+    "torch.constant.int": lambda op: ir.IntegerAttr(op.attributes["value"]).value,
+    "torch.constant.float": lambda op: ir.FloatAttr(op.attributes["value"]).value,
+    "torch.constant.bool": lambda op: bool(ir.IntegerAttr(op.attributes["value"]).value),
+    "torch.constant.str": lambda op: ir.StringAttr(op.attributes["value"]).value,
+    "torch.constant.none": lambda op: None,
+    "torch.vtensor.literal": _one_element,
+    "torch.prim.ListConstruct": _items,
+}
+
+
+def uncast(value: ir.Value) -> ir.Value:
+    """What ``value`` was before it was widened from a 16-bit float; ``value`` itself if it was not."""
+    op = producer(value)
+    if op is not None and op.name == "torch.prims.convert_element_type":
+        source = tensor_type(op.operands[0])
+        if source is not None and source.dtype in ("bfloat16", "float16"):
+            return op.operands[0]
+    return value
+
+
+def dtype_constant(value: ir.Value) -> str | None:
+    """The dtype name a torch dtype code stands for; None when it is not a constant of a known dtype."""
+    code = constant(value)
+    return _DTYPE_OF_CODE.get(code) if isinstance(code, int) else None
+
+
+def make_int(value: int) -> ir.Value:
+    """A torch integer constant."""
+    return _constant(
+        "torch.constant.int", "!torch.int", ir.IntegerAttr.get(ir.IntegerType.get_signless(64), value)
+    )
+
+
+def make_none() -> ir.Value:
+    """The torch none constant."""
+    return ir.Operation.create("torch.constant.none", results=[ir.Type.parse("!torch.none")]).result
+
+
+def make_int_list(items: Sequence[ir.Value]) -> ir.Value:
+    """A torch list of integers."""
+    list_type = ir.Type.parse("!torch.list<int>")
+    return ir.Operation.create("torch.prim.ListConstruct", results=[list_type], operands=list(items)).result
+
+
+def make_dtype(dtype: str) -> ir.Value:
+    """The constant torch ops take for a dtype."""
+    return make_int(_CODE_OF[dtype])
+
+
+def _constant(name: str, type_: str, value: ir.Attribute) -> ir.Value:
+    return ir.Operation.create(name, results=[ir.Type.parse(type_)], attributes={"value": value}).result
+
+
+def make(name: str, result: TensorType, operands: Sequence[ir.Value]) -> ir.Value:
+    """Create an operation with one tensor result at the current insertion point."""
+    return ir.Operation.create(name, results=[result.torch()], operands=list(operands)).result
+
+
+def to_builtin(value: ir.Value) -> ir.Value:
+    """A torch tensor as the builtin tensor it is."""
+    type_ = tensor_type(value)
+    assert type_ is not None, f"not a tensor: {value}"
+    return ir.Operation.create(
+        "torch_c.to_builtin_tensor", results=[type_.builtin()], operands=[value]
+    ).result
+
+
+def from_builtin(value: ir.Value, type_: TensorType) -> ir.Value:
+    """A builtin tensor as a torch tensor of ``type_``."""
+    return ir.Operation.create(
+        "torch_c.from_builtin_tensor", results=[type_.torch()], operands=[value]
+    ).result
+
+
+# What a pass may erase when nobody reads it: everything in the torch dialect is functional here
+# (the importer refuses mutation) except the checks, which have no results.
+def erase_dead(block: ir.Block) -> int:
+    """Erase operations without readers, consumers before producers; returns how many went."""
+    erased = 0
+    for op in reversed([op.operation for op in block.operations]):
+        pure = op.name.startswith(("torch.", "torch_c.", "util.global.load", "arith.", "tensor."))
+        if pure and op.results and not any(True for result in op.results for _ in result.uses):
+            op.erase()
+            erased += 1
+    return erased
+
+
+def block_of(function: ir.Operation) -> ir.Block:
+    """The single block of a function imported from torch."""
+    return function.regions[0].blocks[0]
+
+
+_FRAME = re.compile(r'"([^"]+)":(\d+):\d+')
+_OWN_FRAMES = re.compile(r"<|[/\\](lowering|patterns)[/\\]\w+\.py$|[/\\]torch[/\\]")
+
+
+def location(op: ir.Operation) -> str:
+    """``file:line`` of the model's source that ``op`` comes from."""
+    return model_line(str(op.location))
+
+
+def model_line(location: str) -> str:
+    """``file:line`` of the model's source in a printed MLIR location.
+
+    The innermost frame that is neither PyTorch's nor this package's; "unknown" when the importer
+    recorded none (a model read from plain MLIR).
+    """
+    frames = _FRAME.findall(location)
+    for file, line in frames:
+        if not _OWN_FRAMES.search(file):
+            return f"{file}:{line}"
+    return f"{frames[0][0]}:{frames[0][1]}" if frames else "unknown"

@@ -1,0 +1,167 @@
+"""BlockScaledLinear and quantize()."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from lowering.nn import BlockScaledLinear, quantize, quantize_weight
+
+
+def seeded(module: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
+    return module
+
+
+class Block(nn.Module):
+    def __init__(self, hidden: int = 128):
+        super().__init__()
+        self.up = nn.Linear(hidden, 2 * hidden, bias=False)
+        self.down = nn.Linear(2 * hidden, hidden)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)))
+
+
+class Model(nn.Module):
+    def __init__(self, hidden: int = 128):
+        super().__init__()
+        self.embed = nn.Embedding(50, hidden)
+        self.layers = nn.ModuleList([Block(hidden), Block(hidden)])
+        self.lm_head = nn.Linear(hidden, 50, bias=False)
+        self.lm_head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.lm_head(x)
+
+
+@pytest.mark.parametrize(("rows", "depth", "group"), [(256, 128, 128), (200, 192, 64), (5, 32, 32)])
+def test_quantized_weights_are_close(rows, depth, group):
+    weight = torch.randn(rows, depth, generator=torch.Generator().manual_seed(1))
+    q, scale = quantize_weight(weight, group)
+    assert (q.shape, q.dtype) == ((rows, depth), torch.float8_e4m3fn)
+    assert scale.shape == (-(-rows // group), depth // group)
+    expanded = scale.repeat_interleave(group, 0)[:rows].repeat_interleave(group, 1)
+    error = (q.float() * expanded - weight).abs()
+    # Half a unit of a 3-bit mantissa, or of the smallest subnormal.
+    assert (error <= torch.maximum(weight.abs() / 16, expanded * 2**-10) * 1.001).all()
+    assert torch.equal(expanded[: len(weight)] * 448 >= weight.abs() * 0.999, torch.ones(rows, depth) > 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_forward_is_close_to_the_linear_layer(dtype, bias):
+    linear = seeded(nn.Linear(256, 200, bias=bias)).to(dtype)
+    layer = BlockScaledLinear.from_linear(linear, 64)
+    x = torch.randn(2, 7, 256, generator=torch.Generator().manual_seed(2)).to(dtype)
+    y, expected = layer(x), linear(x)
+    assert (y.shape, y.dtype) == (expected.shape, expected.dtype)
+    assert (y - expected).float().norm() < 0.05 * expected.float().norm()
+    assert layer.bias is linear.bias
+
+
+def test_state_dict_round_trip():
+    layer = BlockScaledLinear.from_linear(seeded(nn.Linear(128, 100)), 32)
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    for assign in (False, True):
+        other = BlockScaledLinear(128, 100, 32)
+        other.load_state_dict(torch.load(file, weights_only=True), assign=assign)
+        file.seek(0)
+        assert other.weight.dtype == torch.float8_e4m3fn
+        x = torch.randn(3, 128)
+        assert torch.equal(other(x), layer(x))
+
+
+def test_casting_a_model_keeps_the_quantized_weights():
+    layer = BlockScaledLinear.from_linear(seeded(nn.Linear(128, 100)), 32)
+    weight, scale = layer.weight.clone(), layer.weight_scale.clone()
+    for cast in (layer.to(torch.bfloat16), layer.half(), copy.deepcopy(layer).float()):
+        assert cast.weight.dtype == torch.float8_e4m3fn and cast.weight_scale.dtype == torch.float32
+        assert torch.equal(cast.weight.view(torch.uint8), weight.view(torch.uint8))
+        assert torch.equal(cast.weight_scale, scale)
+    assert layer.bias is not None and layer.bias.dtype == torch.float16
+    assert layer.to("meta").weight.is_meta
+
+
+def test_quantize_replaces_the_linear_layers():
+    model = seeded(Model())
+    tokens = torch.arange(12).view(3, 4)
+    expected = model(tokens)
+    assert quantize(model, group_size=64) is model
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    assert kinds["layers.0.up"] is kinds["layers.1.down"] is BlockScaledLinear
+    assert kinds["lm_head"] is nn.Linear and model.lm_head.weight is model.embed.weight
+    assert (model(tokens) - expected).norm() < 0.1 * expected.norm()
+    assert "group_size=64" in repr(model.layers[0].up)
+
+
+@pytest.mark.parametrize(
+    ("exclude", "left"),
+    [
+        ((), []),
+        (("lm_head",), ["lm_head"]),
+        (("down",), ["layers.0.down", "layers.1.down"]),
+        (("layers.1.*", "lm_*"), ["layers.1.up", "layers.1.down", "lm_head"]),
+        (("*",), ["layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down", "lm_head"]),
+    ],
+)
+def test_exclude(exclude, left):
+    model = quantize(seeded(Model()), exclude=exclude)
+    assert [name for name, module in model.named_modules() if type(module) is nn.Linear] == left
+
+
+def test_shared_layers_and_weights_stay_shared():
+    block = Block()
+    other = nn.Linear(128, 256)
+    other.weight = block.up.weight
+    model = nn.ModuleDict({"a": block, "b": nn.Sequential(block.up, nn.ReLU()), "c": other})
+    quantize(seeded(model))
+    assert isinstance(block.up, BlockScaledLinear)
+    assert model["b"][0] is block.up
+    assert model["c"].weight is block.up.weight and model["c"].bias is not block.up.bias
+
+
+def test_subclasses_are_left_alone():
+    class Special(nn.Linear):
+        pass
+
+    model = quantize(nn.Sequential(Special(128, 128), nn.Linear(128, 128)))
+    assert [type(module) for module in model] == [Special, BlockScaledLinear]
+
+
+def test_a_linear_layer_itself():
+    assert isinstance(quantize(nn.Linear(128, 4)), BlockScaledLinear)
+
+
+def test_a_group_that_does_not_divide_changes_nothing():
+    model = nn.Sequential(nn.Linear(128, 576), nn.Linear(576, 4))
+    message = r"layer '1' \(in 576, out 4\): group_size 128 does not divide in_features; group_size 64 does"
+    with pytest.raises(ValueError, match=message):
+        quantize(model)
+    assert type(model[0]) is nn.Linear
+    with pytest.raises(
+        ValueError, match=r"BlockScaledLinear\(in 100, out 4\): group_size 128 does not divide"
+    ):
+        BlockScaledLinear(100, 4)
+
+
+def test_export():
+    model = quantize(seeded(Block()).eval(), group_size=64)
+    x = torch.randn(5, 128)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("rows")},))
+    called = [node.target for node in exported.graph.nodes if node.op == "call_function"]
+    assert called.count(torch.ops.lowering.group_quant.default) == 2
+    assert called.count(torch.ops.lowering.block_scaled_matmul.default) == 2
+    assert torch.equal(exported.module()(x[:3]), model(x[:3]))

@@ -1,0 +1,136 @@
+"""The report: its schema is a contract, its table and page are for people."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+
+from lowering.report import Report, Site
+
+NORM = Site("rms_norm", "models/llama.py:64", "fused", "rms_norm+group_quant", "row_h576_g64")
+QUANT = Site("group_quant", "lowering/nn.py:80", "fused", "rms_norm+group_quant", "row_h576_g64")
+LEFT = Site("group_quant", "/a/b/c/mlp.py:9", "unfused", reason="its input <x> & more is not a norm")
+REPORT = Report("cpu", (NORM, QUANT, NORM, QUANT, LEFT), dispatches=17)
+
+
+def rendered(report: Report, width: int = 100) -> str:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console.print(report.table())
+    return console.export_text()
+
+
+def test_json_has_exactly_the_schema_of_the_contract():
+    assert json.loads(REPORT.to_json()) == {
+        "target": "cpu",
+        "sites": [
+            {
+                "op": site.op,
+                "location": site.location,
+                "status": site.status,
+                "pattern": site.pattern,
+                "kernel": site.kernel,
+                "reason": site.reason,
+            }
+            for site in REPORT.sites
+        ],
+        "summary": {"fused": 4, "unfused": 1, "dispatches": 17},
+    }
+
+
+def test_json_reads_back_as_the_same_report():
+    assert Report.from_json(REPORT.to_json()) == REPORT
+
+
+@pytest.mark.parametrize(
+    ("status", "pattern", "kernel", "reason", "complaint"),
+    [
+        ("fused", "p", "k", "but why", "cannot have a reason"),
+        ("fused", None, None, None, "pattern and its kernel must be named"),
+        ("unfused", None, None, None, "needs a reason"),
+        ("unfused", None, None, "", "needs a reason"),
+        ("skipped", None, None, "x", '"fused" or "unfused"'),
+    ],
+)
+def test_a_site_is_fused_or_has_a_reason(status, pattern, kernel, reason, complaint):
+    with pytest.raises(ValueError, match=complaint) as caught:
+        Site("rms_norm", "m.py:3", status, pattern, kernel, reason)
+    assert "rms_norm at m.py:3" in str(caught.value)
+
+
+def test_summary_counts_sites():
+    assert REPORT.summary() == {"fused": 4, "unfused": 1, "dispatches": 17}
+    assert Report("gfx950").summary() == {"fused": 0, "unfused": 0, "dispatches": 0}
+
+
+def test_table_puts_what_did_not_fuse_first_and_equal_sites_on_one_line():
+    lines = [line for line in rendered(REPORT).splitlines() if "✗" in line or "✓" in line]
+    assert [line.split()[:3] for line in lines] == [
+        ["✗", "1", "group_quant"],
+        ["✓", "2", "rms_norm"],
+        ["✓", "2", "group_quant"],
+    ]
+    assert "mlp.py:9" in lines[0] and "is not a norm" in lines[0]
+    assert "row_h576_g64" in lines[1]
+
+
+@pytest.mark.parametrize("width", [60, 100, 200])
+def test_table_fits_its_width_without_losing_a_word(width):
+    reason = "a reason that goes on for quite a while so that no terminal shows it in a single line of text"
+    text = rendered(Report("cpu", (Site("group_quant", "m.py:1", "unfused", reason=reason),)), width)
+    assert all(len(line) <= width for line in text.splitlines())
+    words = re.sub(r"[^a-z]", "", text)
+    assert re.sub(r"[^a-z]", "", reason) in words or all(word in text for word in reason.split())
+
+
+def test_table_of_nothing_says_so():
+    assert "no operation of this program is one that fuses" in rendered(Report("cpu"))
+
+
+class Page(HTMLParser):
+    """The tags left open, the addresses a page asks for, and its text."""
+
+    VOID = frozenset({"meta", "input"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.addresses += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.mark.parametrize("report", [REPORT, Report("cpu")], ids=["sites", "empty"])
+def test_page_is_well_formed_and_self_contained(report):
+    page = Page(report.to_html())
+    assert page.open == []
+    assert page.addresses == []
+    assert "http" not in report.to_html()
+
+
+def test_page_escapes_and_shows_reasons():
+    page = Page(REPORT.to_html())
+    assert "its input <x> & more is not a norm" in page.text
+    assert "4 of 5 sites fused" in page.text
+    assert page.text.index("Left unfused") < page.text.index("row_h576_g64")
+
+
+def test_write_goes_by_the_suffix(tmp_path):
+    REPORT.write(tmp_path / "r.json")
+    REPORT.write(tmp_path / "r.html")
+    assert (tmp_path / "r.json").read_text() == REPORT.to_json()
+    assert (tmp_path / "r.html").read_text() == REPORT.to_html()

@@ -1,0 +1,675 @@
+"""Loading and calling programs: tensors in and out, checks, bad files, threads, run-vmfb."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+from lowering import ops, run_cli, runtime
+from lowering.errors import RunError, UsageError
+from lowering.signature import (
+    SIGNATURE_KEY,
+    Constant,
+    Parameters,
+    Signature,
+    TensorSpec,
+    host_arch,
+    missing_on_host,
+    parameter_digest,
+    resolve,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+ELEMENTS = {
+    "float32": "f32",
+    "bfloat16": "bf16",
+    "float16": "f16",
+    "float64": "f64",
+    "float8_e4m3fn": "f8E4M3FN",
+    "float8_e4m3fnuz": "f8E4M3FNUZ",
+    "float8_e5m2": "f8E5M2",
+    "float8_e8m0fnu": "f8E8M0FNU",
+    "int64": "i64",
+    "int32": "i32",
+    "int16": "i16",
+    "int8": "i8",
+    "uint8": "i8",
+    "bool": "i1",
+}
+
+
+def signature(inputs=None, outputs=None, **fields) -> Signature:
+    return Signature(
+        **{"target": "cpu", "backend": "cpu", "arch": host_arch(), **fields}, inputs=inputs, outputs=outputs
+    )
+
+
+def attributes(value: Signature) -> str:
+    text = value.to_json().replace("\\", "\\5C").replace('"', "\\22")
+    return f'attributes {{iree.reflection = {{{SIGNATURE_KEY} = "{text}"}}}}'
+
+
+def compiled(mlir: str, **signatures: Signature) -> bytes:
+    """A cpu program; ``@SIG(name)`` in ``mlir`` stands for the attributes of that function."""
+    from iree import compiler
+
+    for name, value in signatures.items():
+        mlir = mlir.replace(f"@SIG({name})", attributes(value))
+    flags = ["--iree-llvmcpu-target-cpu=host"]
+    return compiler.compile_str(mlir, target_backends=["llvm-cpu"], extra_args=flags)
+
+
+X = TensorSpec("x", "float32", ("s0", 4))
+DOUBLE = """
+func.func @main(%x: tensor<?x4xf32>) -> tensor<?x4xf32> @SIG(main) {
+  %y = arith.addf %x, %x : tensor<?x4xf32>
+  return %y : tensor<?x4xf32>
+}
+func.func @negate(%x: tensor<?x4xf32>) -> tensor<?x4xf32> @SIG(negate) {
+  %y = arith.negf %x : tensor<?x4xf32>
+  return %y : tensor<?x4xf32>
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def double(tmp_path_factory) -> Path:
+    """main(x) = x + x and negate(x) = -x for float32 [s0, 4]."""
+    path = tmp_path_factory.mktemp("double") / "double.vmfb"
+    path.write_bytes(compiled(DOUBLE, main=signature((X,), (X,)), negate=signature((X,), (X,))))
+    return path
+
+
+@pytest.fixture(scope="module")
+def program(double) -> runtime.Program:
+    return runtime.load(double)
+
+
+# --- calls -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 64])
+def test_tensors_in_and_out(program, rows):
+    x = torch.randn(rows, 4)
+    torch.testing.assert_close(program(x), x + x, rtol=0, atol=0)
+
+
+def test_functions(program):
+    x = torch.randn(3, 4)
+    assert program.functions == ("main", "negate")
+    assert torch.equal(program["negate"](x), -x)
+    with pytest.raises(RunError, match="no function 'forward'; it has main, negate"):
+        program["forward"]
+
+
+def test_bytes_and_plain_device_names(double):
+    x = torch.ones(2, 4)
+    for device in ("cpu", torch.device("cpu"), None):
+        assert torch.equal(runtime.load(double.read_bytes(), device=device)(x), x + x)
+
+
+def test_views_and_requires_grad(program):
+    base = torch.randn(9, 8, requires_grad=True)
+    for x in (base[:, ::2], base[1:, 4:], base.t()[:, :4], base.view(-1)[1:21].view(5, 4), base[:0, :4]):
+        assert torch.equal(program(x), (x + x).detach())
+    assert not program(base[:, :4]).requires_grad
+
+
+def test_results_outlive_the_program(double):
+    x = torch.randn(5, 4)
+    y = runtime.load(double)(x)
+    y += 1
+    assert torch.equal(y, x + x + 1)
+
+
+@pytest.fixture(scope="module")
+def passthrough() -> runtime.Program:
+    """Returns one tensor [n] of each dtype as it came in."""
+    specs = tuple(TensorSpec(f"x_{name}", name, ("n",)) for name in ELEMENTS)
+    types = ", ".join(f"tensor<?x{ELEMENTS[spec.dtype]}>" for spec in specs)
+    args = ", ".join(f"%x{i}: tensor<?x{ELEMENTS[spec.dtype]}>" for i, spec in enumerate(specs))
+    names = ", ".join(f"%x{i}" for i in range(len(specs)))
+    mlir = f"func.func @main({args}) -> ({types}) @SIG(main) {{ return {names} : {types} }}"
+    return runtime.load(compiled(mlir, main=signature(specs, specs)))
+
+
+@pytest.mark.parametrize("size", [0, 1, 100])
+def test_every_dtype_crosses_without_a_copy(passthrough, size):
+    tensors = [(torch.rand(size) * 4).to(getattr(torch, name)) for name in ELEMENTS]
+    for x, y in zip(tensors, passthrough(*tensors), strict=True):
+        assert (y.dtype, y.shape) == (x.dtype, x.shape)
+        assert torch.equal(y.view(torch.uint8), x.view(torch.uint8))
+        assert size == 0 or y.data_ptr() == x.data_ptr()
+
+
+def test_fp8_and_unsigned_are_computed_in_their_type():
+    mlir = """func.func @main(%x: tensor<?xf32>, %b: tensor<?xi8>)
+        -> (tensor<?xf8E4M3FN>, tensor<?xbf16>, tensor<?xi8>) @SIG(main) {
+      %q = arith.truncf %x : tensor<?xf32> to tensor<?xf8E4M3FN>
+      %h = arith.truncf %x : tensor<?xf32> to tensor<?xbf16>
+      %c = arith.addi %b, %b : tensor<?xi8>
+      return %q, %h, %c : tensor<?xf8E4M3FN>, tensor<?xbf16>, tensor<?xi8>
+    }"""
+    inputs = (TensorSpec("x", "float32", ("n",)), TensorSpec("b", "uint8", ("m",)))
+    outputs = tuple(TensorSpec(name, name, (None,)) for name in ("float8_e4m3fn", "bfloat16", "uint8"))
+    x = torch.randn(33).sign() * (0.1 + torch.rand(33))  # IREE narrows wrongly near 2^-6
+    b = torch.arange(100, 120).to(torch.uint8)
+    for said in (outputs, None):
+        q, h, c = runtime.load(compiled(mlir, main=signature(inputs, said)))(x, b)
+        assert torch.equal(q.float(), x.to(torch.float8_e4m3fn).float())
+        assert torch.equal(h, x.bfloat16())
+        assert torch.equal(c.view(torch.uint8), b + b)
+        assert c.dtype == (torch.uint8 if said else torch.int8)
+
+
+def test_wrong_result_type_is_an_error(double):
+    said = signature((X,), (TensorSpec("y", "bfloat16", (None, 4)),))
+    broken = runtime.load(compiled(DOUBLE.replace("@SIG(negate)", ""), main=said))
+    with pytest.raises(RunError, match="a result is float32, the signature says bfloat16"):
+        broken(torch.ones(2, 4))
+
+
+# --- checks ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: p(), r"main takes 1 argument \(x\), got 0"),
+        (lambda p: p(torch.ones(1, 4), 2), r"main takes 1 argument \(x\), got 2"),
+        (lambda p: p([1.0]), "argument x: expected a tensor, got list"),
+        (lambda p: p(torch.ones(2, 5)), r"argument x: expected float32\[s0, 4\], got float32\[2, 5\]$"),
+        (lambda p: p(torch.ones(4)), r"argument x: expected float32\[s0, 4\], got float32\[4\]$"),
+        (lambda p: p(torch.ones(2, 4).half()), r"expected float32\[s0, 4\], got float16\[2, 4\]$"),
+        (lambda p: p(torch.ones(2, 4, device="meta")), "argument x is on meta, the program runs on cpu"),
+        (lambda p: p(x=torch.ones(2, 4)), r"main takes 1 argument \(x\) and no keywords, got x"),
+    ],
+)
+def test_wrong_calls(program, call, message):
+    with pytest.raises(RunError, match=message):
+        call(program)
+
+
+def test_symbols_are_one_size_everywhere():
+    inputs = (
+        TensorSpec("pairs", "float32", ("2*s0", "s1 + 1")),
+        TensorSpec("x", "float32", ("s0", "s1")),
+        TensorSpec("y", "float32", ("s0", None)),
+    )
+    mlir = """func.func @main(%a: tensor<?x?xf32>, %b: tensor<?x?xf32>, %c: tensor<?x?xf32>)
+      -> tensor<?x?xf32> @SIG(main) { return %c : tensor<?x?xf32> }"""
+    program = runtime.load(compiled(mlir, main=signature(inputs, (TensorSpec("y", "float32", None),))))
+
+    def call(*shapes):
+        return program(*(torch.zeros(shape) for shape in shapes))
+
+    assert call((6, 5), (3, 4), (3, 7)).shape == (3, 7)
+    with pytest.raises(
+        RunError, match=r"argument y: expected float32\[s0, \?\], got float32\[2, 7\] where s0 = 3"
+    ):
+        call((6, 5), (3, 4), (2, 7))
+    with pytest.raises(RunError, match=r"argument pairs: .* where 2\*s0 = 6"):
+        call((5, 5), (3, 4), (3, 7))
+
+
+def test_structured_arguments_and_results():
+    def tree(value):
+        return pytree.treespec_dumps(pytree.tree_structure(value))
+
+    a, b = (TensorSpec(name, "float32", (2,)) for name in "ab")
+    told = signature(
+        (a, Constant(3), b, Constant(None)),
+        (b, Constant("yes"), a),
+        input_tree=tree((([0, 0],), {"mask": 0, "cache": None})),
+        output_tree=tree({"b": 0, "rest": (0, 0)}),
+    )
+    mlir = """func.func @main(%a: tensor<2xf32>, %b: tensor<2xf32>) -> (tensor<2xf32>, tensor<2xf32>)
+      @SIG(main) { return %b, %a : tensor<2xf32>, tensor<2xf32> }"""
+    program = runtime.load(compiled(mlir, main=told))
+    x, y = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
+    result = program([x, 3], cache=None, mask=y)
+    assert torch.equal(result["b"], y) and result["rest"][0] == "yes" and torch.equal(result["rest"][1], x)
+    with pytest.raises(RunError, match="argument 1 was compiled as the constant 3, got 4"):
+        program([x, 4], mask=y, cache=None)
+    with pytest.raises(RunError, match=r"argument 1 was compiled as the constant 3, got 3\.0"):
+        program([x, 3.0], mask=y, cache=None)
+    with pytest.raises(RunError, match=r"keywords mask, cache.*got 1 positional and keywords mask"):
+        program([x, 3], mask=y)
+
+
+def test_unknown_containers_give_a_flat_tuple():
+    class Strange:
+        pass
+
+    pytree.register_pytree_node(
+        Strange, lambda s: ([], None), lambda leaves, _: Strange(), serialized_type_name="strange"
+    )
+    text = pytree.treespec_dumps(pytree.tree_structure((1, Strange()))).replace("strange", "stranger")
+    mlir = "func.func @main(%x: tensor<2xf32>) -> tensor<2xf32> @SIG(main) { return %x : tensor<2xf32> }"
+    x = TensorSpec("x", "float32", (2,))
+    program = runtime.load(compiled(mlir, main=signature((x,), (x,), output_tree=text)))
+    assert torch.equal(program(torch.ones(2)), torch.ones(2))
+
+
+def test_column_tma_results_are_the_logical_view():
+    mlir = """func.func @main(%x: tensor<?x?x8xf32>, %physical: tensor<2x?xf32>) -> tensor<2x?xf32>
+      @SIG(main) { return %physical : tensor<2x?xf32> }"""
+    inputs = (TensorSpec("x", "float32", ("b", "t", 8)), TensorSpec("p", "float32", (2, "(b*t + 3)//4*4")))
+    physical = torch.arange(16.0).view(2, 8)
+    for shape in (("b", "t", 2), ("b*t", 2)):
+        scale = TensorSpec("scale", "float32", shape, "column_tma")
+        result = runtime.load(compiled(mlir, main=signature(inputs, (scale,))))(
+            torch.zeros(2, 3, 8), physical
+        )
+        assert result.shape == ((2, 3, 2) if len(shape) == 3 else (6, 2))
+        assert result.stride() == ((3, 1, 8) if len(shape) == 3 else (1, 8))
+        assert torch.equal(result.flatten(0, -2), physical.t()[:6])
+    unknown = TensorSpec("scale", "float32", (None, 2), "column_tma")
+    with pytest.raises(RunError, match=r"result scale: the size of .* does not follow"):
+        runtime.load(compiled(mlir, main=signature(inputs, (unknown,))))(torch.zeros(2, 3, 8), physical)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 6, 9])
+@pytest.mark.parametrize(
+    ("layout", "element", "padded"),
+    [
+        ("column", "float32", "rows"),
+        ("column_tma", "float32", "(rows + 3)//4*4"),
+        ("ue8m0_packed", "int32", "(rows + 3)//4*4"),
+    ],
+)
+def test_scale_layouts(layout, element, padded, rows):
+    type_ = f"tensor<2x?x{ELEMENTS[element]}>"
+    mlir = f"""func.func @main(%x: tensor<?x256xf32>, %physical: {type_}) -> {type_} @SIG(main) {{
+      return %physical : {type_} }}"""
+    inputs = (TensorSpec("x", "float32", ("rows", 256)), TensorSpec("p", element, (2, padded)))
+    program = runtime.load(
+        compiled(mlir, main=signature(inputs, (TensorSpec("scale", element, ("rows", 2), layout),)))
+    )
+    logical = torch.arange(2 * rows).view(rows, 2).to(getattr(torch, element))
+    physical = ops.to_physical(logical, layout)
+    result = program(torch.zeros(rows, 256), physical)
+    assert torch.equal(result, logical)
+    assert result.dtype == logical.dtype and result.stride() == (1, physical.shape[1])
+    assert result.data_ptr() == program["main"].run(torch.zeros(rows, 256), physical)[0].data_ptr()
+
+
+def test_functions_of_the_torch_pipeline_are_listed_once():
+    twin = DOUBLE.replace("@negate(", "@main$async(").replace("@SIG(negate)", "@SIG(main)")
+    program = runtime.load(compiled(twin, main=signature((X,), (X,))))
+    assert program.functions == ("main",)
+    assert torch.equal(program(torch.ones(2, 4)), torch.full((2, 4), 2.0))
+
+
+def test_unstated_signature_runs_unchecked():
+    program = runtime.load(compiled(DOUBLE.replace("@SIG(negate)", ""), main=signature()))
+    x = torch.randn(2, 4)
+    assert torch.equal(program(x), x + x)
+    with pytest.raises(RunError, match=r"main failed: .*expected 1 arguments but passed 2"):
+        program(x, x)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_threads(program, double, shared):
+    """Threads that call one program, and threads that load one each."""
+    wrong: list[int] = []
+
+    def work(rows: int) -> None:
+        called = program if shared else runtime.load(double)
+        x = torch.full((rows, 4), float(rows))
+        wrong.extend(rows for _ in range(50) if not torch.equal(called(x), x + x))
+
+    threads = [threading.Thread(target=work, args=(rows,)) for rows in range(1, 9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def test_missing_and_foreign_files(tmp_path, double):
+    with pytest.raises(RunError, match=r"nowhere.vmfb cannot be read: No such file"):
+        runtime.load(tmp_path / "nowhere.vmfb")
+    with pytest.raises(RunError, match="cannot be read: Is a directory"):
+        runtime.load(tmp_path)
+    model = tmp_path / "model.pt2"
+    torch.save({"a": torch.ones(1)}, model)
+    for foreign in (model, Path(__file__), Path(sys.executable)):
+        with pytest.raises(RunError, match="is not a compiled program"):
+            runtime.load(foreign)
+    with pytest.raises(RunError, match=f"was not made by compile-to-vmfb: it carries no {SIGNATURE_KEY}"):
+        runtime.load(
+            compiled("func.func @main(%x: tensor<2xf32>) -> tensor<2xf32> { return %x : tensor<2xf32> }")
+        )
+
+
+def test_a_later_version_is_named():
+    with pytest.raises(RunError, match="signature has version 99, this vmfuse reads 1"):
+        runtime.load(compiled(DOUBLE.replace("@SIG(negate)", ""), main=signature(version=99)))
+
+
+def test_truncated_and_damaged_files_are_refused(double, tmp_path):
+    """In a process of its own: what is being tested for is a crash."""
+    script = """
+import sys
+from lowering import run_cli, runtime
+from lowering.errors import RunError
+data = open(sys.argv[1], "rb").read()
+lengths = {*range(0, 200), *range(200, len(data), 211), *range(len(data) - 200, len(data))}
+flips = range(0, len(data), 97)
+damaged = (data[:at] + bytes([data[at] ^ 255]) + data[at + 1:] for at in flips)
+loaded = 0
+for number, broken in enumerate([*(data[:n] for n in sorted(lengths)), *damaged]):
+    path = sys.argv[2]
+    open(path, "wb").write(broken)
+    for source in (path, broken):
+        try:
+            runtime.load(source)
+            loaded += 1
+            assert len(broken) == len(data)
+        except RunError as error:
+            assert "\\n" not in str(error)
+print("loaded", loaded)
+"""
+    command = [sys.executable, "-c", script, str(double), str(tmp_path / "broken.vmfb")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.startswith("loaded")
+
+
+@pytest.mark.parametrize(
+    ("target", "device", "message"),
+    [
+        (("gfx950", "hip", "gfx950"), "cuda", r"was compiled for gfx950 \(hip\) and cannot run on cuda"),
+        (("gfx950", "hip", "gfx950"), "cpu", r"was compiled for gfx950 \(hip\) and cannot run on cpu"),
+        (("cpu", "cpu", ""), "cuda", r"was compiled for cpu \(cpu\) and cannot run on cuda"),
+        (("cpu", "cpu", ""), "tpu", "unknown device 'tpu'; known devices: cpu, cuda"),
+        (("cpu", "cpu", "riscv64"), None, "was compiled for cpu; this machine lacks a riscv64 processor"),
+        (("cpu", "cpu", host_arch() + "+avx99"), None, "was compiled for cpu; this machine lacks avx99"),
+    ],
+)
+def test_other_devices_are_refused(target, device, message):
+    name, backend, arch = target
+    told = signature((X,), (X,), target=name, backend=backend, arch=arch)
+    data = compiled(DOUBLE.replace("@SIG(negate)", ""), main=told)
+    with pytest.raises((RunError, UsageError), match=message):
+        runtime.load(data, device=device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize(("name", "backend"), [("sm_90", "cuda"), ("gfx950", "hip")])
+def test_a_missing_driver_is_named(name, backend):
+    told = signature((X,), (X,), target=name, backend=backend, arch=name)
+    data = compiled(DOUBLE.replace("@SIG(negate)", ""), main=told)
+    with pytest.raises(RunError, match=f"there is no {backend.upper()} driver or device on this machine"):
+        runtime.load(data)
+
+
+@pytest.mark.parametrize(
+    ("backend", "arch", "message"),
+    [
+        ("cuda", "sm_90a", None),
+        ("cuda", "sm_100a", "was compiled for sm_100a; cuda:0 is sm_90"),
+        ("hip", "gfx950", r"was compiled for gfx950; the torch \S+ here is built for CUDA"),
+    ],
+)
+def test_another_gpu_is_refused(monkeypatch, backend, arch, message):
+    """On a pretended machine: torch for CUDA, and one sm_90."""
+    monkeypatch.setattr(runtime, "_hal_device", lambda backend, index: None)
+    monkeypatch.setattr(runtime, "_gpu_arch", lambda index: "sm_90")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    told = signature(target=arch, backend=backend, arch=arch)
+    if message is None:
+        assert str(runtime._Place.for_program(told, None, "m.vmfb")) == "cuda:0"
+        with pytest.raises(RunError, match="this machine has no cuda:1"):
+            runtime._Place.for_program(told, "cuda:1", "m.vmfb")
+        return
+    with pytest.raises(RunError, match=message):
+        runtime._Place.for_program(told, None, "m.vmfb")
+
+
+def test_code_for_another_processor_is_an_error():
+    from iree import compiler
+
+    text = DOUBLE.replace("@SIG(negate)", "").replace(
+        "@SIG(main)", attributes(signature((X,), (X,), arch=""))
+    )
+    flags = ["--iree-llvmcpu-target-triple=aarch64-unknown-linux-gnu"]
+    data = compiler.compile_str(text, target_backends=["llvm-cpu"], extra_args=flags)
+    with pytest.raises(RunError, match="cannot be loaded on cpu"):
+        runtime.load(data)
+
+
+# --- parameters --------------------------------------------------------------------------------
+
+WEIGHTED = """
+util.global private @w = #flow.parameter.named<"model"::"w"> : tensor<4xf32>
+func.func @main(%x: tensor<4xf32>) -> tensor<4xf32> @SIG(main) {
+  %w = util.global.load @w : tensor<4xf32>
+  %y = arith.mulf %x, %w : tensor<4xf32>
+  return %y : tensor<4xf32>
+}
+"""
+
+
+def write_archive(path: Path, **weights: np.ndarray) -> Path:
+    from iree import runtime as iree
+
+    iree.save_archive_file(weights, path)
+    return path
+
+
+def test_parameters_in_a_file(tmp_path):
+    weights = np.array([1, 2, 3, 4], dtype=np.float32)
+    right = write_archive(tmp_path / "right.irpa", w=weights)
+    other = write_archive(tmp_path / "other.irpa", w=weights + 1)
+    cut = tmp_path / "cut.irpa"
+    cut.write_bytes(right.read_bytes()[:-3900])
+    x = TensorSpec("x", "float32", (4,))
+    told = signature((x,), (x,), parameters=Parameters("model", parameter_digest(right)))
+    data = compiled(WEIGHTED, main=told)
+    result = runtime.load(data, parameters=right)(torch.ones(4))
+    assert torch.equal(result, torch.from_numpy(weights))
+    for path, message in [
+        (None, "keeps its parameters in a separate .irpa file"),
+        (other, "other.irpa does not hold the parameters that the program was compiled with"),
+        (tmp_path / "none.irpa", "parameters .*none.irpa cannot be read: No such file"),
+        (cut, "parameters .*cut.irpa cannot be used: it is truncated"),
+        (Path(__file__), "cannot be used: it is not an .irpa parameter archive"),
+    ]:
+        with pytest.raises(RunError, match=message):
+            runtime.load(data, parameters=path)
+
+
+def test_parameters_that_are_not_wanted(double, tmp_path):
+    path = write_archive(tmp_path / "w.irpa", w=np.ones(4, dtype=np.float32))
+    with pytest.raises(RunError, match="carries its own parameters and takes none from"):
+        runtime.load(double, parameters=path)
+
+
+def test_the_digest_sees_every_region_of_a_large_file(tmp_path):
+    weights = np.zeros(4 << 20, dtype=np.float32)
+    digests = {parameter_digest(write_archive(tmp_path / "w.irpa", w=weights))}
+    for scale in (1, 2):
+        weights[:] = scale
+        digests.add(parameter_digest(write_archive(tmp_path / "w.irpa", w=weights)))
+    weights[-1] = 7
+    digests.add(parameter_digest(write_archive(tmp_path / "w.irpa", w=weights)))
+    assert len(digests) == 4
+
+
+# --- signature ---------------------------------------------------------------------------------
+
+
+def test_signatures_survive_json():
+    said = signature(
+        (TensorSpec("x", "bfloat16", ("s0", 7168)), Constant(1.5), Constant(None)),
+        (TensorSpec("s", "float32", ("2*s0", 56), "column_tma"), TensorSpec("q", "float8_e4m3fn", None)),
+        input_tree="[1, {}]",
+        parameters=Parameters("model", "abc"),
+    )
+    assert Signature.from_json(said.to_json()) == said
+    assert Signature.from_json(signature().to_json()) == signature()
+    for text in ("", "[]", "{}", '{"version": 1}'):
+        with pytest.raises(ValueError, match="signature cannot be read"):
+            Signature.from_json(text)
+
+
+def test_unknown_strides_are_refused():
+    said = signature((), (TensorSpec("s", "float32", (4, 2), "column"),)).to_json()
+    with pytest.raises(ValueError, match="its signature names the unknown strides 'swizzled'"):
+        Signature.from_json(said.replace('"column"', '"swizzled"'))
+
+
+def test_sizes():
+    symbols = {"s0": 6, "s1": 4}
+    assert [resolve(d, symbols) for d in (3, None, "s0", "s2", "s0*s1 - 1", "(s0 + 3)//4*4", "s0 % 4")] == [
+        3, None, 6, None, 23, 8, 2,
+    ]  # fmt: skip
+    for other in ("__import__('os')", "s0//0", "Mod(s0, 2)", "s0 +"):
+        assert resolve(other, symbols) is None
+
+
+def test_host_arch():
+    assert missing_on_host(host_arch()) is None
+    assert missing_on_host("native") is None
+
+
+def test_only_the_runtime_is_imported(double):
+    script = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch_mlir", "safetensors") or name.startswith("iree.compiler"):
+            raise ImportError(name + " is not installed")
+sys.meta_path.insert(0, Refuse())
+import torch
+import lowering
+program = lowering.load(sys.argv[1])
+assert torch.equal(program(torch.ones(2, 4)), torch.full((2, 4), 2.0))
+from lowering import run_cli
+assert run_cli.main([sys.argv[1], "--input", "2x4xf32=1"]) == 0
+assert not any(name.startswith("iree.compiler") for name in sys.modules)
+"""
+    command = [sys.executable, "-c", script, str(double)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+# --- run-vmfb ----------------------------------------------------------------------------------
+
+PAIR = """func.func @main(%x: tensor<?x4xbf16>, %n: tensor<?xi64>)
+    -> (tensor<?x4xbf16>, tensor<?xi64>) @SIG(main) {
+  %m = arith.addi %n, %n : tensor<?xi64>
+  return %x, %m : tensor<?x4xbf16>, tensor<?xi64>
+}"""
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> str:
+    """main(x: bfloat16 [s0, 4], n: int64 [s1]) -> (x, n + n)."""
+    specs = (TensorSpec("x", "bfloat16", ("s0", 4)), TensorSpec("n", "int64", ("s1",)))
+    path = tmp_path_factory.mktemp("pair") / "pair.vmfb"
+    path.write_bytes(compiled(PAIR, main=signature(specs, specs)))
+    return str(path)
+
+
+def test_run_prints_results(pair, capsys):
+    assert run_cli.main([pair, "--input", "1x4xbf16=1.5", "--input", "3xi64=1,2,-3"]) == 0
+    expected = "output_0: 1x4xbf16\n[[1.5000, 1.5000, 1.5000, 1.5000]]\noutput_1: 3xi64\n[ 2,  4, -6]\n"
+    assert capsys.readouterr().out == expected
+
+
+def test_run_writes_and_reads_files(pair, tmp_path, capsys):
+    both, x, n = tmp_path / "both.safetensors", tmp_path / "x.npy", tmp_path / "n.npy"
+    inputs = ["--input", "5x4xbf16=rand:7", "--input", "2xi64=rand:1"]
+    assert run_cli.main([pair, *inputs, "--output", f"@{both}"]) == 0
+    assert run_cli.main([pair, *inputs, "--output", f"@{x}", "--output", f"@{n}"]) == 0
+    assert capsys.readouterr().out == ""
+    from safetensors.torch import load_file
+
+    written = load_file(both)
+    expected = torch.randn(5, 4, generator=torch.Generator().manual_seed(7)).bfloat16()
+    assert torch.equal(written["output_0"], expected)
+    assert np.array_equal(np.load(n), written["output_1"].numpy())
+    again = tmp_path / "again.safetensors"
+    for first in (f"@{x}", f"@{both}:output_0"):
+        assert run_cli.main([pair, "--input", first, "--input", f"@{n}", "--output", f"@{again}"]) == 0
+        assert torch.equal(load_file(again)["output_0"], expected)
+        assert torch.equal(load_file(again)["output_1"], written["output_1"] * 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "again.safetensors", "both.safetensors", "n.npy", "x.npy",
+    ]  # fmt: skip
+
+
+def test_run_function_and_benchmark(double, capsys):
+    assert run_cli.main([str(double), "--function", "negate", "--input", "0x4xf32"]) == 0
+    assert capsys.readouterr().out == "output_0: 0x4xf32\n[], size=(0, 4)\n"
+    assert run_cli.main([str(double), "--input", "2x4xf32=1", "--benchmark", "5"]) == 0
+    line = capsys.readouterr().out
+    assert line.startswith("main: 5 calls, median ")
+    assert "min" in line and "mean" in line and line.count("\n") == 1
+
+
+X_ = "--input=1x4xbf16=1"
+N_ = "--input=2xi64=1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--input=4xbf17=1"], 2, "unknown element type 'bf17'"),
+        (["--input=axbf16=1"], 2, "expected sizes and an element type, such as 8x7168xbf16"),
+        (["--input=4xi64=one", N_], 2, "expected rand:SEED or values, got 'one'"),
+        (["--input=4xi8=300", N_], 2, "expected rand:SEED or values, got '300'"),
+        (["--input=1x4xbf16=1,2", N_], 2, "expected 1 or 4 values, got 2"),
+        (["--input=1x4xbf16=rand:x", N_], 2, "expected rand:SEED, got 'rand:x'"),
+        (["--input=@nowhere.npy"], 2, "there is no file nowhere.npy"),
+        (["--input=@tests"], 2, "expected @FILE.npy or @FILE.safetensors[:NAME]"),
+        ([X_, N_, "--output=y.npy"], 2, "expected -, @FILE.npy or @FILE.safetensors"),
+        ([X_, N_, "--output=@nowhere/y.npy"], 2, "nowhere/y.npy cannot be written"),
+        ([X_, N_, "--output=@y.npy"], 2, "main returns 2 tensors, y.npy holds one; use .safetensors"),
+        ([X_, N_, "--output=-", "--output=-", "--output=-"], 2, "3 --output options given"),
+        ([X_], 1, "main takes 2 inputs (x: bfloat16[s0, 4]; n: int64[s1]), got 1"),
+        (["--input=1x4xf32=1", N_], 1, "argument x: expected bfloat16[s0, 4], got float32[1, 4]"),
+        ([X_, N_, "--function=other"], 1, "the program has no function 'other'; it has main"),
+        ([X_, N_, "--device=tpu"], 2, "unknown device 'tpu'"),
+        ([X_, N_, "--benchmark=0"], 2, "expected a positive number of calls, got '0'"),
+        ([X_, N_, "--parameters=w.irpa"], 1, "carries its own parameters"),
+    ],
+)
+def test_run_with_bad_arguments(pair, capsys, arguments, code, message):
+    try:
+        result = run_cli.main([pair, *arguments])
+    except SystemExit as stop:
+        result = stop.code
+    captured = capsys.readouterr()
+    assert result == code
+    assert captured.err.splitlines()[-1].startswith("run-vmfb: error: ")
+    assert message in captured.err
+    assert captured.out == ""
+
+
+def test_run_refuses_damaged_input_files(pair, tmp_path, capsys):
+    for name in ("x.npy", "x.safetensors"):
+        (tmp_path / name).write_bytes(b"not a tensor")
+        assert run_cli.main([pair, f"--input=@{tmp_path / name}", N_]) == 2
+        assert f"{name} cannot be read: " in capsys.readouterr().err
+
+
+def test_run_as_a_command(pair):
+    command = [sys.executable, "-m", "lowering.run_cli", "nowhere.vmfb"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "run-vmfb: error: nowhere.vmfb cannot be read: No such file or directory\n"
