@@ -215,6 +215,7 @@ static void issue_matrix(Machine *m, Wave *w, const Inst *in, const Operation *o
   const Shape *s = p.shape = &SHAPES[op->detail];
   bool undefined = false;
   for (int which = 0; which < 2; ++which) {
+    if (in->src[which] < VGPR) fail(m, w, in, ILLEGAL, 0, "the operands of a matrix instruction are vector registers");
     choose_format(m, w, in, &p, which);
     undefined |= any_undefined(m, w, in, in->src[which], in->acc >> which & 1, (run_length(s) * p.bits[which] + 31) / 32);
   }
