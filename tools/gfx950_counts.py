@@ -129,7 +129,7 @@ def count(spec: RowSpec) -> Counts:
 
 
 def predicted(counts: Counts, tokens: int, machine: Machine) -> tuple[float, str]:
-    """Seconds for ``tokens`` rows and what bounds them: memory, vector instructions, or one wave's latency."""
+    """Seconds for ``tokens`` rows and their bound: memory, vector instructions, or one wave's latency."""
     workgroups = counts.kernel.grid(tokens)[0]
     turns = -(-workgroups // machine.units)  # of the busiest compute unit
     slots = counts.vector * counts.kernel.spec.hidden * counts.kernel.rows_per_workgroup / WAVE
