@@ -64,9 +64,10 @@ def rms_norm_reference(
     Gemma (weight_offset).
     """
     x32, total = _statistic_input(x, residual, norm)
-    # Not torch.rsqrt: on the CPU it is an approximation, off by one unit in the last place for
-    # about one value in eight.
-    rstd = torch.reciprocal(torch.sqrt(torch.mean(x32 * x32, dim=-1, keepdim=True) + _float32(norm.eps)))
+    # In float64, so that both roundings are to nearest wherever this runs: on the CPU float32 torch.sqrt is
+    # off by one unit in the last place for one value in seven, and on CUDA torch.rsqrt is an approximation.
+    mean = torch.mean(x32 * x32, dim=-1, keepdim=True) + _float32(norm.eps)
+    rstd = torch.reciprocal(torch.sqrt(mean.to(torch.float64)).to(torch.float32))
     y = x32 * rstd
     weight = _offset(weight, norm)
     if norm.rounding == "twice":
