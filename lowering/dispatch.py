@@ -18,8 +18,8 @@ from iree.compiler import ir
 from iree.compiler.dialects import arith, flow, func, hal, linalg, stream, tensor
 
 from patterns import canonical, torch_ir, views
-from patterns.contracts import RowSpec, ScaleLayout
-from patterns.sites import Ledger
+from patterns.contracts import Contract, RowSpec, ScaleLayout
+from patterns.sites import Cost, Ledger
 
 from . import abi, toolchain
 from .devices import executable_target
@@ -95,9 +95,31 @@ def choose_kernels(
         if torch_ir.op_name(op) == canonical.ROW:
             kernel = instance(canonical.row_spec(op), target)
             chosen.append((op, kernel))
-            for site in canonical.sites_of(op):
-                ledger.assign_kernel(site, kernel.entry)
+            sites = canonical.sites_of(op)
+            contracts = [ledger.records[site].contract for site in sites]
+            for site, cost in zip(sites, _costs(kernel, contracts, _example_rows(op)), strict=True):
+                ledger.assign_kernel(site, kernel.entry, cost)
     return chosen
+
+
+def _costs(kernel: KernelInstance, contracts: Sequence[Contract | None], rows: int | None) -> list[Cost]:
+    """What the sites of one row have of its kernel's cost, in their order.
+
+    A quantization writes its own results, equal ones once; the first site does everything else.
+    """
+    if rows is None:
+        return [Cost(None, int(number == 0)) for number in range(len(contracts))]
+    sizes = {
+        binding.name: math.prod(kernel.shape(binding, rows)) * torch_ir.element_bytes(binding.dtype)
+        for binding in kernel.bindings
+    }
+    written: dict[Contract | None, int] = {
+        quantization: sizes.pop(f"q{number}") + sizes.pop(f"scale{number}")
+        for number, quantization in enumerate(kernel.spec.quantizations)
+    }
+    shares = [written.pop(contract, 0) for contract in contracts]
+    shares[0] += sum(sizes.values())
+    return [Cost(share, int(number == 0)) for number, share in enumerate(shares)]
 
 
 def _checked_object(kernel: KernelInstance) -> bytes:

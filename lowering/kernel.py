@@ -126,6 +126,12 @@ def why_unsupported(spec: RowSpec, target: Target) -> str | None:
     return next((reason for reason in reasons if reason), None)
 
 
+def hardware_floats(target: Target) -> tuple[str, ...]:
+    """The 8-bit floats ``target`` converts to: by its instructions or, on the CPU, by the kernel's own."""
+    floats = tuple(dtype for dtype in _QUANT_CODES if dtype != "int8")
+    return _HARDWARE_FLOATS[target.name] if target.backend != "cpu" else floats
+
+
 def instance(spec: RowSpec, target: Target, tile: Tile | None = None) -> KernelInstance:
     """The kernel for ``spec`` on ``target``; ``tile`` overrides the chosen mapping (for tuning).
 
@@ -304,9 +310,13 @@ def _why_not_codes(quantization: Quantization, target: Target) -> str | None:
     dtype, limit = quantization.dtype, quantization.limit
     if dtype not in _QUANT_CODES:
         return f"The row kernel quantizes to {_listed(_QUANT_CODES)}, not {dtype}."
-    hardware = _HARDWARE_FLOATS.get(target.name, _OCP) if target.backend != "cpu" else tuple(_QUANT_CODES)
+    hardware = hardware_floats(target)
     if dtype not in ("int8", *hardware):
-        other = ", whose values differ by a factor of two" if dtype.startswith("float8_e4m3") else ""
+        other = (
+            ", whose values differ by a factor of two; --fp8 native changes it where nothing else sees them"
+            if dtype.startswith("float8_e4m3")
+            else ""
+        )
         return f"{target.name} converts to {_listed(hardware)} in hardware, not to {dtype}{other}."
     if limit is not None and not (0 < limit <= LARGEST_FINITE[dtype] and limit == int(limit)):
         most = f"whole numbers up to {LARGEST_FINITE[dtype]:g}"

@@ -32,12 +32,18 @@ def raise_function(
     # Last operations first: the product with the weight must be tried before the norm inside it.
     for op in reversed([op.operation for op in block.operations]):
         for recogniser in by_root.get(torch_ir.op_name(op), ()):
-            raised = recogniser.recognise(op)
+            raised = ledger.timing.of(_name(recogniser)).call(recogniser.recognise, op)
             if raised is not None:
                 _create(op, raised)
                 break
     torch_ir.erase_dead(block)
     _open_sites(block, ledger)
+
+
+def _name(recogniser: Recogniser) -> str:
+    """What a recogniser is called beside its time: its class, and its row where it is one of a table."""
+    row = getattr(recogniser, "name", None)
+    return f"{type(recogniser).__name__} {row}" if row else type(recogniser).__name__
 
 
 def _create(op: ir.Operation, raised: Raised) -> ir.Operation:
@@ -63,5 +69,5 @@ def _open_sites(block: ir.Block, ledger: Ledger) -> None:
     for op in [op.operation for op in block.operations]:
         name = canonical.site_name(op)
         if name is not None:
-            number = ledger.add(name, torch_ir.location(op))
+            number = ledger.add(name, torch_ir.location(op), canonical.contract(op), canonical.cost(op))
             op.attributes[canonical.SITE] = canonical.to_attribute(number)

@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 from iree.compiler import ir
 
 from . import torch_ir
-from .contracts import GatedActivation, Quantization, RmsNorm, RowSpec
+from .contracts import Contract, GatedActivation, Quantization, RmsNorm, RowSpec
+from .sites import Cost
 from .torch_ir import TensorType
 
 RMS_NORM = "vmfuse.rms_norm"
@@ -128,9 +129,22 @@ def quantization(op: ir.Operation) -> Quantization:
     return from_attribute(Quantization, op.attributes["contract"])
 
 
+def contract(op: ir.Operation) -> Contract:
+    """What the canonical operation of a site computes."""
+    kinds = {RMS_NORM: RmsNorm, GATED_ACTIVATION: GatedActivation, GROUP_QUANT: Quantization}
+    return from_attribute(kinds[torch_ir.op_name(op)], op.attributes["contract"])
+
+
 def row_spec(op: ir.Operation) -> RowSpec:
     """What a ``vmfuse.row`` computes."""
     return from_attribute(RowSpec, op.attributes["spec"])
+
+
+def cost(op: ir.Operation) -> Cost:
+    """What ``op`` costs as a kernel of its own: every operand read once, every result written once."""
+    sizes = [torch_ir.example_bytes(value) for value in (*op.operands, *op.results)]
+    known = [size for size in sizes if size is not None]
+    return Cost(sum(known) if len(known) == len(sizes) else None, dispatches=1)
 
 
 def site_name(op: ir.Operation) -> str | None:

@@ -8,7 +8,7 @@ DeepGEMM, torch.nn.RMSNorm); where those disagree the field exists.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 Rounding = Literal["once", "twice", "none"]
@@ -115,6 +115,21 @@ class Quantization:
     def groups(self, hidden: int) -> int:
         """Scales in a row of ``hidden`` elements."""
         return 1 if self.group is None else hidden // self.group
+
+
+Contract = RmsNorm | GatedActivation | Quantization
+
+
+def in_words(contract: Contract) -> str:
+    """``eps=1e-06 rounding=twice``: the fields that say something, for people."""
+    values = {field.name: getattr(contract, field.name) for field in fields(contract)}
+    if values.get("group", 0) is None:
+        values["group"] = "row"
+    return " ".join(
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in values.items()
+        if value is not None and value != 0.0
+    )
 
 
 @dataclass(frozen=True)

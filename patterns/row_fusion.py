@@ -210,6 +210,7 @@ def _replace(
     _record(replaced, pattern_name(spec), ledger)
     add = torch_ir.producer(inputs.sum) if inputs.sum is not None else None
     if add is not None and add != producer:
+        ledger.absorb(canonical.site_of(replaced[0]), inputs.norm, canonical.cost(add))
         replaced.insert(0, add)
     for op in reversed(replaced):
         op.erase()

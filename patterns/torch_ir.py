@@ -6,6 +6,7 @@ handled by name here, and nowhere else.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ _ELEMENTS = (
     ("ui8", "uint8", 0),
     ("i1", "bool", 11),
 )
+_DIGITS = re.compile(r"\d+")
 _DTYPE_OF = {element: dtype for element, dtype, _ in _ELEMENTS}
 _ELEMENT_OF = {dtype: element for element, dtype, _ in _ELEMENTS}
 _CODE_OF = {dtype: code for _, dtype, code in _ELEMENTS}
@@ -115,6 +117,20 @@ def example_shape(value: ir.Value) -> tuple[int, ...] | None:
         return None
     number = ir.OpResult(value).result_number if op is not None else ir.BlockArgument(value).arg_number
     return tuple(ir.DenseI64ArrayAttr(ir.ArrayAttr(attributes[_EXAMPLE])[number])) or None
+
+
+def example_bytes(value: ir.Value) -> int | None:
+    """Bytes of a tensor of the example sizes; 0 for what is no tensor, None where sizes are unknown."""
+    type_ = tensor_type(value)
+    if type_ is None:
+        return 0 if "tensor" not in str(value.type) else None
+    shape = example_shape(value)
+    return None if shape is None else math.prod(shape) * element_bytes(type_.dtype)
+
+
+def element_bytes(dtype: str) -> int:
+    """Bytes of one element of a PyTorch dtype name."""
+    return max(1, int(_DIGITS.findall(_ELEMENT_OF[dtype])[0]) // 8)
 
 
 def users(value: ir.Value) -> list[ir.Operation]:
