@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from iree.compiler import ir
 
-from . import canonical, torch_ir, views
+from . import canonical, torch_ir
 from .contracts import Activation, GatedActivation
 from .match import Const, OneOf, Op, Var, first_match
 from .recogniser import Raised
+from .views import is_quantized
 
 _GATE = Var("gate")
 _ACTIVATED = OneOf(
@@ -43,16 +44,6 @@ class DecomposedGate:
         )
         operands = [gate, up] if packed is None else [packed]
         return Raised(canonical.GATED_ACTIVATION, contract, operands, [op.result])
-
-
-def is_quantized(value: ir.Value) -> bool:
-    """Whether a ``vmfuse.group_quant`` reads ``value``, through views or not."""
-    for user in torch_ir.users(value):
-        if torch_ir.op_name(user) == canonical.GROUP_QUANT:
-            return True
-        if views.is_view(user) and is_quantized(user.result):
-            return True
-    return False
 
 
 def _activation(approximate: str | None) -> Activation:

@@ -10,6 +10,7 @@ from . import canonical, torch_ir
 from .contracts import RmsNorm
 from .match import ANY, Bindings, Const, Is, OneOf, Op, Var, first_match
 from .recogniser import Raised
+from .views import is_quantized
 
 
 def _mul(a: Any, b: Any, capture: str | None = None) -> Op:
@@ -39,8 +40,8 @@ _WEIGHTED = OneOf(
 class DecomposedNorm:
     """x.pow(2).mean(-1, keepdim=True), rsqrt(.. + eps) and the products around it.
 
-    Hugging Face Llama and its kin (cast back, then times weight: ``twice``) and the forms that
-    stay in float32 until the end (``once``).
+    Hugging Face Llama and its kin (cast back, then times weight: ``twice``), the forms that stay in
+    float32 until the end (``once``), and those that are quantized unrounded (``none``).
     """
 
     roots = ("torch.aten.mul.Tensor",)
@@ -86,6 +87,8 @@ class DecomposedNorm:
             cast_type = torch_ir.tensor_type(casts[0].result)
             if cast_type is not None and cast_type.dtype == x.dtype:
                 return "once", casts[0].result
+        if result.dtype == "float32" and is_quantized(op.result):
+            return "none", op.result
         return None
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from iree.compiler import ir
 
-from . import torch_ir
+from . import canonical, torch_ir
 from .contracts import Quantization
 
 FLAT_VIEWS = frozenset(
@@ -35,6 +35,16 @@ def is_view(op: ir.Operation | None) -> bool:
 def is_flat_view(op: ir.Operation | None) -> bool:
     """Whether ``op`` only regroups the flat order of its first operand."""
     return op is not None and op.name in FLAT_VIEWS
+
+
+def is_quantized(value: ir.Value) -> bool:
+    """Whether a ``vmfuse.group_quant`` reads ``value``, through views or not."""
+    for user in torch_ir.users(value):
+        if torch_ir.op_name(user) == canonical.GROUP_QUANT:
+            return True
+        if is_view(user) and is_quantized(user.result):
+            return True
+    return False
 
 
 def why_blocked(view: ir.Operation, quantization: Quantization) -> str | None:

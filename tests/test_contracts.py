@@ -71,12 +71,13 @@ def test_equal_where_every_order_of_summation_gives_the_same_statistic(rounding:
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_bounds_where_the_order_can_show(rounding: str) -> None:
-    """Scales within an ulp of the type y was rounded to; codes within a step, fewer than 1 in 10,000 of them."""
+    """Scales within an ulp of the type y was rounded to; codes within a step, and fewer than 1 in 10,000."""
     x, residual = torch.randn(1024, HIDDEN).bfloat16(), torch.randn(1024, HIDDEN).bfloat16()
     ours, eager = outputs(rounding, True, x, residual)
     assert torch.equal(ours.pop(), eager.pop())  # the sum
-    # An ulp of the statistic is at most two of y where nothing is rounded in between, and two of the scale.
-    ulp = 2 if rounding == "none" else 2**16
+    # A bfloat16 y hides the statistic's last bits, or moves by a whole ulp.  An unrounded one shows them: eager's
+    # own sum of 1536 squares is up to 3 ulps of the scale away from the exact one, and so is the kernel's.
+    ulp = 6 if rounding == "none" else 2**16
     for codes, scales in ((0, 1), (2, 3)):
         moved = steps(ours[codes], eager[codes])
         same_scale = (steps(ours[scales], eager[scales]) == 0).repeat_interleave(
