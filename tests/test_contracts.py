@@ -75,8 +75,8 @@ def test_bounds_where_the_order_can_show(rounding: str) -> None:
     x, residual = torch.randn(1024, HIDDEN).bfloat16(), torch.randn(1024, HIDDEN).bfloat16()
     ours, eager = outputs(rounding, True, x, residual)
     assert torch.equal(ours.pop(), eager.pop())  # the sum
-    # A bfloat16 y hides the statistic's last bits, or moves by a whole ulp.  An unrounded one shows them: eager's
-    # own sum of 1536 squares is up to 3 ulps of the scale away from the exact one, and so is the kernel's.
+    # A bfloat16 y hides the statistic's last bits, or moves by a whole ulp.  An unrounded one shows them:
+    # eager's own sum of 1536 squares is up to 3 ulps of the scale off the exact one, as is the kernel's.
     ulp = 6 if rounding == "none" else 2**16
     for codes, scales in ((0, 1), (2, 3)):
         moved = steps(ours[codes], eager[codes])
