@@ -47,6 +47,28 @@ class Var(Pattern):
             yield bound
 
 
+@dataclass(frozen=True)
+class Exact(Pattern):
+    """Any value, remembered by name as it was before it was widened from a 16-bit float."""
+
+    name: str
+
+    def match(self, value: ir.Value, bound: Bindings) -> Iterator[Bindings]:
+        yield from Var(self.name).match(torch_ir.uncast(value), bound)
+
+
+@dataclass(frozen=True)
+class Named(Pattern):
+    """What ``pattern`` matches, remembered by name."""
+
+    name: str
+    pattern: Pattern
+
+    def match(self, value: ir.Value, bound: Bindings) -> Iterator[Bindings]:
+        for found in self.pattern.match(value, bound):
+            yield {**found, self.name: value}
+
+
 class _Anything(Pattern):
     def match(self, value: ir.Value, bound: Bindings) -> Iterator[Bindings]:
         yield bound
@@ -79,20 +101,31 @@ class Is(Pattern):
 
 
 class Op(Pattern):
-    """The result of the operation ``name`` whose operands match ``operands`` in order.
+    """The first result of the operation ``name`` whose operands match ``operands`` in order.
 
-    ``commutative`` also tries the first two operands swapped; ``capture`` remembers the result.
+    ``commutative`` also tries the first two operands swapped; ``capture`` remembers the result, whose
+    dtype must be ``dtype`` where that is given.
     """
 
-    def __init__(self, name: str, *operands: Pattern, commutative: bool = False, capture: str | None = None):
+    def __init__(
+        self,
+        name: str,
+        *operands: Pattern,
+        commutative: bool = False,
+        capture: str | None = None,
+        dtype: str | None = None,
+    ):
         self.name = name
         self.operands = operands
         self.commutative = commutative
         self.capture = capture
+        self.dtype = dtype
 
     def match(self, value: ir.Value, bound: Bindings) -> Iterator[Bindings]:
         op = torch_ir.producer(value)
         if op is None or torch_ir.op_name(op) != self.name or len(op.operands) != len(self.operands):
+            return
+        if value != op.results[0] or (self.dtype and torch_ir.dtype_of(value) != self.dtype):
             return
         operands = list(op.operands)
         orders = [operands]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cmp_to_key, lru_cache
@@ -81,6 +82,12 @@ def _parse_tensor_type(text: str) -> TensorType | None:
 def tensor_type(value: ir.Value) -> TensorType | None:
     """The value's tensor type; None for scalars, lists and tensors of unknown rank or dtype."""
     return _parse_tensor_type(str(value.type))
+
+
+def dtype_of(value: ir.Value) -> str | None:
+    """The dtype of a tensor; None for anything else."""
+    type_ = tensor_type(value)
+    return type_.dtype if type_ is not None else None
 
 
 def producer(value: ir.Value) -> ir.Operation | None:
@@ -166,7 +173,34 @@ def _items(op: ir.Operation) -> Any:
     return NOT_CONSTANT if any(item is NOT_CONSTANT for item in items) else items
 
 
+def _folded(compute: Callable[..., float]) -> Callable[[ir.Operation], Any]:
+    """How a float32 of constants is read: computed, and rounded to float32."""
+
+    def read(op: ir.Operation) -> Any:
+        values = [constant(operand) for operand in op.operands]
+        if tensor_type(op.results[0]) != TensorType((), "float32"):
+            return NOT_CONSTANT
+        numbers = all(isinstance(value, (int, float)) for value in values)
+        return to_float32(compute(*values)) if numbers and values[-1] != 0 else NOT_CONSTANT
+
+    return read
+
+
+def _filled(op: ir.Operation) -> Any:
+    return constant(op.operands[1]) if constant(op.operands[0]) == [] else NOT_CONSTANT
+
+
+def to_float32(value: float) -> float:
+    """``value`` rounded to float32."""
+    return struct.unpack("f", struct.pack("f", value))[0]
+
+
 _CONSTANTS: dict[str, Callable[[ir.Operation], Any]] = {
+    "torch.aten.full": _filled,
+    "torch.aten.neg": _folded(lambda a: -a),
+    "torch.aten.reciprocal": _folded(lambda a: 1 / a),
+    "torch.aten.div.Scalar": _folded(lambda a, b: a / b),
+    "torch.aten.div.Tensor": _folded(lambda a, b: a / b),
     "torch.constant.int": lambda op: ir.IntegerAttr(op.attributes["value"]).value,
     "torch.constant.float": lambda op: ir.FloatAttr(op.attributes["value"]).value,
     "torch.constant.bool": lambda op: bool(ir.IntegerAttr(op.attributes["value"]).value),
