@@ -77,12 +77,11 @@ def _can_merge(op: ir.Operation) -> bool:
 
 
 def _identity(op: ir.Operation) -> Any:
-    value = op.attributes["value"] if "value" in op.attributes else None
-    return op.name, tuple(op.operands), op.result.type, value
+    return op.name, tuple(op.operands), op.result.type, op.attributes.get("value", None)
 
 
 def _view_first(view: ir.Operation) -> tuple[ir.Operation, ...]:
-    """The operations that stand for ``view``: itself, or the same view of what its operand was widened from."""
+    """What stands for ``view``: itself, or the same view of what its operand was widened from, widened."""
     narrow, wide = torch_ir.uncast(view.operands[0]), torch_ir.tensor_type(view.result)
     if narrow == view.operands[0] or wide is None:
         return (view,)

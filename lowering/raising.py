@@ -105,7 +105,7 @@ def _create(raised: Raised) -> ir.Operation:
     for old, value in zip(results, new.results, strict=True):
         if isinstance(old, WithoutLastAxis):
             old.value.replace_all_uses_with(_without_last_axis(value, old.value))
-        elif isinstance(old, ir.Value):
+        elif not isinstance(old, TensorType):
             old.replace_all_uses_with(value)
     return new
 

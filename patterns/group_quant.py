@@ -155,7 +155,7 @@ _QUANTIZED = Op("torch.prims.convert_element_type", _Bounded(_QUOTIENT, "low", "
 
 
 class DecomposedGroupQuant:
-    """Group quantization written out: abs, amax, bounds, division, bounds, cast over a last axis of one group.
+    """Group quantization written out: abs, amax, bounds, division, bounds, cast; a last axis is a group.
 
     The largest magnitude may be taken with amax, max or the infinity norm, with or without the reduced
     axis; bounds are clamps, minima or maxima; the scale may be rounded up to a power of two; and
@@ -209,7 +209,7 @@ def read_contract(found: Bindings, q: ir.Value) -> Quantization | str:
         quotient=_quotient(found),
         limit=None if limit == LARGEST_FINITE[type_.dtype] else limit,
     )
-    return _why_another(found, contract) or contract
+    return next(_objections(found, contract), contract)
 
 
 def _is_a_group(x: ir.Value, size: int) -> bool:
@@ -243,31 +243,32 @@ def _shortest(value: float) -> float:
     return next(float(text) for text in texts if torch_ir.to_float32(float(text)) == rounded)
 
 
-def _why_another(found: Bindings, contract: Quantization) -> str | None:
-    """Why what was written is not ``contract`` after all; None if it is."""
+def _objections(found: Bindings, contract: Quantization) -> Iterator[str]:
+    """Why what was written is not ``contract`` after all."""
     limit, low, high = contract.qmax, found["low"], found["high"]
+    whole_numbers, rounded = contract.dtype == "int8", ROUND in found
     if not 0 < limit <= LARGEST_FINITE[contract.dtype]:
-        return f"its scale is made for values up to {limit:g}, and {contract.dtype} holds no such"
+        yield f"its scale is made for values up to {limit:g}, and {contract.dtype} holds no such"
     if found["scale_ceiling"] < math.inf:
-        return "its scale has an upper bound; bound the largest magnitude instead"
-    if contract.amax_ceiling is not None and contract.dtype == "int8":
-        return "its largest magnitude has an upper bound, which only 8-bit floats may have"
-    if (contract.dtype == "int8") != (ROUND in found):
-        casts = "the cast to int8 truncates: round" if ROUND not in found else "rounded to whole numbers"
-        return f"{casts} before the cast"
-    if contract.dtype == "int8" and limit != int(limit):
-        return f"its values are whole numbers, and its scale is made for values up to {limit:g}"
+        yield "its scale has an upper bound; bound the largest magnitude instead"
+    if contract.amax_ceiling is not None and whole_numbers:
+        yield "its largest magnitude has an upper bound, which only 8-bit floats may have"
+    if whole_numbers and not rounded:
+        yield "the cast to int8 cuts off what is behind the point; round before it"
+    if rounded and not whole_numbers:
+        yield f"its values are rounded to whole numbers before the cast to {contract.dtype} rounds them"
+    if whole_numbers and limit != int(limit):
+        yield f"its values are whole numbers, and its scale is made for values up to {limit:g}"
     if low > -limit or high < limit:
-        return (
+        yield (
             f"its scale is made for values up to {limit:g}, and they are bounded to [{low:g}, {high:g}]; "
             "use one number for both"
         )
     normal = max(contract.amax_floor / limit, contract.scale_floor) >= _LEAST_NORMAL
     if contract.scale == "ue8m0" and not normal:
-        return "the power of two of a row of zeros is zero here; bound the largest magnitude from below"
+        yield "the power of two of a row of zeros is zero here; bound the largest magnitude from below"
     if (low, high) != (-limit, limit) and not (normal and contract.amax_ceiling is None):
-        return f"where the scale is bounded, or vanishes, values may exceed {limit:g}: clamp them to it"
-    return None
+        yield f"where the scale is bounded, or vanishes, values may exceed {limit:g}; clamp them to it"
 
 
 class LoweringBlockScaledMatmul:
