@@ -6,7 +6,7 @@ What looks like a site and was not recognised becomes one too, unfused, with the
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from iree.compiler import ir
 
@@ -32,18 +32,26 @@ def raise_function(
         for root in recogniser.roots:
             by_root[root].append(recogniser)
     block = torch_ir.block_of(function)
-    taken: set[ir.Operation] = set()
     # Last operations first: the product with the weight must be tried before the norm inside it.
     for op in reversed([op.operation for op in block.operations]):
-        for recogniser in by_root.get(torch_ir.op_name(op), ()):
-            raised = ledger.timing.of(_name(recogniser)).call(recogniser.recognise, op)
-            if raised is not None:
-                taken |= _inside(raised)
-                with ir.InsertionPoint(_first(op, raised)), op.location:
-                    _create(raised)
-                break
+        raised = None if torch_ir.is_left_over(op) else _recognise(op, by_root, ledger)
+        if raised is not None:
+            inside = _inside(raised)
+            with ir.InsertionPoint(_first(op, raised)), op.location:
+                _create(raised)
+            torch_ir.mark_raised(inside)
     torch_ir.erase_dead(block)
-    _open_sites(block, ledger, taken)
+    _open_sites(block, ledger)
+
+
+def _recognise(
+    op: ir.Operation, by_root: Mapping[str, Sequence[Recogniser]], ledger: Ledger
+) -> Raised | None:
+    for recogniser in by_root.get(torch_ir.op_name(op), ()):
+        raised = ledger.timing.of(_name(recogniser)).call(recogniser.recognise, op)
+        if raised is not None:
+            return raised
+    return None
 
 
 def _name(recogniser: Recogniser) -> str:
@@ -52,8 +60,8 @@ def _name(recogniser: Recogniser) -> str:
     return f"{type(recogniser).__name__} {row}" if row else type(recogniser).__name__
 
 
-def _inside(raised: Raised) -> set[ir.Operation]:
-    """The operations that ``raised`` stands for: what computes its results from its operands."""
+def _inside(raised: Raised) -> list[ir.Operation]:
+    """The operations that ``raised`` stands for: what computes its results from its operands, in order."""
     ends = _tensors(raised)
     above: set[ir.Operation] = set()
     values = _replaced(raised)
@@ -68,7 +76,7 @@ def _inside(raised: Raised) -> set[ir.Operation]:
         new = {use.owner.operation for use in values.pop().uses} & above - inside
         inside |= new
         values += [result for op in new for result in op.results]
-    return inside
+    return torch_ir.in_block_order(inside)
 
 
 def _tensors(raised: Raised) -> list[ir.Value]:
@@ -135,18 +143,17 @@ def _without_last_axis(value: ir.Value, old: ir.Value) -> ir.Value:
     return dropped
 
 
-def _open_sites(block: ir.Block, ledger: Ledger, taken: set[ir.Operation]) -> None:
+def _open_sites(block: ir.Block, ledger: Ledger) -> None:
     """Number the sites in the order of the program, now that spellings inside others are gone.
 
     What looks like a site and was taken by no recogniser is one that says why it did not fuse.
     """
     for op in [op.operation for op in block.operations]:
         name = canonical.site_name(op)
-        near = None if name is not None or op in taken else _near_miss(op)
         if name is not None:
             number = ledger.add(name, torch_ir.location(op), canonical.contract(op), canonical.cost(op))
-        elif near is not None:
-            number = ledger.add(near.op, torch_ir.location(op))
+        elif not torch_ir.unmark_raised(op) and (near := _near_miss(op)) is not None:
+            number = ledger.add(near.op, torch_ir.location(op), before=canonical.cost(op))
             ledger.refuse(number, near.reason)
         else:
             continue

@@ -28,7 +28,7 @@ class DecomposedGate:
 
     def recognise(self, op: ir.Operation) -> Raised | None:
         found = first_match(_GATED, op.result)
-        if found is None or not is_quantized(op.result):
+        if found is None or not views.is_quantized(op.result):
             return None
         gate, up = found["gate"], found["up"]
         type_ = torch_ir.tensor_type(op.result)
@@ -43,16 +43,6 @@ class DecomposedGate:
         )
         operands = [gate, up] if packed is None else [packed]
         return Raised(canonical.GATED_ACTIVATION, contract, operands, [op.result])
-
-
-def is_quantized(value: ir.Value) -> bool:
-    """Whether a ``vmfuse.group_quant`` reads ``value``, through views or not."""
-    for user in torch_ir.users(value):
-        if torch_ir.op_name(user) == canonical.GROUP_QUANT:
-            return True
-        if views.is_view(user) and is_quantized(user.result):
-            return True
-    return False
 
 
 def _activation(approximate: str | None) -> Activation:

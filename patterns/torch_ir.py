@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cmp_to_key, lru_cache
 from typing import Any
@@ -141,12 +141,45 @@ def element_bytes(dtype: str) -> int:
 
 
 def users(value: ir.Value) -> list[ir.Operation]:
-    """Every operation that reads ``value``, once per use, in block order."""
+    """Every operation that reads ``value``, once per use, in block order; not what is left over."""
+    users = (use.owner.operation for use in value.uses)
+    return in_block_order([op for op in users if not is_left_over(op)])
+
+
+def in_block_order(ops: Iterable[ir.Operation]) -> list[ir.Operation]:
+    """``ops``, of one block, in its order."""
 
     def order(a: ir.Operation, b: ir.Operation) -> int:
         return 0 if a == b else -1 if a.is_before_in_block(b) else 1
 
-    return sorted((use.owner.operation for use in value.uses), key=cmp_to_key(order))
+    return sorted(ops, key=cmp_to_key(order))
+
+
+# On what a raised spelling was made of: whether something else still reads it.
+_READ = "read"
+
+
+def mark_raised(inside: Sequence[ir.Operation]) -> None:
+    """Remember that the operations ``inside``, in block order, are what a recogniser took.
+
+    They are not erased one by one, since other handles to them may be held.
+    """
+    for op in reversed(inside):
+        read = any(users(result) for result in op.results)
+        op.attributes[_READ] = ir.BoolAttr.get(read)
+
+
+def unmark_raised(op: ir.Operation) -> bool:
+    """Forget that mark; whether it was there."""
+    if _READ not in op.attributes:
+        return False
+    del op.attributes[_READ]
+    return True
+
+
+def is_left_over(op: ir.Operation) -> bool:
+    """Whether ``op`` was part of a raised spelling and nothing reads it any more."""
+    return _READ in op.attributes and not ir.BoolAttr(op.attributes[_READ]).value
 
 
 NOT_CONSTANT = object()
@@ -219,6 +252,19 @@ def uncast(value: ir.Value) -> ir.Value:
         if source is not None and source.dtype in ("bfloat16", "float16"):
             return op.operands[0]
     return value
+
+
+def is_plain_add(op: ir.Operation) -> bool:
+    """Whether ``op`` adds two tensors of one type, as they are."""
+    if op.name != "torch.aten.add.Tensor" or constant(op.operands[2]) != 1:
+        return False
+    return op.operands[0].type == op.operands[1].type == op.result.type
+
+
+def dominates(value: ir.Value, op: ir.Operation) -> bool:
+    """Whether ``value`` is known where ``op`` stands, in the one block there is."""
+    source = producer(value)
+    return source is None or source.is_before_in_block(op)
 
 
 def dtype_constant(value: ir.Value) -> str | None:
