@@ -10,6 +10,7 @@ A name bound twice must be bound to the same value.  Patterns only look; they ne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +98,18 @@ class Is(Pattern):
 
     def match(self, value: ir.Value, bound: Bindings) -> Iterator[Bindings]:
         if torch_ir.constant(value) == self.expected:
+            yield bound
+
+
+@dataclass(frozen=True)
+class Near(Pattern):
+    """A constant that is ``expected`` to about the precision of float32."""
+
+    expected: float
+
+    def match(self, value: ir.Value, bound: Bindings) -> Iterator[Bindings]:
+        found = torch_ir.constant(value)
+        if isinstance(found, (int, float)) and math.isclose(found, self.expected, rel_tol=2.0**-20):
             yield bound
 
 
