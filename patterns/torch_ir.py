@@ -49,6 +49,9 @@ class TensorType:
     shape: tuple[int | None, ...]
     dtype: str
 
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join('?' if dim is None else str(dim) for dim in self.shape)}]"
+
     def with_last(self, size: int, dtype: str | None = None) -> TensorType:
         return replace(self, shape=(*self.shape[:-1], size), dtype=dtype or self.dtype)
 
