@@ -14,10 +14,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 extern char **environ;
+
+enum { MAX_IMAGE_BYTES = 256 << 20 };
 
 enum request { HELLO = 1, LOAD, UNLOAD, FIND, LAUNCH };
 struct header {
@@ -138,20 +141,35 @@ struct function {
   char name[256];
 };
 
-/* The bytes of the ELF file at `image`, whose length HIP does not pass; 0 if it is none. */
-static size_t elf_bytes(const unsigned char *image) {
-  uint64_t sections;
+/* The end of a table of an ELF header: `count` entries of `size` bytes from `start`. */
+static uint64_t table_end(const unsigned char *image, size_t start_at, size_t size_at) {
+  uint64_t start;
   uint16_t size, count;
-  if (memcmp(image, "\177ELF\2\1", 6) != 0) return 0;
-  memcpy(&sections, image + 40, sizeof sections);
-  memcpy(&size, image + 58, sizeof size);
-  memcpy(&count, image + 60, sizeof count);
-  return sections + (size_t)size * count; /* the linkers of code objects write the section table last */
+  memcpy(&start, image + start_at, sizeof start);
+  memcpy(&size, image + size_at, sizeof size);
+  memcpy(&count, image + size_at + 2, sizeof count);
+  return count ? start + (uint64_t)size * count : 0;
+}
+
+static bool readable(const void *from, uint64_t bytes) {
+  unsigned char in_core[(MAX_IMAGE_BYTES >> 12) + 2];
+  uintptr_t page = (uintptr_t)from & ~(uintptr_t)4095;
+  return bytes <= MAX_IMAGE_BYTES && mincore((void *)page, (uintptr_t)from + bytes - page, in_core) == 0;
+}
+
+/* The length of the ELF file at `image`, which HIP does not pass: linkers write the section table last. */
+static hipError_t image_bytes(size_t *bytes, const unsigned char *image, const char *function) {
+  if (memcmp(image, "\177ELF\2\1", 6) != 0)
+    return fail(hipErrorInvalidImage, function, "the image is no 64-bit little-endian ELF file");
+  uint64_t segments = table_end(image, 32, 54), sections = table_end(image, 40, 58);
+  *bytes = segments > sections ? segments : sections;
+  if (readable(image, *bytes)) return hipSuccess;
+  return fail(hipErrorInvalidImage, function, "the image is truncated or damaged: by its header it has %zu bytes", *bytes);
 }
 
 EXPORT hipError_t hipModuleLoadData(hipModule_t *module, const void *image) {
-  size_t bytes = elf_bytes(image);
-  if (bytes == 0) return FAIL(hipErrorInvalidImage, "the image is no 64-bit little-endian ELF file");
+  size_t bytes = 0;
+  TRY(image_bytes(&bytes, image, __func__));
   struct module *made = new_object(MODULE, sizeof *made);
   if (made == NULL) return FAIL(hipErrorOutOfMemory, "no host memory is left");
   struct part part = {image, bytes};
