@@ -182,21 +182,14 @@ EXPORT hipError_t hipModuleLoadData(hipModule_t *module, const void *image) {
   return hipSuccess;
 }
 
+/* The buffer for an error log stays as it is: hipGetErrorString has the sentence, and IREE prints both. */
 EXPORT hipError_t hipModuleLoadDataEx(hipModule_t *module, const void *image, unsigned int count,
                                       hipJitOption *options, void **values) {
-  char *log = NULL;
-  size_t room = 0;
-  for (unsigned int i = 0; i < count; i++) {
-    if (options[i] == hipJitOptionErrorLogBuffer)
-      log = values[i];
-    else if (options[i] == hipJitOptionErrorLogBufferSizeBytes)
-      room = (uint32_t)(uintptr_t)values[i];
-    else
+  (void)values;
+  for (unsigned int i = 0; i < count; i++)
+    if (options[i] != hipJitOptionErrorLogBuffer && options[i] != hipJitOptionErrorLogBufferSizeBytes)
       return FAIL(hipErrorInvalidValue, "option %d is not known here", options[i]);
-  }
-  hipError_t error = hipModuleLoadData(module, image);
-  if (error != hipSuccess && log != NULL && room > 0) snprintf(log, room, "%s", hipGetErrorString(error));
-  return error;
+  return hipModuleLoadData(module, image);
 }
 
 EXPORT hipError_t hipModuleUnload(hipModule_t module) {
