@@ -55,8 +55,8 @@ def environment(arch: str = "gfx950", executor: Sequence[str] | None = None) -> 
 def _worker() -> tuple[str, ...]:
     """The worker finds its own modules by this checkout's path, whatever the caller's directory is."""
     root = str(Path(__file__).resolve().parents[3])
-    start = f"import sys; sys.path.insert(0, {root!r}); from tools.gfx950.hip import worker; worker.main()"
-    return (sys.executable, "-c", start)
+    start = "from tools.gfx950.hip import gpu, worker; worker.serve(gpu.Gpu)"
+    return (sys.executable, "-c", f"import sys; sys.path.insert(0, {root!r}); {start}")
 
 
 def _run(command: Sequence[str], directory: Path) -> None:

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Protocol
 
-import numpy as np
-
 
 class HipError(IntEnum):
     """The errors a launch or a load can end with, by HIP's numbers."""
@@ -97,7 +95,8 @@ class Launch:
 class Kernel(Protocol):
     """A kernel that can be launched."""
 
-    info: KernelInfo
+    @property
+    def info(self) -> KernelInfo: ...
 
     def launch(self, launch: Launch) -> None:
         """Run to completion; raises Failure."""
@@ -224,11 +223,6 @@ def _map_at(file: int, base: int, size: int) -> None:
     mapped = libc.mmap(base, size, readable_writable, fixed | shared | sparse, file, 0)
     if mapped != base:
         raise Failure(HipError.LAUNCH_FAILURE, f"the device's memory cannot be mapped at {base:#x}")
-
-
-def bytes_at(address: int, size: int) -> np.ndarray:
-    """The ``size`` bytes at ``address``, as a writable uint8 array."""
-    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
 
 def serve(gpu: Callable[[str], Gpu]) -> None:
