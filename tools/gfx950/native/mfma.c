@@ -1,0 +1,3 @@
+// Matrix instructions.
+#include "operands.h"
+const Operation matrix_operations[] = {{0}};
