@@ -186,7 +186,7 @@ class Function:
         """Call with the tensor arguments alone, flat and in order; returns the tensors of the result."""
         symbols = self._check(tensors)
         session = self._session
-        if self.device.type == "cuda" and (empty := self._all_empty(symbols)) is not None:
+        if session.place.backend != "cpu" and (empty := self._all_empty(symbols)) is not None:
             return empty
         views = session.invoke(self._function, tensors)
         outputs = self.tensor_outputs
@@ -197,8 +197,9 @@ class Function:
         return [_result(session, view, spec, symbols) for view, spec in zip(views, outputs, strict=True)]
 
     def _all_empty(self, symbols: Symbols) -> list[Tensor] | None:
-        """The results, if all of them are known to be empty: IREE's own kernels cannot be launched on nothing
-        by CUDA, which refuses an empty grid and fails the device with it."""
+        """The results, if all of them are known to be empty, which no GPU driver of IREE's can make: CUDA
+        refuses an empty grid and fails the device with it; HIP has no address for an empty buffer, and
+        the driver waits for one for ever."""
         results = []
         for spec in self.tensor_outputs or ():
             shape = [resolve(dim, symbols) for dim in spec.shape or (None,)]
