@@ -89,6 +89,12 @@ class Segment:
     writable: bool
 
 
+# What reading bytes that are no code object ends in.
+_UNREADABLE = (ELFError, LookupError, ValueError, AttributeError, TypeError, ArithmeticError, struct.error)
+_LARGEST_IMAGE = 1 << 32
+_LARGEST_KERNARG = 1 << 16
+
+
 class CodeObject:
     """A loaded code object.  Raises CodeObjectError when the bytes are not one for gfx950 or gfx942."""
 
@@ -102,7 +108,7 @@ class CodeObject:
             self.text_offset, self.text_bytes = text["sh_addr"], text["sh_size"]
             self._relocate()
             self.kernels = {kernel.name: kernel for kernel in self._read_kernels()}
-        except (ELFError, KeyError, ValueError, IndexError, AttributeError, TypeError, struct.error) as error:
+        except _UNREADABLE as error:
             raise CodeObjectError(
                 f"These {len(data)} bytes are no complete AMD code object ({error!r}). "
                 "Compile the kernel again, and link it: a relocatable .o will not do."
@@ -131,14 +137,14 @@ class CodeObject:
         mach = self._elf.header["e_flags"] & 0xFF
         if mach not in _ARCHITECTURES:
             known = " and ".join(sorted(_ARCHITECTURES.values()))
-            raise CodeObjectError(
-                f"This code object is for AMD machine number {mach:#x}; only {known} can be run."
-            )
+            raise CodeObjectError(f"This code object is for AMD machine {mach:#x}; only {known} can be run.")
         return _ARCHITECTURES[mach]
 
     def _load(self) -> tuple[tuple[Segment, ...], np.ndarray]:
         loads = list(self._elf.iter_segments("PT_LOAD"))
         size = max(segment["p_vaddr"] + segment["p_memsz"] for segment in loads)
+        if size > _LARGEST_IMAGE:
+            raise ValueError(f"its segments reach to byte {size}")
         backing = np.zeros(size + 4096, np.uint8)
         start = -backing.ctypes.data % 4096
         image = backing[start : start + size]
@@ -190,14 +196,16 @@ class CodeObject:
         rsrc3, rsrc1, rsrc2, properties, preload = struct.unpack_from("<IIIHH", raw, 44)
         total = ((rsrc1 & 0x3F) + 1) * 8
         vgprs = min(((rsrc3 & 0x3F) + 1) * 4, total)
-        arguments = (Argument(a[".offset"], a[".size"], a[".value_kind"]) for a in metadata.get(".args", ()))
-        preloaded = preload & 0x7F
+        start = at + entry - self.text_offset + (_PRELOADED_ENTRY if preload & 0x7F else 0)
+        if not 0 <= start < self.text_bytes or start % 4:
+            raise ValueError(f"the kernel {metadata['.name']} starts at byte {start} of its code")
+        kernarg = max(kernarg, metadata.get(".kernarg_segment_size", 0))
         return Kernel(
             name=metadata[".name"],
             code=self,
-            entry=at + entry - self.text_offset + (_PRELOADED_ENTRY if preloaded else 0),
-            arguments=tuple(arguments),
-            kernarg_bytes=max(kernarg, metadata.get(".kernarg_segment_size", 0)),
+            entry=start,
+            arguments=_arguments(metadata, kernarg),
+            kernarg_bytes=kernarg,
             vgprs=vgprs,
             agprs=total - vgprs,
             sgprs=metadata[".sgpr_count"],
@@ -207,9 +215,18 @@ class CodeObject:
             user_sgpr_count=rsrc2 >> 1 & 0x1F,
             user_sgprs=tuple((name, size) for bit, name, size in _USER_SGPRS if properties >> bit & 1),
             workgroup_ids=rsrc2 >> 7 & 7,
-            preload=(preload >> 7, preloaded),
+            preload=(preload >> 7, preload & 0x7F),
             max_workgroup_size=metadata[".max_flat_workgroup_size"],
         )
+
+
+def _arguments(metadata: dict[str, Any], segment_bytes: int) -> tuple[Argument, ...]:
+    declared = metadata.get(".args", ())
+    arguments = tuple(Argument(a[".offset"], a[".size"], a[".value_kind"]) for a in declared)
+    inside = all(a.offset >= 0 and a.size > 0 and a.offset + a.size <= segment_bytes for a in arguments)
+    if not inside or segment_bytes > _LARGEST_KERNARG:
+        raise ValueError(f"the arguments of {metadata['.name']} do not fit {segment_bytes} bytes")
+    return arguments
 
 
 def _mode(rsrc1: int) -> int:

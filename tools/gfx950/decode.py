@@ -276,13 +276,21 @@ def _vop3p(w: int) -> Instruction:
 
 
 def _mfma(name: str, w: int) -> Instruction:
-    """In neg, abs and opsel: BLGP, CBSZ and ABID.  A first half with block scales may come before."""
-    scale, dwords = (0, 0), 2
+    """In neg, abs and opsel: BLGP, CBSZ and ABID.  A first half with block scales may come before, and
+    which byte of them is used takes the place of ABID."""
+    scale, dwords, scale_byte, scale_byte_hi = (0, 0), 2, 0, 0
     if name == "V_MFMA_LD_SCALE_B32":
-        scale, dwords, w = (_bits(w, 40, 32), _bits(w, 49, 41)), 4, w >> 64
+        scale, scale_byte, scale_byte_hi = (
+            (_bits(w, 40, 32), _bits(w, 49, 41)),
+            _bits(w, 12, 11),
+            _bits(w, 60, 59),
+        )
+        dwords, w = 4, w >> 64
         name = _name(Encoding.VOP3P, _bits(w, 22, 16)).replace("V_MFMA_F32", "V_MFMA_SCALE_F32")
     i = Instruction(name, Encoding.MFMA, dwords=dwords, src=_three_sources(w), dst=w & 0xFF, scale=scale)
     i.neg, i.abs, i.opsel = _bits(w, 63, 61), _bits(w, 10, 8), _bits(w, 14, 11)
+    if dwords == 4:
+        i.opsel, i.opsel_hi = scale_byte, scale_byte_hi
     i.acc = _bits(w, 60, 59) | _bits(w, 15, 15) << 2
     return i
 

@@ -18,6 +18,8 @@ from .memory import Memory
 
 Dim3 = tuple[int, int, int]
 
+MAX_WORKGROUP = 1024
+MAX_SCRATCH = 1 << 30  # bytes of one workgroup
 LDS_BYTES = {"gfx942": 64 << 10, "gfx950": 160 << 10}
 DEFAULT_BUDGET = 1 << 32
 CHECKS = {"undefined": native.CHECK_UNDEFINED, "races": native.CHECK_RACES, "waits": native.CHECK_WAITS}
@@ -98,14 +100,16 @@ def _three(sizes: Sequence[int]) -> Dim3:
 def _check_launch(kernel: Kernel, grid: Dim3, block: Dim3, dynamic_lds: int) -> None:
     if min(*grid, *block) < 1:
         raise errors.LaunchError(
-            f"{kernel.name}: no dimension of grid {grid} and block {block} may be less than 1."
+            f"{kernel.name}: grid {grid} and block {block} must be at least 1 in every dimension."
         )
     items = math.prod(block)
-    if items > kernel.max_workgroup_size:
+    if items > min(kernel.max_workgroup_size, MAX_WORKGROUP):
         raise errors.LaunchError(
             f"{kernel.name}: a workgroup of {items} work-items; it was compiled for at most "
             f"{kernel.max_workgroup_size}."
         )
+    if kernel.scratch_bytes * items > MAX_SCRATCH:
+        raise errors.LaunchError(f"{kernel.name}: {kernel.scratch_bytes} bytes of scratch memory a lane.")
     if kernel.lds_bytes + dynamic_lds > LDS_BYTES[kernel.code.arch]:
         raise errors.LaunchError(
             f"{kernel.name}: {kernel.lds_bytes} + {dynamic_lds} bytes of LDS; {kernel.code.arch} has "
@@ -202,7 +206,7 @@ def _machine(
     machine.code, machine.records = code.records, code.count
     machine.record_at, machine.code_bytes = code.record_at.ctypes.data, len(code.text)
     machine.code_address = kernel.code.base + kernel.code.text_offset
-    machine.entry = int(code.record_at[kernel.entry // 4])
+    machine.entry = max(0, int(code.record_at[kernel.entry // 4]))
     machine.allocations, machine.allocation_count = memory.table(), len(memory)  # type: ignore[assignment]
     machine.vgprs, machine.agprs, machine.scratch_bytes = kernel.vgprs, kernel.agprs, kernel.scratch_bytes
     machine.mode, machine.workgroup_ids = kernel.mode, kernel.workgroup_ids

@@ -23,7 +23,7 @@ _OPTIONS = (
     *("-ffp-contract=off", "-frounding-math", "-fno-math-errno", "-fno-trapping-math"),
 )
 
-SGPR_SLOTS = 18
+SGPR_SLOTS = 32
 CHECK_UNDEFINED, CHECK_RACES, CHECK_WAITS = 1, 2, 4
 
 WORKS = (

@@ -190,8 +190,8 @@ static u64 atomic_result(enum Atomic kind, u64 old, u64 data, u64 compare, u32 b
 }
 
 static u64 register_value(Machine *m, Wave *w, const Inst *in, u32 reg, u32 lane, u32 bytes) {
-  u64 shadow = w->v_shadow[reg][lane], value = w->v[reg][lane];
   check_vgpr(m, w, in, reg);
+  u64 shadow = w->v_shadow[reg][lane], value = w->v[reg][lane];
   if (bytes == 8) {
     check_vgpr(m, w, in, reg + 1);
     value |= (u64)w->v[reg + 1][lane] << 32, shadow |= w->v_shadow[reg + 1][lane];

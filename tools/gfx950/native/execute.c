@@ -95,7 +95,7 @@ static void start_workgroup(Machine *m) {
 // -- running --------------------------------------------------------------------------------------
 
 static void check_record(Machine *m, Wave *w, const Inst *in) {
-  if ((u64)w->next >= m->records) fail(m, w, in, ILLEGAL, 0, "execution ran off the end of the code");
+  if ((u64)w->next >= m->records) fail(m, w, 0, ILLEGAL, 0, "execution ran off the end of the code");
   if (m->executed >= m->budget) fail(m, w, in, BUDGET, exec_of(w), "the instruction budget is used up: an endless loop?");
   if (in->op == 0) fail(m, w, in, UNKNOWN, 0, "an instruction the executor does not know");
 }

@@ -29,16 +29,40 @@ static void issue_read(Machine *m, Wave *w, const Inst *in, const Operation *op)
 }
 
 static void issue_read2(Machine *m, Wave *w, const Inst *in, const Operation *op) {
-  for (int which = 0; which < 2; ++which) {
-    Addresses a;
-    addresses_of(m, w, in, offset_of_pair(in, op, which, stride_of(op)), &a);
-    load_lanes(m, w, in, op, &a, result_register(in) + (u32)which * register_count(op));
-    // The address register may be among the results.
-    if (which == 0 && in->src[0] >= result_register(in) && in->src[0] < result_register(in) + register_count(op))
-      fail(m, w, in, ILLEGAL, 0, "the first result overwrites the address of the second, which is not implemented");
-  }
+  Addresses a[2];  // both before a result may overwrite the register they come from
+  for (int which = 0; which < 2; ++which) addresses_of(m, w, in, offset_of_pair(in, op, which, stride_of(op)), &a[which]);
+  for (int which = 0; which < 2; ++which)
+    load_lanes(m, w, in, op, &a[which], result_register(in) + (u32)which * register_count(op));
   w->lds_issued++;
   mark_pending(m, w, result_register(in), 2 * register_count(op), BY_LDS);
+}
+
+// Each row of 16 lanes reads a matrix whose rows are 16 elements of op->detail bits, as many of them as fit 64 bits;
+// lane i gets its column i.
+static void issue_read_transposed(Machine *m, Wave *w, const Inst *in, const Operation *op) {
+  const u32 bits = op->detail, count = 64 / bits, lanes_per_row = 16 / count;
+  u32 value[2][LANES] = {0}, shadow[2][LANES] = {0};
+  u64 read[LANES] = {0}, read_shadow[LANES] = {0};
+  Addresses a;
+  addresses_of(m, w, in, one_offset(in), &a);
+  for EACH_LANE(a.lanes) {
+    const Place place = locate(m, w, in, IN_LDS, (u32)lane, a.address[lane], 8, false);
+    memcpy(&read[lane], place.at, 8), memcpy(&read_shadow[lane], place.shadow, 8);
+  }
+  bool dirty = false;
+  for (u32 i = 0; i < LANES; ++i) {
+    u64 column = 0, column_shadow = 0;
+    for (u32 row = 0; row < count; ++row) {
+      const u32 from = (i & ~15u) + lanes_per_row * row + i % 16 / count, at = bits * (i % count);
+      const u64 mask = (1ull << bits) - 1;
+      column |= (read[from] >> at & mask) << bits * row, column_shadow |= (read_shadow[from] >> at & mask) << bits * row;
+    }
+    value[0][i] = (u32)column, value[1][i] = (u32)(column >> 32);
+    shadow[0][i] = (u32)column_shadow, shadow[1][i] = (u32)(column_shadow >> 32), dirty |= column_shadow != 0;
+  }
+  for (u32 k = 0; k < 2; ++k) write_vgpr(m, w, in, result_register(in) + k, value[k], dirty ? shadow[k] : 0, a.lanes);
+  w->lds_issued++;
+  mark_pending(m, w, result_register(in), 2, BY_LDS);
 }
 
 static void stored(Wave *w) { w->lds_stored = ++w->lds_issued; }
@@ -159,6 +183,9 @@ const Operation lds_operations[] = {
     MEMORY(DS_READ_B64, issue_read, LDS, 8, 0, 0)
     MEMORY(DS_READ_B96, issue_read, LDS, 12, 0, 0)
     MEMORY(DS_READ_B128, issue_read, LDS, 16, 0, 0)
+    MEMORY(DS_READ_B64_TR_B16, issue_read_transposed, LDS, 8, 16, 0)
+    MEMORY(DS_READ_B64_TR_B8, issue_read_transposed, LDS, 8, 8, 0)
+    MEMORY(DS_READ_B64_TR_B4, issue_read_transposed, LDS, 8, 4, 0)
     MEMORY(DS_READ_U8_D16, issue_read, LDS, 1, HALF_KEPT, 0)
     MEMORY(DS_READ_U8_D16_HI, issue_read, LDS, 1, HALF_KEPT | HIGH_HALF, 0)
     MEMORY(DS_READ_I8_D16, issue_read, LDS, 1, HALF_KEPT | SIGN_EXTENDED, 0)

@@ -150,7 +150,7 @@ struct Machine {
   u64 allocation_count;
   u32 grid[3], block[3];
   u32 vgprs, agprs, lds_bytes, scratch_bytes;
-  u32 user_sgprs[16 + 2], user_sgpr_count;
+  u32 user_sgprs[32], user_sgpr_count;
   u32 workgroup_ids, mode;  // bit per dimension; initial MODE
   u64 entry;                // record
   u64 budget;

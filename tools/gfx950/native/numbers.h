@@ -10,7 +10,7 @@ static inline u64 double_bits(double x) { u64 u; memcpy(&u, &x, 8); return u; }
 static inline double bits_double(u64 u) { double x; memcpy(&x, &u, 8); return x; }
 
 // value / 2^shift rounded to an integer.
-static inline u64 shift_right_rounded(u64 value, int shift, Rounding mode, bool negative) {
+static inline __attribute__((always_inline)) u64 shift_right_rounded(u64 value, int shift, Rounding mode, bool negative) {
   if (shift <= 0) return value << -shift;
   if (shift > 63) value = value != 0, shift = 2;  // only that it is not zero counts
   const u64 whole = value >> shift, rest = value & ((1ull << shift) - 1), half = 1ull << (shift - 1);
@@ -42,7 +42,7 @@ static inline u32 largest_code(Format f) {
 }
 
 // The code of a double, rounded once.  What rounds beyond the largest is infinite (IEEE) or NaN, unless `saturate`.
-static inline u32 encode(Format f, double x, Rounding mode, bool saturate) {
+static inline __attribute__((always_inline)) u32 encode(Format f, double x, Rounding mode, bool saturate) {
   const u64 bits = double_bits(x), magnitude = bits & ~(1ull << 63);
   const bool negative = bits >> 63;
   const u32 sign = negative ? sign_of(f) : 0;
@@ -60,7 +60,7 @@ static inline u32 encode(Format f, double x, Rounding mode, bool saturate) {
   return f.specials == FNUZ && code == 0 ? 0 : sign | (u32)code;
 }
 
-static inline double decode(Format f, u32 code) {
+static inline __attribute__((always_inline)) double decode(Format f, u32 code) {
   const u32 sign = code & sign_of(f), magnitude = code & (sign_of(f) - 1);
   const int field = (int)(magnitude >> f.mantissa);
   const u32 fraction = magnitude & ((1u << f.mantissa) - 1);

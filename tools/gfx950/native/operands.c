@@ -91,6 +91,7 @@ static bool is_outstanding(const Wave *w, u32 reg) {
 
 void check_vgpr(Machine *m, Wave *w, const Inst *in, u32 reg) {
   const u32 number = reg % ACC, count = reg < ACC ? m->vgprs : m->agprs;
+  if (reg >= VGPRS) fail(m, w, in, ILLEGAL, 0, "a vector register was expected");
   if (number >= count)
     fail(m, w, in, ILLEGAL, 0, "%c%u is beyond the %u registers the kernel asked for", reg < ACC ? 'v' : 'a', number, count);
   if (!w->pending[reg]) return;
@@ -317,6 +318,7 @@ static void modify(Machine *m, Wave *w, const Inst *in, int which, Type type, So
     select_part(s, bits & 7, bits >> 3 & 1);
     negate = bits >> 4 & 1, absolute = bits >> 5 & 1;
   } else if (in->variant == DPP && which < 2) {
+    if (dpp_source(in->literal >> 8 & 0x1ff, 0) == -2) fail(m, w, in, ILLEGAL, 0, "an unknown DPP control");
     if (which == 0) permute(w, in, words_of(type), s);
     negate = in->literal >> (which ? 22 : 20) & 1, absolute = in->literal >> (which ? 23 : 21) & 1;
   } else if (is_half(type) && (in->opsel >> which & 1) && in->src[which] >= VGPR) {

@@ -27,4 +27,12 @@ static inline int words_of(Type type) { return type == U64 || type == I64 || typ
 static inline bool is_half(Type type) { return type == U16 || type == I16 || type == F16 || type == BF16 || type == U16K || type == F16K; }
 static inline bool is_float(Type type) { return type == F32 || type == F64 || type == F16 || type == BF16 || type == F16K; }
 
+// Undefined result bits are those that change when the operation is run again with the undefined bits of its operands
+// all zero, all one, or all flipped: exact for bits and selections, and near enough for arithmetic and comparisons.
+enum Guess { ALL_ZERO, ALL_ONE, ALL_FLIPPED, GUESSES };
+
+static inline u64 guess(u64 value, u64 shadow, enum Guess how) {
+  return how == ALL_ZERO ? value & ~shadow : how == ALL_ONE ? value | shadow : value ^ shadow;
+}
+
 #define EACH_LANE(mask) (u64 rest_ = (mask), lane = 0; rest_ && (lane = (u64)__builtin_ctzll(rest_), 1); rest_ &= rest_ - 1)

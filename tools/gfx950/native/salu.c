@@ -26,7 +26,7 @@ static u64 quads(u64 a, int bits, u64 fill) {
 
 // -- arithmetic -----------------------------------------------------------------------------------
 
-typedef struct { u64 value[3], shadow[3], d; u32 scc; } Evaluation;  // a, b and old d
+typedef struct { u64 value[3], shadow[3]; } Evaluation;  // a, b and old d
 
 static void evaluate(const Operation *op, const u64 in[3], u32 scc, u64 *d, u32 *scc_out) {
   *d = 0, *scc_out = scc;
@@ -53,18 +53,19 @@ static void read_all(Machine *m, Wave *w, const Inst *in, const Operation *op, E
   if (reads_old(op)) e->value[2] = read_source(m, w, in, (Type)op->dst, in->dst, &e->shadow[2]);
 }
 
-// As for vectors: undefined is what changes when every undefined input bit is flipped.
 static void issue_salu(Machine *m, Wave *w, const Inst *in, const Operation *op) {
   Evaluation e;
   u64 d, d_shadow = 0;
-  u32 scc, scc_shadow = w->scc_shadow;
+  u32 scc, scc_shadow = 0;
   read_all(m, w, in, op, &e);
   evaluate(op, e.value, w->scc, &d, &scc);
-  if (e.shadow[0] | e.shadow[1] | e.shadow[2] | w->scc_shadow) {
-    const u64 flipped[3] = {e.value[0] ^ e.shadow[0], e.value[1] ^ e.shadow[1], e.value[2] ^ e.shadow[2]};
-    u64 other;
-    evaluate(op, flipped, w->scc ^ w->scc_shadow, &other, &scc_shadow);
-    scc_shadow ^= scc, d_shadow = d ^ other;
+  const bool dirty = e.shadow[0] | e.shadow[1] | e.shadow[2] | w->scc_shadow;
+  for (enum Guess how = ALL_ZERO; dirty && how < GUESSES; ++how) {
+    u64 in[3], other;
+    u32 other_scc;
+    for (int i = 0; i < 3; ++i) in[i] = guess(e.value[i], e.shadow[i], how);
+    evaluate(op, in, (u32)guess(w->scc, w->scc_shadow, how), &other, &other_scc);
+    scc_shadow |= scc ^ other_scc, d_shadow |= d ^ other;
   }
   w->scc = scc, w->scc_shadow = scc_shadow;
   if (op->dst == NONE) return;

@@ -1,7 +1,6 @@
 // Lane-wise instructions: fetch the operands, run the operation on 64 lanes, write the result under EXEC.
 //
-// What an operation computes is a line of vop.def or vop3p.def.  An undefined input bit makes those result bits
-// undefined that change when the operation is run again with every undefined input bit flipped.
+// What an operation computes is a line of vop.def, vopc.def or vop3p.def.
 #include "operands.h"
 
 typedef struct {
@@ -29,28 +28,31 @@ static void compute(const Operation *op, Call *c, const Lanes *const in[3], Lane
   if (mode != NEAREST_EVEN) fesetround(FE_TONEAREST);
 }
 
-static void run_flipped(const Operation *op, Call *c) {
-  Lanes flipped[3], other;
+// A source with its undefined bits changed in one of the ways of guess().
+static void guess_lanes(const Source *s, int words, enum Guess how, Lanes *out) {
+  for (int lane = 0; lane < LANES; ++lane) {
+    if (words == 2) out->q[lane] = guess(s->value->q[lane], s->shadow.q[lane], how);
+    else out->u[lane] = (u32)guess(s->value->u[lane], s->shadow.u[lane], how);
+  }
+}
+
+static void run_otherwise(const Operation *op, Call *c, enum Guess how) {
+  Lanes changed[3], other;
   u32 carry[LANES];
   const Lanes *in[3] = {&NOTHING, &NOTHING, &NOTHING};
   for (int i = 0; i < op->sources; ++i) {
     in[i] = c->source[i].value;
     if (!c->source[i].dirty) continue;
-    flipped[i] = *c->source[i].value;
-    for (int lane = 0; lane < LANES; ++lane) {
-      if (words_of((Type)op->src[i]) == 2) flipped[i].q[lane] ^= c->source[i].shadow.q[lane];
-      else flipped[i].u[lane] ^= c->source[i].shadow.u[lane];
-    }
-    in[i] = &flipped[i];
+    guess_lanes(&c->source[i], words_of((Type)op->src[i]), how, &changed[i]);
+    in[i] = &changed[i];
   }
   memcpy(carry, c->context.carry, sizeof carry);
   compute(op, c, in, &other);
-  for (int i = 0; i < LANES; ++i) c->shadow.q[i] = other.q[i] ^ c->result.q[i];
-  if (words_of((Type)op->dst) == 1)
-    for (int i = 0; i < LANES; ++i) c->shadow.u[i] = other.u[i] ^ c->result.u[i];
   for (int i = 0; i < LANES; ++i) {
-    const u32 flip = carry[i] ^ c->context.carry[i];
-    c->context.carry[i] = carry[i] | flip << 1;  // bit 1: undefined
+    if (words_of((Type)op->dst) == 2) c->shadow.q[i] |= other.q[i] ^ c->result.q[i];
+    else c->shadow.u[i] |= other.u[i] ^ c->result.u[i];
+    const u32 differs = (carry[i] ^ c->context.carry[i]) & 1;
+    c->context.carry[i] = carry[i] | differs << 1;  // bit 1: undefined
   }
 }
 
@@ -60,7 +62,9 @@ static void run(const Operation *op, Call *c) {
   c->dirty = false;
   for (int i = 0; i < op->sources; ++i) in[i] = c->source[i].value, c->dirty |= c->source[i].dirty;
   compute(op, c, in, &c->result);
-  if (c->dirty) run_flipped(op, c);
+  if (!c->dirty) return;
+  memset(&c->shadow, 0, sizeof c->shadow);
+  for (enum Guess how = ALL_ZERO; how < GUESSES; ++how) run_otherwise(op, c, how);
 }
 
 // -- results --------------------------------------------------------------------------------------
