@@ -91,9 +91,11 @@ def assert_same_bits(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> No
     assert len(actual) == len(expected)
     for a, e in zip(actual, expected, strict=True):
         assert (a.dtype, a.shape, a.stride()) == (e.dtype, e.shape, e.stride())
-        assert a.contiguous().numpy(force=True).tobytes() == e.contiguous().numpy(force=True).tobytes() if (
-            a.dtype in (torch.float32, torch.int32, torch.int64)
-        ) else torch.equal(a.contiguous().view(torch.uint8), e.contiguous().view(torch.uint8))
+        assert (
+            a.contiguous().numpy(force=True).tobytes() == e.contiguous().numpy(force=True).tobytes()
+            if (a.dtype in (torch.float32, torch.int32, torch.int64))
+            else torch.equal(a.contiguous().view(torch.uint8), e.contiguous().view(torch.uint8))
+        )
 
 
 def integers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -122,7 +124,9 @@ def test_the_command_line_runs_a_residual_block(build: Build, tmp_path: Path):
     model, call = gpu_cases.build(case), (integers(3, 7168), integers(3, 7168, seed=1))
     save_file({"x": call[0], "residual": call[1]}, tmp_path / "in.safetensors")
     program = build("gfx950", model, call)
-    inputs = [word for name in ("x", "residual") for word in ("--input", f"@{tmp_path}/in.safetensors:{name}")]
+    inputs = [
+        word for name in ("x", "residual") for word in ("--input", f"@{tmp_path}/in.safetensors:{name}")
+    ]
     done = emulated("run-vmfb", program, *inputs, "--output", f"@{tmp_path}/out.safetensors")
     assert done.returncode == 0, done.stderr
     found = load_file(tmp_path / "out.safetensors")
@@ -165,7 +169,9 @@ def test_a_quantized_llama(build: Build):
     case = gpu_cases.case_named("llama-2-layers")
     model = gpu_cases.build(case)
     calls = [case.inputs(tokens, 3, torch.device("cpu")) for tokens in (1, 7)]
-    program = build("gfx950", model, case.inputs(case.example_rows, 0, torch.device("cpu")), case.dynamic_shapes())
+    program = build(
+        "gfx950", model, case.inputs(case.example_rows, 0, torch.device("cpu")), case.dynamic_shapes()
+    )
     found = run(program, calls)
     eager = [model(*call) for call in calls]
     model.float()
@@ -193,7 +199,9 @@ def test_a_read_beyond_a_tensor_is_reported(build: Build):
     done = emulated("run-vmfb", program, *inputs, "3xi64=1,2,4000")
     assert done.returncode == 1
     *_, last = done.stderr.splitlines()
-    assert re.search("^run-vmfb: error: main failed: .*hipErrorIllegalAddress.*elementwise.*: a load of", last)
+    assert re.search(
+        "^run-vmfb: error: main failed: .*hipErrorIllegalAddress.*elementwise.*: a load of", last
+    )
     assert re.search(r"workgroup \(2, 0, 0\), lane 0: global_load_dword", last)
 
 
