@@ -104,7 +104,8 @@ def test_dpp() -> None:
             bodies[f"{name} masked"] = f"  v_mov_b32_dpp v8, v2 {control} row_mask:0x5 bank_mask:0xe{bound}\n"
             expected[f"{name} masked"] = np.where(masks, moved(a, source, b, zeros), b)
             bodies[f"{name} partial"] = (
-                f"  s_mov_b32 exec_lo, 0x{_mask(active[:32]):x}\n  s_mov_b32 exec_hi, 0x{_mask(active[32:]):x}\n"
+                f"  s_mov_b32 exec_lo, 0x{_mask(active[:32]):x}\n"
+                f"  s_mov_b32 exec_hi, 0x{_mask(active[32:]):x}\n"
                 f"  v_mov_b32_dpp v8, v2 {control} row_mask:0xf bank_mask:0xf{bound}\n"
             )
             readable = np.where((source >= 0) & active[source], source, -1)
@@ -162,13 +163,15 @@ def test_sdwa() -> None:
         for unused in ("UNUSED_PAD", "UNUSED_PRESERVE"):
             name = f"{part} {other} {unused}"
             bodies[name] = (
-                f"  v_add_u32_sdwa v8, v2, v3 dst_sel:{other} dst_unused:{unused} src0_sel:{part} src1_sel:{other}\n"
+                f"  v_add_u32_sdwa v8, v2, v3 dst_sel:{other} dst_unused:{unused} "
+                f"src0_sel:{part} src1_sel:{other}\n"
             )
             expected[name] = placed(PARTS[part](a) + PARTS[other](b), other, b, unused == "UNUSED_PRESERVE")
         bodies[f"sext {part}"] = f"  v_mov_b32_sdwa v8, sext(v2) dst_sel:DWORD src0_sel:{part}\n"
         expected[f"sext {part}"] = extended(PARTS[part](a), part)
     bodies["compare"] = (
-        "  v_cmp_lt_u32_sdwa s[20:21], v2, v3 src0_sel:BYTE_1 src1_sel:BYTE_2\n  v_cndmask_b32 v8, 0, 1, s[20:21]\n"
+        "  v_cmp_lt_u32_sdwa s[20:21], v2, v3 src0_sel:BYTE_1 src1_sel:BYTE_2\n"
+        "  v_cndmask_b32 v8, 0, 1, s[20:21]\n"
     )
     expected["compare"] = (PARTS["BYTE_1"](a) < PARTS["BYTE_2"](b)).astype(np.uint32)
     bodies["compare to vcc"] = (
@@ -178,7 +181,8 @@ def test_sdwa() -> None:
     bodies["half to float"] = "  v_cvt_f32_f16_sdwa v8, v2 dst_sel:DWORD src0_sel:WORD_1\n"
     expected["half to float"] = a.view(np.float16)[1::2].astype(np.float32).view(np.uint32)
     bodies["scalar"] = (
-        "  s_mov_b32 s20, 0x01020304\n  v_or_b32_sdwa v8, s20, v3 dst_sel:DWORD src0_sel:BYTE_2 src1_sel:DWORD\n"
+        "  s_mov_b32 s20, 0x01020304\n"
+        "  v_or_b32_sdwa v8, s20, v3 dst_sel:DWORD src0_sel:BYTE_2 src1_sel:DWORD\n"
     )
     expected["scalar"] = b | 2
     for name, (first, _) in results(bodies, a, b).items():
@@ -257,10 +261,12 @@ def test_vector_exchanges() -> None:
         "swap32": "  v_permlane32_swap_b32 v8, v9\n",
         "swap": "  v_swap_b32 v8, v9\n",
         "readfirstlane": "  v_readfirstlane_b32 s20, v2\n  v_mov_b32 v8, s20\n",
-        "readfirstlane partial": "  s_mov_b32 exec_lo, 0xff000\n  v_readfirstlane_b32 s20, v2\n  v_mov_b32 v8, s20\n",
+        "readfirstlane partial": "  s_mov_b32 exec_lo, 0xff000\n"
+        "  v_readfirstlane_b32 s20, v2\n  v_mov_b32 v8, s20\n",
         "readlane": "  s_mov_b32 s21, 37\n  v_readlane_b32 s20, v2, s21\n  v_mov_b32 v8, s20\n",
         "writelane": "  s_mov_b32 s20, 7\n  v_writelane_b32 v8, s20, 40\n",
-        "accumulation": "  v_accvgpr_write_b32 a2, v2\n  v_accvgpr_mov_b32 a5, a2\n  s_nop 4\n  v_accvgpr_read_b32 v8, a5\n",
+        "accumulation": "  v_accvgpr_write_b32 a2, v2\n  v_accvgpr_mov_b32 a5, a2\n"
+        "  s_nop 4\n  v_accvgpr_read_b32 v8, a5\n",
         "accumulation constant": "  v_accvgpr_write_b32 a3, 1.0\n  s_nop 4\n  v_accvgpr_read_b32 v8, a3\n",
     }
     even, odd = LANE // 16 % 2 == 0, LANE // 16 % 2 == 1

@@ -1,7 +1,7 @@
 """Matrix instructions: against products in NumPy, and inside the matmuls that IREE compiles.
 
-Where elements lie is written here once more, from IREE's and AMD's descriptions; IREE's own kernels, which rely
-on the real thing, check both.
+Where elements lie is written here once more, from IREE's and AMD's descriptions; IREE's own kernels,
+which rely on the real thing, check both.
 """
 
 from __future__ import annotations
@@ -223,54 +223,53 @@ def test_products(arch: str) -> None:
 _SCALED = """
   s_load_dwordx8 s[4:11], s[0:1], 0x0
   v_lshlrev_b32 v1, 6, v0
-  v_lshlrev_b32 v2, 4, v0
+  v_lshlrev_b32 v2, 8, v0
   v_lshlrev_b32 v3, 2, v0
   s_waitcnt lgkmcnt(0)
 {loads}
   global_load_dword v40, v3, s[8:9]
   v_mov_b32 v41, 0x7f
   s_waitcnt vmcnt(0)
-  v_mfma_scale_f32_16x16x128_f8f6f4 v[64:67], v[8:{last}], v[24:{last2}], 0, v40, v41 op_sel:[1,0] op_sel_hi:[0,0]{modifiers}
+  v_mfma_scale_f32_{shape}_f8f6f4 {operands}, 0, v40, v41{modifiers}
   s_nop 15
-  global_store_dwordx4 v2, v[64:67], s[10:11]
+  s_nop 15
+{stores}
 """
+SMALL = {8: (0, E4M3), 6: (2, ml_dtypes.float6_e2m3fn), 4: (4, ml_dtypes.float4_e2m1fn)}
 
 
-@pytest.mark.parametrize(("kind", "bits"), [(0, 8), (2, 6), (4, 4)])
-def test_block_scales(kind: int, bits: int) -> None:
+@pytest.mark.parametrize("bits", SMALL)
+@pytest.mark.parametrize(("n", "depth"), [(16, 128), (32, 64)])
+def test_block_scales(n: int, depth: int, bits: int) -> None:
     """Each lane's 32 values have a scale of their own; fp6 and fp4 are packed without gaps."""
-    registers = bits
-    loads = moves("global_load_dword", "v", 8, registers, "v1", "s[4:5]")
-    loads += "\n" + moves("global_load_dword", "v", 24, registers, "v1", "s[6:7]")
+    kind, dtype = SMALL[bits]
+    p = Product("scaled", n, depth, 1, np.float32, np.float32)
+    results = per_lane(p)
     text = _SCALED.format(
-        loads=loads, last=7 + registers, last2=23 + registers, modifiers=f" cbsz:{kind} blgp:{kind}"
+        loads="\n".join(
+            moves("global_load_dword", "v", 8 + 16 * i, bits, "v1", f"s[{4 + 2 * i}:{5 + 2 * i}]")
+            for i in (0, 1)
+        ),
+        shape=f"{n}x{n}x{depth}",
+        operands=", ".join(range_of("v", *where) for where in ((64, results), (8, bits), (24, bits))),
+        modifiers=f" op_sel:[1,0] op_sel_hi:[0,0] cbsz:{kind} blgp:{kind}",
+        stores=moves("global_store_dword", "v", 64, results, "v2", "s[10:11]"),
     )
     kernel = assemble([Assembly("scaled", text, pointers=4, vgprs=128)]).kernel("scaled")
-    values = {
-        8: np.arange(256, dtype=np.uint8).view(E4M3),
-        6: _fp6(),
-        4: np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn),
-    }[bits]
     generator = np.random.default_rng(bits)
     codes = generator.integers(0, 2**bits, (2, LANES, 32))
     if bits == 8:
-        codes %= 0x50  # small and positive: exact sums
+        codes %= 0x50  # small and positive: sums are exact
     scales = generator.integers(124, 131, LANES).astype(np.uint32)
-    packed = [_packed(c, bits) for c in codes]
-    out, memory = np.zeros((LANES, 4), np.float32), gfx950.Memory()
-    given = (*packed, scales << np.uint32(8))
+    given = (*(_packed(c, bits) for c in codes), scales << np.uint32(8))
+    out, memory = np.zeros((LANES, 64), np.float32), gfx950.Memory()
     pointers = [memory.add_array(x, writable=False) for x in given]
     gfx950.execute(kernel, (1,), (LANES,), [*pointers, memory.add_array(out)], memory)
-    a, b = (values.astype(np.float64)[c] for c in codes)
+    a, b = (np.arange(2**bits, dtype=np.uint8).view(dtype).astype(np.float64)[c] for c in codes)
     a = a * np.exp2(scales.astype(np.float64) - 127)[:, None]
-    by_row = [x.reshape(4, 16, 32).transpose(1, 0, 2).reshape(16, 128) for x in (a, b)]
-    exact = by_row[0] @ by_row[1].T
-    lane, r = np.mgrid[:LANES, :4]
-    assert (out == exact[4 * (lane // 16) + r, lane % 16].astype(np.float32)).all()
-
-
-def _fp6() -> np.ndarray:
-    return np.arange(64, dtype=np.uint8).view(ml_dtypes.float6_e2m3fn)
+    rows = [x.reshape(-1, n, 32).transpose(1, 0, 2).reshape(n, depth) for x in (a, b)]
+    _, i, j = np.moveaxis(result_rows(p), -1, 0)
+    assert (out[:, :results] == (rows[0] @ rows[1].T).astype(np.float32)[i, j]).all()
 
 
 def _packed(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -280,7 +279,7 @@ def _packed(codes: np.ndarray, bits: int) -> np.ndarray:
     return out
 
 
-# -- IREE's matmuls -------------------------------------------------------------------------------------------
+# -- IREE's matmuls ------------------------------------------------------------------------------------
 
 _DTYPES = {
     "f32": np.float32,
@@ -298,7 +297,8 @@ func.func @matmul(%a: tensor<{m}x{k}x{t}>, %b: tensor<{b_shape}x{t}>) -> tensor<
   %zero = arith.constant 0{point} : {r}
   %empty = tensor.empty() : tensor<{m}x{n}x{r}>
   %start = linalg.fill ins(%zero : {r}) outs(%empty : tensor<{m}x{n}x{r}>) -> tensor<{m}x{n}x{r}>
-  %out = linalg.generic {{indexing_maps = [#a, #b, #c], iterator_types = ["parallel", "parallel", "reduction"]}}
+  %out = linalg.generic
+    {{indexing_maps = [#a, #b, #c], iterator_types = ["parallel", "parallel", "reduction"]}}
     ins(%a, %b : tensor<{m}x{k}x{t}>, tensor<{b_shape}x{t}>) outs(%start : tensor<{m}x{n}x{r}>) {{
   ^bb0(%x: {t}, %y: {t}, %z: {r}):
     {extend}

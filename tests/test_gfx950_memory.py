@@ -232,9 +232,11 @@ def test_pairs_of_lds() -> None:
         "read2st64_b64": "  v_lshlrev_b32 v21, 3, v0\n  ds_read2st64_b64 v[8:11], v21 offset0:1 offset1:2\n",
         "write2_b32": "  ds_write2_b32 v1, v17, v18 offset0:1 offset1:3\n  ds_read_b128 v[8:11], v1\n",
         "write2_b64": "  ds_write2_b64 v1, v[16:17], v[18:19] offset0:1\n  ds_read_b128 v[8:11], v1\n",
-        "write2st64_b32": "  v_lshlrev_b32 v21, 2, v0\n  ds_write2st64_b32 v21, v16, v17 offset0:1 offset1:2\n"
+        "write2st64_b32": "  v_lshlrev_b32 v21, 2, v0\n"
+        "  ds_write2st64_b32 v21, v16, v17 offset0:1 offset1:2\n"
         "  ds_read2st64_b32 v[8:9], v21 offset0:2 offset1:1\n",
-        "write2st64_b64": "  v_lshlrev_b32 v21, 3, v0\n  ds_write2st64_b64 v21, v[16:17], v[18:19] offset0:1 offset1:2\n"
+        "write2st64_b64": "  v_lshlrev_b32 v21, 3, v0\n"
+        "  ds_write2st64_b64 v21, v[16:17], v[18:19] offset0:1 offset1:2\n"
         "  ds_read2st64_b64 v[8:11], v21 offset0:2 offset1:1\n",
         "overlapping": "  v_mov_b32 v8, v1\n  ds_read2_b32 v[8:9], v8 offset0:1 offset1:3\n",
     }
@@ -465,7 +467,7 @@ _LDS_NAMES = {"smin": "min_i", "smax": "max_i", "umin": "min_u", "umax": "max_u"
 _LDS_NAMES |= {name: f"{name}_u" for name in ("add", "sub", "inc", "dec")}
 _LDS_NAMES |= {name: f"{name}_b" for name in ("and", "or", "xor")}
 
-# The operand and what is compared with: words 0.. and 2.. of the lane's slot; what is there: words 4.. (and of LDS).
+# In a lane's slot: the operand and what is compared with first, from byte 16 on what is there before.
 _ATOMIC_START = _FILL + "  global_store_dwordx4 v1, v[16:19], s[6:7] offset:16\n  s_waitcnt vmcnt(0)\n"
 
 
@@ -506,7 +508,7 @@ def atomic_forms(name: str, lds: str, size: int, compares: bool) -> dict[str, st
     if lds:
         second = registers(12 + size // 4, size)
         operands = f"{second}, {data}" if compares else data
-        back = f"  s_waitcnt lgkmcnt(0)\n  ds_read_b64 v[16:17], v1 offset:16\n  s_waitcnt lgkmcnt(0)\n"
+        back = "  s_waitcnt lgkmcnt(0)\n  ds_read_b64 v[16:17], v1 offset:16\n  s_waitcnt lgkmcnt(0)\n"
         back += "  global_store_dwordx2 v1, v[16:17], s[6:7] offset:16\n"
         write = "  ds_write_b128 v1, v[16:19] offset:16\n"
         forms[f"ds_{lds}"] = write + f"  ds_{lds} {d}, v1, {operands} offset:16\n" + back
@@ -594,7 +596,8 @@ def test_float_atomics() -> None:
 
 
 def test_atomics_of_all_lanes_add_up() -> None:
-    body = "  v_mov_b32 v21, 0\n  v_add_u32 v22, 1, v0\n  global_atomic_add v8, v21, v22, s[6:7] sc0\n  s_waitcnt vmcnt(0)\n"
+    body = "  v_mov_b32 v21, 0\n  v_add_u32 v22, 1, v0\n"
+    body += "  global_atomic_add v8, v21, v22, s[6:7] sc0\n  s_waitcnt vmcnt(0)\n"
     out = np.zeros((LANES, SLOT // 4), np.uint32)
     run(kernels({"sum": body})["sum"], bytes_of(1), out)
     assert out[0, 0] == sum(range(1, 65))

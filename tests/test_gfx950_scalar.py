@@ -42,7 +42,7 @@ class Values:
 
 @dataclass(frozen=True)
 class Case:
-    """``result`` gives d, or (d, scc); SCC is as it was where it says nothing.  Widths are those of d, a, b."""
+    """``result`` gives d, or (d, scc); SCC stays where it says nothing.  Widths are those of d, a, b."""
 
     name: str
     result: Callable[[Values], int | tuple[int, bool]]
