@@ -372,10 +372,7 @@ def test_buffer_bounds_cut_by_the_dword() -> None:
   s_movk_i32 s18, {records}
   buffer_store_dwordx4 v[8:11], v1, s[16:19], 0 offen
 """
-    data, ends = (
-        bytes_of(7),
-        (3 * SLOT, 3 * SLOT + 3, 3 * SLOT + 4, 3 * SLOT + 11, 3 * SLOT + 12, 3 * SLOT + 16),
-    )
+    data, ends = bytes_of(7), [3 * SLOT + left for left in (0, 3, 4, 11, 12, 16)]
     built = kernels({f"to{records}": body.format(records=records) for records in ends})
     for records in ends:
         out = np.full((LANES, SLOT), 0xEE, np.uint8)
@@ -387,7 +384,7 @@ def test_buffer_bounds_cut_by_the_dword() -> None:
 
 
 def test_buffer_offsets_wrap_before_the_bounds_are_checked() -> None:
-    """The lane's offset may be negative: with the instruction's it is one of 32 bits; with the scalar's it is not."""
+    """A lane's offset may be negative: it wraps with the instruction's, not with the scalar one."""
     load = "  v_add_u32 v20, 0xfffffff0, v1\n  buffer_load_dword v8, v20, s[12:15], {}\n" + _STORE_ALL
     built = kernels(
         {

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 import lowering
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 import gpu_cases
 import gpu_compare
 
+ROOT = Path(__file__).resolve().parent.parent
 EMULATED = (sys.executable, "-m", "tools.gfx950.hip")
 
 # Calls program FIRST.safetensors times: the inputs are named call.argument, the outputs call.result.
@@ -87,6 +87,10 @@ def on_cpu(program: Path, call: Sequence[Tensor]) -> list[Tensor]:
     return list(found) if isinstance(found, tuple) else [found]
 
 
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
 def assert_same_bits(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     assert len(actual) == len(expected)
     for a, e in zip(actual, expected, strict=True):
@@ -142,24 +146,27 @@ class Everything(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
         product = a @ b
-        low = (a.to(torch.bfloat16) @ b.to(torch.bfloat16)).float()
-        picked = torch.nn.functional.embedding(ids, product)
         return (
             product,
-            low,
-            picked,
+            (a.to(torch.bfloat16) @ b.to(torch.bfloat16)).float(),
+            (a.to(torch.float16) @ b.to(torch.float16)).float(),
+            torch.nn.functional.embedding(ids, product),
             product.sum(-1),
             product.amax(0),
             product.argmax(-1),
             product.t().contiguous() + 1,
             torch.where(product > 0, product, -product).to(torch.int32),
-            torch.cumsum(ids, 0),
+            torch.cumsum(a, 1),
+            torch.topk(ids, 3).values,
+            ids.sum() * ids,
         )
 
 
-def test_generated_kernels_equal_the_cpu_target(build: Build):
-    call = (integers(48, 64, dtype=torch.float32), integers(64, 80, seed=1, dtype=torch.float32))
-    call = (*call, torch.tensor([0, 47, 13, 13, 5]))
+@pytest.mark.parametrize("m, k, n", [(48, 64, 80), (37, 53, 29)], ids=["even", "odd"])
+def test_generated_kernels_equal_the_cpu_target(build: Build, m, k, n):
+    """The even sizes use the matrix instructions; the odd ones end within what one access loads."""
+    a, b = integers(m, k, dtype=torch.float32), integers(k, n, seed=1, dtype=torch.float32)
+    call = (a, b, torch.tensor([0, 36, 13, 14, 5]))
     (results,) = run(build("gfx950", Everything(), call), [call])
     assert_same_bits(results, on_cpu(build("cpu", Everything(), call), call))
 
