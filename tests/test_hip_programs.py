@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 import lowering
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 import gpu_cases
 import gpu_compare
 
+ROOT = Path(__file__).resolve().parent.parent
 EMULATED = (sys.executable, "-m", "tools.gfx950.hip")
 
 # Calls program FIRST.safetensors times: the inputs are named call.argument, the outputs call.result.
@@ -87,13 +87,19 @@ def on_cpu(program: Path, call: Sequence[Tensor]) -> list[Tensor]:
     return list(found) if isinstance(found, tuple) else [found]
 
 
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
 def assert_same_bits(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     assert len(actual) == len(expected)
     for a, e in zip(actual, expected, strict=True):
         assert (a.dtype, a.shape, a.stride()) == (e.dtype, e.shape, e.stride())
-        assert a.contiguous().numpy(force=True).tobytes() == e.contiguous().numpy(force=True).tobytes() if (
-            a.dtype in (torch.float32, torch.int32, torch.int64)
-        ) else torch.equal(a.contiguous().view(torch.uint8), e.contiguous().view(torch.uint8))
+        assert (
+            a.contiguous().numpy(force=True).tobytes() == e.contiguous().numpy(force=True).tobytes()
+            if (a.dtype in (torch.float32, torch.int32, torch.int64))
+            else torch.equal(a.contiguous().view(torch.uint8), e.contiguous().view(torch.uint8))
+        )
 
 
 def integers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -122,7 +128,9 @@ def test_the_command_line_runs_a_residual_block(build: Build, tmp_path: Path):
     model, call = gpu_cases.build(case), (integers(3, 7168), integers(3, 7168, seed=1))
     save_file({"x": call[0], "residual": call[1]}, tmp_path / "in.safetensors")
     program = build("gfx950", model, call)
-    inputs = [word for name in ("x", "residual") for word in ("--input", f"@{tmp_path}/in.safetensors:{name}")]
+    inputs = [
+        word for name in ("x", "residual") for word in ("--input", f"@{tmp_path}/in.safetensors:{name}")
+    ]
     done = emulated("run-vmfb", program, *inputs, "--output", f"@{tmp_path}/out.safetensors")
     assert done.returncode == 0, done.stderr
     found = load_file(tmp_path / "out.safetensors")
@@ -138,24 +146,27 @@ class Everything(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
         product = a @ b
-        low = (a.to(torch.bfloat16) @ b.to(torch.bfloat16)).float()
-        picked = torch.nn.functional.embedding(ids, product)
         return (
             product,
-            low,
-            picked,
+            (a.to(torch.bfloat16) @ b.to(torch.bfloat16)).float(),
+            (a.to(torch.float16) @ b.to(torch.float16)).float(),
+            torch.nn.functional.embedding(ids, product),
             product.sum(-1),
             product.amax(0),
             product.argmax(-1),
             product.t().contiguous() + 1,
             torch.where(product > 0, product, -product).to(torch.int32),
-            torch.cumsum(ids, 0),
+            torch.cumsum(a, 1),
+            torch.topk(ids, 3).values,
+            ids.sum() * ids,
         )
 
 
-def test_generated_kernels_equal_the_cpu_target(build: Build):
-    call = (integers(48, 64, dtype=torch.float32), integers(64, 80, seed=1, dtype=torch.float32))
-    call = (*call, torch.tensor([0, 47, 13, 13, 5]))
+@pytest.mark.parametrize("m, k, n", [(48, 64, 80), (37, 53, 29)], ids=["even", "odd"])
+def test_generated_kernels_equal_the_cpu_target(build: Build, m, k, n):
+    """The even sizes use the matrix instructions; the odd ones end within what one access loads."""
+    a, b = integers(m, k, dtype=torch.float32), integers(k, n, seed=1, dtype=torch.float32)
+    call = (a, b, torch.tensor([0, 36, 13, 14, 5]))
     (results,) = run(build("gfx950", Everything(), call), [call])
     assert_same_bits(results, on_cpu(build("cpu", Everything(), call), call))
 
@@ -165,7 +176,9 @@ def test_a_quantized_llama(build: Build):
     case = gpu_cases.case_named("llama-2-layers")
     model = gpu_cases.build(case)
     calls = [case.inputs(tokens, 3, torch.device("cpu")) for tokens in (1, 7)]
-    program = build("gfx950", model, case.inputs(case.example_rows, 0, torch.device("cpu")), case.dynamic_shapes())
+    program = build(
+        "gfx950", model, case.inputs(case.example_rows, 0, torch.device("cpu")), case.dynamic_shapes()
+    )
     found = run(program, calls)
     eager = [model(*call) for call in calls]
     model.float()
@@ -193,7 +206,9 @@ def test_a_read_beyond_a_tensor_is_reported(build: Build):
     done = emulated("run-vmfb", program, *inputs, "3xi64=1,2,4000")
     assert done.returncode == 1
     *_, last = done.stderr.splitlines()
-    assert re.search("^run-vmfb: error: main failed: .*hipErrorIllegalAddress.*elementwise.*: a load of", last)
+    assert re.search(
+        "^run-vmfb: error: main failed: .*hipErrorIllegalAddress.*elementwise.*: a load of", last
+    )
     assert re.search(r"workgroup \(2, 0, 0\), lane 0: global_load_dword", last)
 
 

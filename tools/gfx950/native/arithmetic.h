@@ -178,7 +178,8 @@ static inline double divide_fixed(double a, double s1, double s2, int underflow,
   if ((s1 == 0.0 && s2 == 0.0) || (isinf(s1) && isinf(s2))) return NAN;
   if (s1 == 0.0 || isinf(s2)) return sign * INFINITY;
   if (isinf(s1) || s2 == 0.0) return sign * 0.0;
-  return e2 - e1 < underflow ? sign * 0.0 : sign * fabs(a);
+  if (e2 - e1 < underflow) return sign * 0.0;
+  return isnan(a) ? sign * INFINITY : sign * fabs(a);  // a quotient so large that the steps before overflowed
 }
 
 // -- classes ----------------------------------------------------------------------------------------

@@ -128,18 +128,20 @@ static void issue_mix(Machine *m, Wave *w, const Inst *in, const Operation *op) 
 }
 
 // Dot products of packed small operands, added to a third.
-enum Dot { DOT2_F16, DOT2_BF16, DOT2_I16, DOT2_U16, DOT4_I8, DOT4_U8, DOT8_I4, DOT8_U4 };
+enum Dot { DOT2_F16, DOT2_BF16, DOT2C_BF16, DOT2_I16, DOT2_U16, DOT4_I8, DOT4_U8, DOT8_I4, DOT8_U4 };
 
 static i64 part_of(u32 word, int k, int width, bool sign) {
   const u32 up = word << (32 - width * (k + 1));
   return sign ? (i64)((i32)up >> (32 - width)) : (i64)(up >> (32 - width));
 }
 
+static float low_half(u32 word) { return (float)half_value(word); }
+static float high_half(u32 word) { return (float)half_value(word >> 16); }
+
 static u32 dotted(enum Dot kind, u32 a, u32 b, u32 c, bool clamp) {
-  if (kind == DOT2_F16)
-    return float_bits((float)((float)(half_value(a) * half_value(b)) + (double)(float)((double)bits_float(c) + half_value(a >> 16) * half_value(b >> 16))));
-  if (kind == DOT2_BF16)
-    return float_bits(fmaf(bfloat_value(a), bfloat_value(b), fmaf(bfloat_value(a >> 16), bfloat_value(b >> 16), bits_float(c))));
+  if (kind == DOT2_F16) return float_bits(fmaf(high_half(a), high_half(b), fmaf(low_half(a), low_half(b), bits_float(c))));
+  if (kind == DOT2C_BF16) return float_bits(fmaf(bfloat_value(a >> 16), bfloat_value(b >> 16), fmaf(bfloat_value(a), bfloat_value(b), bits_float(c))));
+  if (kind == DOT2_BF16) return float_bits(fmaf(bfloat_value(a >> 16), bfloat_value(b >> 16), bfloat_value(a) * bfloat_value(b)) + bits_float(c));
   const int width = kind == DOT2_I16 || kind == DOT2_U16 ? 16 : kind == DOT4_I8 || kind == DOT4_U8 ? 8 : 4;
   const bool sign = kind == DOT2_I16 || kind == DOT4_I8 || kind == DOT8_I4;
   i64 sum = sign ? (i64)(i32)c : (i64)c;
@@ -183,7 +185,7 @@ const Operation cross_lane_operations[] = {
     SPECIAL(V_DOT2_F32_F16, issue_dot, VALU, DOT2_F16)
     SPECIAL(V_DOT2_F32_BF16, issue_dot, VALU, DOT2_BF16)
     SPECIAL(V_DOT2C_F32_F16, issue_dot, VALU, DOT2_F16)
-    SPECIAL(V_DOT2C_F32_BF16, issue_dot, VALU, DOT2_BF16)
+    SPECIAL(V_DOT2C_F32_BF16, issue_dot, VALU, DOT2C_BF16)
     SPECIAL(V_DOT2_I32_I16, issue_dot, VALU, DOT2_I16)
     SPECIAL(V_DOT2_U32_U16, issue_dot, VALU, DOT2_U16)
     SPECIAL(V_DOT2C_I32_I16, issue_dot, VALU, DOT2_I16)
