@@ -283,6 +283,11 @@ def make_int(value: int) -> ir.Value:
     )
 
 
+def make_bool(value: bool) -> ir.Value:
+    """A torch bool constant."""
+    return _constant("torch.constant.bool", "!torch.bool", ir.BoolAttr.get(value))
+
+
 def make_none() -> ir.Value:
     """The torch none constant."""
     return ir.Operation.create("torch.constant.none", results=[ir.Type.parse("!torch.none")]).result
