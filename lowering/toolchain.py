@@ -35,7 +35,7 @@ from .kernel import KernelInstance
 _HEADERS = {
     "row.cu": ("row.h", "activation.h"),
     "row.hip": ("row.h", "activation.h"),
-    "row.c": ("activation.h",),
+    "row.c": ("cpu.h", "activation.h"),
 }
 
 _NVRTC_OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
