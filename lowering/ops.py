@@ -41,6 +41,8 @@ from .checks import (
     dtype_names,
     shape_text,
 )
+from .routing import grouped_topk as grouped_topk
+from .routing import grouped_topk_reference as grouped_topk_reference
 
 QUANTIZED_DTYPES = tuple(getattr(torch, name) for name in LARGEST_FINITE)
 FP8_DTYPES = tuple(dtype for dtype in QUANTIZED_DTYPES if dtype.is_floating_point)
