@@ -8,14 +8,9 @@
 // A row is read again from the cache for each thing that depends on all of it: the statistic, the largest value.
 // Outputs must not overlap inputs.  Pointers need only the alignment of their element.
 //
-// The macros that specialise this file come from lowering/kernel.py.  PROTOTYPE is the entry's declaration as its
-// caller believes it to be: a kernel that takes something else does not compile.
+// The macros that specialise this file come from lowering/kernel.py.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef __INT32_TYPE__ i32;
-typedef __INT64_TYPE__ i64;
+#include "cpu.h"
 
 // The codes of dtypes, ROUNDING, RESIDUAL, ACT, LAYOUTi and CODESi.
 #define BF16 1
@@ -29,10 +24,6 @@ typedef __INT64_TYPE__ i64;
 enum { ROW = 0, COLUMN_TMA = 1, COLUMN = 2, UE8M0_PACKED = 3 };
 enum { E4M3FN = 0, E4M3FNUZ = 1, E5M2 = 2, INT8 = 3 };
 
-#ifndef __clang__
-#pragma GCC optimize("no-tree-loop-distribute-patterns")  // else copy loops become calls of memcpy
-#endif
-
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #define LANES 16
 #elif defined(__AVX2__)
@@ -41,12 +32,6 @@ enum { E4M3FN = 0, E4M3FNUZ = 1, E5M2 = 2, INT8 = 3 };
 #define LANES 4
 #endif
 #define STEP (2 * LANES)
-
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-#define HAS_FMA 1
-#else
-#define HAS_FMA 0
-#endif
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef u32 Words __attribute__((vector_size(4 * LANES)));
@@ -79,8 +64,6 @@ typedef u16 LooseHalves __attribute__((vector_size(2 * LANES), aligned(1), may_a
 #define ZIP_HIGH 2, 6, 3, 7
 #endif
 
-#define INLINE static inline __attribute__((always_inline, unused))
-
 typedef struct { Floats even, odd; } Pair;
 
 INLINE Words bits_of(Floats a) { return (Words)a; }
@@ -110,42 +93,6 @@ INLINE Floats fma(Floats a, Floats b, Floats c) {
   return a * b + c;
 #endif
 }
-
-INLINE float float_of(u32 bits) {
-  union { u32 bits; float value; } both = {bits};
-  return both.value;
-}
-
-INLINE u32 word_of(float value) {
-  union { float value; u32 bits; } both = {value};
-  return both.bits;
-}
-
-// Torch computes with subnormals, IREE's workers run with them flushed to zero: the kernel switches and switches back.
-#if defined(__SSE__)
-typedef u32 FloatMode;
-INLINE FloatMode enter_ieee(void) {
-  u32 mode, ieee;
-  __asm__ volatile("stmxcsr %0" : "=m"(mode) : : "memory");
-  ieee = mode & ~0x8040u;
-  __asm__ volatile("ldmxcsr %0" : : "m"(ieee) : "memory");
-  return mode;
-}
-INLINE void leave_ieee(FloatMode mode) { __asm__ volatile("ldmxcsr %0" : : "m"(mode) : "memory"); }
-#elif defined(__aarch64__)
-typedef i64 FloatMode;
-INLINE FloatMode enter_ieee(void) {
-  i64 mode;
-  __asm__ volatile("mrs %0, fpcr" : "=r"(mode) : : "memory");
-  __asm__ volatile("msr fpcr, %0" : : "r"(mode & ~(i64)0x1080000) : "memory");
-  return mode;
-}
-INLINE void leave_ieee(FloatMode mode) { __asm__ volatile("msr fpcr, %0" : : "r"(mode) : "memory"); }
-#else
-typedef int FloatMode;
-INLINE FloatMode enter_ieee(void) { return 0; }
-INLINE void leave_ieee(FloatMode mode) { (void)mode; }
-#endif
 
 // |a| rounded to nearest even onto the numbers with DIGITS significand bits and exponents of at least LEAST (biased
 // as in float32), as the code (exponent field, mantissa) of such a format, subnormals included.  Adding a power of
@@ -610,17 +557,6 @@ typedef float Weight;
 typedef u16 Weight;
 #endif
 
-#define TEXT_(...) #__VA_ARGS__
-#define TEXT(...) TEXT_(__VA_ARGS__)
-#ifdef PROTOTYPE
-PROTOTYPE;
-#ifdef __ELF__
-// For lowering/abi.py: the declaration this object was checked against.
-__asm__(".pushsection .vmfuse.abi,\"\",@progbits\n\t.asciz \"" TEXT(PROTOTYPE) "\"\n\t.popsection");
-#endif
-#endif
-
-#define BINDING(type, name) type *name, i64 name##_offset
 #define SCALES(i) __typeof__(__builtin_choose_expr(LAYOUT##i == UE8M0_PACKED, (i32)0, 0.0f))
 
 void ENTRY(BINDING(const X, x)
