@@ -92,13 +92,16 @@ def dispatch(
     ToolchainError when the target's kernel compiler is missing.
     """
     done = Dispatched()
-    for op, kernel in choose_kernels(function, target, ledger):
+    chosen = choose_kernels(function, target, ledger)
+    # Before any call is made: what a call returns no longer knows the sizes of the example.
+    example_rows = [_example_rows(op, kernel) for op, kernel in chosen]
+    for (op, kernel), rows in zip(chosen, example_rows, strict=True):
         if kernel.entry not in done.objects:
             progress(kernel.entry)
             done.objects[kernel.entry] = _checked_object(kernel)
             done.kernels[kernel.entry] = kernel
             _define(module, kernel, done.objects[kernel.entry], directory)
-        done.launches.append(Launch(kernel, _example_rows(op, kernel)))
+        done.launches.append(Launch(kernel, rows))
         done.physical_scales += _call(op, kernel)
     torch_ir.erase_dead(torch_ir.block_of(function))
     return done

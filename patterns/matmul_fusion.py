@@ -23,6 +23,7 @@ def fuse_product(op: ir.Operation, support: Support) -> None:
     attributes = {"spec": canonical.to_attribute(spec), canonical.SITES: ir.ArrayAttr.get([])}
     with ir.InsertionPoint(op), op.location:
         product = canonical.create(canonical.MATMUL, list(op.operands), [result], **attributes)
+        torch_ir.set_example(product, [torch_ir.example_shape(op.results[0])])
     op.results[0].replace_all_uses_with(product.results[0])
     op.erase()
 
