@@ -1,4 +1,4 @@
-"""Step 5, fuse: from each producer outward, one ``vmfuse.row`` takes all that reads it."""
+"""Step 5, fuse: from each producer outward, one ``vmfuse.row`` takes all that reads it; routing is alone."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from iree.compiler import ir
 from patterns import canonical, torch_ir
 from patterns.row_fusion import Support, fuse_plain, fuse_producer
 from patterns.sites import Ledger
+from patterns.topk_fusion import fuse_routing
 
 
 def fuse(function: ir.Operation, ledger: Ledger, support: Support) -> None:
-    """Fuse every site of ``function`` in place; ``support`` says why a row has no kernel, or None.
+    """Fuse every site of ``function`` in place; ``support`` says why there is no kernel, or None.
 
     Producers come first: what is quantized behind them is theirs.  Every site's fate is in ``ledger``.
     """
@@ -19,6 +20,8 @@ def fuse(function: ir.Operation, ledger: Ledger, support: Support) -> None:
         fuse_producer(producer, ledger, support)
     for value in _quantized(block):
         fuse_plain(value, ledger, support)
+    for routing in _ops(block, canonical.GROUPED_TOPK):
+        fuse_routing(routing, ledger, support)
     torch_ir.erase_dead(block)
 
 
