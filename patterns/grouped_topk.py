@@ -6,9 +6,9 @@ Routing is recognised where its scores are float32, whatever the dtype of the ga
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from iree.compiler import ir
 
@@ -22,16 +22,18 @@ from .torch_ir import TensorType
 _FLOATS = ("float32", "bfloat16", "float16")
 
 
-def _is_routing(gating: TensorType | None, bias: TensorType | None, weights: TensorType | None) -> bool:
+def _is_routing(types: Sequence[TensorType | None]) -> TypeGuard[Sequence[TensorType]]:
     """Whether these are gating [.., E], bias [E] and float32 weights [.., k], E and k known."""
-    if gating is None or bias is None or weights is None or not gating.shape or not weights.shape:
+    if len(types) != 3 or None in types:
         return False
+    gating, bias, weights = (type_ for type_ in types if type_ is not None)
     return (
         gating.dtype in _FLOATS
         and bias.dtype in _FLOATS
-        and bias.shape == gating.shape[-1:]
-        and None not in (gating.shape[-1], weights.shape[-1])
         and weights.dtype == "float32"
+        and bias.shape == gating.shape[-1:] != (None,)
+        and len(weights.shape) == len(gating.shape) > 0
+        and weights.shape[-1] is not None
     )
 
 
@@ -58,25 +60,22 @@ class NamedTopk(NamedOp):
     def recognise(self, op: ir.Operation) -> Raised | None:
         # MLIR written by hand may leave out what the schema has a value for.
         names = self.arguments[: max(len(op.operands), self.required)]
-        if len(op.operands) != len(names) or len(op.results) != 2:
+        results = _results(op)
+        if len(op.operands) != len(names) or len(results) != 2:
             return None
         operands = dict(zip(names, op.operands, strict=True))
         values = {name: torch_ir.constant(operand) for name, operand in operands.items()}
         fields = self._fields(values)
         if fields is None or any(values.get(name) != value for name, value in self.requires.items()):
             return None
-        gating, bias = (torch_ir.tensor_type(operands[name]) for name in (self.x, self.bias))
-        weights, ids = (torch_ir.tensor_type(result) for result in op.results)
-        if not _is_routing(gating, bias, weights) or gating is None or bias is None or weights is None:
+        gating, bias = operands[self.x], operands[self.bias]
+        types = [torch_ir.tensor_type(value) for value in (gating, bias, results[0])]
+        if not _is_routing(types) or (self.same_dtype and types[0].dtype != types[1].dtype):
             return None
-        if ids is None or ids.shape != weights.shape or (self.same_dtype and bias.dtype != gating.dtype):
-            return None
-        topk = weights.shape[-1]
+        topk = types[2].shape[-1]
         assert topk is not None
         contract = GroupedTopk(topk=topk, **fields)
-        return Raised(
-            canonical.GROUPED_TOPK, contract, [operands[self.x], operands[self.bias]], list(op.results)
-        )
+        return Raised(canonical.GROUPED_TOPK, contract, [gating, bias], results)
 
     def _fields(self, values: Mapping[str, Any]) -> dict[str, Any] | None:
         """The fields of the contract; None where one of them is computed."""
@@ -91,6 +90,15 @@ class NamedTopk(NamedOp):
                 return None
             found[name] = value
         return found
+
+
+def _results(op: ir.Operation) -> list[ir.Value]:
+    """The results of ``op``; where it returns a list, what that is unpacked to."""
+    if len(op.results) == 1:
+        users = torch_ir.users(op.result)
+        if len(users) == 1 and users[0].name == "torch.prim.ListUnpack":
+            return list(users[0].results)
+    return list(op.results)
 
 
 _GROUPS = {"num_expert_group": Arg("num_expert_group"), "topk_group": Arg("topk_group")}
@@ -201,16 +209,7 @@ def _sum(a: Pattern, *, keepdim: bool) -> Pattern:
 
 
 _SCORES = _Once("scores", Op("torch.aten.sigmoid", Exact("gating")))
-_CHOICES = _Once(
-    "choices",
-    Op(
-        "torch.aten.add.Tensor",
-        _SCORES,
-        OneOf(Op("torch.aten.unsqueeze", Exact("bias"), Is(0)), Exact("bias")),
-        Is(1),
-        commutative=True,
-    ),
-)
+_CHOICES = _Once("choices", Op("torch.aten.add.Tensor", _SCORES, Exact("bias"), Is(1), commutative=True))
 _IN_GROUPS = _Once("in_groups", Op("torch.aten.view", _CHOICES, ANY))
 _GROUP_VALUES = _Once(
     "group_values", _sum(Op("torch.aten.topk", _IN_GROUPS, Is(2), Is(-1), Is(True), ANY), keepdim=False)
@@ -260,9 +259,10 @@ class DecomposedTopk:
         found = first_match(_WEIGHTS, op.result)
         if found is None:
             return None
-        types = [torch_ir.tensor_type(value) for value in (found["gating"], found["bias"], op.result)]
+        gating, bias = found["gating"], _vector(found["bias"])
+        types = [torch_ir.tensor_type(value) for value in (gating, bias, op.result)]
         scores = torch_ir.tensor_type(found["scores"])
-        if not _is_routing(*types) or scores is None or scores.dtype != "float32":
+        if not _is_routing(types) or scores is None or scores.dtype != "float32":
             return None
         groups = _groups(found, scores)
         last = len(scores.shape) - 1
@@ -276,9 +276,15 @@ class DecomposedTopk:
             routed_scaling_factor=float(found.get("factor", 1.0)),
             eps=float(found.get("eps", 0.0)),
         )
-        return Raised(
-            canonical.GROUPED_TOPK, contract, [found["gating"], found["bias"]], [op.result, found["ids"]]
-        )
+        return Raised(canonical.GROUPED_TOPK, contract, [gating, bias], [op.result, found["ids"]])
+
+
+def _vector(bias: ir.Value) -> ir.Value:
+    """The vector that ``bias`` is a row of; ``bias`` itself if it is not."""
+    op = torch_ir.producer(bias)
+    if op is not None and op.name == "torch.aten.unsqueeze" and torch_ir.constant(op.operands[1]) == 0:
+        return torch_ir.uncast(op.operands[0])
+    return bias
 
 
 def _groups(found: Bindings, scores: TensorType) -> int | None:
