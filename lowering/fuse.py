@@ -1,4 +1,4 @@
-"""Step 5, fuse: from each producer outward, one ``vmfuse.row`` takes all that reads it."""
+"""Step 5, fuse: from each producer outward, one ``vmfuse.row`` takes all that reads it; routing is alone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from patterns import canonical, torch_ir
 from patterns.matmul_fusion import fuse_product
 from patterns.row_fusion import Support, fuse_plain, fuse_producer
 from patterns.sites import Ledger
+from patterns.topk_fusion import fuse_routing
 
 
 def fuse(function: ir.Operation, ledger: Ledger, support: Support) -> None:
@@ -23,6 +24,8 @@ def fuse(function: ir.Operation, ledger: Ledger, support: Support) -> None:
         fuse_plain(value, ledger, support)
     for product in _ops(block, canonical.BLOCK_SCALED_MATMUL):
         fuse_product(product, support)
+    for routing in _ops(block, canonical.GROUPED_TOPK):
+        fuse_routing(routing, ledger, support)
     torch_ir.erase_dead(block)
 
 

@@ -1,14 +1,13 @@
 """``torch.ops.lowering.grouped_topk``: which experts a token goes to, and with what weights.
 
 Like everything in ``ops``: the plain function is the definition, in aten operations that torch.export can
-trace.  Whatever is ranked is ranked as integers that are all different, so that neither the order among
-equals nor NaN depends on what a device's top-k does with them.
+trace.  Values are compared as integers, so that neither the order among equals nor NaN is left to a device.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from patterns.contracts import GroupedTopk
 from .checks import FLOAT_DTYPES, check_dtype, check_rank, check_shape
 
 _NAN = 0x7FFFFFFF
-_NEVER = -(2**63)
+_NEVER = -(2**31)  # below the ordinal of every value
 
 
 def grouped_topk_reference(
@@ -32,11 +31,11 @@ def grouped_topk_reference(
     """
     # In float64, and rounded once: the nearest float32 on every device.
     scores = torch.sigmoid(gating.to(torch.float64)).to(torch.float32)
-    ranks = _distinct(_ordinal(scores + bias.to(torch.float32)))
+    ordinals = _ordinal(scores + bias.to(torch.float32))
     if routing.topk_group < routing.num_expert_group:
-        ranks = torch.where(_in_kept_groups(ranks, routing), ranks, _NEVER)
-    ids = torch.topk(ranks, routing.topk, dim=-1)[1]
-    weights = torch.gather(scores, -1, ids)
+        ordinals = torch.where(_in_kept_groups(ordinals, routing), ordinals, _NEVER)
+    ids = _largest(ordinals, routing.topk).places
+    weights = torch.gather(scores, -1, ids.to(torch.int64))
     if routing.renormalize:
         total = weights.to(torch.float64).sum(dim=-1, keepdim=True).to(torch.float32)
         weights = weights / (total + routing.eps)
@@ -52,24 +51,39 @@ def _ordinal(values: Tensor) -> Tensor:
 
 def _value(ordinal: Tensor) -> Tensor:
     """The float32 that ``_ordinal`` was given."""
-    return torch.where(ordinal < 0, -ordinal | -(2**31), ordinal).to(torch.int32).view(torch.float32)
+    return torch.where(ordinal < 0, -ordinal - 2**31, ordinal).view(torch.float32)
 
 
-def _distinct(ordinals: Tensor) -> Tensor:
-    """int64 that order as ``ordinals`` do along the last axis; of equal ones the first is the largest."""
-    count = ordinals.shape[-1]
-    position = torch.arange(count - 1, -1, -1, device=ordinals.device)
-    return ordinals.to(torch.int64) * count + position
+class _Largest(NamedTuple):
+    """The largest values along the last axis, in descending order, and their places; what is left."""
+
+    values: Tensor
+    places: Tensor
+    rest: Tensor
 
 
-def _in_kept_groups(ranks: Tensor, routing: GroupedTopk) -> Tensor:
+def _largest(ordinals: Tensor, count: int) -> _Largest:
+    """The ``count`` largest; of equal ones the first.  Where they were, ``rest`` holds ``_NEVER``.
+
+    One after another: a sort of whole rows, or a maximum of int64, is more than some code generators can do.
+    """
+    size = ordinals.shape[-1]
+    numbers = torch.arange(size, dtype=torch.int32, device=ordinals.device)
+    values, places = [], []
+    for _ in range(count):
+        values.append(ordinals.amax(dim=-1, keepdim=True))
+        places.append(torch.where(ordinals == values[-1], numbers, size).amin(dim=-1, keepdim=True))
+        ordinals = torch.where(numbers == places[-1], _NEVER, ordinals)
+    return _Largest(torch.cat(values, dim=-1), torch.cat(places, dim=-1), ordinals)
+
+
+def _in_kept_groups(ordinals: Tensor, routing: GroupedTopk) -> Tensor:
     """bool [..., E]: whether an expert's group is one of those kept."""
-    experts, groups = ranks.shape[-1], routing.num_expert_group
-    best = torch.topk(ranks.unflatten(-1, (groups, experts // groups)), 2, dim=-1)[0]
-    choices = _value(torch.div(best, experts, rounding_mode="floor"))
-    group_ranks = _distinct(_ordinal(choices[..., 0] + choices[..., 1]))
-    least = torch.topk(group_ranks, routing.topk_group, dim=-1)[0][..., -1:]
-    return (group_ranks >= least).repeat_interleave(experts // groups, dim=-1)
+    groups = routing.num_expert_group
+    size = ordinals.shape[-1] // groups
+    best = _value(_largest(ordinals.unflatten(-1, (groups, size)), 2).values)
+    kept = _largest(_ordinal(best[..., 0] + best[..., 1]), routing.topk_group).rest == _NEVER
+    return kept.repeat_interleave(size, dim=-1)
 
 
 @torch.library.custom_op(
