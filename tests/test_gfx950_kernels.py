@@ -12,6 +12,7 @@ from collections.abc import Callable
 import gfx950_kernels
 import pytest
 import test_kernels
+import test_topk
 import torch
 from test_kernels import (
     CASES,
@@ -115,6 +116,21 @@ AS_ELSEWHERE = [
 def test_as_elsewhere(what: tuple[str, ...], launcher) -> None:
     test, *arguments = what
     getattr(test_kernels, test)(*arguments, GFX950, launcher)
+
+
+# Of test_topk.py likewise.
+ROUTING = [
+    *(("test_kernel_equals_reference", name) for name in test_topk.CASES),
+    *(("test_any_sizes", groups) for groups in (1, 3, 8)),
+    ("test_scores_are_the_nearest_float32",),
+]
+
+
+@pytest.mark.parametrize("target", [GFX950, GFX942], ids=lambda t: t.name)
+@pytest.mark.parametrize("what", ROUTING, ids=lambda what: "-".join(map(str, what)))
+def test_routing(what: tuple, target: Target, launcher) -> None:
+    test, *arguments = what
+    getattr(test_topk, test)(*arguments, target, launcher)
 
 
 @pytest.mark.parametrize("ulp", [1, -1])
