@@ -26,7 +26,7 @@ from .targets import TARGETS, Target
 from .targets import resolve as resolve_target
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.status import Status
 
     from .compiler import Compiled
@@ -113,6 +113,12 @@ def _parser() -> argparse.ArgumentParser:
         "--parameters", metavar="F.irpa", type=Path, help="keep the weights in F.irpa instead of in the .vmfb"
     )
     parser.add_argument(
+        "--fp8",
+        choices=("as-is", "native"),
+        default="as-is",
+        help="keep the graph's flavour of fp8 (default), or use the target's where only products see it",
+    )
+    parser.add_argument(
         "--patterns",
         metavar="F.py",
         type=Path,
@@ -125,6 +131,11 @@ def _parser() -> argparse.ArgumentParser:
         "--report", metavar="F", type=Path, help="write the fusion report; F ends in .json or .html"
     )
     reporting.add_argument("--explain", action="store_true", help="print the fusion report as a table")
+    reporting.add_argument(
+        "--timing",
+        action="store_true",
+        help="print the time of each step, and of each pattern with its hits and misses",
+    )
     reporting.add_argument(
         "--require-fused", action="store_true", help="fail (exit 3) unless every site fused"
     )
@@ -171,7 +182,9 @@ def _run(options: argparse.Namespace) -> None:
             compiled.dump_kernels(options.dump_kernels)
         progress.finish()
         if options.explain:
-            _explain(compiled.report)
+            _print(compiled.report.table())
+        if options.timing:
+            _print(compiled.report.timing_table())
         if options.require_fused:
             _require_fused(compiled.report)
         progress("save", vmfb.path.name)
@@ -217,6 +230,7 @@ def _compile(
         "target": options.target,
         "parameters": irpa.temporary if irpa else None,
         "patterns": options.patterns,
+        "fp8": options.fp8,
         "dump_phases_to": options.dump_phases_to,
         "progress": progress,
     }
@@ -229,12 +243,12 @@ def _rendered(report: Report, path: Path) -> str:
     return report.to_html() if path.suffix == ".html" else report.to_json()
 
 
-def _explain(report: Report) -> None:
+def _print(table: RenderableType) -> None:
     from rich.console import Console
 
     # A pipe has no width of its own; 100 columns are what the table is laid out for.
     width = None if sys.stdout.isatty() else 100
-    Console(file=sys.stdout, width=width, highlight=False).print(report.table())
+    Console(file=sys.stdout, width=width, highlight=False).print(table)
 
 
 def _require_fused(report: Report) -> None:

@@ -9,10 +9,12 @@ import io
 import os
 import re
 import tempfile
+import time
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from iree.compiler import ir
@@ -20,23 +22,27 @@ from iree.compiler.api import Invocation, Output, Session, Source
 from iree.compiler.passmanager import PassManager
 
 from patterns import torch_ir
-from patterns.sites import Ledger
+from patterns.flavour import use_flavours
+from patterns.sites import Ledger, SiteRecord
 
 from . import devices, extensions, floats
 from . import parameters as weights
 from .dispatch import Dispatched, choose_kernels, dispatch, return_physical_scales, supported
-from .errors import CompileError
+from .errors import CompileError, UsageError
 from .expand import Expander
+from .folding import fold
 from .fuse import fuse
 from .importer import Program, import_module, parse_module
+from .kernel import hardware_floats
 from .normalize import normalize
 from .raising import RECOGNISERS, raise_function
-from .report import Report, Site
+from .report import Change, Report, Site
 from .signature import SIGNATURE_KEY, Signature
 from .targets import Target, resolve
 from .views import sink_views
 
 Progress = Callable[[str, str], None]
+Fp8 = Literal["as-is", "native"]
 
 
 @dataclass
@@ -69,6 +75,7 @@ def compile(
     target: str = "cpu",
     parameters: str | os.PathLike[str] | None = None,
     patterns: Sequence[str | os.PathLike[str]] = (),
+    fp8: Fp8 = "as-is",
     dump_phases_to: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Compiled:
@@ -77,13 +84,15 @@ def compile(
     args, kwargs, dynamic_shapes: as for torch.export.export (ignored for an ExportedProgram).
     parameters: write the weights to this ``.irpa`` instead of embedding them in the vmfb.
     patterns: Python files with recognisers of your own (see ``lowering.extensions``).
+    fp8: ``native`` retargets quantizations to the e4m3 flavour the target's instructions have, where only
+    products with their scales see them; ``as-is`` keeps what the graph says.
     dump_phases_to: a directory that gets the IR after each step.
     progress: called with (phase, detail) as each step starts.
 
     Raises UsageError for an unknown target, CompileError when the model cannot be compiled and
     ToolchainError when the target's kernel compiler is not installed.
     """
-    pipeline = _Pipeline(resolve(target), patterns, dump_phases_to, progress)
+    pipeline = _Pipeline(resolve(target), patterns, fp8, dump_phases_to, progress)
     pipeline.start("import", type(module).__name__)
     program = import_module(module, args, pipeline.context, kwargs=kwargs, dynamic_shapes=dynamic_shapes)
     return pipeline.run(program, parameters)
@@ -97,9 +106,10 @@ def explain(
     dynamic_shapes: Any = None,
     target: str = "cpu",
     patterns: Sequence[str | os.PathLike[str]] = (),
+    fp8: Fp8 = "as-is",
 ) -> Report:
     """The report ``compile`` would give, without compiling anything; arguments as there."""
-    pipeline = _Pipeline(resolve(target), patterns)
+    pipeline = _Pipeline(resolve(target), patterns, fp8)
     program = import_module(module, args, pipeline.context, kwargs=kwargs, dynamic_shapes=dynamic_shapes)
     return pipeline.explain(program)
 
@@ -110,11 +120,12 @@ def compile_mlir(
     target: str = "cpu",
     parameters: str | os.PathLike[str] | None = None,
     patterns: Sequence[str | os.PathLike[str]] = (),
+    fp8: Fp8 = "as-is",
     dump_phases_to: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Compiled:
     """Compile torch-dialect MLIR text for ``target``; the other arguments are those of ``compile``."""
-    pipeline = _Pipeline(resolve(target), patterns, dump_phases_to, progress)
+    pipeline = _Pipeline(resolve(target), patterns, fp8, dump_phases_to, progress)
     pipeline.start("import", "MLIR")
     return pipeline.run(parse_module(source, pipeline.context), parameters)
 
@@ -126,10 +137,13 @@ class _Pipeline:
         self,
         target: Target,
         patterns: Sequence[str | os.PathLike[str]],
+        fp8: Fp8,
         dump_phases_to: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
     ):
-        self.target = target
+        if fp8 not in typing.get_args(Fp8):
+            raise UsageError(f"fp8 is {' or '.join(typing.get_args(Fp8))}, not {fp8!r}")
+        self.target, self.fp8 = target, fp8
         self.recognisers = (*extensions.recognisers(patterns), *RECOGNISERS)
         self.dump_to = Path(dump_phases_to) if dump_phases_to is not None else None
         self.progress = progress or (lambda phase, detail: None)
@@ -151,16 +165,17 @@ class _Pipeline:
         with self.context, ir.Location.unknown(), tempfile.TemporaryDirectory() as directory:
             ledger = self._fuse(program)
             dispatched = self._dispatch(program, ledger, Path(directory))
-            with weights.archived(program.parameters, archive_path) as archive:
+            with weights.archived(program.parameters, archive_path, self.progress) as archive:
                 signature = self._sign(program, archive)
                 vmfb = self._compile(program, archive)
-        report = _report(self.target, ledger, len(dispatched.launches))
+        report = _report(self.target, ledger, len(dispatched.launches), program)
         return Compiled(self.target, report, vmfb, dispatched, signature)
 
     def explain(self, program: Program) -> Report:
         with self.context, ir.Location.unknown():
             ledger = self._fuse(program)
-            return _report(self.target, ledger, len(choose_kernels(program.main(), self.target, ledger)))
+            kernels = choose_kernels(program.main(), self.target, ledger)
+            return _report(self.target, ledger, len(kernels), program)
 
     def _fuse(self, program: Program) -> Ledger:
         """Steps 2 to 5, in place; what became of every site."""
@@ -171,10 +186,16 @@ class _Pipeline:
             ("raise", lambda: raise_function(function, ledger, self.recognisers)),
             ("sink", lambda: sink_views(function)),
             ("fuse", lambda: fuse(function, ledger, supported(self.target))),
+            ("fold", lambda: fold(program)),
         ]
+        if self.fp8 == "native":
+            hardware = hardware_floats(self.target)
+            steps.insert(3, ("flavour", lambda: use_flavours(function, ledger, hardware)))
         for phase, step in steps:
             self.start(phase)
+            started = time.perf_counter()
             step()
+            ledger.timing.steps[phase] = time.perf_counter() - started
             self.dump(phase, program.module)
         return ledger
 
@@ -278,9 +299,26 @@ def _bytes(invocation: Invocation) -> bytes:
         return path.read_bytes()
 
 
-def _report(target: Target, ledger: Ledger, dispatches: int) -> Report:
-    sites = [
-        Site(r.op, r.location, "fused" if r.fused else "unfused", r.pattern, r.kernel, r.reason)
-        for r in ledger.records
-    ]
-    return Report(target.name, tuple(sites), dispatches)
+def _report(target: Target, ledger: Ledger, dispatches: int, program: Program) -> Report:
+    sites = tuple(map(_site, ledger.records))
+    return Report(target.name, sites, dispatches, ledger.timing, program.folded)
+
+
+def _site(record: SiteRecord) -> Site:
+    after = record.after or record.before
+    return Site(
+        record.op,
+        record.location,
+        "fused" if record.fused else "unfused",
+        record.pattern,
+        record.kernel,
+        record.reason,
+        record.contract,
+        _change(record.before.bytes, after.bytes),
+        Change(record.before.dispatches, after.dispatches),
+        record.note,
+    )
+
+
+def _change(before: int | None, after: int | None) -> Change | None:
+    return None if before is None or after is None else Change(before, after)

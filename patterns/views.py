@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from iree.compiler import ir
 
-from . import torch_ir
+from . import canonical, torch_ir
 from .contracts import Quantization
 
 FLAT_VIEWS = frozenset(
@@ -35,6 +35,24 @@ def is_view(op: ir.Operation | None) -> bool:
 def is_flat_view(op: ir.Operation | None) -> bool:
     """Whether ``op`` only regroups the flat order of its first operand."""
     return op is not None and op.name in FLAT_VIEWS
+
+
+def is_quantized(value: ir.Value) -> bool:
+    """Whether a ``vmfuse.group_quant`` reads ``value``, through views or not."""
+    users = torch_ir.users(value)
+    return any(_quantizes(user) or (is_view(user) and is_quantized(user.result)) for user in users)
+
+
+def only_quantized(value: ir.Value) -> bool:
+    """Whether each reader of ``value``, through views or not, is a ``vmfuse.group_quant``; there is one."""
+    users = torch_ir.users(value)
+    return bool(users) and all(
+        _quantizes(user) or (is_view(user) and only_quantized(user.result)) for user in users
+    )
+
+
+def _quantizes(op: ir.Operation) -> bool:
+    return torch_ir.op_name(op) == canonical.GROUP_QUANT
 
 
 def why_blocked(view: ir.Operation, quantization: Quantization) -> str | None:

@@ -96,8 +96,8 @@ class FakeCompiler:
         self.calls.append((text, settings))
         return self._compiled(**settings)
 
-    def _compiled(self, *, target, parameters, patterns, dump_phases_to, progress):
-        assert not patterns
+    def _compiled(self, *, target, parameters, patterns, fp8, dump_phases_to, progress):
+        assert not patterns and fp8 == "as-is"
         progress("import", "a model")
         progress("kernels", "1 of 1")
         if parameters:

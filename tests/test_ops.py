@@ -67,7 +67,7 @@ def test_every_norm_contract(dtype, weight_dtype, rounding, residual, offset):
 def test_twice_is_what_hugging_face_computes():
     x, weight = rand(9, 512), rand(512, seed=1)
     hidden = x.float()
-    hidden = hidden * torch.reciprocal(torch.sqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6))
+    hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6)
     y, _ = ops.rms_norm_reference(x, None, weight, RmsNorm(1e-6, "twice"))
     assert torch.equal(y, weight * hidden.to(x.dtype))
 
@@ -75,7 +75,7 @@ def test_twice_is_what_hugging_face_computes():
 def test_weight_offset_is_what_gemma_computes():
     x, weight = rand(9, 512), rand(512, seed=1)
     hidden = x.float()
-    hidden = hidden * torch.reciprocal(torch.sqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6))
+    hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6)
     y, _ = ops.rms_norm_reference(x, None, weight, RmsNorm(1e-6, weight_offset=1.0))
     assert torch.equal(y, (hidden * (1.0 + weight.float())).type_as(x))
     with pytest.raises(ValueError, match=r"weight: the contract adds 1\.0 to it, and there is none"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -9,12 +10,41 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from lowering.report import Report, Site
+from lowering.report import Change, Folded, Report, Site
+from patterns.contracts import Quantization, RmsNorm
+from patterns.sites import Tally, Timing
 
-NORM = Site("rms_norm", "models/llama.py:64", "fused", "rms_norm+group_quant", "row_h576_g64")
-QUANT = Site("group_quant", "lowering/nn.py:80", "fused", "rms_norm+group_quant", "row_h576_g64")
+NORM = Site(
+    "rms_norm",
+    "models/llama.py:64",
+    "fused",
+    "norm_quant",
+    "row_h576_g64",
+    contract=RmsNorm(1e-5, "twice"),
+    bytes=Change(4_000_000, 2_000_000),
+    dispatches=Change(1, 1),
+)
+QUANT = Site(
+    "group_quant",
+    "lowering/nn.py:80",
+    "fused",
+    "norm_quant",
+    "row_h576_g64",
+    contract=Quantization(64, "float8_e4m3fnuz", limit=224.0),
+    bytes=Change(3_000_000, 500_000),
+    dispatches=Change(1, 0),
+    note="retargeted <from> float8_e4m3fn",
+)
 LEFT = Site("group_quant", "/a/b/c/mlp.py:9", "unfused", reason="its input <x> & more is not a norm")
-REPORT = Report("cpu", (NORM, QUANT, NORM, QUANT, LEFT), dispatches=17)
+FOLDED = Folded(
+    "gate.bias.folded",
+    "models/moe.py:31",
+    ("to(bfloat16)", "mul"),
+    ("gate.bias",),
+    Change(1024, 512),
+    saved=2560,
+)
+REPORT = Report("cpu", (NORM, QUANT, NORM, QUANT, LEFT), dispatches=17, folded=(FOLDED,))
 
 
 def rendered(report: Report, width: int = 100) -> str:
@@ -34,10 +64,25 @@ def test_json_has_exactly_the_schema_of_the_contract():
                 "pattern": site.pattern,
                 "kernel": site.kernel,
                 "reason": site.reason,
+                "contract": site.contract
+                and {"kind": type(site.contract).__name__, **dataclasses.asdict(site.contract)},
+                "bytes": site.bytes and {"before": site.bytes.before, "after": site.bytes.after},
+                "dispatches": {"before": site.dispatches.before, "after": site.dispatches.after},
+                "note": site.note,
             }
             for site in REPORT.sites
         ],
         "summary": {"fused": 4, "unfused": 1, "dispatches": 17},
+        "folded": [
+            {
+                "name": "gate.bias.folded",
+                "location": "models/moe.py:31",
+                "operations": ["to(bfloat16)", "mul"],
+                "sources": ["gate.bias"],
+                "bytes": {"before": 1024, "after": 512},
+                "saved": 2560,
+            }
+        ],
     }
 
 
@@ -75,6 +120,38 @@ def test_table_puts_what_did_not_fuse_first_and_equal_sites_on_one_line():
     ]
     assert "mlp.py:9" in lines[0] and "is not a norm" in lines[0]
     assert "row_h576_g64" in lines[1]
+
+
+def test_totals_say_what_fusion_saved():
+    complete = Report("cpu", (NORM, QUANT, QUANT), 1)
+    assert complete.traffic() == Change(10_000_000, 3_000_000)
+    text = " ".join(rendered(complete, 200).split())
+    assert "1 custom dispatch per call instead of 3 · 3 MB instead of 10 MB" in text
+    assert REPORT.traffic() is None  # one site of unknown size
+    assert " MB" not in rendered(REPORT)
+
+
+def test_what_was_folded_is_shown():
+    text = " ".join(rendered(REPORT, 200).split())
+    assert "1 value that depends on parameters alone computed once" in text
+    assert "2.56 kB less to read and write per call, 1.02 kB → 512 B stored" in text
+    page = Page(REPORT.to_html()).text
+    assert "Folded" in page and "gate.bias.folded" in page and "to(bfloat16) → mul" in page
+    assert "folded" not in (Page(Report("cpu").to_html()).text + rendered(Report("cpu"))).lower()
+
+
+def test_notes_are_shown():
+    assert "retargeted <from> float8_e4m3fn" in rendered(REPORT)
+    assert "retargeted <from> float8_e4m3fn" in Page(REPORT.to_html()).text
+
+
+def test_timing_shows_steps_and_patterns_the_slowest_first():
+    timing = Timing({"normalize": 0.5}, {"Quick": Tally(3, 2, 0.001), "Slow": Tally(10, 1, 0.25)})
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console.print(Report("cpu", timing=timing).timing_table())
+    rows = [line.split() for line in console.export_text().splitlines()]
+    assert ["normalize", "500.0"] in rows
+    assert rows.index(["Slow", "1", "9", "250.0"]) < rows.index(["Quick", "2", "1", "1.0"])
 
 
 @pytest.mark.parametrize("width", [60, 100, 200])
