@@ -1,14 +1,19 @@
-"""Step 2, normalize: one spelling for casts, views and splits, no checks, nothing dead.
+"""Step 2, normalize: one spelling for casts, views and splits, no checks, nothing dead, nothing twice.
 
 What torch.export adds for its own purposes (metadata assertions, aliases, clones of immutable
-values) hides uses from the patterns; it goes here and nowhere else.
+values) hides uses from the patterns; it goes here and nowhere else.  A tensor that is widened and
+then viewed is viewed and then widened, so that ``x.float().view(..)`` and ``x.view(..).float()`` are
+one thing; casts, views and constants that are there twice are merged, so that a pattern finds the same
+value where a model writes the same expression again.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from iree.compiler import ir
 
-from patterns import torch_ir
+from patterns import torch_ir, views
 
 _CHECKS = (
     "torch.aten._assert_tensor_metadata",
@@ -27,6 +32,8 @@ _IDENTITIES = (
     "torch.aten.lift_fresh_copy",
 )
 _VIEWS = ("torch.aten._unsafe_view", "torch.aten.reshape")
+# Besides constants and views.
+_MERGED = ("torch.prim.ListConstruct", "torch.prims.convert_element_type")
 
 
 def normalize(function: ir.Operation) -> None:
@@ -48,7 +55,51 @@ def normalize(function: ir.Operation) -> None:
             _rename(op, "torch.aten.view")
         elif name == "torch.prim.ListUnpack":
             _split_to_slices(op)
+        elif name == "torch.aten.topk":
+            _sort(op)
+    _merge_equal(block)
     torch_ir.erase_dead(block)
+
+
+def _merge_equal(block: ir.Block) -> None:
+    """Views before the casts that widen; of equal casts, views and constants the first."""
+    first: dict[Any, ir.Value] = {}
+    for op in [op.operation for op in block.operations]:
+        if not _can_merge(op):
+            continue
+        for each in _view_first(op) if views.is_view(op) else (op,):
+            value = first.setdefault(_identity(each), each.result)
+            if value != each.result:
+                each.result.replace_all_uses_with(value)
+
+
+def _can_merge(op: ir.Operation) -> bool:
+    name = op.name
+    return name.startswith("torch.constant.") or name in _MERGED or views.is_view(op)
+
+
+def _identity(op: ir.Operation) -> Any:
+    return op.name, tuple(op.operands), op.result.type, op.attributes.get("value", None)
+
+
+def _view_first(view: ir.Operation) -> tuple[ir.Operation, ...]:
+    """What stands for ``view``: itself, or the same view of what its operand was widened from, widened."""
+    narrow, wide = torch_ir.uncast(view.operands[0]), torch_ir.tensor_type(view.result)
+    if narrow == view.operands[0] or wide is None:
+        return (view,)
+    dtype = torch_ir.dtype_of(narrow)
+    assert dtype is not None
+    code = torch_ir.producer(view.operands[0]).operands[1]  # type: ignore[union-attr]
+    with ir.InsertionPoint(view), view.location:
+        first = torch_ir.make(
+            view.name, torch_ir.TensorType(wide.shape, dtype), [narrow, *list(view.operands)[1:]]
+        )
+        cast = torch_ir.make("torch.prims.convert_element_type", wide, [first, code])
+    makers = first.owner.operation, cast.owner.operation
+    for maker in makers:
+        torch_ir.set_example(maker, [torch_ir.example_shape(view.result)])
+    view.result.replace_all_uses_with(cast)
+    return makers
 
 
 def _follow_operand(op: ir.Operation) -> None:
@@ -92,6 +143,12 @@ def _split_to_slices(unpack: ir.Operation) -> None:
         torch_ir.set_example(piece.owner.operation, [torch_ir.example_shape(part)])
         part.replace_all_uses_with(piece)
         start += size
+
+
+def _sort(topk: ir.Operation) -> None:
+    """Any order will do where a model asks for none, and only the sorted one is lowered."""
+    with ir.InsertionPoint(topk), topk.location:
+        topk.operands[4] = torch_ir.make_bool(True)
 
 
 def _is_noop(op: ir.Operation, name: str) -> bool:

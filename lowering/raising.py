@@ -1,19 +1,32 @@
-"""Step 3, raise: every recognised spelling becomes a canonical op and a site in the ledger."""
+"""Step 3, raise: every recognised spelling becomes a canonical op and a site in the ledger.
+
+What looks like a site and was not recognised becomes one too, unfused, with the reason.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from iree.compiler import ir
 
-from patterns import canonical, gated_activation, group_quant, named_ops, rms_norm, torch_ir
-from patterns.recogniser import Raised, Recogniser
+from patterns import (
+    canonical,
+    gated_activation,
+    group_quant,
+    grouped_topk,
+    named_ops,
+    near_misses,
+    rms_norm,
+    torch_ir,
+)
+from patterns.recogniser import NearMiss, Raised, Recogniser, Suspicion, WithoutLastAxis
 from patterns.sites import Ledger
 from patterns.torch_ir import TensorType
 
 RECOGNISERS: tuple[Recogniser, ...] = (
     *named_ops.RECOGNISERS,
+    *grouped_topk.RECOGNISERS,
     *rms_norm.RECOGNISERS,
     *gated_activation.RECOGNISERS,
     *group_quant.RECOGNISERS,
@@ -31,13 +44,24 @@ def raise_function(
     block = torch_ir.block_of(function)
     # Last operations first: the product with the weight must be tried before the norm inside it.
     for op in reversed([op.operation for op in block.operations]):
-        for recogniser in by_root.get(torch_ir.op_name(op), ()):
-            raised = ledger.timing.of(_name(recogniser)).call(recogniser.recognise, op)
-            if raised is not None:
-                _create(op, raised)
-                break
+        raised = None if torch_ir.is_left_over(op) else _recognise(op, by_root, ledger)
+        if raised is not None:
+            inside = _inside(raised)
+            with ir.InsertionPoint(_first(op, raised)), op.location:
+                _create(raised)
+            torch_ir.mark_raised(inside)
     torch_ir.erase_dead(block)
     _open_sites(block, ledger)
+
+
+def _recognise(
+    op: ir.Operation, by_root: Mapping[str, Sequence[Recogniser]], ledger: Ledger
+) -> Raised | None:
+    for recogniser in by_root.get(torch_ir.op_name(op), ()):
+        raised = ledger.timing.of(_name(recogniser)).call(recogniser.recognise, op)
+        if raised is not None:
+            return raised
+    return None
 
 
 def _name(recogniser: Recogniser) -> str:
@@ -46,28 +70,112 @@ def _name(recogniser: Recogniser) -> str:
     return f"{type(recogniser).__name__} {row}" if row else type(recogniser).__name__
 
 
-def _create(op: ir.Operation, raised: Raised) -> ir.Operation:
-    """Make the canonical op, and those nested in it, before ``op``; what they replace is replaced."""
-    operands = [_create(op, v).results[0] if isinstance(v, Raised) else v for v in raised.operands]
-    results = [value for value in raised.results if value is not None]
-    types = [v if isinstance(v, TensorType) else torch_ir.tensor_type(v) for v in results]
+def _inside(raised: Raised) -> list[ir.Operation]:
+    """The operations that ``raised`` stands for: what computes its results from its operands, in order."""
+    ends = _tensors(raised)
+    above: set[ir.Operation] = set()
+    values = _replaced(raised)
+    while values:
+        op = torch_ir.producer(values.pop())
+        if op is not None and op not in above:
+            above.add(op)
+            values += [operand for operand in op.operands if operand not in ends]
+    inside: set[ir.Operation] = set()
+    values = ends
+    while values:
+        new = {use.owner.operation for use in values.pop().uses} & above - inside
+        inside |= new
+        values += [result for op in new for result in op.results]
+    return torch_ir.in_block_order(inside)
+
+
+def _tensors(raised: Raised) -> list[ir.Value]:
+    """The operands of ``raised``, and of what is nested in it."""
+    operands = [_tensors(item) if isinstance(item, Raised) else [item] for item in raised.operands]
+    return [value for values in operands for value in values]
+
+
+def _replaced(raised: Raised) -> list[ir.Value]:
+    """The values that results replace."""
+    olds = [result.value if isinstance(result, WithoutLastAxis) else result for result in raised.results]
+    return [old for old in olds if isinstance(old, ir.Value)]
+
+
+def _first(op: ir.Operation, raised: Raised) -> ir.Operation:
+    """The first of ``op`` and what makes the values to be replaced: readers of a scale may come before q."""
+    first = op
+    for value in _replaced(raised):
+        maker = torch_ir.producer(value)
+        if maker is not None and maker != first and maker.is_before_in_block(first):
+            first = maker
+    return first
+
+
+def _create(raised: Raised) -> ir.Operation:
+    """Make the canonical op, and those nested in it, here; what they replace is replaced."""
+    operands = [_create(item).results[0] if isinstance(item, Raised) else item for item in raised.operands]
+    results = [result for result in raised.results if result is not None]
     attributes = {}
     if raised.contract is not None:
         attributes["contract"] = canonical.to_attribute(raised.contract)
-    with ir.InsertionPoint(op), op.location:
-        new = canonical.create(raised.op, operands, [t for t in types if t is not None], **attributes)
-    shapes = [None if isinstance(v, TensorType) else torch_ir.example_shape(v) for v in results]
-    torch_ir.set_example(new, shapes)
+    new = canonical.create(raised.op, operands, [_type(result) for result in results], **attributes)
+    torch_ir.set_example(new, [_example(result) for result in results])
     for old, value in zip(results, new.results, strict=True):
-        if not isinstance(old, TensorType):
+        if isinstance(old, WithoutLastAxis):
+            old.value.replace_all_uses_with(_without_last_axis(value, old.value))
+        elif not isinstance(old, TensorType):
             old.replace_all_uses_with(value)
     return new
 
 
+def _type(result: ir.Value | WithoutLastAxis | TensorType) -> TensorType:
+    if isinstance(result, TensorType):
+        return result
+    type_ = torch_ir.tensor_type(result.value if isinstance(result, WithoutLastAxis) else result)
+    assert type_ is not None
+    return TensorType((*type_.shape, 1), type_.dtype) if isinstance(result, WithoutLastAxis) else type_
+
+
+def _example(result: ir.Value | WithoutLastAxis | TensorType) -> Sequence[int] | None:
+    if isinstance(result, TensorType):
+        return None
+    if isinstance(result, WithoutLastAxis):
+        shape = torch_ir.example_shape(result.value)
+        return None if shape is None else (*shape, 1)
+    return torch_ir.example_shape(result)
+
+
+def _without_last_axis(value: ir.Value, old: ir.Value) -> ir.Value:
+    type_ = torch_ir.tensor_type(old)
+    assert type_ is not None
+    dropped = torch_ir.make("torch.aten.squeeze.dim", type_, [value, torch_ir.make_int(len(type_.shape))])
+    torch_ir.set_example(dropped.owner.operation, [torch_ir.example_shape(old)])
+    return dropped
+
+
 def _open_sites(block: ir.Block, ledger: Ledger) -> None:
-    """Number the sites in the order of the program, now that spellings inside others are gone."""
+    """Number the sites in the order of the program, now that spellings inside others are gone.
+
+    What looks like a site and was taken by no recogniser is one that says why it did not fuse.
+    """
     for op in [op.operation for op in block.operations]:
         name = canonical.site_name(op)
         if name is not None:
             number = ledger.add(name, torch_ir.location(op), canonical.contract(op), canonical.cost(op))
-            op.attributes[canonical.SITE] = canonical.to_attribute(number)
+        elif not torch_ir.unmark_raised(op) and (near := _near_miss(op)) is not None:
+            number = ledger.add(near.op, torch_ir.location(op), before=canonical.cost(op))
+            ledger.refuse(number, near.reason)
+        else:
+            continue
+        op.attributes[canonical.SITE] = canonical.to_attribute(number)
+
+
+def _near_miss(op: ir.Operation) -> NearMiss | None:
+    looks = (suspicion.why_not(op) for suspicion in _SUSPICIONS.get(torch_ir.op_name(op), ()))
+    return next((near for near in looks if near is not None), None)
+
+
+_SUSPICIONS: dict[str, list[Suspicion]] = defaultdict(list)
+for _suspicion in near_misses.SUSPICIONS:
+    for _root in _suspicion.roots:
+        _SUSPICIONS[_root].append(_suspicion)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
-from patterns.contracts import Contract, GatedActivation, Quantization, RmsNorm, in_words
+from patterns.contracts import Contract, GatedActivation, GroupedTopk, Quantization, RmsNorm, in_words
 from patterns.sites import Timing
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ class Report:
 
 # JSON -------------------------------------------------------------------------------------------
 
-_CONTRACTS = {kind.__name__: kind for kind in (RmsNorm, GatedActivation, Quantization)}
+_CONTRACTS = {kind.__name__: kind for kind in (RmsNorm, GatedActivation, Quantization, GroupedTopk)}
 
 
 def _contract(site: Site) -> dict[str, Any] | None:

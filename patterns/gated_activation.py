@@ -6,50 +6,110 @@ which can put it behind the product that makes it.
 
 from __future__ import annotations
 
+import math
+
 from iree.compiler import ir
 
-from . import canonical, torch_ir
-from .contracts import Activation, GatedActivation
-from .match import Const, OneOf, Op, Var, first_match
+from . import canonical, torch_ir, views
+from .contracts import Activation, GatedActivation, Rounding
+from .match import ANY, Bindings, Const, Is, Named, Near, OneOf, Op, Pattern, Var, first_match
 from .recogniser import Raised
-from .views import is_quantized
 
-_GATE = Var("gate")
-_ACTIVATED = OneOf(
-    Op("torch.aten.silu", _GATE),
-    Op("torch.aten.gelu", _GATE, Const("approximate")),
+_CAST = "torch.prims.convert_element_type"
+_G = Var("gate")
+
+
+def _f32(name: str, *operands: Pattern, commutative: bool = False) -> Op:
+    return Op(f"torch.aten.{name}", *operands, commutative=commutative, dtype="float32")
+
+
+def _mul(a: Pattern, b: Pattern) -> Op:
+    return _f32("mul.Tensor", a, b, commutative=True)
+
+
+def _plus_one(a: Pattern) -> Op:
+    return _f32("add.Scalar", a, Is(1), Is(1))
+
+
+# Written out, in float32: there no step between is rounded to less than the activation is.
+_CUBE = OneOf(_f32("pow.Tensor_Scalar", _G, Is(3)), _mul(_mul(_G, _G), _G))
+_POLYNOMIAL = _f32("add.Tensor", _G, _f32("mul.Scalar", _CUBE, Near(0.044715)), Is(1), commutative=True)
+_TANH = _f32("tanh", _f32("mul.Scalar", _POLYNOMIAL, Near(math.sqrt(2.0 / math.pi))))
+_ERF = _f32(
+    "erf", OneOf(_f32("mul.Scalar", _G, Near(math.sqrt(0.5))), _f32("div.Scalar", _G, Near(math.sqrt(2.0))))
 )
-_GATED = Op("torch.aten.mul.Tensor", _ACTIVATED, Var("up"), commutative=True)
+
+
+def _half_of_product(a: Pattern, b: Pattern) -> OneOf:
+    """a * b / 2, the half taken anywhere."""
+    half = [lambda x: _f32("mul.Scalar", x, Is(0.5)), lambda x: _f32("div.Scalar", x, Is(2))]
+    return OneOf(*(p for h in half for p in (_mul(h(a), b), _mul(a, h(b)), h(_mul(a, b)))))
+
+
+_SILU = OneOf(
+    Op("torch.aten.silu", _G),
+    _mul(_G, _f32("sigmoid", _G)),
+    _f32("div.Tensor", _G, _plus_one(_f32("exp", _f32("neg", _G)))),
+)
+_ACTIVATED = OneOf(
+    Named("silu", _SILU),
+    Named("gelu", Op("torch.aten.gelu", _G, Const("approximate"))),
+    Named("gelu", _half_of_product(_G, _plus_one(_ERF))),
+    Named("gelu_tanh", _half_of_product(_G, _plus_one(_TANH))),
+)
+_GATED = Op(
+    "torch.aten.mul.Tensor",
+    OneOf(Op(_CAST, _ACTIVATED, ANY, capture="inner"), _ACTIVATED),
+    Var("up"),
+    commutative=True,
+)
 
 
 class DecomposedGate:
-    """``silu(gate) * up`` and ``gelu(gate) * up`` of two tensors, or of the halves of one."""
+    """``silu(gate) * up`` and ``gelu(gate) * up`` of two tensors, or of the halves of one.
+
+    The activation may be torch's, or written out in float32; the product may be taken in the tensors' dtype
+    (``twice``), or in float32 and then rounded (``once``) or quantized as it is (``none``).
+    """
 
     roots = ("torch.aten.mul.Tensor",)
 
     def recognise(self, op: ir.Operation) -> Raised | None:
         found = first_match(_GATED, op.result)
-        if found is None or not is_quantized(op.result):
+        outcome = _outcome(op.result, found) if found is not None else None
+        if found is None or outcome is None or not views.is_quantized(outcome[1]):
             return None
-        gate, up = found["gate"], found["up"]
-        type_ = torch_ir.tensor_type(op.result)
-        if type_ is None or not gate.type == up.type == op.result.type:
-            return None
+        rounding, result = outcome
+        gate, up = torch_ir.uncast(found["gate"]), torch_ir.uncast(found["up"])
         packed = _halves_of(gate, up)
-        contract = GatedActivation(
-            activation=_activation(found.get("approximate")),
-            # In float32 nothing is rounded in between, and one contract is enough.
-            rounding="once" if type_.dtype == "float32" else "twice",
-            packed=packed is not None,
-        )
+        contract = GatedActivation(_activation(found), rounding, packed=packed is not None)
         operands = [gate, up] if packed is None else [packed]
-        return Raised(canonical.GATED_ACTIVATION, contract, operands, [op.result])
+        return Raised(canonical.GATED_ACTIVATION, contract, operands, [result])
 
 
-def _activation(approximate: str | None) -> Activation:
-    if approximate is None:
+def _outcome(product: ir.Value, found: Bindings) -> tuple[Rounding, ir.Value] | None:
+    """The rounding, and the value that is y; None where no rounding is what is written."""
+    gate, up = torch_ir.uncast(found["gate"]), torch_ir.uncast(found["up"])
+    y = torch_ir.tensor_type(product)
+    if y is None or gate.type != up.type or torch_ir.tensor_type(gate) is None:
+        return None
+    dtype, rounded = torch_ir.dtype_of(gate), found.get("inner", found["gate"])
+    if product.type == gate.type:
+        # In float32 nothing is rounded in between, and one contract is enough.
+        fits = found["up"] == up and torch_ir.dtype_of(rounded) == dtype
+        return ("once" if dtype == "float32" else "twice", product) if fits else None
+    if "inner" in found or torch_ir.dtype_of(found["gate"]) != "float32" or y.dtype != "float32":
+        return None
+    casts = torch_ir.users(product)
+    if len(casts) == 1 and casts[0].name == _CAST and casts[0].result.type == gate.type:
+        return "once", casts[0].result
+    return ("none", product) if views.only_quantized(product) else None
+
+
+def _activation(found: Bindings) -> Activation:
+    if "silu" in found:
         return "silu"
-    return "gelu_tanh" if approximate == "tanh" else "gelu"
+    return "gelu_tanh" if "gelu_tanh" in found or found.get("approximate") == "tanh" else "gelu"
 
 
 def _halves_of(gate: ir.Value, up: ir.Value) -> ir.Value | None:

@@ -10,6 +10,7 @@ A name bound twice must be bound to the same value.  Patterns only look; they ne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,28 @@ class Var(Pattern):
             yield bound
 
 
+@dataclass(frozen=True)
+class Exact(Pattern):
+    """Any value, remembered by name as it was before it was widened from a 16-bit float."""
+
+    name: str
+
+    def match(self, value: ir.Value, bound: Bindings) -> Iterator[Bindings]:
+        yield from Var(self.name).match(torch_ir.uncast(value), bound)
+
+
+@dataclass(frozen=True)
+class Named(Pattern):
+    """What ``pattern`` matches, remembered by name."""
+
+    name: str
+    pattern: Pattern
+
+    def match(self, value: ir.Value, bound: Bindings) -> Iterator[Bindings]:
+        for found in self.pattern.match(value, bound):
+            yield {**found, self.name: value}
+
+
 class _Anything(Pattern):
     def match(self, value: ir.Value, bound: Bindings) -> Iterator[Bindings]:
         yield bound
@@ -78,21 +101,44 @@ class Is(Pattern):
             yield bound
 
 
-class Op(Pattern):
-    """The result of the operation ``name`` whose operands match ``operands`` in order.
+@dataclass(frozen=True)
+class Near(Pattern):
+    """A constant that is ``expected`` to about the precision of float32."""
 
-    ``commutative`` also tries the first two operands swapped; ``capture`` remembers the result.
+    expected: float
+
+    def match(self, value: ir.Value, bound: Bindings) -> Iterator[Bindings]:
+        found = torch_ir.constant(value)
+        if isinstance(found, (int, float)) and math.isclose(found, self.expected, rel_tol=2.0**-20):
+            yield bound
+
+
+class Op(Pattern):
+    """The first result of the operation ``name`` whose operands match ``operands`` in order.
+
+    ``commutative`` also tries the first two operands swapped; ``capture`` remembers the result, whose
+    dtype must be ``dtype`` where that is given.
     """
 
-    def __init__(self, name: str, *operands: Pattern, commutative: bool = False, capture: str | None = None):
+    def __init__(
+        self,
+        name: str,
+        *operands: Pattern,
+        commutative: bool = False,
+        capture: str | None = None,
+        dtype: str | None = None,
+    ):
         self.name = name
         self.operands = operands
         self.commutative = commutative
         self.capture = capture
+        self.dtype = dtype
 
     def match(self, value: ir.Value, bound: Bindings) -> Iterator[Bindings]:
         op = torch_ir.producer(value)
         if op is None or torch_ir.op_name(op) != self.name or len(op.operands) != len(self.operands):
+            return
+        if value != op.results[0] or (self.dtype and torch_ir.dtype_of(value) != self.dtype):
             return
         operands = list(op.operands)
         orders = [operands]

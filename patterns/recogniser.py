@@ -8,8 +8,15 @@ from typing import Protocol
 
 from iree.compiler import ir
 
-from .contracts import GatedActivation, Quantization, RmsNorm
+from .contracts import Contract
 from .torch_ir import TensorType
+
+
+@dataclass(frozen=True)
+class WithoutLastAxis:
+    """An old value that a result replaces once its last axis, of one element, is dropped."""
+
+    value: ir.Value
 
 
 @dataclass(frozen=True)
@@ -18,14 +25,14 @@ class Raised:
 
     ``operands`` are values, or other Raised whose first result is the operand (an op that stands
     for a norm and its quantization).  ``results`` are in the order of the canonical op's results:
-    the old value that a result replaces, only its type where nothing is replaced, or None where the
-    canonical op is to be made without that result.
+    the old value that a result replaces (as it is or WithoutLastAxis), only its type where nothing is
+    replaced, or None where the canonical op is to be made without that result.
     """
 
     op: str
-    contract: RmsNorm | GatedActivation | Quantization | None
+    contract: Contract | None
     operands: Sequence[ir.Value | Raised]
-    results: Sequence[ir.Value | TensorType | None]
+    results: Sequence[ir.Value | WithoutLastAxis | TensorType | None]
 
 
 class Recogniser(Protocol):
@@ -35,3 +42,23 @@ class Recogniser(Protocol):
     def roots(self) -> tuple[str, ...]: ...
 
     def recognise(self, op: ir.Operation) -> Raised | None: ...
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """What looks like a site, and why it is not one: the canonical name, and what would have to change."""
+
+    op: str
+    reason: str
+
+
+class Suspicion(Protocol):
+    """Looks at what no recogniser took.
+
+    ``roots``: names of the telltale operations, of which a spelling holds exactly one.
+    """
+
+    @property
+    def roots(self) -> tuple[str, ...]: ...
+
+    def why_not(self, op: ir.Operation) -> NearMiss | None: ...

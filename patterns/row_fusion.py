@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from iree.compiler import ir
 
 from . import canonical, torch_ir
-from .contracts import GatedActivation, Quantization, RmsNorm, RowSpec
+from .contracts import GatedActivation, Quantization, RmsNorm, RowSpec, Spec
 from .sites import Ledger
 
-# Says why no kernel exists for a row, or None when one does: the target answers this, not the pattern.
-Support = Callable[[RowSpec], str | None]
+# Says why no kernel exists for a spec, or None when one does: the target answers this, not the pattern.
+Support = Callable[[Spec], str | None]
 
 _FLOATS = ("bfloat16", "float16", "float32")
 
@@ -119,12 +119,14 @@ def _absorb_add(inputs: Inputs) -> Inputs:
     norm; there the weight must be known already, or the add stays outside.
     """
     add = torch_ir.producer(inputs.x)
-    if inputs.norm is None or inputs.norm.residual is not None or add is None or not _is_plain_add(add):
+    if inputs.norm is None or inputs.norm.residual is not None:
+        return inputs
+    if add is None or not torch_ir.is_plain_add(add):
         return inputs
     before = inputs.before
     early = [op for op in torch_ir.users(add.result) if op != before and op.is_before_in_block(before)]
     if early:
-        if inputs.weight is not None and not _dominates(inputs.weight, add):
+        if inputs.weight is not None and not torch_ir.dominates(inputs.weight, add):
             return inputs
         before = add
     x, residual, _ = list(add.operands)
@@ -132,17 +134,6 @@ def _absorb_add(inputs: Inputs) -> Inputs:
     rounded = torch_ir.tensor_type(x) and torch_ir.tensor_type(x).dtype != "float32"  # type: ignore[union-attr]
     norm = replace(inputs.norm, residual="rounded" if rounded else "exact")
     return replace(inputs, norm=norm, x=x, residual=residual, sum=add.result, before=before)
-
-
-def _is_plain_add(op: ir.Operation) -> bool:
-    if op.name != "torch.aten.add.Tensor" or torch_ir.constant(op.operands[2]) != 1:
-        return False
-    return op.operands[0].type == op.operands[1].type == op.result.type
-
-
-def _dominates(value: ir.Value, op: ir.Operation) -> bool:
-    source = torch_ir.producer(value)
-    return source is None or source.is_before_in_block(op)
 
 
 def _supported(

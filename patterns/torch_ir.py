@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+import struct
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cmp_to_key, lru_cache
 from typing import Any
@@ -48,6 +49,9 @@ class TensorType:
     shape: tuple[int | None, ...]
     dtype: str
 
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join('?' if dim is None else str(dim) for dim in self.shape)}]"
+
     def with_last(self, size: int, dtype: str | None = None) -> TensorType:
         return replace(self, shape=(*self.shape[:-1], size), dtype=dtype or self.dtype)
 
@@ -81,6 +85,12 @@ def _parse_tensor_type(text: str) -> TensorType | None:
 def tensor_type(value: ir.Value) -> TensorType | None:
     """The value's tensor type; None for scalars, lists and tensors of unknown rank or dtype."""
     return _parse_tensor_type(str(value.type))
+
+
+def dtype_of(value: ir.Value) -> str | None:
+    """The dtype of a tensor; None for anything else."""
+    type_ = tensor_type(value)
+    return type_.dtype if type_ is not None else None
 
 
 def producer(value: ir.Value) -> ir.Operation | None:
@@ -134,12 +144,45 @@ def element_bytes(dtype: str) -> int:
 
 
 def users(value: ir.Value) -> list[ir.Operation]:
-    """Every operation that reads ``value``, once per use, in block order."""
+    """Every operation that reads ``value``, once per use, in block order; not what is left over."""
+    users = (use.owner.operation for use in value.uses)
+    return in_block_order([op for op in users if not is_left_over(op)])
+
+
+def in_block_order(ops: Iterable[ir.Operation]) -> list[ir.Operation]:
+    """``ops``, of one block, in its order."""
 
     def order(a: ir.Operation, b: ir.Operation) -> int:
         return 0 if a == b else -1 if a.is_before_in_block(b) else 1
 
-    return sorted((use.owner.operation for use in value.uses), key=cmp_to_key(order))
+    return sorted(ops, key=cmp_to_key(order))
+
+
+# On what a raised spelling was made of: whether something else still reads it.
+_READ = "read"
+
+
+def mark_raised(inside: Sequence[ir.Operation]) -> None:
+    """Remember that the operations ``inside``, in block order, are what a recogniser took.
+
+    They are not erased one by one, since other handles to them may be held.
+    """
+    for op in reversed(inside):
+        read = any(users(result) for result in op.results)
+        op.attributes[_READ] = ir.BoolAttr.get(read)
+
+
+def unmark_raised(op: ir.Operation) -> bool:
+    """Forget that mark; whether it was there."""
+    if _READ not in op.attributes:
+        return False
+    del op.attributes[_READ]
+    return True
+
+
+def is_left_over(op: ir.Operation) -> bool:
+    """Whether ``op`` was part of a raised spelling and nothing reads it any more."""
+    return _READ in op.attributes and not ir.BoolAttr(op.attributes[_READ]).value
 
 
 NOT_CONSTANT = object()
@@ -166,7 +209,34 @@ def _items(op: ir.Operation) -> Any:
     return NOT_CONSTANT if any(item is NOT_CONSTANT for item in items) else items
 
 
+def _folded(compute: Callable[..., float]) -> Callable[[ir.Operation], Any]:
+    """How a float32 of constants is read: computed, and rounded to float32."""
+
+    def read(op: ir.Operation) -> Any:
+        values = [constant(operand) for operand in op.operands]
+        if tensor_type(op.results[0]) != TensorType((), "float32"):
+            return NOT_CONSTANT
+        numbers = all(isinstance(value, (int, float)) for value in values)
+        return to_float32(compute(*values)) if numbers and values[-1] != 0 else NOT_CONSTANT
+
+    return read
+
+
+def _filled(op: ir.Operation) -> Any:
+    return constant(op.operands[1]) if constant(op.operands[0]) == [] else NOT_CONSTANT
+
+
+def to_float32(value: float) -> float:
+    """``value`` rounded to float32."""
+    return struct.unpack("f", struct.pack("f", value))[0]
+
+
 _CONSTANTS: dict[str, Callable[[ir.Operation], Any]] = {
+    "torch.aten.full": _filled,
+    "torch.aten.neg": _folded(lambda a: -a),
+    "torch.aten.reciprocal": _folded(lambda a: 1 / a),
+    "torch.aten.div.Scalar": _folded(lambda a, b: a / b),
+    "torch.aten.div.Tensor": _folded(lambda a, b: a / b),
     "torch.constant.int": lambda op: ir.IntegerAttr(op.attributes["value"]).value,
     "torch.constant.float": lambda op: ir.FloatAttr(op.attributes["value"]).value,
     "torch.constant.bool": lambda op: bool(ir.IntegerAttr(op.attributes["value"]).value),
@@ -187,6 +257,19 @@ def uncast(value: ir.Value) -> ir.Value:
     return value
 
 
+def is_plain_add(op: ir.Operation) -> bool:
+    """Whether ``op`` adds two tensors of one type, as they are."""
+    if op.name != "torch.aten.add.Tensor" or constant(op.operands[2]) != 1:
+        return False
+    return op.operands[0].type == op.operands[1].type == op.result.type
+
+
+def dominates(value: ir.Value, op: ir.Operation) -> bool:
+    """Whether ``value`` is known where ``op`` stands, in the one block there is."""
+    source = producer(value)
+    return source is None or source.is_before_in_block(op)
+
+
 def dtype_constant(value: ir.Value) -> str | None:
     """The dtype name a torch dtype code stands for; None when it is not a constant of a known dtype."""
     code = constant(value)
@@ -198,6 +281,11 @@ def make_int(value: int) -> ir.Value:
     return _constant(
         "torch.constant.int", "!torch.int", ir.IntegerAttr.get(ir.IntegerType.get_signless(64), value)
     )
+
+
+def make_bool(value: bool) -> ir.Value:
+    """A torch bool constant."""
+    return _constant("torch.constant.bool", "!torch.bool", ir.BoolAttr.get(value))
 
 
 def make_none() -> ir.Value:

@@ -39,12 +39,20 @@ def is_flat_view(op: ir.Operation | None) -> bool:
 
 def is_quantized(value: ir.Value) -> bool:
     """Whether a ``vmfuse.group_quant`` reads ``value``, through views or not."""
-    for user in torch_ir.users(value):
-        if torch_ir.op_name(user) == canonical.GROUP_QUANT:
-            return True
-        if is_view(user) and is_quantized(user.result):
-            return True
-    return False
+    users = torch_ir.users(value)
+    return any(_quantizes(user) or (is_view(user) and is_quantized(user.result)) for user in users)
+
+
+def only_quantized(value: ir.Value) -> bool:
+    """Whether each reader of ``value``, through views or not, is a ``vmfuse.group_quant``; there is one."""
+    users = torch_ir.users(value)
+    return bool(users) and all(
+        _quantizes(user) or (is_view(user) and only_quantized(user.result)) for user in users
+    )
+
+
+def _quantizes(op: ir.Operation) -> bool:
+    return torch_ir.op_name(op) == canonical.GROUP_QUANT
 
 
 def why_blocked(view: ir.Operation, quantization: Quantization) -> str | None:
