@@ -14,17 +14,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import gpu_cases
+import gpu_compare
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lowering
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
-
-import gpu_cases
-import gpu_compare
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATED = (sys.executable, "-m", "tools.gfx950.hip")

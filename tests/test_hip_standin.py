@@ -16,19 +16,18 @@ from pathlib import Path
 
 import pytest
 from elftools.elf.elffile import ELFFile
+from gfx950.hip import library
+from gfx950_kernels import Assembly, assemble, compile_hip
 from iree._runtime_libs import _runtime
 
-from tools.gfx950.hip import library
-
-ROOT = Path(__file__).resolve().parent.parent
-
-# Answers by what the test passes on its command line, then exits: an executor that dies.
+# An executor that ends at once.
 DYING = (sys.executable, "-c", "import sys; sys.exit(0)")
 
 # HIP's numbers: errors, then directions of a copy.
 INVALID_VALUE, OUT_OF_MEMORY, NOT_INITIALIZED, INVALID_CONFIGURATION = 1, 2, 3, 9
 INVALID_DEVICE_POINTER, INVALID_DIRECTION, INVALID_DEVICE, INVALID_IMAGE = 17, 21, 101, 200
-INVALID_CONTEXT, INVALID_HANDLE, NOT_REGISTERED, LAUNCH_FAILURE, NOT_SUPPORTED = 201, 400, 713, 719, 801
+INVALID_CONTEXT, NO_BINARY, INVALID_HANDLE, NOT_FOUND, ILLEGAL_ADDRESS = 201, 209, 400, 500, 700
+NOT_REGISTERED, LAUNCH_FAILURE, NOT_SUPPORTED = 713, 719, 801
 HOST_TO_DEVICE, DEVICE_TO_HOST, DEVICE_TO_DEVICE, DEFAULT = 1, 2, 3, 4
 
 
@@ -346,3 +345,154 @@ def test_an_executor_that_dies_is_an_error(hip: Hip):
     module, image = ctypes.c_void_p(), b"\x7fELF\2\1" + bytes(58)
     code = hip.hipModuleLoadData(ctypes.byref(module), image)
     refuses(hip, code, LAUNCH_FAILURE, "the executor's process ended without an answer")
+
+
+# -- launches --------------------------------------------------------------------------------------
+
+# y[i] = x[i + shift] for i below count, 64 of them in a workgroup.
+COPY = """
+extern "C" __attribute__((global)) __attribute__((amdgpu_flat_work_group_size(1, 128)))
+void copy(const float *x, float *y, int shift, int count) {
+  int i = __builtin_amdgcn_workgroup_id_x() * 64 + __builtin_amdgcn_workitem_id_x();
+  if (i < count) y[i] = x[i + shift];
+}
+"""
+
+
+class Copy:
+    """The kernel above, loaded; ``launch`` gives the hipError_t."""
+
+    def __init__(self, hip: Hip):
+        self._hip = hip
+        hip.allocate(1)
+        self.module = hip.make("hipModuleLoadData", compile_hip(COPY).data)
+        self.function = hip.make("hipModuleGetFunction", self.module, b"copy")
+
+    def parameters(self, x: ctypes.c_void_p, y: ctypes.c_void_p, count: int, shift: int) -> ctypes.Array:
+        values = (x, y, ctypes.c_int(shift), ctypes.c_int(count))
+        self._kept = values
+        return (ctypes.c_void_p * 4)(*(ctypes.addressof(value) for value in values))
+
+    def launch(self, x: ctypes.c_void_p, y: ctypes.c_void_p, count: int, shift=0, blocks=2, lanes=64) -> int:
+        parameters = self.parameters(x, y, count, shift)
+        return self._hip.hipModuleLaunchKernel(
+            self.function, blocks, 1, 1, lanes, 1, 1, 0, None, parameters, None
+        )
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Hip:
+    return Hip(library())
+
+
+@pytest.fixture(scope="module")
+def kernel(gpu: Hip) -> Copy:
+    return Copy(gpu)
+
+
+def floats(count: int) -> ctypes.Array:
+    return (ctypes.c_float * count)(*range(count))
+
+
+def on_device(gpu: Hip, count: int) -> ctypes.c_void_p:
+    device = gpu.allocate(4 * count)
+    assert gpu.hipMemcpy(device, floats(count), ctypes.c_size_t(4 * count), HOST_TO_DEVICE) == 0
+    return device
+
+
+def test_a_launch(gpu: Hip, kernel: Copy):
+    x, y, back = on_device(gpu, 100), gpu.allocate(400), (ctypes.c_float * 100)()
+    assert kernel.launch(x, y, 97, shift=3) == 0
+    assert gpu.hipMemcpy(back, y, ctypes.c_size_t(400), DEVICE_TO_HOST) == 0
+    assert list(back[:97]) == list(range(3, 100))
+    assert bytes(back)[-12:] == b"\xff" * 12  # untouched
+
+
+def test_a_launch_sees_registered_memory(gpu: Hip, kernel: Copy):
+    host, y = floats(64), (ctypes.c_float * 64)()
+    for memory in (host, y):
+        assert gpu.hipHostRegister(memory, ctypes.c_size_t(256), 2) == 0
+    addresses = [gpu.make("hipHostGetDevicePointer", memory, 0) for memory in (host, y)]
+    for offset in (0.0, 0.5):
+        host[5] = 5 + offset
+        assert kernel.launch(*addresses, 64) == 0
+        assert list(y) == list(host)
+    for memory in (host, y):
+        assert gpu.hipHostUnregister(memory) == 0
+
+
+def test_a_graph_launches_kernels(gpu: Hip, kernel: Copy):
+    """A node keeps its arguments as they were when it was added."""
+    x, y, back = on_device(gpu, 64), gpu.allocate(256), (ctypes.c_float * 64)()
+    graph, node = gpu.make("hipGraphCreate", 0), ctypes.c_void_p()
+    parameters = kernel.parameters(x, y, 64, 0)
+    shape = struct.pack(
+        "<3I4xQQ3I4xQI4x", 64, 1, 1, 0, kernel.function.value, 1, 1, 1, ctypes.addressof(parameters), 0
+    )
+    none = ctypes.c_size_t(0)
+    assert gpu.hipGraphAddKernelNode(ctypes.byref(node), graph, None, none, shape) == 0
+    kernel.parameters(ctypes.c_void_p(), ctypes.c_void_p(), 0, 0)
+    program = gpu.make("hipGraphInstantiate", graph, None, None, none)
+    assert gpu.hipGraphDestroy(graph) == 0
+    assert gpu.hipGraphLaunch(program, None) == 0
+    assert gpu.hipMemcpy(back, y, ctypes.c_size_t(256), DEVICE_TO_HOST) == 0
+    assert list(back) == list(range(64))
+
+
+def test_what_a_kernel_does_wrong_is_the_launchs_error(gpu: Hip, kernel: Copy):
+    x, y = on_device(gpu, 64), gpu.allocate(256)
+    beyond = kernel.launch(x, y, 65)
+    refuses(
+        gpu,
+        beyond,
+        ILLEGAL_ADDRESS,
+        r"^hipModuleLaunchKernel: copy: a load .* wave 0 of workgroup \(1, 0, 0\)",
+    )
+    refuses(gpu, kernel.launch(gpu.allocate(256), y, 64), LAUNCH_FAILURE, "copy: .* never defined")
+    assert gpu.hipFree(x) == 0
+    refuses(gpu, kernel.launch(x, y, 64), ILLEGAL_ADDRESS, "copy: a load of 4 bytes")
+    assert kernel.launch(on_device(gpu, 64), y, 64) == 0  # and goes on
+
+
+def test_what_earlier_launches_wrote_is_defined(gpu: Hip, kernel: Copy):
+    x, y, z = on_device(gpu, 64), gpu.allocate(256), gpu.allocate(256)
+    assert kernel.launch(x, y, 32) == 0
+    assert kernel.launch(y, z, 32) == 0
+    refuses(gpu, kernel.launch(y, z, 33), LAUNCH_FAILURE, "never defined")
+    assert gpu.hipMemset(at(y, 128), 0, ctypes.c_size_t(128)) == 0
+    assert kernel.launch(y, z, 64) == 0
+
+
+@pytest.mark.parametrize(
+    ("blocks", "lanes", "sentence"),
+    [
+        (0, 64, "copy: grid 0x1x1 of 64x1x1 threads is empty"),
+        (1, 256, "copy: 256x1x1 threads, the kernel was compiled for at most 128"),
+    ],
+)
+def test_launch_shapes_are_checked(gpu: Hip, kernel: Copy, blocks, lanes, sentence):
+    x, y = on_device(gpu, 64), gpu.allocate(256)
+    refuses(gpu, kernel.launch(x, y, 64, 0, blocks, lanes), INVALID_CONFIGURATION, sentence)
+
+
+def test_functions_and_modules(gpu: Hip, kernel: Copy):
+    function, lds = ctypes.c_void_p(), ctypes.c_int(-1)
+    assert gpu.hipFuncGetAttribute(ctypes.byref(lds), 1, kernel.function) == 0
+    assert lds.value == 0
+    code = gpu.hipModuleGetFunction(ctypes.byref(function), kernel.module, b"paste")
+    refuses(gpu, code, NOT_FOUND, "the module has no kernel paste; it has copy")
+    module = gpu.make("hipModuleLoadData", compile_hip(COPY).data)
+    assert gpu.hipModuleUnload(module) == 0
+    refuses(gpu, gpu.hipModuleUnload(module), INVALID_HANDLE, "is no module, or it was destroyed")
+    stale = Copy(gpu)
+    assert gpu.hipModuleUnload(stale.module) == 0
+    refuses(gpu, stale.launch(ctypes.c_void_p(), ctypes.c_void_p(), 0), INVALID_HANDLE, "is no module, or it was destroyed")
+
+
+def test_code_for_another_gpu_is_refused(gpu: Hip, kernel: Copy):
+    other = assemble([Assembly("nothing", "")], "gfx942").data
+    code = gpu.hipModuleLoadData(ctypes.byref(ctypes.c_void_p()), other)
+    refuses(gpu, code, NO_BINARY, "the code object is for gfx942, this device is an emulated gfx950")
+    broken = other[:64] + bytes(len(other) - 64)
+    code = gpu.hipModuleLoadData(ctypes.byref(ctypes.c_void_p()), broken)
+    refuses(gpu, code, INVALID_IMAGE, "no complete AMD code object")

@@ -18,8 +18,8 @@
 
 enum { PAGE = 4096 };
 static const size_t ARENA_BYTES = (size_t)1 << 40;
-/* Far from where programs and libraries are loaded, so that the executor can map it at the same place. */
-static void *const ARENA_HINT = (void *)0x200000000000;
+/* Where it may lie: far from where programs and libraries are loaded, so that the executor has room there too. */
+enum { FIRST_PLACE = 0x20, LAST_PLACE = 0x3f }; /* in units of its size */
 
 pthread_mutex_t memory_lock = PTHREAD_MUTEX_INITIALIZER;
 
@@ -67,16 +67,23 @@ static bool reserve(void **items, size_t count, size_t *capacity, size_t item) {
   return true;
 }
 
+static void *map_arena(int file) {
+  for (size_t place = FIRST_PLACE; place <= LAST_PLACE; place++) {
+    void *wanted = (void *)(place * ARENA_BYTES);
+    void *base = mmap(wanted, ARENA_BYTES, PROT_NONE, MAP_SHARED | MAP_NORESERVE | MAP_FIXED_NOREPLACE, file, 0);
+    if (base == wanted) return base;
+    if (base != MAP_FAILED) munmap(base, ARENA_BYTES); /* a kernel that does not know the flag */
+  }
+  return NULL;
+}
+
 static bool make_arena(void) {
   if (arena.base != NULL) return true;
   int file = memfd_create("vmfuse-emulated-hip", MFD_CLOEXEC);
   if (file < 0) return false;
-  void *base = MAP_FAILED;
-  if (ftruncate(file, (off_t)ARENA_BYTES) == 0)
-    base = mmap(ARENA_HINT, ARENA_BYTES, PROT_NONE, MAP_SHARED | MAP_NORESERVE, file, 0);
-  if (base == MAP_FAILED) return close(file), false;
+  if (ftruncate(file, (off_t)ARENA_BYTES) == 0) arena.base = map_arena(file);
+  if (arena.base == NULL) return close(file), false;
   arena.file = file;
-  arena.base = base;
   return true;
 }
 

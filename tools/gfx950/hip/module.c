@@ -261,6 +261,7 @@ static hipError_t check_shape(const struct launch *launch, const char *name) {
 hipError_t prepare_launch(struct launch *launch, struct function *function, dim3 grid, dim3 block, unsigned shared,
                           void **parameters, void **extra, const char *name) {
   TRY(check_object(function, FUNCTION, name));
+  TRY(check_object(function->module, MODULE, name));
   *launch = (struct launch){function, grid, block, shared, function->kernel.argument_bytes, NULL};
   TRY(check_shape(launch, name));
   if (extra != NULL) return fail(hipErrorNotSupported, name, "%s: arguments must come by kernelParams", function->name);
