@@ -13,7 +13,7 @@ as it writes them, one at a time.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -350,13 +350,19 @@ def _described(names: Mapping[Recipe, str], dropped: Mapping[str, int]) -> Itera
         moved = 0 if recipe.meta.is_contiguous() else 2 * recipe.nbytes
         yield Folded(
             name,
-            calls[-1].location,
+            _location(calls),
             tuple(map(_spelled, calls)),
             tuple(sources),
             Change(sum(left.pop(source, 0) for source in sources), recipe.nbytes),
             moved + sum(call.traffic for call in calls if call not in counted),
         )
         counted.update(calls)
+
+
+def _location(calls: Sequence[Call]) -> str:
+    """Of the last operation that is in a file: a traced submodule, such as a no_grad block, is in none."""
+    in_files = [call.location for call in calls if not call.location.startswith("<")]
+    return in_files[-1] if in_files else calls[-1].location
 
 
 def _spelled(call: Call) -> str:

@@ -399,6 +399,35 @@ def test_a_norm_keeps_its_weight_as_it_is_stored(tmp_path: Path) -> None:
     assert b"weightbfloat16[256]" in (tmp_path / "p").read_bytes()
 
 
+def test_what_takes_too_much_memory_is_folded_in_parts() -> None:
+    """Of 32 MiB each, both products and their sum are more than twice one of them; one product is not."""
+
+    def combined(x: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        return x + (a * b + c * d)
+
+    tensors = {name: torch.empty(8 << 20) for name in "abcd"}
+    program = folded(Computes(combined, **tensors), torch.empty(8 << 20))
+    recipes = [recipe for recipe in program.parameters.values() if isinstance(recipe, Recipe)]
+    assert [value.operations for value in program.folded] == [("mul",), ("mul",)]
+    assert [recipe.memory for recipe in recipes] == [32 << 20, 32 << 20]
+
+
+@pytest.mark.parametrize(
+    ("function", "tensors"),
+    [
+        (lambda x, w: x + w * 2, 1),
+        (lambda x, w: x + (w * 2 + 1), 2),
+        (lambda x, w: x + (w * 2 + 1) * 3, 2),  # the first is gone when the third is made
+        (lambda x, w: x + (w * 2).t(), 2),  # a transposed view of the product, and its copy
+        (lambda x, w: x + w.t(), 1),
+    ],
+)
+def test_the_memory_a_value_takes_is_known_before_it_is_made(function, tensors: int) -> None:
+    program = folded(Computes(function, w=torch.empty(64, 64)), torch.empty(64, 64))
+    [recipe] = program.parameters.values()
+    assert isinstance(recipe, Recipe) and recipe.memory == tensors * 4 * 64 * 64
+
+
 def test_what_nothing_reads_is_not_stored() -> None:
     def one(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
         unused = v * 2  # noqa: F841
@@ -558,3 +587,4 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
     assert total == 8 * largest
     assert largest < peak < 2 * largest + (64 << 20), f"{peak / 1e6:.0f} MB"
     assert (tmp_path / "w.irpa").stat().st_size >= total
+    (tmp_path / "w.irpa").unlink()
