@@ -20,10 +20,10 @@ from iree.compiler import ir
 from iree.compiler.dialects import arith, flow, func, hal, linalg, stream, tensor
 
 from patterns import canonical, torch_ir, views
-from patterns.contracts import Contract, RowSpec, ScaleLayout, Spec, TopkSpec
+from patterns.contracts import Contract, MatmulSpec, RowSpec, ScaleLayout, Spec, TopkSpec
 from patterns.sites import Cost, Ledger
 
-from . import abi, toolchain, topk_kernel
+from . import abi, matmul_kernel, toolchain, topk_kernel
 from . import kernel as row_kernel
 from .devices import executable_target
 from .kernel import Binding, KernelInstance
@@ -41,6 +41,7 @@ class _Family:
 _FAMILIES: dict[type[Spec], _Family] = {
     RowSpec: _Family(row_kernel.instance, row_kernel.why_unsupported),
     TopkSpec: _Family(topk_kernel.instance, topk_kernel.why_unsupported),
+    MatmulSpec: _Family(matmul_kernel.instance, matmul_kernel.why_unsupported),
 }
 
 
@@ -91,13 +92,16 @@ def dispatch(
     ToolchainError when the target's kernel compiler is missing.
     """
     done = Dispatched()
-    for op, kernel in choose_kernels(function, target, ledger):
+    chosen = choose_kernels(function, target, ledger)
+    # Before any call is made: what a call returns no longer knows the sizes of the example.
+    example_rows = [_example_rows(op, kernel) for op, kernel in chosen]
+    for (op, kernel), rows in zip(chosen, example_rows, strict=True):
         if kernel.entry not in done.objects:
             progress(kernel.entry)
             done.objects[kernel.entry] = _checked_object(kernel)
             done.kernels[kernel.entry] = kernel
             _define(module, kernel, done.objects[kernel.entry], directory)
-        done.launches.append(Launch(kernel, _example_rows(op)))
+        done.launches.append(Launch(kernel, rows))
         done.physical_scales += _call(op, kernel)
     torch_ir.erase_dead(torch_ir.block_of(function))
     return done
@@ -115,7 +119,7 @@ def choose_kernels(
             chosen.append((op, kernel))
             sites = canonical.sites_of(op)
             contracts = [ledger.records[site].contract for site in sites]
-            for site, cost in zip(sites, _costs(kernel, contracts, _example_rows(op)), strict=True):
+            for site, cost in zip(sites, _costs(kernel, contracts, _example_rows(op, kernel)), strict=True):
                 ledger.assign_kernel(site, kernel.entry, cost)
     return chosen
 
@@ -125,7 +129,7 @@ def _costs(kernel: KernelInstance, contracts: Sequence[Contract | None], rows: i
 
     A quantization writes its own results, equal ones once; the first site does everything else.
     """
-    if rows is None:
+    if rows is None or not contracts:
         return [Cost(None, int(number == 0)) for number in range(len(contracts))]
     written: dict[Contract | None, int] = defaultdict(int)
     for binding in kernel.bindings:
@@ -146,8 +150,13 @@ def _checked_object(kernel: KernelInstance) -> bytes:
 # -- the call at a site -----------------------------------------------------------------------------
 
 
-def _example_rows(op: ir.Operation) -> int | None:
-    shapes = (torch_ir.example_shape(operand) for operand in op.operands)
+def _example_rows(op: ir.Operation, kernel: KernelInstance) -> int | None:
+    reads = [binding for binding in kernel.bindings if binding.access == "read"]
+    shapes = (
+        torch_ir.example_shape(operand)
+        for binding, operand in zip(reads, op.operands, strict=True)
+        if binding.has_rows
+    )
     known = [shape for shape in shapes if shape is not None and len(shape) > 1]
     if known:
         return math.prod(known[0][:-1])
@@ -162,9 +171,7 @@ def _call(op: ir.Operation, kernel: KernelInstance) -> list[PhysicalScale]:
     with ir.InsertionPoint(op), op.location:
         reads = [binding for binding in kernel.bindings if binding.access == "read"]
         arguments = [
-            _collapse(torch_ir.to_builtin(operand))
-            if len(binding.shape) == 2
-            else torch_ir.to_builtin(operand)
+            _collapse(torch_ir.to_builtin(operand)) if binding.has_rows else torch_ir.to_builtin(operand)
             for binding, operand in zip(reads, op.operands, strict=True)
         ]
         call = func.CallOp([_tensor_type(binding) for binding in writes], _function_name(kernel), arguments)
@@ -362,7 +369,7 @@ def _extern_dispatch(
 ) -> Sequence[ir.Value]:
     i32 = ir.IntegerType.get_signless(32)
     rows32 = arith.IndexCastUIOp(i32, rows).result
-    dims = [rows for argument in arguments if ir.RankedTensorType(argument.type).rank == 2]
+    dims = [rows for binding in kernel.bindings if binding.access == "read" and binding.has_rows]
     x, y, z = kernel.block
     op = hal.DispatchExternOp(
         writes,
@@ -388,10 +395,12 @@ def _extern_dispatch(
 
 
 def _workgroups(kernel: KernelInstance, rows: ir.Value) -> list[ir.Value]:
-    """ceil(rows / rows per workgroup), at least 1: CUDA refuses an empty grid."""
+    """``KernelInstance.grid`` as operations: at least 1, since CUDA refuses an empty grid."""
     per = _index(kernel.rows_per_workgroup)
     up = arith.AddIOp(rows, _index(kernel.rows_per_workgroup - 1)).result
     count = arith.MaxUIOp(arith.DivUIOp(up, per).result, _index(1)).result
+    if kernel.column_tiles > 1:
+        count = arith.MulIOp(count, _index(kernel.column_tiles)).result
     return [count, _index(1), _index(1)]
 
 
@@ -426,7 +435,7 @@ def _flow_dispatch(
     kernel: KernelInstance, arguments: list[ir.Value], rows: ir.Value, writes: list[ir.Type]
 ) -> Sequence[ir.Value]:
     symbol = ir.SymbolRefAttr.get([_executable_name(kernel), _workgroup_name(kernel)])
-    dims = [rows for argument in arguments if ir.RankedTensorType(argument.type).rank == 2]
+    dims = [rows for binding in kernel.bindings if binding.access == "read" and binding.has_rows]
     return flow.DispatchOp(
         writes,
         [rows],

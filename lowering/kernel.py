@@ -74,6 +74,11 @@ class Binding:
     quantization: Quantization | None = None
 
     @property
+    def has_rows(self) -> bool:
+        """Whether it has a row for each of the dispatch's, unlike a weight."""
+        return len(self.shape) == 2 and self.shape[0] == "T"
+
+    @property
     def layout(self) -> ScaleLayout:
         """How the tensor lies in memory, as torch's strides would say it."""
         return self.quantization.layout if self.quantization and self.name.startswith("scale") else "row"
@@ -104,6 +109,7 @@ class KernelInstance:
 
     On a GPU the parameters are one pointer per binding, in order, then ``rows`` as i32.  On the CPU
     they are a base pointer and an i64 element offset per binding, then i32 ``rows`` and i32 workgroup.
+    ``column_tiles`` consecutive workgroups share the rows of one.
     """
 
     entry: str
@@ -115,10 +121,11 @@ class KernelInstance:
     block: tuple[int, int, int]
     rows_per_workgroup: int
     dynamic_shared: int = 0
+    column_tiles: int = 1
 
     def grid(self, rows: int) -> tuple[int, int, int]:
         """Workgroups for ``rows`` rows; never zero, since CUDA does not skip an empty grid."""
-        return max(1, -(-rows // self.rows_per_workgroup)), 1, 1
+        return max(1, -(-rows // self.rows_per_workgroup)) * self.column_tiles, 1, 1
 
     def shape(self, binding: Binding, rows: int) -> tuple[int, ...]:
         """The sizes of ``binding`` when there are ``rows`` rows."""

@@ -35,7 +35,8 @@ from .kernel import KernelInstance
 _HEADERS = {
     "row.cu": ("row.h", "activation.h"),
     "row.hip": ("row.h", "activation.h"),
-    "row.c": ("cpu.h", "activation.h"),
+    "row.c": ("cpu.h", "vectors.h", "activation.h"),
+    "matmul.c": ("cpu.h", "vectors.h"),
     "topk.cu": ("topk.h", "sigmoid.h"),
     "topk.hip": ("topk.h", "sigmoid.h"),
     "topk.c": ("cpu.h", "sigmoid.h"),

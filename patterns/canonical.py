@@ -13,6 +13,7 @@ and those that a kernel computes, made of them by the fusion:
 
 ``vmfuse.row``                   x, [up], [residual], [weight] -> [sum], [y], (q, scale)*   spec: RowSpec
 ``vmfuse.topk``                  gating, bias -> weights, ids                               spec: TopkSpec
+``vmfuse.matmul``                a, b, a_scale, b_scale -> out                              spec: MatmulSpec
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from .contracts import (
     Contract,
     GatedActivation,
     GroupedTopk,
+    MatmulSpec,
     Quantization,
     RmsNorm,
     RowSpec,
@@ -49,7 +51,12 @@ PRODUCERS = (RMS_NORM, GATED_ACTIVATION)
 GROUPED_TOPK = "vmfuse.grouped_topk"
 ROW = "vmfuse.row"
 TOPK = "vmfuse.topk"
-SPECS: dict[str, type[RowSpec] | type[TopkSpec]] = {ROW: RowSpec, TOPK: TopkSpec}
+MATMUL = "vmfuse.matmul"
+SPECS: dict[str, type[RowSpec] | type[TopkSpec] | type[MatmulSpec]] = {
+    ROW: RowSpec,
+    TOPK: TopkSpec,
+    MATMUL: MatmulSpec,
+}
 
 # A site's number in the ledger, and the numbers of the sites a fused operation stands for.
 SITE = "site"

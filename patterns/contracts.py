@@ -201,6 +201,31 @@ class TopkSpec:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class MatmulSpec:
+    """One block-scaled product: what a kernel reads and writes.
+
+    Reads a [T, depth] in ``a_dtype``, b [columns, depth] in ``b_dtype``, float32 scales of a
+    [T, depth/group] and of b [ceil(columns/group), depth/group].  Writes out [T, columns] in ``dtype``:
+
+        out[m, n] = sum over groups g of a_scale[m, g] * b_scale[n/group, g] * (a[m, g] . b[n, g])
+
+    accumulated in float32 in an order of the kernel's own, a block's products before they are scaled,
+    and rounded once.  Where a scale is infinite the reference gives NaN for a code of 0 and the kernel for a
+    block that sums up to 0; both give no finite number.
+    """
+
+    columns: int
+    depth: int
+    group: int
+    a_dtype: str
+    b_dtype: str
+    dtype: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 class Spec(Protocol):
     """What specialises a kernel: a frozen value that can be written as plain data."""
 

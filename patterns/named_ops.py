@@ -20,7 +20,7 @@ from iree.compiler import ir
 
 from . import canonical, torch_ir
 from .contracts import LARGEST_FINITE, GatedActivation, Quantization, RmsNorm
-from .recogniser import Raised
+from .recogniser import NearMiss, Raised
 from .torch_ir import TensorType
 
 FUNCTIONAL = "vmfuse_functional"
@@ -111,11 +111,40 @@ class NamedOp:
         return tuple(f"torch.{name.replace('::', '.')}" for name in names)
 
     def recognise(self, op: ir.Operation) -> Raised | None:
-        call = _Call.of(self, op)
-        if call is None or not all(call.value(name) == value for name, value in self.requires.items()):
+        try:
+            return self._read(op)
+        except _Refusal:
             return None
+
+    def why_not(self, op: ir.Operation) -> str | None:
+        """Why this row does not stand for the call ``op``; None if it does."""
+        try:
+            self._read(op)
+        except _Refusal as refusal:
+            return str(refusal)
+        return None
+
+    def accepts(self, op: ir.Operation) -> bool:
+        """Whether the call has what the row requires, so that a refusal is about the call itself."""
+        try:
+            call = _Call.of(self, op)
+        except _Refusal:
+            return False
+        return all(call.value(name) == value for name, value in self.requires.items())
+
+    @property
+    def site(self) -> str:
+        """What the report calls the last operation it stands for."""
+        if self.quantization is not None:
+            return "group_quant"
+        return "rms_norm" if self.norm is not None else f"{(self.gate or {})['activation']}_mul"
+
+    def _read(self, op: ir.Operation) -> Raised:
+        call = _Call.of(self, op)
+        for name, value in self.requires.items():
+            _require(call.value(name) == value, f"{name} is {_shown(call.value(name))}, not {value}")
         producer = self._producer(call)
-        if self.quantization is None or producer is None:
+        if self.quantization is None:
             return producer
         quantized = call.source if producer is call.source else producer.results[0]
         if isinstance(quantized, ir.Value):
@@ -123,75 +152,100 @@ class NamedOp:
         return self._quantization(call, producer, quantized)
 
     def _producer(self, call: _Call) -> Any:
-        """What makes the row: a Raised, x itself where nothing does, or None if it cannot be told."""
+        """What makes the row: a Raised, or x itself where nothing does."""
         if self.norm is not None:
             return self._norm(call, self.norm)
         if self.gate is not None:
             return self._gate(call, self.gate)
         return call.tensors["x"]
 
-    def _norm(self, call: _Call, row: Fields) -> Raised | None:
+    def _norm(self, call: _Call, row: Fields) -> Raised:
         values = call.fields(row)
-        if values is None or not self._fits(call):
-            return None
+        self._check_norm(call)
         if values.get("eps") is None:  # torch's default
             values["eps"] = _EPSILON[call.x.dtype]
         weight = call.types.get("weight")
         y = call.types.get("y") or _with_dtype(call.x, "float32")
         values["rounding"] = _rounding(values.get("rounding", "once"), call.x, weight, y)
         contract = RmsNorm(**values)
-        if "y" in self.results and y != _with_dtype(call.x, _norm_dtype(contract, call.x, weight)):
-            return None
+        wanted = _with_dtype(call.x, _norm_dtype(contract, call.x, weight))
+        _require(
+            "y" not in self.results or y == wanted, f"its result is {y}, where the contract has {wanted}"
+        )
         operands = [call.tensors[name] for name in ("x", "residual", "weight") if name in call.tensors]
         results = [call.tensors.get("y", y)]
         if contract.residual is not None:
             results.append(call.tensors.get("sum", call.x))
         return Raised(canonical.RMS_NORM, contract, operands, results)
 
-    def _fits(self, call: _Call) -> bool:
-        """Whether the tensors are those of a norm over the last axis."""
+    def _check_norm(self, call: _Call) -> None:
+        """That the tensors are those of a norm over the last axis."""
         weight, residual = call.types.get("weight"), call.types.get("residual")
-        return (
-            (weight is None or (weight.shape == (call.hidden,) and weight.dtype in _FLOATS))
-            and (residual is None or residual == call.x)
-            and (self.shape is None or call.value(self.shape) == [call.hidden])
-        )
+        if weight is not None:
+            row = TensorType((call.hidden,), weight.dtype)
+            _require(weight == row, f"{self.weight} is {weight}, not a vector over the last axis of {call.x}")
+            _require(weight.dtype in _FLOATS, f"{self.weight} is {weight.dtype}, not one of {_FLOATS}")
+        same = residual is None or residual == call.x
+        _require(same, f"{self.residual} is {residual} and {self.x} is {call.x}: they must be the same")
+        if self.shape is not None:
+            known = call.hidden is not None
+            _require(
+                known, "the size of the last axis is unknown until run time; a kernel is made for one size"
+            )
+            axes = call.value(self.shape)
+            last = axes == [call.hidden]
+            _require(last, f"{self.shape} is {_shown(axes)}; a kernel norms the last axis alone")
 
-    def _gate(self, call: _Call, row: Fields) -> Raised | None:
+    def _gate(self, call: _Call, row: Fields) -> Raised:
         values = call.fields(row)
-        if values is None or call.hidden is None or call.hidden % 2:
-            return None
+        halves = call.hidden is not None and call.hidden % 2 == 0
+        _require(halves, f"the last axis of {self.x}, {call.x}, has no two halves of known size")
         rounding = values.get("rounding", "once")
         if rounding == "twice" and call.x.dtype == "float32":
             values["rounding"] = "once"  # nothing is rounded in between, and one contract is enough
-        y = call.x.with_last(call.hidden // 2, "float32" if rounding == "none" else None)
-        if "y" in self.results and call.types["y"] != y:
-            return None
+        y = call.x.with_last((call.hidden or 0) // 2, "float32" if rounding == "none" else None)
+        fits = "y" not in self.results or call.types["y"] == y
+        _require(fits, f"its result is {call.types.get('y')}, where the contract has {y}")
         contract = GatedActivation(**values)
         return Raised(canonical.GATED_ACTIVATION, contract, [call.tensors["x"]], [call.tensors.get("y", y)])
 
-    def _quantization(self, call: _Call, producer: Any, y: TensorType | None) -> Raised | None:
+    def _quantization(self, call: _Call, producer: Any, y: TensorType | None) -> Raised:
         values = call.fields(self.quantization or {})
-        if values is None or y is None or y.shape[-1] is None:
-            return None
         q, scale = call.types["q"], call.types["scale"]
+        known = y is not None and y.shape[-1] is not None
+        _require(known, "the size of the last axis, which holds the groups, is unknown until run time")
+        _require(q.dtype in LARGEST_FINITE, f"its values are {q.dtype}, not one of {tuple(LARGEST_FINITE)}")
         limit, fnuz_limit = values.pop("limit", None), values.pop("fnuz_limit", None)
         limit = fnuz_limit if q.dtype == "float8_e4m3fnuz" and fnuz_limit is not None else limit
-        if q.dtype not in LARGEST_FINITE or (self.lower and call.value(self.lower) != -limit):
-            return None
+        lower = call.value(self.lower) if self.lower else None
+        bounds = f"{self.lower} is {_shown(lower)} and the upper bound {_shown(limit)}: they must be opposite"
+        _require(self.lower is None or lower == -limit, bounds)
         largest = LARGEST_FINITE[q.dtype]
         values["limit"] = None if limit == largest else limit
         values["group"] = values["group"] if values["group"] > 0 else None  # ours, for the whole row
         if scale.dtype == "int32":
             values["layout"] = "ue8m0_packed"
         contract = Quantization(dtype=q.dtype, **values)
-        if (contract.layout == "ue8m0_packed") != (scale.dtype == "int32"):
-            return None
-        if contract.qmax > largest:
-            return None
-        if (q, scale) != canonical.quantized_types(y, contract):
-            return None
+        packed = contract.layout == "ue8m0_packed"
+        _require(packed == (scale.dtype == "int32"), f"scales in layout {contract.layout} are {scale.dtype}")
+        _require(contract.qmax <= largest, f"its bound {contract.qmax:g} is more than {q.dtype} holds")
+        assert y is not None
+        wanted = canonical.quantized_types(y, contract)
+        _require((q, scale) == wanted, f"its results are {q} and {scale}, not {wanted[0]} and {wanted[1]}")
         return Raised(canonical.GROUP_QUANT, contract, [producer], [call.tensors["q"], call.tensors["scale"]])
+
+
+class _Refusal(Exception):
+    """Why a row does not stand for a call: which argument is what, and what it would have to be."""
+
+
+def _require(condition: bool, refusal: str) -> None:
+    if not condition:
+        raise _Refusal(refusal)
+
+
+def _shown(value: Any) -> str:
+    return "computed" if value is torch_ir.NOT_CONSTANT else str(value)
 
 
 @dataclass(frozen=True)
@@ -203,15 +257,15 @@ class _Call:
     types: Mapping[str, TensorType]
 
     @staticmethod
-    def of(row: NamedOp, op: ir.Operation) -> _Call | None:
-        """None where the operation is not of the row's schema."""
+    def of(row: NamedOp, op: ir.Operation) -> _Call:
+        """Raises a refusal where the operation is not of the row's schema."""
         names = row.arguments
         if len(op.operands) == len(names) + 1 and row.mutated and "scale" in row.results:
             names = (*names, LAYOUT)
         # MLIR written by hand may leave out what the schema has a value for.
         names = names[: max(len(op.operands), row.required)]
-        if len(op.operands) != len(names) or len(op.results) != len(row.results):
-            return None
+        counts = (len(op.operands), len(op.results)) == (len(names), len(row.results))
+        _require(counts, f"its arguments and results are not those of {row.name}{row.schema}")
         operands = dict(zip(names, op.operands, strict=True))
         tensors: dict[str, ir.Value] = dict(zip(row.results, op.results, strict=True))
         for role, name in (("x", row.x), ("weight", row.weight), ("residual", row.residual)):
@@ -220,9 +274,12 @@ class _Call:
         types = {role: torch_ir.tensor_type(value) for role, value in tensors.items()}
         known = {role: type_ for role, type_ in types.items() if type_ is not None}
         x = known.get("x")
-        if len(known) != len(types) or x is None or not x.shape:
-            return None
-        return _Call(operands, tensors, known) if x.dtype in _FLOATS else None
+        unknown = ", ".join(role for role in types if role not in known)
+        _require(not unknown, f"rank or dtype of {unknown} is not known")
+        _require(x is not None and bool(x.shape), f"{row.x} is {x}, which has no last axis")
+        assert x is not None
+        _require(x.dtype in _FLOATS, f"{row.x} is {x.dtype}, not one of {', '.join(_FLOATS)}")
+        return _Call(operands, tensors, known)
 
     @property
     def x(self) -> TensorType:
@@ -240,8 +297,8 @@ class _Call:
         """What the argument ``name`` is; None too where only a twin has it."""
         return torch_ir.constant(self.operands[name]) if name in self.operands else None
 
-    def fields(self, row: Fields) -> dict[str, Any] | None:
-        """The fields of ``row`` with arguments read; None if one of them is computed or unknown."""
+    def fields(self, row: Fields) -> dict[str, Any]:
+        """The fields of ``row`` with arguments read; refuses where one of them is computed or unknown."""
         values: dict[str, Any] = {}
         for name, given in row.items():
             value = given
@@ -249,10 +306,11 @@ class _Call:
                 if given.name not in self.operands and given.becomes is None:
                     continue  # the contract's default, which is the schema's
                 value = self.value(given.name)
+                computed = value is torch_ir.NOT_CONSTANT
+                _require(not computed, f"{given.name} is computed; it must be a constant")
                 if given.becomes is not None:
-                    value = given.becomes.get(value, torch_ir.NOT_CONSTANT)
-            if value is torch_ir.NOT_CONSTANT:
-                return None
+                    _require(value in given.becomes, f"{given.name} is {value}, which has no meaning here")
+                    value = given.becomes[value]
             values[name] = value
         return values
 
@@ -592,3 +650,18 @@ _FLASHINFER = (  # read
 NAMED_OPS: tuple[NamedOp, ...] = (*_OURS, *_VLLM, *_AITER, *_SGLANG, *_FLASHINFER)
 
 RECOGNISERS = NAMED_OPS
+
+
+class RefusedCall:
+    """A call of an operation of the table that none of its rows stands for."""
+
+    roots = tuple(dict.fromkeys(root for row in NAMED_OPS for root in row.roots))
+
+    def why_not(self, op: ir.Operation) -> NearMiss | None:
+        rows = [row for row in NAMED_OPS if torch_ir.op_name(op) in row.roots]
+        # Of rows that need different values of an argument, the one that has the call's can tell more.
+        row = next((row for row in rows if row.accepts(op)), rows[0])
+        return NearMiss(row.site, f"{row.name}: {row.why_not(op)}")
+
+
+SUSPICIONS = (RefusedCall(),)

@@ -49,6 +49,9 @@ class TensorType:
     shape: tuple[int | None, ...]
     dtype: str
 
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join('?' if dim is None else str(dim) for dim in self.shape)}]"
+
     def with_last(self, size: int, dtype: str | None = None) -> TensorType:
         return replace(self, shape=(*self.shape[:-1], size), dtype=dtype or self.dtype)
 
@@ -278,6 +281,11 @@ def make_int(value: int) -> ir.Value:
     return _constant(
         "torch.constant.int", "!torch.int", ir.IntegerAttr.get(ir.IntegerType.get_signless(64), value)
     )
+
+
+def make_bool(value: bool) -> ir.Value:
+    """A torch bool constant."""
+    return _constant("torch.constant.bool", "!torch.bool", ir.BoolAttr.get(value))
 
 
 def make_none() -> ir.Value:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gfx950
@@ -15,10 +15,10 @@ from lowering.kernel import KernelInstance
 Launch = Callable[[Sequence[int], int], None]
 
 
-def launcher(kernel: KernelInstance, **options: Any) -> Launch:
+def launcher(kernel: KernelInstance, optimisation: str = "", **options: Any) -> Launch:
     """The code object of ``kernel``, checked against its bindings; inputs may only be read, and every byte
-    of an output must be written."""
-    data = toolchain.compile_kernel(kernel)
+    of an output must be written.  ``optimisation`` (-O1) takes the place of the usual one."""
+    data = _compiled(kernel, optimisation) if optimisation else toolchain.compile_kernel(kernel)
     abi.check(kernel, data)
     entry = gfx950.CodeObject(data).kernel(kernel.entry)
 
@@ -36,6 +36,11 @@ def launcher(kernel: KernelInstance, **options: Any) -> Launch:
             )
 
     return launch
+
+
+def _compiled(kernel: KernelInstance, optimisation: str) -> bytes:
+    job = toolchain._job(kernel)
+    return job.compiler.run(replace(job, options=(*job.options, optimisation)))
 
 
 def _bytes(kernel: KernelInstance, index: int, rows: int) -> int:

@@ -11,6 +11,9 @@ from collections.abc import Callable
 
 import gfx950_kernels
 import pytest
+import test_kernels
+import test_topk
+import torch
 from test_kernels import (
     CASES,
     GFX942,
@@ -78,6 +81,74 @@ SCHEME_TARGETS = [
 )
 def test_schemes(case: tuple[str, str, int], target: Target, launcher) -> None:
     check(scheme_case(*case), target, launcher, [(5, 0), (2, 3), (0, 0)])
+
+
+# Those that use approximate instructions: reciprocals of a scale, of a root, and the root itself.
+APPROXIMATING = ["once", "add_exact_all", "f32", "no_floor", "f16_twice"]
+
+
+@pytest.mark.parametrize("ulp", [1, -1])
+@pytest.mark.parametrize("name", APPROXIMATING)
+def test_no_result_hangs_on_an_approximation(name: str, ulp: int) -> None:
+    """Bit for bit the same when v_rcp_f32 and v_sqrt_f32 are off by one in the last place, as they may be."""
+    kernel = instance(CASES[name], GFX950)
+    inputs = integer_inputs(CASES[name], 5, seed=1)
+    actual = run(kernel, gfx950_kernels.launcher(kernel, ulp=ulp), inputs, 5)
+    assert_same(actual, reference(CASES[name], inputs), (name, ulp))
+
+
+# Tests of test_kernels.py for this machine: the test, and its arguments before target and launcher.
+AS_ELSEWHERE = [
+    *(("test_activations", activation) for activation in ("silu", "gelu", "gelu_tanh")),
+    *(("test_special_gates", activation) for activation in ("silu", "gelu", "gelu_tanh")),
+    *(("test_special_values_of_schemes", schemes) for schemes in ("layouts", "rows", "bounds")),
+    *(("test_special_values", name) for name in ("plain", "none", "f32", "f16_once", "no_floor")),
+    *(("test_random_rows", name) for name in ("once", "add_exact_all", "none")),
+    *(("test_every_16_bit_amax", dtype) for dtype in ("bfloat16", "float16")),
+    ("test_quotients_of_float32",),
+    ("test_packed_scales",),
+    ("test_quantizations_of_a_random_gate",),
+    ("test_rows_of_any_length_where_nothing_depends_on_all",),
+]
+
+
+@pytest.mark.parametrize("what", AS_ELSEWHERE, ids="-".join)
+def test_as_elsewhere(what: tuple[str, ...], launcher) -> None:
+    test, *arguments = what
+    getattr(test_kernels, test)(*arguments, GFX950, launcher)
+
+
+# Of test_topk.py likewise.
+ROUTING = [
+    *(("test_kernel_equals_reference", name) for name in test_topk.CASES),
+    *(("test_any_sizes", groups) for groups in (1, 3, 8)),
+    ("test_scores_are_the_nearest_float32",),
+]
+
+
+@pytest.mark.parametrize("target", [GFX950, GFX942], ids=lambda t: t.name)
+@pytest.mark.parametrize("what", ROUTING, ids=lambda what: "-".join(map(str, what)))
+def test_routing(what: tuple, target: Target, launcher) -> None:
+    test, *arguments = what
+    getattr(test_topk, test)(*arguments, target, launcher)
+
+
+@pytest.mark.parametrize("ulp", [1, -1])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_activations_keep_their_bounds(activation: str, ulp: int) -> None:
+    """Whatever the last place of v_rcp_f32."""
+    test_kernels.test_activations(activation, GFX950, lambda kernel: gfx950_kernels.launcher(kernel, ulp=ulp))
+
+
+@pytest.mark.parametrize("name", ["once", "none", "f32_narrow_weight"])
+def test_results_do_not_depend_on_the_optimiser(name: str, launcher) -> None:
+    """The same bytes from code compiled at -O1 and at -O3."""
+    case = CASES[name]
+    kernel = instance(case, GFX950)
+    generator = torch.Generator().manual_seed(6)
+    inputs = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in integer_inputs(case, 5)]
+    slow = gfx950_kernels.launcher(kernel, optimisation="-O1")
+    assert_same(run(kernel, slow, inputs, 5), run(kernel, launcher(kernel), inputs, 5), name)
 
 
 @pytest.mark.slow

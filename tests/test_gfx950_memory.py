@@ -363,6 +363,43 @@ def test_buffer_bounds() -> None:
     assert (out[:, 0] == np.where(np.arange(LANES) < 40, data.view(np.uint32)[:, 1], 0)).all()
 
 
+def test_buffer_bounds_cut_by_the_dword() -> None:
+    """Of an access that the end goes through, what is before the end is done."""
+    body = """
+  s_movk_i32 s14, {records}
+  buffer_load_dwordx4 v[8:11], v1, s[12:15], 0 offen
+  s_waitcnt vmcnt(0)
+  s_movk_i32 s18, {records}
+  buffer_store_dwordx4 v[8:11], v1, s[16:19], 0 offen
+"""
+    data, ends = bytes_of(7), [3 * SLOT + left for left in (0, 3, 4, 11, 12, 16)]
+    built = kernels({f"to{records}": body.format(records=records) for records in ends})
+    for records in ends:
+        out = np.full((LANES, SLOT), 0xEE, np.uint8)
+        run(built[f"to{records}"], data, out)
+        expected, end = np.full((LANES, SLOT), 0xEE, np.uint8), (records - 3 * SLOT) // 4 * 4
+        expected[:3, :16] = data[:3, :16]
+        expected[3, :end] = data[3, :end]
+        assert (out == expected).all(), records
+
+
+def test_buffer_offsets_wrap_before_the_bounds_are_checked() -> None:
+    """A lane's offset may be negative: it wraps with the instruction's, not with the scalar one."""
+    load = "  v_add_u32 v20, 0xfffffff0, v1\n  buffer_load_dword v8, v20, s[12:15], {}\n" + _STORE_ALL
+    built = kernels(
+        {
+            "instruction": load.format("0 offen offset:20"),
+            "scalar": "  s_movk_i32 s20, 16\n" + load.format("s20 offen offset:4"),
+        }
+    )
+    data, out = bytes_of(11), np.zeros((LANES, SLOT // 4), np.uint32)
+    run(built["instruction"], data, out)
+    assert (out[:, 0] == data.view(np.uint32)[:, 1]).all()
+    run(built["scalar"], data, out)
+    assert out[0, 0] == 0
+    assert (out[1:, 0] == data.view(np.uint32)[1:, 1]).all()
+
+
 def test_flat_reaches_lds_and_scratch() -> None:
     body = (
         _FILL_LDS

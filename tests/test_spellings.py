@@ -8,105 +8,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from iree.compiler import ir
+from raised import Function, contracts, integers, sites
 from torch import nn
 from torch.nn import functional as F
 
 import lowering
-from lowering.fuse import fuse
-from lowering.importer import import_module
-from lowering.normalize import normalize
-from lowering.raising import raise_function
-from lowering.views import sink_views
-from patterns import canonical, torch_ir
 from patterns.contracts import GatedActivation, Quantization, RmsNorm
-from patterns.sites import Ledger
 
 group_quant = torch.ops.lowering.group_quant
 rms_norm = torch.ops.lowering.rms_norm
-
-
-class Function(nn.Module):
-    """A function of tensors, with a weight of 256 elements as its first argument."""
-
-    def __init__(self, function: Callable[..., Any], dtype: torch.dtype = torch.bfloat16):
-        super().__init__()
-        self.function = function
-        self.weight = nn.Parameter(torch.randn(256).to(dtype), requires_grad=False)
-
-    def forward(self, *args: torch.Tensor) -> Any:
-        return self.function(self.weight, *args)
-
-
-def contracts(module: nn.Module, *args: torch.Tensor) -> list[Any]:
-    """The contracts of the canonical operations ``module`` is raised to, in order."""
-    context = ir.Context()
-    program = import_module(module, args, context)
-    readers = {
-        canonical.RMS_NORM: canonical.norm_contract,
-        canonical.GATED_ACTIVATION: canonical.gate_contract,
-        canonical.GROUP_QUANT: canonical.quantization,
-    }
-    with context, ir.Location.unknown():
-        function = program.main()
-        normalize(function)
-        raise_function(function, Ledger())
-        ops = [op.operation for op in torch_ir.block_of(function).operations]
-        return [readers[name](op) for op in ops if (name := torch_ir.op_name(op)) in readers]
-
-
-def written_out(x: torch.Tensor, scale_of: Callable, quotient_of: Callable, floor_of: Callable) -> Any:
-    """Group quantization as people write it."""
-    groups = x.reshape(*x.shape[:-1], -1, 128).float()
-    scale = scale_of(floor_of(groups.abs().amax(dim=-1, keepdim=True)))
-    q = quotient_of(groups, scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
-    return q.reshape(x.shape), scale.squeeze(-1)
-
-
-@pytest.mark.parametrize(
-    ("scale_of", "quotient_of", "floor_of", "expected"),
-    [
-        (lambda a: a / 448.0, lambda g, s: g / s, lambda a: a.clamp(min=1e-10), {}),
-        (
-            lambda a: a / 448.0,
-            lambda g, s: g * (1.0 / s),
-            lambda a: a,
-            {"amax_floor": 0.0, "quotient": "reciprocal"},
-        ),
-        (
-            lambda a: a * (1.0 / 448.0),
-            lambda g, s: g * torch.reciprocal(s),
-            lambda a: torch.maximum(a, torch.tensor(1e-4)),
-            {"amax_floor": pytest.approx(1e-4), "scale_division": "reciprocal", "quotient": "reciprocal"},
-        ),
-    ],
-    ids=["divisions", "reciprocal", "products"],
-)
-def test_group_quantization_written_out(
-    scale_of: Callable, quotient_of: Callable, floor_of: Callable, expected: dict[str, Any]
-) -> None:
-    module = Function(lambda w, x: written_out(rms_norm(x, w, 1e-6), scale_of, quotient_of, floor_of))
-    norm, quantization = contracts(module, torch.randn(4, 256, dtype=torch.bfloat16))
-    assert norm == RmsNorm(1e-6)
-    fields = {**Quantization(128).__dict__, **expected}
-    assert quantization.__dict__ == fields
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        lambda g, s: (g / s).clamp(-240.0, 240.0),  # not what the scale was made for
-        lambda g, s: (g / s).clamp(-448.0, 440.0),
-        lambda g, s: (g / (s + 1.0)).clamp(-448.0, 448.0),
-    ],
-)
-def test_nearly_a_group_quantization_is_left_alone(wrong: Callable) -> None:
-    def function(w: torch.Tensor, x: torch.Tensor) -> Any:
-        groups = x.reshape(4, 2, 128).float()
-        scale = groups.abs().amax(dim=-1, keepdim=True) / 448.0
-        return wrong(groups, scale).to(torch.float8_e4m3fn), scale
-
-    assert contracts(Function(function), torch.randn(4, 256, dtype=torch.bfloat16)) == []
 
 
 GATES = {
@@ -181,11 +91,6 @@ def test_a_view_cannot_hide_a_fusion(view: Callable[[torch.Tensor], torch.Tensor
             assert torch.equal(ours.float(), eager.float())
 
 
-def integers(*shape: int) -> torch.Tensor:
-    """Small integers: the sum of their squares is exact in any order, so results are equal bit for bit."""
-    return torch.randint(-8, 9, shape).to(torch.bfloat16)
-
-
 def test_a_view_of_the_last_axis_blocks_and_says_so() -> None:
     module = Function(lambda w, x: group_quant(rms_norm(x, w, 1e-6)[..., :128], 128))
     report = lowering.explain(module, (torch.randn(4, 256, dtype=torch.bfloat16),))
@@ -206,6 +111,23 @@ SMALL = {
     "pad_token_id": 0,
 }
 HEADS = {"head_dim": 64}
+# Latent attention (norms of the compressed queries and keys), a dense layer, then routed and shared experts.
+DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+    "moe_intermediate_size": 128,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+}
+KIMI = {"routed_scaling_factor": 2.827, "norm_topk_prob": True, "rope_theta": 50000.0}
 FAMILIES = {
     "Llama": (transformers.LlamaConfig, {}),
     "Qwen2": (transformers.Qwen2Config, {}),
@@ -217,6 +139,9 @@ FAMILIES = {
     "Olmo2": (transformers.Olmo2Config, {}),
     "Glm4": (transformers.Glm4Config, HEADS),
     "Granite": (transformers.GraniteConfig, {}),
+    "DeepSeek-V3": (transformers.DeepseekV3Config, DEEPSEEK),
+    # One group of experts, another scaling: what Kimi K2 changes.
+    "Kimi-K2": (transformers.DeepseekV3Config, {**DEEPSEEK, "n_group": 1, "topk_group": 1, **KIMI}),
 }
 
 
@@ -229,28 +154,50 @@ class Logits(nn.Module):
         return self.model(ids, use_cache=False).logits
 
 
-@pytest.mark.parametrize(("config", "more"), FAMILIES.values(), ids=FAMILIES.keys())
-def test_every_norm_and_quantization_of_a_family_is_recognised(config: type, more: dict[str, int]) -> None:
-    model = transformers.AutoModelForCausalLM.from_config(config(**SMALL, **more)).to(torch.bfloat16).eval()
-    quantized = Logits(lowering.quantize(model))
-    context, ledger = ir.Context(), Ledger()
-    ids = torch.randint(0, 1000, (1, 13))
-    program = import_module(
-        quantized, (ids,), context, dynamic_shapes=({1: torch.export.Dim("time", max=512)},)
-    )
-    with context, ir.Location.unknown():
-        function = program.main()
-        normalize(function)
-        raise_function(function, ledger)
-        sink_views(function)
-        fuse(function, ledger, lambda spec: None)
-        left = {torch_ir.op_name(op.operation) for op in torch_ir.block_of(function).operations}
-    assert "torch.aten.rsqrt" not in left
+def family(name: str, dtype: torch.dtype, **fewer: int) -> tuple[nn.Module, nn.Module]:
+    """A small model of the family with random weights, and the same with its linear layers quantized."""
+    config, more = FAMILIES[name]
+    small = config(**{**SMALL, **more, **fewer})
+    model = transformers.AutoModelForCausalLM.from_config(small).to(dtype).eval()
+    return model, Logits(lowering.quantize(model))
+
+
+TIME = ({1: torch.export.Dim("time", max=512)},)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_norm_and_quantization_of_a_family_is_recognised(name: str) -> None:
+    model, quantized = family(name, torch.bfloat16)
+    records = sites(quantized, torch.randint(0, 1000, (1, 13)), dynamic_shapes=TIME).records
     norms = sum("RMSNorm" in type(module).__name__ for module in model.modules())
-    assert sum(site.op == "rms_norm" for site in ledger.records) == norms > 0
+    assert sum(site.op == "rms_norm" for site in records) == norms > 0
     quantized_layers = sum(isinstance(m, lowering.nn.BlockScaledLinear) for m in model.modules())
-    assert sum(site.op == "group_quant" for site in ledger.records) == quantized_layers > 0
-    assert [site.reason for site in ledger.records if not site.fused] == []
+    assert sum(site.op == "group_quant" for site in records) == quantized_layers > 0
+    assert [site.reason for site in records if not site.fused] == []
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_computes_what_eager_computes(name: str) -> None:
+    """In float32, to the tolerances that test_compile explains for Llama: most logits to 1e-5 of their range.
+
+    A difference in a last place can decide how one value rounds to fp8, or which expert a token goes to; what
+    lies behind it then moves by up to about 2%.
+    """
+    model, quantized = family(name, torch.float32, num_hidden_layers=1, first_k_dense_replace=0)
+    # Experts as products of gathered weights: nothing in IREE lowers the default's grouped product.
+    model.set_experts_implementation("batched_mm")
+    compiled = lowering.compile(quantized, (torch.zeros(1, 13, dtype=torch.long),), dynamic_shapes=TIME)
+    assert not compiled.report.unfused
+    program, errors = lowering.load(compiled.vmfb), []
+    for tokens in (13, 1, 30):
+        ids = torch.randint(0, 1000, (1, tokens))
+        with torch.no_grad():
+            expected = quantized(ids)
+        got = program(ids)
+        assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
+        errors.append(((got - expected).abs() / (expected.max() - expected.min())).flatten())
+    assert torch.cat(errors).max() <= 5e-2
+    assert torch.cat(errors).median() <= 1e-5
 
 
 # -- from outside -------------------------------------------------------------------------------------------
@@ -264,7 +211,8 @@ def test_a_recogniser_from_a_file(tmp_path: Path) -> None:
         return group_quant(y, 128)
 
     module, x = Function(function, torch.float32), torch.randn(4, 256)
-    assert [site.op for site in lowering.explain(module, (x,)).sites] == ["group_quant"]
+    norm, _ = lowering.explain(module, (x,)).sites
+    assert norm.op == "rms_norm" and "divides by a square root" in (norm.reason or "")
     file = tmp_path / "mine.py"
     file.write_text(
         textwrap.dedent("""

@@ -1,16 +1,16 @@
 // RUN: %opt %s --steps raise --report | %filecheck %s
 
-// One change each to a form that is recognised, and it is none any more.
+// One change each to a form that is recognised, and it is none any more; what still looks like one says why.
 
 !f32 = !torch.vtensor<[?,256],f32>
 !f64 = !torch.vtensor<[?,256],f64>
 !row = !torch.vtensor<[?,1],f32>
 !row64 = !torch.vtensor<[?,1],f64>
 
-// CHECK-NOT:   vmfuse.rms_norm
-// CHECK-NOT:   // site
-
 // The mean is over the first axis.
+// CHECK-LABEL: func.func @over_the_first_axis(
+// CHECK-NOT:     vmfuse.rms_norm
+// CHECK:       // site 0: rms_norm at line {{.*}} unfused: the mean of squares is over axes [0] of 2; a kernel norms the last axis
 func.func @over_the_first_axis(%x: !f32) -> !f32 {
   %none = torch.constant.none
   %true = torch.constant.bool true
@@ -28,6 +28,9 @@ func.func @over_the_first_axis(%x: !f32) -> !f32 {
 }
 
 // The third power, not the second.
+// CHECK-LABEL: func.func @cubes(
+// CHECK-NOT:     vmfuse.rms_norm
+// CHECK-NOT:   // site
 func.func @cubes(%x: !f32) -> !f32 {
   %none = torch.constant.none
   %true = torch.constant.bool true
@@ -45,6 +48,9 @@ func.func @cubes(%x: !f32) -> !f32 {
 }
 
 // The statistic is another tensor's.
+// CHECK-LABEL: func.func @of_another_tensor(
+// CHECK-NOT:     vmfuse.rms_norm
+// CHECK:       // site 0: rms_norm at line {{.*}} unfused: its reciprocal root is not multiplied with the tensor that the mean of squares was taken of
 func.func @of_another_tensor(%x: !f32, %other: !f32) -> !f32 {
   %none = torch.constant.none
   %true = torch.constant.bool true
@@ -62,6 +68,9 @@ func.func @of_another_tensor(%x: !f32, %other: !f32) -> !f32 {
 }
 
 // The statistic is applied to another tensor.
+// CHECK-LABEL: func.func @normalises_another_tensor(
+// CHECK-NOT:     vmfuse.rms_norm
+// CHECK:       // site 0: rms_norm at line {{.*}} unfused: its reciprocal root is not multiplied with the tensor that the mean of squares was taken of
 func.func @normalises_another_tensor(%x: !f32, %other: !f32) -> !f32 {
   %none = torch.constant.none
   %true = torch.constant.bool true
@@ -79,6 +88,9 @@ func.func @normalises_another_tensor(%x: !f32, %other: !f32) -> !f32 {
 }
 
 // add.Scalar with alpha 2 adds the epsilon twice.
+// CHECK-LABEL: func.func @epsilon_twice(
+// CHECK-NOT:     vmfuse.rms_norm
+// CHECK:       // site 0: rms_norm at line {{.*}} unfused: between the mean of squares and torch.rsqrt is more than the addition of a constant epsilon
 func.func @epsilon_twice(%x: !f32) -> !f32 {
   %none = torch.constant.none
   %true = torch.constant.bool true
@@ -95,6 +107,9 @@ func.func @epsilon_twice(%x: !f32) -> !f32 {
 }
 
 // The epsilon is computed.
+// CHECK-LABEL: func.func @computed_epsilon(
+// CHECK-NOT:     vmfuse.rms_norm
+// CHECK:       // site 0: rms_norm at line {{.*}} unfused: between the mean of squares and torch.rsqrt is more than the addition of a constant epsilon
 func.func @computed_epsilon(%x: !f32, %computed: !torch.float) -> !f32 {
   %none = torch.constant.none
   %true = torch.constant.bool true
@@ -111,6 +126,9 @@ func.func @computed_epsilon(%x: !f32, %computed: !torch.float) -> !f32 {
 }
 
 // sqrt, not 1/sqrt.
+// CHECK-LABEL: func.func @square_root(
+// CHECK-NOT:     vmfuse.rms_norm
+// CHECK-NOT:   // site
 func.func @square_root(%x: !f32) -> !f32 {
   %none = torch.constant.none
   %true = torch.constant.bool true
@@ -128,6 +146,9 @@ func.func @square_root(%x: !f32) -> !f32 {
 }
 
 // A float64 statistic is not one a kernel computes.
+// CHECK-LABEL: func.func @in_float64(
+// CHECK-NOT:     vmfuse.rms_norm
+// CHECK:       // site 0: rms_norm at line {{.*}} unfused: the mean of squares is taken in float64; convert the tensor with .float() before
 func.func @in_float64(%x: !f64) -> !f64 {
   %none = torch.constant.none
   %true = torch.constant.bool true

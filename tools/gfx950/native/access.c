@@ -88,13 +88,15 @@ static u32 extended(u32 word, u32 bytes, u8 layout) {
   return bytes == 1 ? (u32)(i32)(i8)word : (u32)(i32)(i16)word;
 }
 
-static void read_place(Words *words, Place place, u32 lane, u32 bytes, u8 layout) {
+// The first `bytes` of what `op` loads; the rest are zeros.
+static void read_place(Words *words, Place place, u32 lane, u32 bytes, const Operation *op) {
+  const u8 layout = op->detail;
   u32 value[4] = {0}, shadow[4] = {0};
   memcpy(value, place.at, bytes);
   if (place.shadow) memcpy(shadow, place.shadow, bytes);
   value[0] = bytes < 4 ? extended(value[0], bytes, layout) : value[0];
   if (bytes < 4 && shadow[0] && (layout & SIGN_EXTENDED)) shadow[0] = extended(shadow[0], bytes, layout);
-  for (u32 i = 0; i < words_of_bytes(bytes); ++i) {
+  for (u32 i = 0; i < words_of_bytes(op->bytes); ++i) {
     words->value[i][lane] = value[i], words->shadow[i][lane] = shadow[i];
     words->dirty |= shadow[i] != 0;
   }
@@ -119,8 +121,10 @@ void load_lanes(Machine *m, Wave *w, const Inst *in, const Operation *op, const 
       for (u32 i = 0; i < words_of_bytes(op->bytes); ++i) words.value[i][lane] = words.shadow[i][lane] = 0;
       continue;
     }
-    read_place(&words, locate(m, w, in, a->space[lane], (u32)lane, a->address[lane], op->bytes, false), (u32)lane, op->bytes, op->detail);
-    if (a->space[lane] == IN_MEMORY) m->bytes_loaded += op->bytes;
+    const u32 bytes = within(a, (u32)lane, op);
+    const Place place = locate(m, w, in, a->space[lane], (u32)lane, a->address[lane], bytes, false);
+    read_place(&words, place, (u32)lane, bytes, op);
+    if (a->space[lane] == IN_MEMORY) m->bytes_loaded += bytes;
   }
   if (op->detail & HALF_KEPT) check_vgpr(m, w, in, reg), keep_half(w, reg, op->detail, &words);
   for (u32 i = 0; i < words_of_bytes(op->bytes); ++i)
@@ -140,12 +144,13 @@ void store_lanes(Machine *m, Wave *w, const Inst *in, const Operation *op, const
   for EACH_LANE(a->lanes & ~a->beyond) {
     u32 value[4], shadow[4];
     for (u32 i = 0; i < count; ++i) value[i] = w->v[reg + i][lane] >> down, shadow[i] = w->v_shadow[reg + i][lane] >> down;
-    const Place place = locate(m, w, in, a->space[lane], (u32)lane, a->address[lane], op->bytes, true);
-    memcpy(place.at, value, op->bytes);
-    if (place.shadow) memcpy(place.shadow, shadow, op->bytes);
+    const u32 bytes = within(a, (u32)lane, op);
+    const Place place = locate(m, w, in, a->space[lane], (u32)lane, a->address[lane], bytes, true);
+    memcpy(place.at, value, bytes);
+    if (place.shadow) memcpy(place.shadow, shadow, bytes);
     if (a->space[lane] != IN_MEMORY) continue;
-    check_stored(m, w, in, shadow, op->bytes, (u32)lane);
-    m->bytes_stored += op->bytes;
+    check_stored(m, w, in, shadow, bytes, (u32)lane);
+    m->bytes_stored += bytes;
   }
 }
 

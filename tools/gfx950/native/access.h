@@ -13,7 +13,13 @@ typedef struct {
   Space space[LANES];
   u64 lanes;        // that take part
   u64 beyond;       // those of them a buffer's bounds exclude: loads give zeros, stores do nothing
+  u8 within[LANES]; // bytes that its bounds leave of the others' loads and stores, which they cut by the dword
 } Addresses;
+
+// Bytes that an access of a lane moves.
+static inline u32 within(const Addresses *a, u32 lane, const Operation *op) {
+  return a->within[lane] < op->bytes ? a->within[lane] : op->bytes;
+}
 
 Place locate(Machine *m, Wave *w, const Inst *in, Space space, u32 lane, u64 address, u32 bytes, bool write);
 void load_lanes(Machine *m, Wave *w, const Inst *in, const Operation *op, const Addresses *a, u32 reg);

@@ -9,6 +9,7 @@ static void addresses_of(Machine *m, Wave *w, const Inst *in, u32 offset, Addres
   Source s;
   if (in->flags & GDS) fail(m, w, in, ILLEGAL, 0, "this part has no global data share");
   a->lanes = exec_of(w), a->beyond = 0;
+  memset(a->within, 255, sizeof a->within);
   fetch_registers(m, w, in, in->src[0], 1, a->lanes, &s);
   check_defined(m, w, in, &s, 1, a->lanes, "an LDS address");
   for (int i = 0; i < LANES; ++i) a->address[i] = (u64)s.value->u[i] + offset, a->space[i] = IN_LDS;

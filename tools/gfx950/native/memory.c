@@ -23,6 +23,7 @@ static u64 scalar_base(Machine *m, Wave *w, const Inst *in, u32 code, int words)
 
 static void start(const Wave *w, Space space, u64 base, Addresses *a) {
   a->lanes = exec_of(w), a->beyond = 0;
+  memset(a->within, 255, sizeof a->within);
   for (int i = 0; i < LANES; ++i) a->address[i] = base, a->space[i] = space;
 }
 
@@ -51,11 +52,22 @@ static void flat_addresses(Machine *m, Wave *w, const Inst *in, Addresses *a) {
   }
 }
 
+static void issue_atomic(Machine *m, Wave *w, const Inst *in, const Operation *op);
+
 typedef struct { u64 base; u32 stride, records; bool swizzled; } Buffer;
 
 static Buffer buffer_of(Machine *m, Wave *w, const Inst *in, u32 code) {
   const u64 low = scalar_base(m, w, in, code, 2), high = scalar_base(m, w, in, code + 2, 2);
   return (Buffer){(u64)((i64)(low << 16) >> 16), (u32)(low >> 48) & 0x3fff, (u32)high, low >> 63};
+}
+
+// Bytes of an access that a buffer's bounds leave: all or nothing where it counts records or the access is an atomic,
+// else whole dwords.
+static u32 bytes_within(const Buffer *b, const Inst *in, const Operation *op, u32 index, u64 offset) {
+  if (in->flags & IDXEN && b->stride) return index < b->records ? op->bytes : 0;
+  const u64 left = offset < b->records ? b->records - offset : 0;
+  if (left >= op->bytes) return op->bytes;
+  return op->bytes < 4 || op->issue == issue_atomic ? 0 : (u32)left & ~3u;
 }
 
 static void buffer_addresses(Machine *m, Wave *w, const Inst *in, const Operation *op, Addresses *a) {
@@ -68,11 +80,11 @@ static void buffer_addresses(Machine *m, Wave *w, const Inst *in, const Operatio
   if (in->flags & IDXEN) add_vector(m, w, in, in->src[0], 1, &index);
   if (in->flags & OFFEN) add_vector(m, w, in, in->src[0] + (in->flags & IDXEN ? 1u : 0), 1, a);
   for EACH_LANE(a->lanes) {
-    const u64 offset = a->address[lane];
-    // With a stride what counts is the record; without, every byte.
-    const bool beyond = b.stride ? index.address[lane] >= b.records : offset + op->bytes + scalar > b.records;
-    a->beyond |= (u64)beyond << lane;
-    a->address[lane] = b.base + scalar + offset + index.address[lane] * b.stride;
+    // The offsets of the lane and of the instruction wrap at 32 bits before the scalar one is added.
+    const u64 offset = (u32)a->address[lane] + scalar;
+    const u32 within = bytes_within(&b, in, op, (u32)index.address[lane], offset);
+    a->within[lane] = (u8)within, a->beyond |= (u64)(within == 0) << lane;
+    a->address[lane] = b.base + offset + index.address[lane] * b.stride;
   }
 }
 
@@ -108,10 +120,11 @@ static void load_to_lds(Machine *m, Wave *w, const Inst *in, const Operation *op
   for EACH_LANE(from->lanes) {
     u8 value[16] = {0}, shadow[16] = {0};
     if (!(from->beyond >> lane & 1)) {
-      const Place source = locate(m, w, in, from->space[lane], (u32)lane, from->address[lane], op->bytes, false);
-      memcpy(value, source.at, op->bytes);
-      if (source.shadow) memcpy(shadow, source.shadow, op->bytes);
-      m->bytes_loaded += op->bytes;
+      const u32 bytes = within(from, (u32)lane, op);
+      const Place source = locate(m, w, in, from->space[lane], (u32)lane, from->address[lane], bytes, false);
+      memcpy(value, source.at, bytes);
+      if (source.shadow) memcpy(shadow, source.shadow, bytes);
+      m->bytes_loaded += bytes;
     }
     const Place to = locate(m, w, in, IN_LDS, (u32)lane, (base + lane * step) & 0xffffffff, step, true);
     memcpy(to.at, value, step);

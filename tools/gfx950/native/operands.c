@@ -299,7 +299,8 @@ static void packed_half(Machine *m, Wave *w, const Inst *in, int which, Type typ
   const bool negate = (half ? in->abs : in->neg) >> which & 1;
   if (is_half(type)) {
     if (high) shift_down(s, 16);
-  } else if (high && code >= 128 && code < VGPR) {
+  } else if (high && code >= 128 && code < VGPR && s->value->u[0] != 0) {
+    // A constant fills the low half; what the high half is then, no document says, but of zero it is zero.
     fail(m, w, in, ILLEGAL, 0, "the high half of a 32-bit constant is used");
   }
   if (negate) change_sign(m, w, in, s, type, false, true);
