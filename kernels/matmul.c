@@ -1,29 +1,20 @@
-// The block-scaled product on CPUs: out[m, n] = sum over groups g of K of a_scale[m, g] * b_scale[n/GROUP, g] * (the
-// product of group g of row m of a and row n of b), a [rows, K] and b [N, K] of 8-bit floats, accumulated in float32.
-//
-// Codes are decoded once and multiplied as bfloat16 pairs where the machine has that (a product of two codes is exact in
-// float32), else as floats.  Either way four codes of a row are one 32-bit word, and a vector of such words becomes
-// PARTS vectors of DEPTH elements a lane without an exchange between lanes.
+// The block-scaled product on CPUs: out[m, n] = the sum over the groups g of K of a_scale[m, g] * b_scale[n / GROUP, g]
+// times the product of group g of row m of a and row n of b; a [rows, K] and b [N, K] of 8-bit floats.
 //
 //   few rows    lanes are places along K: BATCH rows of b stream past one row of a.
-//   many rows   lanes are columns: a tile of COLUMNS rows of b is decoded and transposed, one group at a time, and
-//               multiplied with PANEL rows of a after another.  The sums of a tile stay on the stack.
+//   many rows   lanes are columns: a tile of COLUMNS rows of b is decoded and transposed, a chunk of K at a time, and
+//               multiplied with one panel of rows of a after another.  The sums of a tile lie on the stack.
 //
-// A worker's stack is 128 KiB; the tiles take less than 64.  Pointers need only the alignment of their element.
+// A worker of IREE has 128 KiB of stack, of which ROWS = 128 and COLUMNS = 96 take 75.  A store of a vector takes as
+// long as one and a half products, so nothing is stored that need not be; shuffles are free beside products (measured
+// on Zen 4).  Pointers need only the alignment of their element.
 //
 // The macros that specialise this file come from lowering/matmul_kernel.py.
 
 #include "cpu.h"
 #include "vectors.h"
-
-#if defined(__AVX512VBMI__) && defined(__AVX512BF16__)
-#define BF16_PAIRS 1
-#define DEPTH 2
-#else
-#define BF16_PAIRS 0
-#define DEPTH 1
-#endif
-#define PARTS (4 / DEPTH)
+// After them, whose types it uses.
+#include "float8.h"
 
 // Sums of PANEL rows times WIDTH vectors fill the registers.
 #if LANES == 16
@@ -38,20 +29,15 @@
 
 #define MIN2(a, b) ((a) < (b) ? (a) : (b))
 #define GROUPS (K / GROUP)
-#define CHUNK MIN2(GROUP, 64)           // elements along K of a decoded tile
+#define CHUNK MIN2(GROUP, 32 * DEPTH)  // elements along K of a decoded tile
 #define STEPS (CHUNK / DEPTH)
-#define LOAD MIN2(CHUNK, 4 * LANES)     // codes that are loaded at once along K
+#define LOAD MIN2(CHUNK, 4 * LANES)    // codes that are loaded at once along K
 #define VECTORS (COLUMNS / LANES)
 #define STRIPES (VECTORS / WIDTH)
+_Static_assert(VECTORS % WIDTH == 0 && CHUNK % LOAD == 0 && GROUP % CHUNK == 0, "tiles are made of whole panels");
 
-typedef u32 Quad __attribute__((vector_size(16), aligned(1), may_alias));
 typedef float Eight __attribute__((vector_size(32)));
 typedef float LooseEight __attribute__((vector_size(32), aligned(4), may_alias));
-typedef Words Parts[PARTS];
-
-#if !defined(__has_builtin)
-#define __has_builtin(x) 0
-#endif
 
 // A value that is in a register from here on: compilers like to load it anew for each use.
 INLINE Words once(Words a) {
@@ -59,89 +45,6 @@ INLINE Words once(Words a) {
   __asm__ volatile("" : "+v"(a));
 #endif
   return a;
-}
-
-// Half vectors side by side.
-#if LANES > 4
-typedef u32 HalfWords __attribute__((vector_size(2 * LANES)));
-typedef u32 LooseHalfWords __attribute__((vector_size(2 * LANES), aligned(1), may_alias));
-#endif
-#if LANES == 16
-#define UP_TO_HALF 0, 1, 2, 3, 4, 5, 6, 7
-#define UP_TO_ALL UP_TO_HALF, 8, 9, 10, 11, 12, 13, 14, 15
-INLINE Words join(HalfWords a, HalfWords b) {
-#if __has_builtin(__builtin_shufflevector)
-  return __builtin_shufflevector(a, b, UP_TO_ALL);
-#else
-  return (Words){a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]};
-#endif
-}
-#endif
-#if LANES >= 8
-typedef u32 TwoQuads __attribute__((vector_size(32)));
-INLINE TwoQuads join_quads(const u8 *a, const u8 *b) {
-  const Quad x = *(const Quad *)a, y = *(const Quad *)b;
-#if __has_builtin(__builtin_shufflevector)
-  return __builtin_shufflevector(x, y, 0, 1, 2, 3, 4, 5, 6, 7);
-#else
-  return (TwoQuads){x[0], x[1], x[2], x[3], y[0], y[1], y[2], y[3]};
-#endif
-}
-#endif
-
-// 16 bytes from each of LANES / 4 rows that are `stride` rows apart... see below
-INLINE Words quads(const u8 *const *rows, i64 at) {
-#if LANES == 16
-  return join(join_quads(rows[0] + at, rows[4] + at), join_quads(rows[8] + at, rows[12] + at));
-#elif LANES == 8
-  return join_quads(rows[0] + at, rows[4] + at);
-#else
-  return *(const Quad *)(rows[0] + at);
-#endif
-}
-
-#if LANES == 16
-#define IN_QUADS(a, b, c, d) a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12
-#elif LANES == 8
-#define IN_QUADS(a, b, c, d) a, b, c, d, a + 4, b + 4, c + 4, d + 4
-#else
-#define IN_QUADS(a, b, c, d) a, b, c, d
-#endif
-
-// The lower or upper halves of the quads of two vectors, interleaved in units of so many bits.
-#define LOW64(a, b) SHUFFLE(a, b, IN_QUADS(0, 1, LANES, LANES + 1))
-#define HIGH64(a, b) SHUFFLE(a, b, IN_QUADS(2, 3, LANES + 2, LANES + 3))
-#define LOW32(a, b) SHUFFLE(a, b, IN_QUADS(0, LANES, 1, LANES + 1))
-#define HIGH32(a, b) SHUFFLE(a, b, IN_QUADS(2, LANES + 2, 3, LANES + 3))
-#if BF16_PAIRS
-#define INTERLEAVED(name, instruction)                                       \
-  INLINE Words name(Words a, Words b) {                                      \
-    Words r;                                                                 \
-    __asm__(instruction " %2, %1, %0" : "=v"(r) : "v"(a), "v"(b));           \
-    return r;                                                                \
-  }
-INTERLEAVED(low16, "vpunpcklwd")
-INTERLEAVED(high16, "vpunpckhwd")
-INTERLEAVED(low8, "vpunpcklbw")
-INTERLEAVED(high8, "vpunpckhbw")
-#endif
-
-// 16 codes of each of LANES rows, transposed so that `decode` leaves row n in lane n: its part p of words[j] has the
-// elements (4j + p * DEPTH) to (4j + p * DEPTH + DEPTH - 1) of the 16.
-INLINE void transposed(const u8 *const *rows, i64 at, Words words[4]) {
-  Words r[4];
-  for (int i = 0; i < 4; ++i) r[i] = quads(rows + i, at);
-#if BF16_PAIRS
-  const Words low01 = low16(r[0], r[1]), high01 = high16(r[0], r[1]);
-  const Words low23 = low16(r[2], r[3]), high23 = high16(r[2], r[3]);
-  words[0] = LOW32(low01, low23), words[1] = HIGH32(low01, low23);
-  words[2] = LOW32(high01, high23), words[3] = HIGH32(high01, high23);
-#else
-  const Words low01 = LOW32(r[0], r[1]), high01 = HIGH32(r[0], r[1]);
-  const Words low23 = LOW32(r[2], r[3]), high23 = HIGH32(r[2], r[3]);
-  words[0] = LOW64(low01, low23), words[1] = HIGH64(low01, low23);
-  words[2] = LOW64(high01, high23), words[3] = HIGH64(high01, high23);
-#endif
 }
 
 // LOAD codes of a row, zeros after them.
@@ -152,65 +55,6 @@ INLINE Words load_codes(const u8 *from) {
   return join(*(const LooseHalfWords *)from, (HalfWords){0});
 #endif
 }
-
-// -- decoding ------------------------------------------------------------------------------------------------------
-
-// The value of the code in the low byte of each word, the rest of which is zero.
-INLINE Floats value_of(Words code, int codes) {
-  Words magnitude = code & 0x7fu;
-  Words bits = bits_of(floats_of(magnitude << 20) * (codes == E4M3FN ? 0x1p120f : 0x1p119f));
-  bits |= (code & 0x80u) << 24;
-  Signed nan = codes == E4M3FN ? (Signed)(magnitude == 0x7fu) : (Signed)(code == 0x80u);
-  return floats_of(bits | ((Words)nan & 0x7fc00000u));
-}
-
-#if BF16_PAIRS
-typedef u8 Bytes __attribute__((vector_size(64)));
-
-// The bytes of the bfloat16 of each magnitude; bit 6 of a code chooses the vector, the low six bits the byte.
-typedef struct { Bytes low[2], high[2]; } Decoder;
-
-INLINE Decoder decoder_of(int codes) {
-  union { u8 bytes[128]; Bytes vectors[2]; } low, high;
-  for (u32 code = 0; code < 128; ++code) {
-    const u32 bits = word_of(value_of((Words){0} + code, codes)[0]);
-    low.bytes[code] = (u8)(bits >> 16), high.bytes[code] = (u8)(bits >> 24);
-  }
-  return (Decoder){{low.vectors[0], low.vectors[1]}, {high.vectors[0], high.vectors[1]}};
-}
-
-INLINE Bytes looked_up(Bytes codes, const Bytes table[2]) {
-  __asm__("vpermi2b %2, %1, %0" : "+v"(codes) : "v"(table[0]), "v"(table[1]));
-  return codes;
-}
-
-// Of each quad of 16 codes the first eight go to parts[0], the others to parts[1].
-INLINE void decode(Words words, int codes, const Decoder *decoder, Parts parts) {
-  Bytes code = (Bytes)words, low = looked_up(code, decoder->low), high = looked_up(code, decoder->high);
-  high |= code & 0x80;
-  if (codes == E4M3FNUZ) {
-    Bytes nan = (Bytes)(code == 0x80);
-    low |= nan, high |= nan;
-  }
-  parts[0] = low8((Words)low, (Words)high), parts[1] = high8((Words)low, (Words)high);
-}
-
-INLINE Floats multiply_add(Floats sum, Words a, Words b) {
-  __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-  return sum;
-}
-#else
-typedef struct { char unused; } Decoder;
-
-INLINE Decoder decoder_of(int codes) { return (Decoder){0}; }
-
-// Of each word of four codes one goes to each part.
-INLINE void decode(Words words, int codes, const Decoder *decoder, Parts parts) {
-  for (int p = 0; p < PARTS; ++p) parts[p] = bits_of(value_of((words >> (8 * p)) & 0xffu, codes));
-}
-
-INLINE Floats multiply_add(Floats sum, Words a, Words b) { return fma(floats_of(a), floats_of(b), sum); }
-#endif
 
 // -- many rows -----------------------------------------------------------------------------------------------------
 
@@ -236,15 +80,11 @@ INLINE void rows_of(const u8 *b, i64 n, int count, const u8 **rows) {
   for (int i = 0; i < count; ++i) rows[i] = b + (n + i < N ? n + i : N - 1) * (i64)K;
 }
 
-// Where among the steps of a chunk `decode` puts a row's elements DEPTH * place and what follows it.
-INLINE int step_of(int place) {
-  const int load = place / (LOAD / DEPTH), in_load = place % (LOAD / DEPTH);
-#if BF16_PAIRS
-  const int part = in_load / 4 % 2, word = in_load / 8 * 4 + in_load % 4;
-#else
-  const int part = in_load % 4, word = in_load / 4;
-#endif
-  return load * (LOAD / DEPTH) + part * (LOAD / 4) + word;
+// Where among the steps of a chunk the left tile has a row's elements from DEPTH * n on.
+INLINE int step_of(int n) {
+  const int load = n / (LOAD / DEPTH), in_load = n % (LOAD / DEPTH);
+  const Place place = place_of(in_load);
+  return load * (LOAD / DEPTH) + place.part * (LOAD / 4) + place.word;
 }
 
 // Vector v of a tile of b, a chunk of LANES rows; the chunk after it is sent for.
@@ -290,12 +130,12 @@ INLINE void multiply_panel(const Left *left, int rows, const Words (*right)[WIDT
       for (int v = 0; v < WIDTH; ++v) sum[i][v] = multiply_add(sum[i][v], a, b[v]);
     }
   }
-  Floats *to = sums;
 #pragma GCC unroll 8
-  for (int i = 0; i < rows; ++i, to += VECTORS) {
+  for (int i = 0; i < rows; ++i) {
+    Floats *to = sums + i * VECTORS;
     const Eight scale = a_scale[i * GROUPS] * *(const LooseEight *)b_scale;
 #pragma GCC unroll 8
-    for (int v = 0; v < WIDTH; ++v) to[v] = fma(sum[i][v], all(scale[v]), to[v]);
+    for (int v = 0; v < WIDTH; ++v) to[v] = add_product(to[v], sum[i][v], all(scale[v]));
   }
 }
 
@@ -380,7 +220,8 @@ INLINE void many_rows(const Product *p, i64 row, int rows, i64 first) {
 // -- few rows ------------------------------------------------------------------------------------------------------
 
 // Elements n to n + BATCH - 1 of a row of the result.
-INLINE void one_row_batch(const Product *p, i64 row, i64 n, const Decoder *a_decoder, const Decoder *b_decoder, float *results) {
+INLINE void one_row_batch(const Product *p, i64 row, i64 n, const Decoder *a_decoder, const Decoder *b_decoder,
+                          float *results) {
   const u8 *a = p->a + row * K, *rows[BATCH];
   const float *a_scale = p->a_scale + row * GROUPS, *b_scale = p->b_scale + (n < N ? n : N - 1) / GROUP * GROUPS;
   rows_of(p->b, n, BATCH, rows);
@@ -401,7 +242,7 @@ INLINE void one_row_batch(const Product *p, i64 row, i64 n, const Decoder *a_dec
     }
     const Floats scale = all(a_scale[group] * b_scale[group]);
 #pragma GCC unroll 8
-    for (int i = 0; i < BATCH; ++i) sums[i] = fma(partial[i], scale, sums[i]);
+    for (int i = 0; i < BATCH; ++i) sums[i] = add_product(sums[i], partial[i], scale);
   }
   for (int i = 0; i < BATCH; ++i) results[i] = lane_sum(sums[i]);
 }
@@ -411,7 +252,8 @@ INLINE void few_rows(const Product *p, i64 row, int rows, i64 first) {
   const int columns = least(COLUMNS, N - first);
   for (int i = 0; i < rows; ++i) {
     union { float each[COLUMNS]; Floats vectors[VECTORS]; } results;
-    for (int n = 0; n < columns; n += BATCH) one_row_batch(p, row + i, first + n, &a_decoder, &b_decoder, results.each + n);
+    for (int n = 0; n < columns; n += BATCH)
+      one_row_batch(p, row + i, first + n, &a_decoder, &b_decoder, results.each + n);
     for (int v = 0; v * LANES < columns; ++v)
       store_out((Out *)p->out + (row + i) * N + first + v * LANES, results.vectors[v], columns - v * LANES);
   }

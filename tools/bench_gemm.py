@@ -3,12 +3,12 @@
     python tools/bench_gemm.py
     python tools/bench_gemm.py --threads 1 --shape 4096x4096 --rows 1,128
 
-A program multiplies one activation with several weights of one shape, as the layers of a model do, so that what
-a call of a program costs is spread over them and no weight is still in the nearest cache from the time before.
-Eager PyTorch does the same with torch.nn.functional.linear on bfloat16.  The contenders take turns, so that a
-busy moment of the machine meets all of them; the first calls of a turn are not counted, because the threads of
-the one before still spin for a while.  Printed are microseconds per product, the fastest and the median, and how
-many times as long the others take.  Results are compared with float32 before anything is timed.
+A program multiplies one activation with several weights of one shape, as the layers of a model do, so that
+what a call of a program costs is spread over them.  Eager PyTorch does the same with
+torch.nn.functional.linear on bfloat16.  The contenders take turns, so that a busy moment of the machine meets
+all of them; the first calls of a turn are not counted, because the threads of the one before still spin for a
+while.  Printed are microseconds per product, the fastest and the median, and how many times as long the rest
+take.  Results are compared with float32 before anything is timed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lowering.ops import block_scaled_matmul_reference
 # N x K: the layers of SmolLM2-135M (hidden 576), and two of larger models.
 SHAPES = ("192x576:64", "576x576:64", "1536x576:64", "576x1536:64", "4096x4096:128", "7168x2048:128")
 ROWS = (1, 16, 64, 128)
-_WEIGHT_BYTES = 32 << 20  # of all weights of a program together, about
+_WEIGHT_BYTES = 4 << 20  # of all weights of a program together, at most if there are several
 _MOST_WEIGHTS = 16
 _TURN, _SETTLE = 0.05, 0.01  # seconds of a turn that are counted, and before them
 _TOLERANCE = 2**-7  # of the largest result: one rounding to bfloat16, and the float32 sums of both
@@ -152,6 +152,7 @@ def compiled(shape: Shape, product: Product) -> Callable[..., tuple[Tensor, ...]
 
 
 def quantized(rows: int, shape: Shape) -> tuple[Tensor, Tensor]:
+    """An activation's codes and scales."""
     x = torch.randn(rows, shape.depth, generator=torch.Generator().manual_seed(rows))
     return torch.ops.lowering.group_quant(x.bfloat16(), shape.group)
 
