@@ -7,8 +7,8 @@
 // specialise it (macros) come from lowering/kernel.py, where each is explained.
 //
 // Mapping: ROW_LANES lanes work on one row.  A lane owns VECTORS vectors of VECTOR contiguous elements; vector v of
-// lane l starts at column (v*ROW_LANES + l)*VECTOR.  With VECTOR = 16 a lane's q is one 16-byte store and a group of
-// 32, 64 or 128 elements is 2, 4 or 8 neighbouring lanes, whatever the wave width.  ROW_LANES is either a power of
+// lane l starts at column (v*ROW_LANES + l)*VECTOR.  With a VECTOR of 8 or 16 a lane's q is one store of as many bytes
+// and a group of 32, 64 or 128 elements is a power of two of neighbouring lanes, whatever the wave width.  ROW_LANES is either a power of
 // two not above the wave (several rows share a wave, no barrier) or whole waves (one row per block, and a
 // barrier for each thing that depends on the whole row).  Where nothing does, a long row is taken in BATCHES.
 
@@ -17,7 +17,9 @@ enum { UNROUNDED = 0, ONCE = 1, TWICE = 2 };               // ROUNDING
 enum { NO_RESIDUAL = 0, EXACT = 1, ROUNDED = 2 };          // RESIDUAL
 enum { NO_ACT = 0, SILU = 1, GELU = 2, GELU_TANH = 3 };    // ACT
 enum { ROW = 0, COLUMN_TMA = 1, COLUMN = 2, UE8M0_PACKED = 3 };  // LAYOUTi
+enum { DIVIDED = 0, CORRECTED = 1, TWOFOLD = 2 };          // QUOTIENTi
 
+static_assert(VECTOR == 8 || VECTOR == 16, "a vector is one store of codes");
 constexpr int PAIRS = VECTOR / 2;
 constexpr int ROW_WAVES = ROW_LANES > WAVE ? ROW_LANES / WAVE : 1;
 constexpr bool WHOLE = HIDDEN % VECTOR == 0;               // no vector crosses the end of a row
@@ -55,10 +57,13 @@ struct Site {
   int rows;
 };
 
+// Which outputs of a row a block writes: vector v of wave w where (v*ROW_WAVES + w) % (mask + 1) is `number`.
+struct Slice { u32 mask, number; };
+
 template <int DTYPE> DEVICE f2 unpack(const Packed<DTYPE> &packed, int i) {
   if constexpr (DTYPE == F32) return pair(as_float(packed.word[2 * i]), as_float(packed.word[2 * i + 1]));
   else if constexpr (DTYPE == F16) return unpack_f16(packed.word[i]);
-  else return pair(as_float(packed.word[i] << 16), as_float(packed.word[i] & 0xffff0000u));
+  else return pair(as_float(low_up(packed.word[i])), as_float(packed.word[i] & 0xffff0000u));
 }
 
 template <int DTYPE> DEVICE void pack(Packed<DTYPE> &packed, int i, f2 value) {
@@ -93,6 +98,15 @@ template <int DTYPE, bool WIDE> DEVICE Packed<DTYPE> load(const u8 *row, u32 col
   }
   return packed;
 }
+
+#if STAGES
+template <int DTYPE> DEVICE Packed<DTYPE> load_shared(const u8 *row, u32 column) {
+  Packed<DTYPE> packed;
+  UNROLL for (int i = 0; i < VECTOR * SIZE<DTYPE> / 16; ++i)
+    load16_shared(row + column * SIZE<DTYPE> + 16 * i, &packed.word[4 * i]);
+  return packed;
+}
+#endif
 
 template <int DTYPE, bool WIDE> DEVICE void store(u8 *row, u32 column, const Packed<DTYPE> &packed) {
   u8 *to = row + column * SIZE<DTYPE>;
@@ -173,9 +187,26 @@ struct Largest {
   DEVICE u32 of(u32 a, u32 b) { return max_u32(a, b); }
 };
 
+// What the waves of a row leave for each other, filled up with zeros: up to 8 are combined by every lane, of more a lane
+// takes four, and its neighbours the others.
+constexpr int PARTS = ROW_WAVES > 16 ? 32 : ROW_WAVES > 8 ? 16 : 8;
+
+template <class Combine> DEVICE u32 over_parts(const u32 *parts) {
+  constexpr int own = PARTS > 8 ? 4 : 8;
+  const u32 *from = parts + (PARTS > 8 ? thread() * own % PARTS : 0);
+  u32 part[own];
+  UNROLL for (int i = 0; i < own; ++i) part[i] = from[i];
+  UNROLL for (int step = own / 2; step > 0; step /= 2)
+    UNROLL for (int i = 0; i < step; ++i) part[i] = Combine::of(part[i], part[i + step]);
+  if constexpr (PARTS > 8) part[0] = Combine::of(part[0], fold<1>(part[0]));
+  if constexpr (PARTS > 8) part[0] = Combine::of(part[0], fold<2>(part[0]));
+  if constexpr (PARTS > 16) part[0] = Combine::of(part[0], fold<4>(part[0]));
+  return part[0];
+}
+
 // The parts of the lanes of one row, combined.  fold<K>(v) is v in the neighbouring block of K lanes, where all lanes
 // of a block agree already.
-template <class Combine> DEVICE u32 over_row(u32 part) {
+template <class Combine> DEVICE u32 over_row(u32 part, u32 turn) {
   constexpr int lanes = ROW_LANES < WAVE ? ROW_LANES : WAVE;
   if constexpr (lanes > 1) part = Combine::of(part, fold<1>(part));
   if constexpr (lanes > 2) part = Combine::of(part, fold<2>(part));
@@ -184,16 +215,18 @@ template <class Combine> DEVICE u32 over_row(u32 part) {
   if constexpr (lanes > 16) part = Combine::of(part, fold<16>(part));
   if constexpr (lanes > 32) part = Combine::of(part, fold<32>(part));
   if constexpr (ROW_WAVES > 1) {
-    SHARED u32 partial[ROW_WAVES];
+    // Two, used in turn: with one barrier a row the parts of the last row may still be read.
+    SHARED u32 partials[2][PARTS];
+    u32 *partial = partials[STAGES ? turn % 2 : 0];
     if (thread() % WAVE == 0) partial[wave()] = part;
+    if (PARTS > ROW_WAVES && thread() < PARTS - ROW_WAVES) partial[ROW_WAVES + thread()] = 0;
     barrier();
-    part = partial[0];
-    UNROLL for (int i = 1; i < ROW_WAVES; ++i) part = Combine::of(part, partial[i]);
+    part = over_parts<Combine>(partial);
   }
   return part;
 }
 
-DEVICE float row_sum(float part) { return as_float(over_row<Sum>(as_bits(part))); }
+DEVICE float row_sum(float part, u32 turn) { return as_float(over_row<Sum>(as_bits(part), turn)); }
 
 #if QUANTS > 0
 constexpr int LARGEST_GROUP = GROUP0 | GROUP1 | GROUP2 | GROUP3;  // as far as comparing with powers of two goes
@@ -204,7 +237,8 @@ constexpr int LARGEST_GROUP = GROUP0 | GROUP1 | GROUP2 | GROUP3;  // as far as c
   struct Scheme##i { \
     static constexpr int group = GROUP##i, length = GROUP##i ? GROUP##i : HIDDEN, groups = HIDDEN / length; \
     static constexpr int layout = LAYOUT##i, codes = CODES##i, limit = LIMIT##i; \
-    static constexpr bool power = POWER##i, reciprocal = RECIPROCAL##i, safe = SAFE##i; \
+    static constexpr bool power = POWER##i, reciprocal = RECIPROCAL##i, safe = QUOTIENT##i != DIVIDED; \
+    static constexpr bool twofold = QUOTIENT##i == TWOFOLD && !power && !reciprocal; \
     static constexpr u32 floor = FLOOR##i, ceiling = CEILING##i, scale_floor = SCALE_FLOOR##i, inverse = INVERSE##i; \
   }
 SCHEME(0);
@@ -250,10 +284,12 @@ DEVICE Amax group_amax(const Y &y, u32 of_row) {
   Amax amax = {};
   amax.of_row = of_row;
   if constexpr (LARGEST_GROUP == 0) return amax;
+  constexpr int vectors32 = 32 / VECTOR;  // vectors in a group of 32
   u32 bits = amax_bits(y);
-  amax.of32 = max_u32(bits, fold<1>(bits));
-  if constexpr (LARGEST_GROUP >= 64) amax.of64 = max_u32(amax.of32, fold<2>(amax.of32));
-  if constexpr (LARGEST_GROUP >= 128) amax.of128 = max_u32(amax.of64, fold<4>(amax.of64));
+  if constexpr (vectors32 == 4) bits = max_u32(bits, fold<1>(bits));
+  amax.of32 = max_u32(bits, fold<vectors32 / 2>(bits));
+  if constexpr (LARGEST_GROUP >= 64) amax.of64 = max_u32(amax.of32, fold<vectors32>(amax.of32));
+  if constexpr (LARGEST_GROUP >= 128) amax.of128 = max_u32(amax.of64, fold<2 * vectors32>(amax.of64));
   return amax;
 }
 
@@ -279,31 +315,49 @@ template <class S> DEVICE float scale_of(const Amax &amax) {
   return S::power ? power_of_two_above(scale) : scale;
 }
 
-// What a group's values are divided by: r = 1/scale, and s = scale but where that is infinite.
-struct Divisor { float scale, r, s; };
+// What a group's values are divided by: 1/scale as r, or as r + rest; s is scale but where that is infinite.
+struct Divisor { float scale, r, rest, s; };
+
+// For TWOFOLD a scale from here on is rare; it is made smaller, and the values with it, so that no part of 1/scale is
+// subnormal.  NaN is rare too.
+constexpr float LARGE = 0x1p100f, SHRINK = 0x1p-64f;
+
+// r + rest is within 2^-43 of 1/scale, and neither is negative, so that the sign of a zero survives.
+DEVICE Divisor twofold_divisor(float scale) {
+  const float r = as_float(as_bits(near_reciprocal(scale)) - 2);  // below 1/scale
+  const float error = fma(-scale, r, 1.0f);
+  return {scale, r, fma(error, error, error) * r, scale};
+}
 
 template <class S> DEVICE Divisor divisor_of(float scale) {
   const bool infinite = scale == INFINITE;
   const float s = infinite ? 0.0f : scale;
-  if constexpr (S::power) return {scale, inverse_power(scale), s};
-  else if constexpr (S::safe) return {scale, infinite ? 0.0f : scale_reciprocal(scale), s};
-  else return {scale, S::reciprocal ? reciprocal(scale) : 0.0f, s};
+  if constexpr (S::power) return {scale, inverse_power(scale), 0.0f, s};
+  else if constexpr (S::twofold) return twofold_divisor(scale);
+  else if constexpr (S::safe) return {scale, infinite ? 0.0f : scale_reciprocal(scale), 0.0f, s};
+  else return {scale, S::reciprocal ? reciprocal(scale) : 0.0f, 0.0f, s};
 }
 
 // y/scale, or y * (1/scale) where the scheme says so.
 //
-// The quotient comes from r = RN(1/scale): t = RN(y*r) is within an ulp or so of y/scale, and
+// TWOFOLD: y*r + y*rest with one rounding at the end is within 2^-43 of y/scale, and for a y of 8 bits y/scale is
+// never that close to where float32 rounds the other way (lowering/kernel.py checks every significand of y and scale).
+//
+// CORRECTED: the quotient comes from r = RN(1/scale): t = RN(y*r) is within an ulp or so of y/scale, and
 // t - (t*scale - y)*r rounds to RN(y/scale) (Markstein's theorem, which needs r correctly rounded).  It holds while
 // nothing under- or overflows, which the floor on amax ensures for scale and r; where y is so small that the remainder
 // underflows, q is a zero either way.  Written as t - e*r with e = t*scale - y the sign of a zero survives.
-// |y| <= amax makes |y/scale| <= limit*(1 + 2^-22), which rounds to limit: clamping would change nothing.
 // An infinite scale means r = 0, and e must then be finite: the step uses 0 for scale, so finite y give a zero and
-// inf * 0 gives the NaN of inf/inf.  A NaN in the group makes scale, r and every quotient NaN.
-// Where the scheme is not `safe` (a tiny floor, a ceiling) the true division is carried out.
+// inf * 0 gives the NaN of inf/inf.
+//
+// In both |y| <= amax makes |y/scale| <= limit*(1 + 2^-22), which rounds to limit: clamping would change nothing, and
+// a NaN in the group makes scale, r and every quotient NaN.
+// DIVIDED (a tiny floor, a ceiling): the true division is carried out.
 template <class S> DEVICE f2 quotient(f2 y, const Divisor &by) {
   f2 near = mul2(y, pair(by.r, by.r));
   if constexpr (S::power || S::reciprocal) return near;
   if constexpr (!S::safe) return pair(divide(y.x, by.scale), divide(y.y, by.scale));
+  if constexpr (S::twofold) return fma2(y, pair(by.r, by.r), mul2(y, pair(by.rest, by.rest)));
   return fma2(negated(fma2(near, pair(by.s, by.s), negated(y))), pair(by.r, by.r), near);
 }
 
@@ -346,6 +400,15 @@ template <class S, bool CLAMPED> DEVICE void vector_codes(const Vector &y, const
   }
 }
 
+// The codes of a vector whose scale is LARGE or no number.
+template <class S> DEVICE void rare_codes(const Vector &y, float scale, u32 *words) {
+  Vector small;
+  UNROLL for (int i = 0; i < PAIRS; ++i) small.pair[i] = mul2(y.pair[i], pair(SHRINK, SHRINK));
+  Divisor by = twofold_divisor(scale * SHRINK);
+  if (scale == INFINITE) by.r = by.rest = 0.0f;  // finite/inf is a zero, inf/inf NaN
+  vector_codes<S, false>(small, by, words);
+}
+
 // The scale of group g.  The lane of the last row also writes the pad rows, that of the last group the pad bytes.
 template <class S> DEVICE void store_scale(u8 *scales, float scale, long long row, int rows, u32 g) {
   const long long padded = ((long long)rows + 3) & ~3ll;
@@ -378,8 +441,11 @@ DEVICE void quantize(const Vector &y, const Amax &amax, u8 *q, u8 *scales, long 
   u32 words[VECTOR / 4];
   if (clamps<S>(by)) vector_codes<S, true>(y, by, words);
   else vector_codes<S, false>(y, by, words);
+  if constexpr (S::twofold)
+    if (!(scale < LARGE)) rare_codes<S>(y, scale, words);
   u8 *to = q + row * HIDDEN + column;
-  if constexpr (WIDE) store16(to, words);
+  if constexpr (WIDE && VECTOR == 16) store16(to, words);
+  else if constexpr (WIDE) store8(to, words);
   else UNROLL for (int i = 0; i < VECTOR; ++i) to[i] = (u8)(words[i / 4] >> 8 * (i % 4));
   if (column % S::length == 0) store_scale<S>(scales, scale, row, rows, column / S::length);
 }
@@ -447,34 +513,47 @@ DEVICE bool lane_has(u32 first, int v) {
   return COVERED || (EVEN_WAVES ? wave_has(first, v) : column_of(first, v) < HIDDEN);
 }
 
-// The batch of `row` that starts at column `first`: all of the row unless there are BATCHES.
-template <bool WIDE> DEVICE void part_of_row(const Site &site, long long row, bool present, u32 first) {
-  const long long from = (present ? row : 0) * X_PITCH * SIZE<X_DTYPE>;
-  const long long to = (present ? row : 0) * HIDDEN * SIZE<X_DTYPE>;
+DEVICE bool slice_has(Slice slice, int v) {
+  return SLICES == 1 || (v * ROW_WAVES + wave() & slice.mask) == slice.number;
+}
 
-  // Every load is issued before the first store or use.
-  Packed<X_DTYPE> x_bits[VECTORS], other_bits[VECTORS];
-  Weight weight_bits[VECTORS];
+// What is read of one part of a row.
+struct Part { Packed<X_DTYPE> x[VECTORS], other[VECTORS]; };
+
+template <bool WIDE> DEVICE Part load_part(const Site &site, long long row, u32 first) {
+  const long long from = row * X_PITCH * SIZE<X_DTYPE>;
+  Part part;
   UNROLL for (int v = 0; v < VECTORS; ++v) {
-    if constexpr (!COVERED && !EVEN_WAVES) x_bits[v] = other_bits[v] = {};  // an idle lane adds zeros
+    if constexpr (!COVERED && !EVEN_WAVES) part.x[v] = part.other[v] = {};  // an idle lane adds zeros
     if (lane_has(first, v)) {
-      x_bits[v] = load<X_DTYPE, WIDE>(site.x + from, column_of(first, v));
-      if constexpr (RESIDUAL || ACT) other_bits[v] = load<X_DTYPE, WIDE>(site.other + from, column_of(first, v));
+      part.x[v] = load<X_DTYPE, WIDE>(site.x + from, column_of(first, v));
+      if constexpr (RESIDUAL || ACT) part.other[v] = load<X_DTYPE, WIDE>(site.other + from, column_of(first, v));
     }
   }
+  return part;
+}
+
+struct Weights { Weight vector[VECTORS]; };
+
+template <bool WIDE> DEVICE Weights load_weights(const Site &site, u32 first) {
+  Weights weights;
   if constexpr (WEIGHT_DTYPE != NONE)
     UNROLL for (int v = 0; v < VECTORS; ++v)
-      if (lane_has(first, v)) weight_bits[v] = load<WEIGHT_DTYPE, WIDE>(site.weight, column_of(first, v));
+      if (lane_has(first, v)) weights.vector[v] = load<WEIGHT_DTYPE, WIDE>(site.weight, column_of(first, v));
+  return weights;
+}
 
-  Vector x[VECTORS];
+// x plus the residual, which is written where it is wanted; and the sum of its squares, NORM.
+template <bool WIDE>
+DEVICE f2 summed(const Site &site, const Part &part, Slice slice, long long row, bool present, u32 first, Vector *x) {
   f2 squares = pair(0.0f, 0.0f);
   UNROLL for (int v = 0; v < VECTORS; ++v) {
     if (!wave_has(first, v)) continue;
     Packed<X_DTYPE> sum;
     UNROLL for (int i = 0; i < PAIRS; ++i) {
-      f2 value = unpack(x_bits[v], i);
+      f2 value = unpack(part.x[v], i);
       if constexpr (RESIDUAL) {
-        value = add2(value, unpack(other_bits[v], i));
+        value = add2(value, unpack(part.other[v], i));
         pack(sum, i, value);
         if constexpr (RESIDUAL == ROUNDED) value = unpack(sum, i);
       }
@@ -482,32 +561,40 @@ template <bool WIDE> DEVICE void part_of_row(const Site &site, long long row, bo
       if constexpr (NORM) squares = fma2(value, value, squares);
     }
     if constexpr (WRITES_SUM)
-      if (present && lane_has(first, v)) store<X_DTYPE, WIDE>(site.sum + to, column_of(first, v), sum);
+      if (present && lane_has(first, v) && slice_has(slice, v))
+        store<X_DTYPE, WIDE>(site.sum + row * HIDDEN * SIZE<X_DTYPE>, column_of(first, v), sum);
   }
+  return squares;
+}
 
-  f2 rstd = pair(1.0f, 1.0f);
-  if constexpr (NORM) {
-    float factor = inverse_rms(row_sum(squares.x + squares.y));
-    rstd = pair(factor, factor);
-  }
+// 1/rms of the row whose sum of squares this is a part of; one barrier where the row has several waves.
+DEVICE f2 inverse_rms_of_row(f2 squares, u32 turn) {
+  if constexpr (!NORM) return pair(1.0f, 1.0f);
+  const float factor = inverse_rms(row_sum(squares.x + squares.y, turn));
+  return pair(factor, factor);
+}
 
+// What is written of the part of `row` that starts at column `first`, but for the sum.
+template <bool WIDE>
+DEVICE void finish_part(const Site &site, const Part &part, const Vector *x, f2 rstd, const Weights &weights,
+                        Slice slice, long long row, bool present, u32 first, u32 turn) {
   Y y[VECTORS];
   u32 of_row = 0;
 #if WHOLE_ROW
   UNROLL for (int v = 0; v < VECTORS; ++v) {
     if (!lane_has(first, v)) continue;
-    y[v] = produced(x[v], x_bits[v], other_bits[v], rstd, weight_bits[v]);
+    y[v] = produced(x[v], part.x[v], part.other[v], rstd, weights.vector[v]);
     of_row = max_u32(of_row, amax_bits(y[v]));
   }
-  of_row = over_row<Largest>(of_row);
+  of_row = over_row<Largest>(of_row, turn);
 #endif
 
   UNROLL for (int v = 0; v < VECTORS; ++v) {
-    if (!wave_has(first, v)) continue;  // a lane beyond the end of the row still takes part in its wave's folds
+    if (!wave_has(first, v) || !slice_has(slice, v)) continue;  // a lane beyond the end of the row still takes part in its wave's folds
     const bool stores = present && lane_has(first, v);
-    if constexpr (!WHOLE_ROW) y[v] = produced(x[v], x_bits[v], other_bits[v], rstd, weight_bits[v]);
+    if constexpr (!WHOLE_ROW) y[v] = produced(x[v], part.x[v], part.other[v], rstd, weights.vector[v]);
     if constexpr (WRITES_Y)
-      if (stores) store<X_DTYPE, WIDE>(site.y + to, column_of(first, v), y[v].bits);
+      if (stores) store<X_DTYPE, WIDE>(site.y + row * HIDDEN * SIZE<X_DTYPE>, column_of(first, v), y[v].bits);
 #if QUANTS > 0
     const Amax amax = group_amax(y[v], of_row);
     if (stores) quantize_all<WIDE>(site, y[v], amax, row, column_of(first, v));
@@ -515,15 +602,93 @@ template <bool WIDE> DEVICE void part_of_row(const Site &site, long long row, bo
   }
 }
 
-template <bool WIDE> DEVICE void rows_of_block(const Site &site) {
-  const long long wave_row = (long long)block() * ROWS + (ROW_WAVES > 1 ? 0 : wave() * (WAVE / ROW_LANES));
-  if (wave_row >= site.rows) return;  // the whole wave; where a barrier follows, the whole block
-  const long long row = ROW_LANES >= WAVE ? wave_row : wave_row + thread() % WAVE / ROW_LANES;
-  const bool present = ROW_LANES >= WAVE || row < site.rows;
-  if constexpr (BATCHES == 1) part_of_row<WIDE>(site, row, present, 0);
-  else ROLLED for (u32 first = 0; first < HIDDEN; first += VECTOR * ROW_LANES * VECTORS)
-    part_of_row<WIDE>(site, row, present, first);
+// Everything from what was read to what is written, for all of a row unless there are BATCHES.
+template <bool WIDE>
+DEVICE void work_on_part(const Site &site, const Part &part, const Weights &weights, Slice slice, long long row,
+                         bool present, u32 first, u32 turn) {
+  Vector x[VECTORS];
+  const f2 squares = summed<WIDE>(site, part, slice, row, present, first, x);
+  const f2 rstd = inverse_rms_of_row(squares, turn);
+  finish_part<WIDE>(site, part, x, rstd, weights, slice, row, present, first, turn);
 }
+
+// The ROWS rows of this block, or of few rows the row whose slice is this block's.  Where there are STAGES, rows that
+// are not WIDE come here however many they are.
+template <bool WIDE> DEVICE void rows_of_block(const Site &site) {
+  const bool sliced = SLICES > 1 && site.rows <= SLICED_ROWS;
+  const Slice slice = {sliced ? SLICES - 1u : 0u, sliced ? block() % SLICES : 0u};
+  const u32 first_row = sliced ? block() / SLICES : block() * ROWS + (ROW_WAVES > 1 ? 0 : wave() * (WAVE / ROW_LANES));
+  long long wave_row = first_row;
+  ROLLED for (u32 turn = 0; wave_row < site.rows; ++turn, wave_row += MOST_BLOCKS * ROWS) {
+    const long long row = ROW_LANES >= WAVE ? wave_row : wave_row + thread() % WAVE / ROW_LANES;
+    const bool present = ROW_LANES >= WAVE || row < site.rows;
+    ROLLED for (u32 first = 0; first < HIDDEN; first += VECTOR * ROW_LANES * VECTORS) {
+      const Part part = load_part<WIDE>(site, present ? row : 0, first);
+      const Weights weights = load_weights<WIDE>(site, first);
+      work_on_part<WIDE>(site, part, weights, slice, row, present, first, turn);
+      if constexpr (BATCHES == 1) break;
+    }
+    if constexpr (STAGES == 0 || WIDE) break;
+  }
+}
+
+#if STAGES
+// Many rows: as many blocks as the machine runs at once share them out, and read STAGES rows ahead through shared
+// memory.  A row is read and worked on by a team: the block, or where a row fits one wave each wave by itself.
+static_assert(ROW_LANES >= WAVE && NORM && BATCHES == 1, "the barrier of the norm says when a stage has been read");
+constexpr int TEAMS = ROW_WAVES > 1 ? 1 : ROWS;
+constexpr u32 ROW_BYTES = HIDDEN * SIZE<X_DTYPE>, STAGE_BYTES = (RESIDUAL ? 2 : 1) * ROW_BYTES;
+
+DEVICE void read_ahead(const Site &site, long long row, u8 *stage, Arrival *arrival) {
+  const long long from = row * X_PITCH * SIZE<X_DTYPE>;
+  expect(arrival, STAGE_BYTES);
+  fetch(arrival, stage, site.x + from, ROW_BYTES);
+  if constexpr (RESIDUAL) fetch(arrival, stage + ROW_BYTES, site.other + from, ROW_BYTES);
+}
+
+DEVICE Part part_of_stage(const u8 *stage) {
+  Part part;
+  UNROLL for (int v = 0; v < VECTORS; ++v) {
+    if constexpr (!COVERED && !EVEN_WAVES) part.x[v] = part.other[v] = {};
+    if (lane_has(0, v)) {
+      part.x[v] = load_shared<X_DTYPE>(stage, column_of(0, v));
+      if constexpr (RESIDUAL) part.other[v] = load_shared<X_DTYPE>(stage + ROW_BYTES, column_of(0, v));
+    }
+  }
+  return part;
+}
+
+DEVICE void rows_through_stages(const Site &site) {
+  SHARED Arrival all_arrivals[TEAMS * STAGES];
+  const u32 team = TEAMS > 1 ? wave() : 0;
+  const bool leads = thread() % (TEAMS > 1 ? WAVE : THREADS) == 0;
+  constexpr long long step = (long long)MOST_BLOCKS * ROWS;
+  long long row = (long long)block() * ROWS + team;
+  u8 *stages = shared_pool() + team * STAGES * STAGE_BYTES;
+  Arrival *arrivals = all_arrivals + team * STAGES;
+  if (leads) {
+    for (int i = 0; i < STAGES; ++i) prepare(arrivals + i);
+    publish_arrivals();
+    for (int i = 0; i < STAGES; ++i)
+      if (row + i * step < site.rows) read_ahead(site, row + i * step, stages + i * STAGE_BYTES, arrivals + i);
+  }
+  const Weights weights = load_weights<true>(site, 0);
+  barrier();
+  u32 stage = 0, round = 0;
+  ROLLED for (u32 turn = 0; row < site.rows; ++turn, row += step) {
+    await(arrivals + stage, round);
+    const Part part = part_of_stage(stages + stage * STAGE_BYTES);
+    Vector x[VECTORS];
+    const f2 squares = summed<true>(site, part, {}, row, true, 0, x);
+    const f2 rstd = inverse_rms_of_row(squares, turn);  // its barrier: everyone has read the stage
+    if (TEAMS > 1) wave_barrier();
+    if (leads && row + STAGES * step < site.rows)
+      read_ahead(site, row + STAGES * step, stages + stage * STAGE_BYTES, arrivals + stage);
+    finish_part<true>(site, part, x, rstd, weights, {}, row, true, 0, turn);
+    if (++stage == STAGES) stage = 0, round ^= 1;
+  }
+}
+#endif
 
 DEVICE u64 address(const void *pointer) { return (u64)pointer; }
 
@@ -591,6 +756,9 @@ KERNEL(ENTRY)(const u8 *x
 #endif
   // Pointers are only sure to be aligned to their element: a view may start anywhere.
   constexpr bool wide_rows = WHOLE && HIDDEN * SIZE<X_DTYPE> % 16 == 0;
+#if STAGES
+  if (wide_rows && bits % 16 == 0 && rows > MOST_BLOCKS * ROWS) return rows_through_stages(site);
+#endif
   if (wide_rows && (ANY_ALIGNMENT || bits % 16 == 0)) rows_of_block<wide_rows>(site);
   else rows_of_block<false>(site);
 }

@@ -353,11 +353,16 @@ def _extern_dispatch(
 
 
 def _workgroups(kernel: KernelInstance, rows: ir.Value) -> list[ir.Value]:
-    """ceil(rows / rows per workgroup), at least 1: CUDA refuses an empty grid."""
-    per = _index(kernel.rows_per_workgroup)
-    up = arith.AddIOp(rows, _index(kernel.rows_per_workgroup - 1)).result
-    count = arith.MaxUIOp(arith.DivUIOp(up, per).result, _index(1)).result
-    return [count, _index(1), _index(1)]
+    """``KernelInstance.grid`` as operations: at least 1, since CUDA refuses an empty grid."""
+    tile = kernel.tile
+    up = arith.AddIOp(rows, _index(tile.rows - 1)).result
+    count = arith.DivUIOp(up, _index(tile.rows)).result
+    if tile.blocks:
+        count = arith.MinUIOp(count, _index(tile.blocks)).result
+    if tile.slices > 1:
+        few = arith.CmpIOp(arith.CmpIPredicate.ule, rows, _index(tile.sliced_rows)).result
+        count = arith.SelectOp(few, arith.MulIOp(rows, _index(tile.slices)).result, count).result
+    return [arith.MaxUIOp(count, _index(1)).result, _index(1), _index(1)]
 
 
 def _pipeline_layout(kernel: KernelInstance) -> ir.Attribute:

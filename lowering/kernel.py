@@ -7,6 +7,7 @@ the fusion can record, ``instance`` raises the same sentence.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -77,7 +78,9 @@ class Tile:
     """How rows are laid over lanes.
 
     ``lanes`` work on one row, each on ``vectors`` vectors of ``vector`` elements at once, ``batches`` times;
-    a workgroup takes ``rows``.
+    a workgroup takes ``rows``.  With ``stages`` there are at most ``blocks`` workgroups, which share the rows and
+    read so many ahead through shared memory.  Up to ``sliced_rows`` rows a row has ``slices`` workgroups, each of
+    which reads all of it and writes its share.
     """
 
     lanes: int
@@ -85,6 +88,10 @@ class Tile:
     vector: int
     rows: int
     batches: int = 1
+    blocks: int = 0
+    stages: int = 0
+    slices: int = 1
+    sliced_rows: int = 0
 
     @property
     def threads(self) -> int:
@@ -106,12 +113,15 @@ class KernelInstance:
     defines: tuple[tuple[str, str], ...]
     bindings: tuple[Binding, ...]
     block: tuple[int, int, int]
-    rows_per_workgroup: int
+    tile: Tile
     dynamic_shared: int = 0
 
     def grid(self, rows: int) -> tuple[int, int, int]:
         """Workgroups for ``rows`` rows; never zero, since CUDA does not skip an empty grid."""
-        return max(1, -(-rows // self.rows_per_workgroup)), 1, 1
+        if 0 < rows <= self.tile.sliced_rows:
+            return rows * self.tile.slices, 1, 1
+        wanted = max(1, -(-rows // self.tile.rows))
+        return min(wanted, self.tile.blocks or wanted), 1, 1
 
     def shape(self, binding: Binding, rows: int) -> tuple[int, ...]:
         """The sizes of ``binding`` when there are ``rows`` rows."""
@@ -144,8 +154,15 @@ def instance(spec: RowSpec, target: Target, tile: Tile | None = None) -> KernelI
         defines=(("ENTRY", entry), *defines),
         bindings=bindings(spec),
         block=(tile.threads, 1, 1) if target.backend != "cpu" else (1, 1, 1),
-        rows_per_workgroup=tile.rows,
+        tile=tile,
+        dynamic_shared=_shared_bytes(spec, tile),
     )
+
+
+def _shared_bytes(spec: RowSpec, tile: Tile) -> int:
+    """What the stages take: so many rows of x, and of the residual, for each row a workgroup works on at once."""
+    inputs = 2 if spec.norm and spec.norm.residual else 1
+    return tile.stages * tile.rows * inputs * spec.hidden * (4 if spec.dtype == "float32" else 2)
 
 
 def bindings(spec: RowSpec) -> tuple[Binding, ...]:
@@ -385,7 +402,7 @@ def _scheme(quantization: Quantization, spec: RowSpec) -> dict[str, int | str]:
     """The constants of one quantization; those that are floats as their bits.
 
     GROUP 0 is the whole row.  POWER: scales are powers of two.  RECIPROCAL: y is multiplied by 1/scale.
-    INVERSE is what amax is multiplied by for the scale, 0 where it is divided by LIMIT.  SAFE: ``_is_safe``.
+    INVERSE is what amax is multiplied by for the scale, 0 where it is divided by LIMIT.  QUOTIENT: ``_quotient``.
     """
     ceiling = math.inf if quantization.amax_ceiling is None else quantization.amax_ceiling
     inverse = 1.0 / quantization.qmax if quantization.scale_division == "reciprocal" else 0.0
@@ -400,7 +417,7 @@ def _scheme(quantization: Quantization, spec: RowSpec) -> dict[str, int | str]:
         "CEILING": _bits32(ceiling),
         "SCALE_FLOOR": _bits32(quantization.scale_floor),
         "INVERSE": _bits32(inverse),
-        "SAFE": int(_is_safe(quantization)),
+        "QUOTIENT": _quotient(quantization, spec),
     }
 
 
@@ -408,7 +425,8 @@ def _tile_defines(tile: Tile, target: Target) -> tuple[tuple[str, str], ...]:
     if target.backend == "cpu":
         return (("ROWS", str(tile.rows)),)
     values = {"ROW_LANES": tile.lanes, "VECTORS": tile.vectors, "VECTOR": tile.vector, "ROWS": tile.rows}
-    values["BATCHES"] = tile.batches
+    values |= {"BATCHES": tile.batches, "MOST_BLOCKS": tile.blocks, "STAGES": tile.stages}
+    values |= {"SLICES": tile.slices, "SLICED_ROWS": tile.sliced_rows}
     return (*((name, str(value)) for name, value in values.items()), ("THREADS", str(tile.threads)))
 
 
@@ -417,24 +435,56 @@ def _promoted(dtype: str, weight_dtype: str | None) -> str:
     return dtype if weight_dtype in (None, dtype) else "float32"
 
 
-def _is_safe(quantization: Quantization) -> bool:
-    """Whether y/scale may be computed through 1/scale, and needs no clamp.
+def _quotient(quantization: Quantization, spec: RowSpec) -> int:
+    """How y/scale is computed: 0 by division, 1 from 1/scale and the remainder, 2 from a twofold 1/scale.
 
-    Not where the scale can be so small that 1/scale leaves float32's normal range; not where y can exceed the
-    limit (a ceiling on amax, or a limit that rounding to the type can pass); nor where a scale that does not
-    come from 11 bits of amax is the one the kernel's reciprocal gets wrong.
+    0 (and a clamp) where the scale can be so small that 1/scale leaves float32's normal range; where y can
+    exceed the limit (a ceiling on amax, or a limit that rounding to the type can pass); and where a scale that
+    does not come from 11 bits of amax is the one the kernel's reciprocal gets wrong.  2, the shortest, where y
+    has 8 bits and no y/scale is too near to where float32 rounds the other way.
     """
     floor, scale_floor = _rounded32(quantization.amax_floor), _rounded32(quantization.scale_floor)
     qmax = quantization.qmax
     if max(floor, scale_floor) < _SAFE_FLOOR or quantization.amax_ceiling is not None:
-        return False
+        return 0
     if not _has_bits(qmax, _SIGNIFICAND[quantization.dtype]):
-        return False
-    scales = [scale_floor, _rounded32(floor / qmax)]
-    if quantization.scale_division == "reciprocal":
-        inverse = _rounded32(1.0 / qmax)
-        scales = [scale_floor, _rounded32(floor * inverse), _rounded32(qmax * inverse)]
-    return not any(_is_all_ones(scale) for scale in scales)
+        return 0
+    inverse = _rounded32(1.0 / qmax) if quantization.scale_division == "reciprocal" else None
+    bounds = [scale_floor, _scale(floor, qmax, inverse)]
+    if any(_is_all_ones(scale) for scale in [*bounds, _scale(qmax, qmax, inverse)]):
+        return 0
+    return 2 if _is_rounded_to_bfloat16(spec) and _rounds_clearly(qmax, inverse, *bounds) else 1
+
+
+def _scale(amax: float, qmax: float, inverse: float | None) -> float:
+    return _rounded32(amax / qmax if inverse is None else amax * inverse)
+
+
+def _is_rounded_to_bfloat16(spec: RowSpec) -> bool:
+    """Whether what is quantized has the 8 significant bits of a bfloat16."""
+    producer = spec.norm or spec.gate
+    if spec.dtype != "bfloat16" or producer is None:
+        return spec.dtype == "bfloat16"
+    offset = spec.norm.weight_offset if spec.norm else 0.0
+    wide = _promoted(spec.dtype, "float32" if offset else spec.weight_dtype) != spec.dtype
+    return producer.rounding == "once" or (producer.rounding == "twice" and not wide)
+
+
+@functools.cache
+def _rounds_clearly(qmax: float, inverse: float | None, *bounds: float) -> bool:
+    """Whether y/scale is at least 2^-42 of itself from where float32's rounding turns, for every 8-bit y.
+
+    The scales are those of every 8-bit amax, and ``bounds``; a kernel's error is below 2^-43.
+    """
+    scales = {_scale(amax, qmax, inverse) for amax in range(128, 256)} | {bound for bound in bounds if bound}
+    for scale in scales:
+        divisor = int(math.frexp(scale)[0] * 2**24)
+        for y in range(128, 256):
+            # Scaled so that the quotient has 24 bits before its point: rounding turns half way to the next integer.
+            dividend = y << (39 if y << 16 >= divisor else 40)
+            if abs(2 * (dividend % divisor) - divisor) << 41 < dividend:
+                return False
+    return True
 
 
 def _is_all_ones(value: float) -> bool:

@@ -290,7 +290,8 @@ def emulation_launcher(kernel: KernelInstance, directory: Path) -> Launch:
 
     def launch(pointers: Sequence[int], rows: int) -> None:
         array = (ctypes.c_void_p * len(pointers))(*pointers)
-        entry(array, ctypes.c_int(rows), ctypes.c_int(kernel.grid(rows)[0]))
+        blocks = kernel.grid(rows)[0]
+        entry(array, ctypes.c_int(rows), ctypes.c_int(blocks), ctypes.c_int(kernel.dynamic_shared))
 
     return launch
 
