@@ -9,11 +9,8 @@ typedef unsigned long long u64;
 #define SHARED __shared__
 #define UNROLL _Pragma("unroll")
 #define ROLLED _Pragma("unroll 1")
-#define KERNEL(name) extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) name
+#define KERNEL(name) extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) name
 
-#ifndef MIN_BLOCKS
-#define MIN_BLOCKS 1
-#endif
 #define HAS_ABSMAX16 1
 #define BFLOAT16 1  // its dtype code
 enum { E4M3FN = 0, E4M3FNUZ = 1, E5M2 = 2, INT8 = 3 };  // CODESi
@@ -152,35 +149,6 @@ DEVICE void store16(u8 *to, const u32 *words) {
 DEVICE void store8(u8 *to, const u32 *words) {
   asm volatile("st.global" STORE_HINT ".v2.b32 [%0], {%1, %2};" :: "l"(to), "r"(words[0]), "r"(words[1]) : "memory");
 }
-
-#if STAGES
-extern __shared__ __align__(128) u8 dynamic_shared[];
-DEVICE u8 *shared_pool() { return dynamic_shared; }
-DEVICE u32 in_shared(const void *pointer) { return (u32)__cvta_generic_to_shared(pointer); }
-DEVICE void load16_shared(const u8 *from, u32 *words) {
-  uint4 v = *(const uint4 *)from;
-  words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
-}
-
-// An mbarrier: it completes a phase when the bytes that were expected have arrived.
-typedef u64 Arrival;
-DEVICE void prepare(Arrival *arrival) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(in_shared(arrival)) : "memory");
-}
-DEVICE void publish_arrivals() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-DEVICE void expect(Arrival *arrival, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(in_shared(arrival)), "r"(bytes) : "memory");
-}
-DEVICE void fetch(Arrival *arrival, u8 *to, const u8 *from, u32 bytes) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-      :: "r"(in_shared(to)), "l"(from), "r"(bytes), "r"(in_shared(arrival)) : "memory");
-}
-DEVICE void await(Arrival *arrival, u32 phase) {
-  asm volatile("{.reg .pred done; wait: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra wait;}"
-      :: "r"(in_shared(arrival)), "r"(phase) : "memory");
-}
-DEVICE void wave_barrier() { __syncwarp(); }
-#endif
 
 template <int K> DEVICE u32 fold(u32 value) { return __shfl_xor_sync(0xffffffffu, value, K); }
 

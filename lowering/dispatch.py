@@ -353,15 +353,15 @@ def _extern_dispatch(
 
 
 def _workgroups(kernel: KernelInstance, rows: ir.Value) -> list[ir.Value]:
-    """``KernelInstance.grid`` as operations: at least 1, since CUDA refuses an empty grid."""
-    tile = kernel.tile
-    up = arith.AddIOp(rows, _index(tile.rows - 1)).result
-    count = arith.DivUIOp(up, _index(tile.rows)).result
-    if tile.blocks:
-        count = arith.MinUIOp(count, _index(tile.blocks)).result
-    if tile.slices > 1:
-        few = arith.CmpIOp(arith.CmpIPredicate.ule, rows, _index(tile.sliced_rows)).result
-        count = arith.SelectOp(few, arith.MulIOp(rows, _index(tile.slices)).result, count).result
+    """``GridRule.workgroups`` as operations: at least 1, since CUDA refuses an empty grid."""
+    rule = kernel.mapping.grid_rule
+    up = arith.AddIOp(rows, _index(rule.rows - 1)).result
+    count = arith.DivUIOp(up, _index(rule.rows)).result
+    if rule.most:
+        count = arith.MinUIOp(count, _index(rule.most)).result
+    for up_to, each in reversed(rule.few):
+        few = arith.CmpIOp(arith.CmpIPredicate.ule, rows, _index(up_to)).result
+        count = arith.SelectOp(few, arith.MulIOp(rows, _index(each)).result, count).result
     return [arith.MaxUIOp(count, _index(1)).result, _index(1), _index(1)]
 
 

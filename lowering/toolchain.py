@@ -33,8 +33,8 @@ from .kernel import KernelInstance
 
 # What a device source may include; every one of them counts for the cache.
 _HEADERS = {
-    "row.cu": ("row.h", "activation.h"),
-    "row.hip": ("row.h", "activation.h"),
+    "row.cu": ("row.h", "tile.h", "activation.h"),
+    "row.hip": ("row.h", "tile.h", "activation.h"),
     "row.c": ("activation.h",),
 }
 

@@ -117,34 +117,6 @@ DEVICE void store8(u8 *to, const u32 *words) {
   memcpy(to, words, 8);
 }
 
-#if STAGES
-// A copy through a stage happens when it is first waited for; until then, and where it was not asked for, the stage
-// holds rubbish.
-struct Copy { u8 *to; const u8 *from; u32 bytes; };
-struct Arrival { std::vector<Copy> copies; u32 expected, phase; };
-static std::vector<u8> pool;
-DEVICE u8 *shared_pool() { return pool.data() + (16 - (uintptr_t)pool.data() % 16) % 16; }
-DEVICE void load16_shared(const u8 *from, u32 *words) { load16(from, words); }
-DEVICE void prepare(Arrival *arrival) { *arrival = {}; }
-DEVICE void publish_arrivals() {}
-DEVICE void expect(Arrival *arrival, u32 bytes) { arrival->expected = bytes; }
-DEVICE void fetch(Arrival *arrival, u8 *to, const u8 *from, u32 bytes) {
-  if ((uintptr_t)from % 16 || (uintptr_t)to % 16 || bytes % 16) abort();
-  memset(to, 0xa5, bytes);
-  arrival->copies.push_back({to, from, bytes});
-  arrival->expected -= bytes;
-}
-DEVICE void await(Arrival *arrival, u32 phase) {
-  if (arrival->phase % 2 == phase) {  // not arrived yet: the first to wait
-    if (arrival->copies.empty() || arrival->expected) abort();
-    for (const Copy &copy : arrival->copies) memcpy(copy.to, copy.from, copy.bytes);
-    arrival->copies.clear();
-    ++arrival->phase;
-  }
-}
-DEVICE void wave_barrier() { meet(); }
-#endif
-
 template <int K> DEVICE u32 fold(u32 value) {
   slots[current_thread] = value;
   meet();
@@ -216,15 +188,12 @@ static void fiber() {
   done[current_thread] = 1;
 }
 
-extern "C" void launch(void *const *pointers, int rows, int blocks, int shared_bytes) {
+extern "C" void launch(void *const *pointers, int rows, int blocks) {
   const size_t stack = 256 * 1024;
   std::vector<char> stacks(stack * THREADS);
   arguments = pointers, row_count = rows;
   fibers.resize(THREADS), slots.resize(THREADS);
   for (current_block = 0; current_block < (u32)blocks; ++current_block) {
-#if STAGES
-    pool.assign(shared_bytes + 16, 0xa5);
-#endif
     done.assign(THREADS, 0);
     for (int t = 0; t < THREADS; ++t) {
       getcontext(&fibers[t]);

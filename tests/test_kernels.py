@@ -26,7 +26,8 @@ from elftools.elf.elffile import ELFFile
 
 from lowering import abi, toolchain
 from lowering.errors import CompileError, ToolchainError
-from lowering.kernel import KernelInstance, Tile, instance, why_unsupported
+from lowering.kernel import KernelInstance, instance, why_unsupported
+from lowering.mapping import Mapping, Tile
 from lowering.targets import Target, resolve
 from patterns.contracts import GatedActivation, Quantization, RmsNorm, RowSpec
 
@@ -290,8 +291,7 @@ def emulation_launcher(kernel: KernelInstance, directory: Path) -> Launch:
 
     def launch(pointers: Sequence[int], rows: int) -> None:
         array = (ctypes.c_void_p * len(pointers))(*pointers)
-        blocks = kernel.grid(rows)[0]
-        entry(array, ctypes.c_int(rows), ctypes.c_int(blocks), ctypes.c_int(kernel.dynamic_shared))
+        entry(array, ctypes.c_int(rows), ctypes.c_int(kernel.grid(rows)[0]))
 
     return launch
 
@@ -671,7 +671,7 @@ def test_other_tiles(launcher) -> None:
     case = CASES["add_exact_all"]  # 96 vectors of 16
     inputs = integer_inputs(case, 5)
     for lanes, vectors, rows in [(64, 2, 1), (96, 1, 1), (32, 4, 2), (16, 6, 8), (128, 1, 1)]:
-        kernel = instance(case, SM90, Tile(lanes, vectors, 16, rows))
+        kernel = instance(case, SM90, Mapping(Tile(lanes, vectors, 16, rows)))
         assert_same(run(kernel, launcher(kernel), inputs, 5), reference(case, inputs), (lanes, vectors, rows))
 
 
