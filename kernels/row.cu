@@ -95,6 +95,23 @@ DEVICE u32 pack_bf16(f2 a) {
   return r;
 }
 
+// The low half of a word as the high half.  A shift is the work of the unit that also masks, packs and converts, which
+// is busiest where few bytes are written of many rows: there a multiplication takes its place, by a factor that the
+// assembler does not know to be 2^16.
+DEVICE u32 low_up(u32 word) {
+#if MANY_BLOCKS > 0
+  return word * (blockDim.y << 16);
+#else
+  return word << 16;
+#endif
+}
+
+// Stays in registers: it would otherwise be unpacked again at each use.
+DEVICE f2 kept(f2 a) {
+  asm volatile("" : "+f"(a.x), "+f"(a.y));
+  return a;
+}
+
 DEVICE u32 pack_f16(f2 a) {
   u32 r;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(a.y), "f"(a.x));
@@ -130,11 +147,6 @@ DEVICE u32 low_bytes(u32 a, u32 b, u32 c, u32 d) {
 #endif
 #ifndef STORE_HINT
 #define STORE_HINT ""
-#endif
-#ifdef IMAD
-DEVICE u32 low_up(u32 a) { u32 m, r; asm("mov.u32 %0, %%ntid.y;" : "=r"(m)); m <<= 16; asm("mul.lo.u32 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(m)); return r; }
-#else
-DEVICE u32 low_up(u32 a) { return a << 16; }
 #endif
 DEVICE void load16(const u8 *from, u32 *words) {
   asm volatile("ld.global" LOAD_HINT ".v4.b32 {%0, %1, %2, %3}, [%4];"

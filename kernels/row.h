@@ -23,7 +23,7 @@ struct Site {
   const u8 *x, *other, *weight;
   u8 *sum, *y;
   u8 *q[4], *scale[4];
-  int rows;
+  u32 rows;
 };
 
 // Lanes are laid over many rows in one way and over few in another.

@@ -73,6 +73,7 @@ template <int CODES> DEVICE u32 pack_codes(f2 low, f2 high) {
   }
 }
 
+DEVICE f2 kept(f2 a) { return a; }
 DEVICE u32 low_up(u32 a) { return a << 16; }
 DEVICE u32 low_bytes(u32 a, u32 b, u32 c, u32 d) {
   u32 ab = __builtin_amdgcn_perm(b, a, 0x0c0c0400), cd = __builtin_amdgcn_perm(d, c, 0x04000c0c);  // 0x0c is a zero

@@ -35,7 +35,9 @@ struct Y {
   Packed<X_DTYPE> bits;
 };
 
-using Weight = Packed<WEIGHT_DTYPE == NONE ? F32 : WEIGHT_DTYPE>;
+// A vector of the weight: as read, or where it serves many rows as the factors.
+constexpr int WEIGHT_AS = WEIGHT_DTYPE == NONE || LOOPS ? F32 : WEIGHT_DTYPE;
+using Weight = Packed<WEIGHT_AS>;
 
 // Which outputs of a row a block writes: vector v of wave w where (v*ROW_WAVES + w) % (mask + 1) is `number`.
 struct Slice { u32 mask, number; };
@@ -389,32 +391,32 @@ template <class S> DEVICE void rare_codes(const Vector &y, float scale, u32 *wor
 }
 
 // The scale of group g.  The lane of the last row also writes the pad rows, that of the last group the pad bytes.
-template <class S> DEVICE void store_scale(u8 *scales, float scale, long long row, int rows, u32 g) {
-  const long long padded = ((long long)rows + 3) & ~3ll;
+template <class S> DEVICE void store_scale(u8 *scales, float scale, u32 row, u32 rows, u32 g) {
+  const u32 padded = (rows + 3) & ~3u;
   if constexpr (S::layout == UE8M0_PACKED) {
     constexpr int pad_bytes = (4 - S::groups % 4) % 4;
     const bool pads = pad_bytes != 0 && g == S::groups - 1;
-    u8 *bytes = scales + g / 4 * padded * 4 + g % 4;
+    u8 *bytes = scales + (u64)(g / 4) * padded * 4 + g % 4;
     u32 code = as_bits(scale) >> 23;
-    ROLLED for (long long r = row; r < (row == rows - 1 ? padded : row + 1); ++r, code = 0) {
-      bytes[r * 4] = (u8)code;
-      if (pads) UNROLL for (int i = 1; i <= pad_bytes; ++i) bytes[r * 4 + i] = 0;
+    ROLLED for (u32 r = row; r < (row == rows - 1 ? padded : row + 1); ++r, code = 0) {
+      bytes[(u64)r * 4] = (u8)code;
+      if (pads) UNROLL for (int i = 1; i <= pad_bytes; ++i) bytes[(u64)r * 4 + i] = 0;
     }
   } else if constexpr (S::layout == ROW) {
-    ((float *)scales)[row * S::groups + g] = scale;
+    ((float *)scales)[(u64)row * S::groups + g] = scale;
   } else if constexpr (S::layout == COLUMN) {
-    ((float *)scales)[(long long)g * rows + row] = scale;
+    ((float *)scales)[(u64)g * rows + row] = scale;
   } else {
-    float *line = (float *)scales + g * padded;
+    float *line = (float *)scales + (u64)g * padded;
     line[row] = scale;
     if (row == rows - 1)
-      for (long long pad = rows; pad < padded; ++pad) line[pad] = 0.0f;
+      ROLLED for (u32 pad = rows; pad < padded; ++pad) line[pad] = 0.0f;
   }
 }
 
 // One quantization of one vector.
 template <class S, bool WIDE>
-DEVICE void quantize(const Vector &y, const Amax &amax, u8 *q, u8 *scales, long long row, int rows, u32 column) {
+DEVICE void quantize(const Vector &y, const Amax &amax, u8 *q, u8 *scales, u32 row, u32 rows, u32 column) {
   const float scale = scale_of<S>(amax);
   const Divisor by = divisor_of<S>(scale);
   u32 words[VECTOR / 4];
@@ -422,7 +424,7 @@ DEVICE void quantize(const Vector &y, const Amax &amax, u8 *q, u8 *scales, long 
   else vector_codes<S, false>(y, by, words);
   if constexpr (S::twofold)
     if (!(scale < LARGE)) rare_codes<S>(y, scale, words);
-  u8 *to = q + row * HIDDEN + column;
+  u8 *to = q + (u64)row * HIDDEN + column;
   if constexpr (WIDE && VECTOR == 16) store16(to, words);
   else if constexpr (WIDE) store8(to, words);
   else UNROLL for (int i = 0; i < VECTOR; ++i) to[i] = (u8)(words[i / 4] >> 8 * (i % 4));
@@ -431,7 +433,7 @@ DEVICE void quantize(const Vector &y, const Amax &amax, u8 *q, u8 *scales, long 
 
 // Every quantization of one vector.
 template <bool WIDE>
-DEVICE void quantize_all(const Site &site, const Y &y, const Amax &amax, long long row, u32 column) {
+DEVICE void quantize_all(const Site &site, const Y &y, const Amax &amax, u32 row, u32 column) {
 #define QUANTIZE(i) quantize<Scheme##i, WIDE>(y.value, amax, site.q[i], site.scale[i], row, site.rows, column)
   QUANTIZE(0);
 #if QUANTS > 1
@@ -446,6 +448,13 @@ DEVICE void quantize_all(const Site &site, const Y &y, const Amax &amax, long lo
 }
 #endif
 
+DEVICE f2 with_offset(f2 w) { return HAS_WEIGHT_OFFSET ? add2(w, pair(WEIGHT_OFFSET, WEIGHT_OFFSET)) : w; }
+
+DEVICE f2 factor(const Weight &weight, int i) {
+  const f2 w = unpack<WEIGHT_AS>(weight, i);
+  return LOOPS ? w : with_offset(w);
+}
+
 // act(x)*up, but for the last rounding.
 DEVICE f2 gated(f2 x, f2 up) {
 #if ACT
@@ -459,9 +468,7 @@ DEVICE f2 normed(f2 x, f2 rstd, const Weight &weight, int i) {
   f2 value = mul2(x, rstd);
   if constexpr (WEIGHT_DTYPE != NONE) {
     if constexpr (ROUNDING == TWICE) value = round_to<X_DTYPE>(value);
-    f2 w = unpack(weight, i);
-    if constexpr (HAS_WEIGHT_OFFSET) w = add2(w, pair(WEIGHT_OFFSET, WEIGHT_OFFSET));
-    value = mul2(value, w);
+    value = mul2(value, factor(weight, i));
   }
   return value;
 }
@@ -499,8 +506,8 @@ DEVICE bool slice_has(Slice slice, int v) {
 // What is read of one part of a row.
 struct Part { Packed<X_DTYPE> x[VECTORS], other[VECTORS]; };
 
-template <bool WIDE> DEVICE Part load_part(const Site &site, long long row, u32 first) {
-  const long long from = row * X_PITCH * SIZE<X_DTYPE>;
+template <bool WIDE> DEVICE Part load_part(const Site &site, u32 row, u32 first) {
+  const u64 from = (u64)row * (X_PITCH * SIZE<X_DTYPE>);
   Part part;
   UNROLL for (int v = 0; v < VECTORS; ++v) {
     if constexpr (!COVERED && !EVEN_WAVES) part.x[v] = part.other[v] = {};  // an idle lane adds zeros
@@ -512,19 +519,32 @@ template <bool WIDE> DEVICE Part load_part(const Site &site, long long row, u32 
   return part;
 }
 
+// Bytes from the first row of sum or y to `row`.
+DEVICE u64 row_start(u32 row) { return (u64)row * (HIDDEN * SIZE<X_DTYPE>); }
+
+template <int DTYPE> DEVICE Weight weight_of(const Packed<DTYPE> &read) {
+  if constexpr (!LOOPS) {
+    return read;
+  } else {
+    Weight weight;
+    UNROLL for (int i = 0; i < PAIRS; ++i) pack<F32>(weight, i, kept(with_offset(unpack<DTYPE>(read, i))));
+    return weight;
+  }
+}
+
 struct Weights { Weight vector[VECTORS]; };
 
 template <bool WIDE> DEVICE Weights load_weights(const Site &site, u32 first) {
   Weights weights;
   if constexpr (WEIGHT_DTYPE != NONE)
     UNROLL for (int v = 0; v < VECTORS; ++v)
-      if (lane_has(first, v)) weights.vector[v] = load<WEIGHT_DTYPE, WIDE>(site.weight, column_of(first, v));
+      if (lane_has(first, v)) weights.vector[v] = weight_of<WEIGHT_DTYPE>(load<WEIGHT_DTYPE, WIDE>(site.weight, column_of(first, v)));
   return weights;
 }
 
 // x plus the residual, which is written where it is wanted; and the sum of its squares, NORM.
 template <bool WIDE>
-DEVICE f2 summed(const Site &site, const Part &part, Slice slice, long long row, bool present, u32 first, Vector *x) {
+DEVICE f2 summed(const Site &site, const Part &part, Slice slice, u32 row, bool present, u32 first, Vector *x) {
   f2 squares = pair(0.0f, 0.0f);
   UNROLL for (int v = 0; v < VECTORS; ++v) {
     if (!wave_has(first, v)) continue;
@@ -536,12 +556,12 @@ DEVICE f2 summed(const Site &site, const Part &part, Slice slice, long long row,
         pack(sum, i, value);
         if constexpr (RESIDUAL == ROUNDED) value = unpack(sum, i);
       }
-      x[v].pair[i] = value;
+      x[v].pair[i] = LOOPS ? kept(value) : value;
       if constexpr (NORM) squares = fma2(value, value, squares);
     }
     if constexpr (WRITES_SUM)
       if (present && lane_has(first, v) && slice_has(slice, v))
-        store<X_DTYPE, WIDE>(site.sum + row * HIDDEN * SIZE<X_DTYPE>, column_of(first, v), sum);
+        store<X_DTYPE, WIDE>(site.sum + row_start(row), column_of(first, v), sum);
   }
   return squares;
 }
@@ -556,7 +576,7 @@ DEVICE f2 inverse_rms_of_row(f2 squares, u32 turn) {
 // What is written of the part of `row` that starts at column `first`, but for the sum.
 template <bool WIDE>
 DEVICE void finish_part(const Site &site, const Part &part, const Vector *x, f2 rstd, const Weights &weights,
-                        Slice slice, long long row, bool present, u32 first, u32 turn) {
+                        Slice slice, u32 row, bool present, u32 first, u32 turn) {
   Y y[VECTORS];
   u32 of_row = 0;
 #if WHOLE_ROW
@@ -573,7 +593,7 @@ DEVICE void finish_part(const Site &site, const Part &part, const Vector *x, f2 
     const bool stores = present && lane_has(first, v);
     if constexpr (!WHOLE_ROW) y[v] = produced(x[v], part.x[v], part.other[v], rstd, weights.vector[v]);
     if constexpr (WRITES_Y)
-      if (stores) store<X_DTYPE, WIDE>(site.y + row * HIDDEN * SIZE<X_DTYPE>, column_of(first, v), y[v].bits);
+      if (stores) store<X_DTYPE, WIDE>(site.y + row_start(row), column_of(first, v), y[v].bits);
 #if QUANTS > 0
     const Amax amax = group_amax(y[v], of_row);
     if (stores) quantize_all<WIDE>(site, y[v], amax, row, column_of(first, v));
@@ -583,7 +603,7 @@ DEVICE void finish_part(const Site &site, const Part &part, const Vector *x, f2 
 
 // Everything from what was read to what is written, for all of a row unless there are BATCHES.
 template <bool WIDE>
-DEVICE void work_on_part(const Site &site, const Part &part, const Weights &weights, Slice slice, long long row,
+DEVICE void work_on_part(const Site &site, const Part &part, const Weights &weights, Slice slice, u32 row,
                          bool present, u32 first, u32 turn) {
   Vector x[VECTORS];
   const f2 squares = summed<WIDE>(site, part, slice, row, present, first, x);
@@ -592,7 +612,7 @@ DEVICE void work_on_part(const Site &site, const Part &part, const Weights &weig
 }
 
 // A row that is taken in BATCHES.
-template <bool WIDE> DEVICE void row_in_batches(const Site &site, long long row) {
+template <bool WIDE> DEVICE void row_in_batches(const Site &site, u32 row) {
   ROLLED for (u32 first = 0; first < HIDDEN; first += VECTOR * ROW_LANES * VECTORS) {
     const Part part = load_part<WIDE>(site, row, first);
     const Weights weights = load_weights<WIDE>(site, first);
@@ -602,10 +622,10 @@ template <bool WIDE> DEVICE void row_in_batches(const Site &site, long long row)
 
 // The rows of this block.  With MOST_BLOCKS the next row is read before this one is worked on, and the weight once.
 template <bool WIDE> DEVICE void rows_of_block(const Site &site) {
-  constexpr long long step = (long long)MOST_BLOCKS * ROWS;
+  constexpr u32 step = MOST_BLOCKS * ROWS;
   const u32 slices = WIDE && SLICES > 1 ? slices_of_row(site.rows) : 1;
   const Slice slice = {slices - 1, block() & (slices - 1)};
-  long long row = (long long)(block() / slices) * ROWS + (ROW_WAVES > 1 ? 0 : wave() * (WAVE / ROW_LANES));
+  u32 row = block() / slices * ROWS + (ROW_WAVES > 1 ? 0 : wave() * (WAVE / ROW_LANES));
   if (row >= site.rows) return;  // the whole wave; where a barrier follows, the whole block
   if constexpr (BATCHES > 1) return row_in_batches<WIDE>(site, row);
   const u32 lane_row = ROW_LANES >= WAVE ? 0 : thread() % WAVE / ROW_LANES;
@@ -613,9 +633,9 @@ template <bool WIDE> DEVICE void rows_of_block(const Site &site) {
   Part part = load_part<WIDE>(site, present ? row + lane_row : 0, 0);
   const Weights weights = load_weights<WIDE>(site, 0);
   ROLLED for (u32 turn = 0;; ++turn) {
-    const long long next_row = row + step;
+    const u32 next_row = row + step;
     const bool more = LOOPS && next_row < site.rows, next_present = ROW_LANES >= WAVE || next_row + lane_row < site.rows;
-    Part next = {};
+    Part next;
     if (WIDE && more) next = load_part<WIDE>(site, next_present ? next_row + lane_row : 0, 0);
     work_on_part<WIDE>(site, part, weights, slice, row + lane_row, present, 0, turn);
     if (!more) return;

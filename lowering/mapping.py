@@ -5,8 +5,12 @@ What a kernel computes is ``kernel``'s business; nothing here changes a bit of a
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from patterns.contracts import Quantization, RowSpec
 
@@ -20,6 +24,10 @@ _MAX_LANES = 512
 _WITHIN_WAVE = 3
 # Elements of x that one CPU workgroup takes: some ten microseconds, well above the cost of handing it out.
 _CPU_ELEMENTS = 16384
+
+_MULTIPROCESSORS = {"sm_90": 132, "sm_100": 148}
+# Rows from so many elements on have a mapping of their own on NVIDIA GPUs, from so many slices when few.
+_LONG, _SLICED = 1280, 6144
 
 
 @dataclass(frozen=True)
@@ -95,8 +103,57 @@ class Mapping:
 
 
 def choose_mapping(spec: RowSpec, target: Target) -> Mapping:
-    """The mapping of rows to lanes."""
+    """The mapping of rows to lanes: what was measured on the target for rows like these, else a rule."""
+    if measured := _measured(target.name).get(tuning_key(spec)):
+        return measured
+    if target.name in _MULTIPROCESSORS and tuning_key(spec) and spec.hidden >= _LONG:
+        return _long_rows(spec, _MULTIPROCESSORS[target.name])
     return Mapping(_default_tile(spec, target))
+
+
+def _long_rows(spec: RowSpec, multiprocessors: int) -> Mapping:
+    """What was measured on an H200, as a rule for lengths and NVIDIA GPUs that were not.
+
+    Where 16-bit values are written, vectors of 8, since their stores then cover whole sectors, and one
+    workgroup a row, since rows that are worked on in order are near to each other in memory.  Where only
+    codes are, instructions are the limit: vectors of 16, and workgroups that keep the weight and read a row
+    ahead.
+    """
+    vector = 8 if spec.writes_sum or spec.writes_y or spec.hidden % 16 else 16
+    count = -(-spec.hidden // vector)
+    vectors = -(-count // _MAX_LANES)
+    lanes = -(-count // (32 * vectors)) * 32
+    resident = 1024 // lanes if vector == 16 else 0
+    many = Tile(lanes, vectors, vector, blocks=resident * multiprocessors)
+    if spec.hidden < _SLICED:
+        return Mapping(many)
+    return Mapping(many, Tile(lanes, vectors, vector, slices=8), multiprocessors // 8, multiprocessors)
+
+
+def tuning_key(spec: RowSpec) -> str:
+    """What the best mapping depends on: the length of a row and what is read and written of it.
+
+    Empty where nothing was measured: rows of float32, and those without a norm, which need no barrier.
+    """
+    if spec.norm is None or spec.dtype == "float32":
+        return ""
+    inputs, copies = 1 + bool(spec.norm.residual), spec.writes_sum + spec.writes_y
+    return f"{spec.hidden}: {inputs} read, {copies} copied, {min(3, len(spec.quantizations))} quantized"
+
+
+@functools.cache
+def _measured(target: str) -> dict[str, Mapping]:
+    """What tools/tune.py wrote for ``target``, by ``tuning_key``."""
+    path = Path(__file__).with_name("tuning") / f"{target}.json"
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))["mappings"]
+    return {key: _mapping(fields) for key, fields in found.items()}
+
+
+def _mapping(fields: dict[str, Any]) -> Mapping:
+    tiles = {name: Tile(**fields[name]) for name in ("many", "few") if name in fields}
+    return Mapping(**{**fields, **tiles})
 
 
 def _default_tile(spec: RowSpec, target: Target) -> Tile:

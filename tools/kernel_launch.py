@@ -215,8 +215,11 @@ class CudaKernel:
         self._image = ctypes.create_string_buffer(launch.object.read_bytes())
         self._module = self._call(driver.cuModuleLoadData(ctypes.addressof(self._image)))
         self._function = self._call(driver.cuModuleGetFunction(self._module, launch.entry.encode()))
+        attributes = driver.CUfunction_attribute
+        local = attributes.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES
+        self.spilled = self._call(driver.cuFuncGetAttribute(local, self._function))  # bytes a thread
         if launch.dynamic_shared > _PLAIN_SHARED:
-            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            attribute = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             self._call(driver.cuFuncSetAttribute(self._function, attribute, launch.dynamic_shared))
 
     def __call__(self, launch: Launch, tensors: Mapping[str, Tensor]) -> None:
