@@ -26,7 +26,8 @@ from elftools.elf.elffile import ELFFile
 
 from lowering import abi, toolchain
 from lowering.errors import CompileError, ToolchainError
-from lowering.kernel import KernelInstance, Tile, instance, why_unsupported
+from lowering.kernel import KernelInstance, instance, why_unsupported
+from lowering.mapping import Mapping, Tile
 from lowering.targets import Target, resolve
 from patterns.contracts import GatedActivation, Quantization, RmsNorm, RowSpec
 
@@ -670,7 +671,7 @@ def test_other_tiles(launcher) -> None:
     case = CASES["add_exact_all"]  # 96 vectors of 16
     inputs = integer_inputs(case, 5)
     for lanes, vectors, rows in [(64, 2, 1), (96, 1, 1), (32, 4, 2), (16, 6, 8), (128, 1, 1)]:
-        kernel = instance(case, SM90, Tile(lanes, vectors, 16, rows))
+        kernel = instance(case, SM90, Mapping(Tile(lanes, vectors, 16, rows)))
         assert_same(run(kernel, launcher(kernel), inputs, 5), reference(case, inputs), (lanes, vectors, rows))
 
 

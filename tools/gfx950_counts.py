@@ -110,7 +110,7 @@ def count(spec: RowSpec) -> Counts:
     """Compile ``spec`` for gfx950 and run a few full workgroups of random rows."""
     kernel = instance(spec, resolve("gfx950"))
     resources = gfx950.CodeObject(toolchain.compile_kernel(kernel)).kernel(kernel.entry)
-    rows = GROUPS * kernel.rows_per_workgroup
+    rows = GROUPS * kernel.grid_rule.rows
     memory, generator = gfx950.Memory(), torch.Generator().manual_seed(0)
     pointers = []
     for binding in kernel.bindings:
@@ -132,7 +132,7 @@ def predicted(counts: Counts, tokens: int, machine: Machine) -> tuple[float, str
     """Seconds for ``tokens`` rows and their bound: memory, vector instructions, or one wave's latency."""
     workgroups = counts.kernel.grid(tokens)[0]
     turns = -(-workgroups // machine.units)  # of the busiest compute unit
-    slots = counts.vector * counts.kernel.spec.hidden * counts.kernel.rows_per_workgroup / WAVE
+    slots = counts.vector * counts.kernel.spec.hidden * counts.kernel.grid_rule.rows / WAVE
     bounds = {
         "memory": counts.compulsory_bytes(tokens) / machine.bytes_per_second,
         "vector": turns * slots / machine.hertz,
