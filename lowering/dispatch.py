@@ -74,13 +74,15 @@ def dispatch(
     ToolchainError when the target's kernel compiler is missing.
     """
     done = Dispatched()
-    for row, kernel in choose_kernels(function, target, ledger):
+    chosen = choose_kernels(function, target, ledger)
+    rows = _example_rows([row for row, _ in chosen])
+    for row, kernel in chosen:
         if kernel.entry not in done.objects:
             progress(kernel.entry)
             done.objects[kernel.entry] = _checked_object(kernel)
             done.kernels[kernel.entry] = kernel
             _define(module, kernel, done.objects[kernel.entry], directory)
-        done.launches.append(Launch(kernel, _example_rows(row)))
+        done.launches.append(Launch(kernel, rows[row]))
         done.physical_scales += _call(row, kernel)
     torch_ir.erase_dead(torch_ir.block_of(function))
     return done
@@ -109,13 +111,22 @@ def _checked_object(kernel: KernelInstance) -> bytes:
 # -- the call at a site -----------------------------------------------------------------------------
 
 
-def _example_rows(row: ir.Operation) -> int | None:
-    shapes = (torch_ir.example_shape(operand) for operand in row.operands)
-    known = [shape for shape in shapes if shape is not None and len(shape) > 1]
-    if known:
-        return math.prod(known[0][:-1])
-    type_ = torch_ir.tensor_type(row.operands[0])
-    return 1 if type_ is not None and len(type_.shape) == 1 else None
+def _example_rows(rows: Sequence[ir.Operation]) -> dict[ir.Operation, int | None]:
+    """How many rows each has for the example arguments: what its operands say, or the row they come from."""
+    found: dict[ir.Operation, int | None] = {}
+    for row in rows:
+        shapes = (torch_ir.example_shape(operand) for operand in row.operands)
+        known = [math.prod(shape[:-1]) for shape in shapes if shape is not None and len(shape) > 1]
+        known += [count for operand in row.operands if (count := found.get(_source(operand))) is not None]
+        type_ = torch_ir.tensor_type(row.operands[0])
+        one = type_ is not None and len(type_.shape) == 1
+        found[row] = known[0] if known else 1 if one else None
+    return found
+
+
+def _source(value: ir.Value) -> ir.Operation | None:
+    """The operation that a value, or what it is a view of, comes from."""
+    return torch_ir.producer(_same_rows(value))
 
 
 def _call(row: ir.Operation, kernel: KernelInstance) -> list[PhysicalScale]:
