@@ -106,6 +106,9 @@ DEVICE u32 low_up(u32 word) {
 #endif
 }
 
+// 0, which the assembler does not know.
+DEVICE u32 zero_of(u32 word) { return word & (blockDim.y - 1); }
+
 // Stays in registers: it would otherwise be unpacked again at each use.
 DEVICE f2 kept(f2 a) {
   asm volatile("" : "+f"(a.x), "+f"(a.y));

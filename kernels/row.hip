@@ -84,6 +84,7 @@ template <int CODES> DEVICE u32 pack_codes(f2 low, f2 high) {
   }
 }
 
+DEVICE u32 zero_of(u32) { return 0; }
 DEVICE f2 kept(f2 a) { return a; }
 DEVICE u32 low_up(u32 a) { return a << 16; }
 DEVICE u32 low_bytes(u32 a, u32 b, u32 c, u32 d) {

@@ -538,19 +538,37 @@ template <bool WIDE> DEVICE Weights load_weights(const Site &site, u32 first) {
   Weights weights;
   if constexpr (WEIGHT_DTYPE != NONE)
     UNROLL for (int v = 0; v < VECTORS; ++v)
-      if (lane_has(first, v)) weights.vector[v] = weight_of<WEIGHT_DTYPE>(load<WEIGHT_DTYPE, WIDE>(site.weight, column_of(first, v)));
+      if (lane_has(first, v))
+        weights.vector[v] = weight_of<WEIGHT_DTYPE>(load<WEIGHT_DTYPE, WIDE>(site.weight, column_of(first, v)));
   return weights;
+}
+
+// A zero that is known once the weight is there.  x waits for it: a compiler that may begin with x reads the weight only
+// when x has arrived, and then waits a second time.
+DEVICE u32 zero_after(const Weights &weights) {
+  u32 zero = 0;
+  if constexpr (WEIGHT_DTYPE != NONE && !LOOPS)
+    UNROLL for (int v = 0; v < VECTORS; ++v)
+      UNROLL for (int i = 0; i < VECTOR * SIZE<WEIGHT_AS> / 4; i += 4)
+        if (wave_has(0, v)) zero |= zero_of(weights.vector[v].word[i]);
+  return zero;
+}
+
+template <int DTYPE> DEVICE f2 unpack_after(const Packed<DTYPE> &packed, int i, u32 zero) {
+  if constexpr (DTYPE != BF16 || LOOPS) return unpack(packed, i);
+  else return pair(as_float(packed.word[i] << (16 | zero)), as_float(packed.word[i] & (0xffff0000u | zero)));
 }
 
 // x plus the residual, which is written where it is wanted; and the sum of its squares, NORM.
 template <bool WIDE>
-DEVICE f2 summed(const Site &site, const Part &part, Slice slice, u32 row, bool present, u32 first, Vector *x) {
+DEVICE f2 summed(const Site &site, const Part &part, u32 zero, Slice slice, u32 row, bool present, u32 first,
+                 Vector *x) {
   f2 squares = pair(0.0f, 0.0f);
   UNROLL for (int v = 0; v < VECTORS; ++v) {
     if (!wave_has(first, v)) continue;
     Packed<X_DTYPE> sum;
     UNROLL for (int i = 0; i < PAIRS; ++i) {
-      f2 value = unpack(part.x[v], i);
+      f2 value = unpack_after(part.x[v], i, zero);
       if constexpr (RESIDUAL) {
         value = add2(value, unpack(part.other[v], i));
         pack(sum, i, value);
@@ -589,7 +607,8 @@ DEVICE void finish_part(const Site &site, const Part &part, const Vector *x, f2 
 #endif
 
   UNROLL for (int v = 0; v < VECTORS; ++v) {
-    if (!wave_has(first, v) || !slice_has(slice, v)) continue;  // a lane beyond the end of the row still takes part in its wave's folds
+    // A lane beyond the end of the row still takes part in its wave's folds.
+    if (!wave_has(first, v) || !slice_has(slice, v)) continue;
     const bool stores = present && lane_has(first, v);
     if constexpr (!WHOLE_ROW) y[v] = produced(x[v], part.x[v], part.other[v], rstd, weights.vector[v]);
     if constexpr (WRITES_Y)
@@ -606,7 +625,7 @@ template <bool WIDE>
 DEVICE void work_on_part(const Site &site, const Part &part, const Weights &weights, Slice slice, u32 row,
                          bool present, u32 first, u32 turn) {
   Vector x[VECTORS];
-  const f2 squares = summed<WIDE>(site, part, slice, row, present, first, x);
+  const f2 squares = summed<WIDE>(site, part, zero_after(weights), slice, row, present, first, x);
   const f2 rstd = inverse_rms_of_row(squares, turn);
   finish_part<WIDE>(site, part, x, rstd, weights, slice, row, present, first, turn);
 }
@@ -634,7 +653,8 @@ template <bool WIDE> DEVICE void rows_of_block(const Site &site) {
   const Weights weights = load_weights<WIDE>(site, 0);
   ROLLED for (u32 turn = 0;; ++turn) {
     const u32 next_row = row + step;
-    const bool more = LOOPS && next_row < site.rows, next_present = ROW_LANES >= WAVE || next_row + lane_row < site.rows;
+    const bool more = LOOPS && next_row < site.rows;
+    const bool next_present = ROW_LANES >= WAVE || next_row + lane_row < site.rows;
     Part next;
     if (WIDE && more) next = load_part<WIDE>(site, next_present ? next_row + lane_row : 0, 0);
     work_on_part<WIDE>(site, part, weights, slice, row + lane_row, present, 0, turn);

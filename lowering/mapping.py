@@ -128,8 +128,9 @@ def _long_rows(spec: RowSpec, multiprocessors: int) -> Mapping:
     resident = 1024 // lanes if vector == 16 else 0
     many = Tile(lanes, vectors, vector, blocks=resident * multiprocessors)
     if spec.hidden < _SLICED:
-        return Mapping(many)
-    return Mapping(many, Tile(lanes, vectors, vector, slices=8), multiprocessors // 8, multiprocessors)
+        return Mapping(many, resident=max(1, resident))
+    few = Tile(lanes, vectors, vector, slices=8)
+    return Mapping(many, few, multiprocessors // 8, multiprocessors, max(1, resident))
 
 
 def tuning_key(spec: RowSpec) -> str:

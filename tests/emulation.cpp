@@ -95,6 +95,7 @@ DEVICE u32 code8(float a, int codes) {
 template <int CODES> DEVICE u32 pack_codes(f2 low, f2 high) {
   return code8(low.x, CODES) | code8(low.y, CODES) << 8 | code8(high.x, CODES) << 16 | code8(high.y, CODES) << 24;
 }
+DEVICE u32 zero_of(u32) { return 0; }
 DEVICE f2 kept(f2 a) { return a; }
 DEVICE u32 low_up(u32 a) { return a << 16; }
 DEVICE u32 low_bytes(u32 a, u32 b, u32 c, u32 d) { return (a & 0xff) | (b & 0xff) << 8 | (c & 0xff) << 16 | d << 24; }

@@ -4,7 +4,7 @@
 
 Needs a GPU and the compiler of its kernels.  For every family of ``kernel_families`` with a norm and every
 hidden size, tiles are compiled, checked and timed at every number of rows.  The tile of many rows is the
-fastest at 512 rows and more, that of few rows the fastest up to 128 among those of as many threads; few rows
+fastest at 1024 rows and more, that of few rows the fastest up to 128 among those of as many threads; few rows
 end where the tile of many rows overtakes it.  ``lowering/mapping.py`` reads the file when it compiles for the
 target.
 
@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from float64_check import problems
 from gpu_timing import tensor_sets, time_launch
-from kernel_families import FAMILIES, HIDDEN, ROWS
+from kernel_families import FAMILIES, HIDDEN
+from kernel_families import ROWS as EVERY_ROWS
 from kernel_launch import CudaKernel, Launch, inputs_for, launch_of, outputs_for
 
 from lowering import toolchain
@@ -41,7 +42,10 @@ from lowering.mapping import Tile, tuning_key
 from lowering.targets import Target, resolve
 from patterns.contracts import RowSpec
 
-MANY = 512  # rows from which on only the tile of many rows counts
+# Not 512: whether the last wave of workgroups is full decides there, and little else.
+ROWS = tuple(rows for rows in EVERY_ROWS if rows != 512)
+MANY = 1024  # rows from which on only the tile of many rows counts
+_MANY_COUNTS = 3  # times as much as few, in what is chosen: that is where time goes
 _CHECKED = (3, 33, 700)
 _FEW_FOREVER = 1 << 20
 _CLEARLY = 1.02
@@ -116,7 +120,7 @@ def candidates(spec: RowSpec, multiprocessors: int) -> Iterator[Lanes]:
             yield Lanes(tile, resident=resident)
             if not copies and vector == 16:
                 looped = Tile(lanes, vectors, vector, blocks=resident * multiprocessors)
-                yield from (Lanes(looped), Lanes(looped, resident=resident))
+                yield Lanes(looped, resident=resident)
         for slices in (4, 8):
             if slices <= vectors * lanes // 32:
                 few = Tile(lanes, vectors, vector, slices=slices)
@@ -212,8 +216,8 @@ def _best_pair(tried: Sequence[Measured], threads: int) -> tuple[float, Measured
 
 
 def _cost(times: Mapping[int, float], rows: Sequence[int]) -> float:
-    """Logarithms, so that a percent counts the same everywhere, and twice where times are long."""
-    return sum(math.log(times[count]) * (2 if count >= MANY else 1) for count in rows)
+    """Of logarithms, so that a percent counts the same whatever it is of."""
+    return sum(math.log(times[count]) * (_MANY_COUNTS if count >= MANY else 1) for count in rows)
 
 
 def _joined(many: Measured, few: Measured, multiprocessors: int) -> Lanes:
