@@ -9,12 +9,20 @@ from __future__ import annotations
 import math
 import re
 import struct
+import sys
+import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cmp_to_key, lru_cache
 from typing import Any
 
 from iree.compiler import ir
+
+# For every operation handed to Python the bindings look for a module of its dialect, in the file system and
+# again each time while there is none: nine tenths of the time of every pass.  Empty ones end the search.
+for _dialect in ("torch", "torch_c"):
+    _module = f"iree.compiler.dialects.{_dialect}"
+    sys.modules.setdefault(_module, types.ModuleType(_module))
 
 _VTENSOR = re.compile(r"!torch\.vtensor<\[([^\]]*)\],\s*([\w]+)>")
 
