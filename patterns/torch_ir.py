@@ -193,6 +193,18 @@ def is_left_over(op: ir.Operation) -> bool:
     return _READ in op.attributes and not ir.BoolAttr(op.attributes[_READ]).value
 
 
+def of_parameters(block: ir.Block) -> set[ir.Operation]:
+    """The operations that depend on parameters and constants alone.  Valid until an operation is erased."""
+    found = {op.operation for op in block.operations if op.operation.name == "util.global.load"}
+    pending = list(found)
+    while pending:
+        for user in {use.owner.operation for result in pending.pop().results for use in result.uses} - found:
+            if all(producer(v) in found or constant(v) is not NOT_CONSTANT for v in user.operands):
+                found.add(user)
+                pending.append(user)
+    return found
+
+
 NOT_CONSTANT = object()
 
 

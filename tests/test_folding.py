@@ -236,18 +236,23 @@ def test_what_depends_on_parameters_alone_is_stored_in_its_final_form(kind: str)
 
 
 def test_quantizing_a_weight_in_the_model_stores_codes_and_scales() -> None:
-    """The group quantization of a weight is an operation on parameters like any other."""
+    """The quantization of a weight is an operation on parameters like any other, and no site."""
 
-    def product(x: Tensor, w: Tensor) -> Tensor:
-        q, scale = torch.ops.lowering.group_quant(w, 32)
-        return x @ (q.float().view(64, 2, 32) * scale[..., None]).view(64, 64)
+    def product(x: Tensor, w: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        codes, scale = torch.ops.lowering.group_quant(w, 32)
+        y = torch.ops.lowering.rms_norm(x, g.pow(2), 1e-6)
+        normed = w.float() * torch.rsqrt(w.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+        return *torch.ops.lowering.group_quant(y, 32), codes, scale, y @ normed
 
-    model = Computes(product, w=weight(64, 64))
-    program = folded(model, torch.randn(2, 64))
-    stored = values(program)
-    assert len(stored) == 1  # small enough to be stored as the product of both
-    q, scale = torch.ops.lowering.group_quant(model.w, 32)
-    assert same(stored["w.folded"], q.float().view(64, 2, 32) * scale[..., None])
+    model = Computes(product, w=weight(64, 64), g=torch.rand(64))
+    x = torch.randn(2, 64)
+    compiled = lowering.compile(model, (x,))
+    assert [site.op for site in compiled.report.sites] == ["rms_norm", "group_quant"]
+    assert compiled.report.summary() == {"fused": 2, "unfused": 0, "dispatches": 1}
+    assert len(compiled.report.folded) == 4
+    _, _, codes, scale, _ = lowering.load(compiled.vmfb)(x)
+    expected = torch.ops.lowering.group_quant(model.w, 32)
+    assert same(codes, expected[0]) and same(scale, expected[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.int64, torch.bool])
