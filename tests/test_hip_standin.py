@@ -486,7 +486,8 @@ def test_functions_and_modules(gpu: Hip, kernel: Copy):
     refuses(gpu, gpu.hipModuleUnload(module), INVALID_HANDLE, "is no module, or it was destroyed")
     stale = Copy(gpu)
     assert gpu.hipModuleUnload(stale.module) == 0
-    refuses(gpu, stale.launch(ctypes.c_void_p(), ctypes.c_void_p(), 0), INVALID_HANDLE, "is no module, or it was destroyed")
+    code = stale.launch(ctypes.c_void_p(), ctypes.c_void_p(), 0)
+    refuses(gpu, code, INVALID_HANDLE, "is no module, or it was destroyed")
 
 
 def test_code_for_another_gpu_is_refused(gpu: Hip, kernel: Copy):
