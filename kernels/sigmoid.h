@@ -24,16 +24,17 @@ SIGMOID double reciprocal_of(double a) {  // for a in [1, 2]: each step doubles 
   return fused(fused(-a, r, 1.0), r, r);
 }
 
-// With e = e^-|x|, 1/(1 + e) or e/(1 + e): nothing cancels or overflows.
+// With e = e^-|x|, 1/(1 + e) or e/(1 + e): nothing cancels or overflows, and a NaN goes through.  No branch, and choices
+// between float64 alone: else compilers make no vectors of it.
 SIGMOID float sigmoid(float x) {
   // Adding this leaves n + 1023, n = y/ln2 rounded to an integer, in the low bits: the exponent field of 2^n.
   const double round = 0x1.8p52 + 1023.0;
-  double y = x < 0.0f ? x : -x;
+  const double wide = x;
+  double y = wide < 0.0 ? wide : -wide;
   y = y < -110.0 ? -110.0 : y;  // where e is nothing beside the smallest float32
   const double shifted = fused(y, 0x1.71547652b82fep+0, round);
   const double r = fused(shifted - round, -0x1.62e42fefa39efp-1, y);
   const double e = polynomial_of_e(r) * double_of(bits_of(shifted) << 52);
-  const double inverse = reciprocal_of(1.0 + e);
-  const float score = (float)(x < 0.0f ? e * inverse : inverse);
-  return x == x ? score : x;
+  const double above = reciprocal_of(1.0 + e), below = e * above;
+  return (float)(wide < 0.0 ? below : above);
 }

@@ -37,12 +37,12 @@ INLINE float near_reciprocal(float a) { return 1.0f / a; }
 #define SIGMOID INLINE
 #include "sigmoid.h"
 
-// There is no -0 among choices, and so none among their sums.
+// All bits of a negative number are flipped, of others the sign.  There is no -0 among choices, nor among their sums.
 INLINE u32 rank_of(float value) {
-  u32 bits = word_of(value), rank = bits >> 31 ? ~bits : bits | 0x80000000u;
+  u32 bits = word_of(value), rank = bits ^ ((u32)((i32)bits >> 31) | 0x80000000u);
   return value != value ? ~0u : rank;
 }
-INLINE float value_of(u32 rank) { return float_of(rank >> 31 ? rank & 0x7fffffffu : ~rank); }
+INLINE float value_of(u32 rank) { return float_of(rank ^ ((u32)(~(i32)rank >> 31) | 0x80000000u)); }
 
 INLINE u32 smaller(u32 a, u32 b) { return a < b ? a : b; }
 INLINE u32 larger(u32 a, u32 b) { return a > b ? a : b; }

@@ -33,12 +33,12 @@ struct Experts {
 DEVICE u32 smaller(u32 a, u32 b) { return a < b ? a : b; }
 DEVICE u32 larger(u32 a, u32 b) { return a > b ? a : b; }
 
-// There is no -0 among choices, and so none among their sums.
+// All bits of a negative number are flipped, of others the sign.  There is no -0 among choices, nor among their sums.
 DEVICE u32 rank_of(float value) {
   const u32 bits = as_bits(value);
-  return value != value ? ~0u : bits >> 31 ? ~bits : bits | 0x80000000u;
+  return value != value ? ~0u : bits ^ ((u32)((int)bits >> 31) | 0x80000000u);
 }
-DEVICE float value_of(u32 rank) { return as_float(rank >> 31 ? rank & 0x7fffffffu : ~rank); }
+DEVICE float value_of(u32 rank) { return as_float(rank ^ ((u32)(~(int)rank >> 31) | 0x80000000u)); }
 
 DEVICE u32 lane() { return thread() % TOKEN_LANES; }
 DEVICE u32 group_of(u32 lane) { return lane / GROUP_LANES; }

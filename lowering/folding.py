@@ -31,6 +31,7 @@ SMALL = 1 << 20
 
 _LOAD = "util.global.load"
 _LIST = "torch.prim.ListConstruct"
+_LITERAL = "torch.vtensor.literal"
 _NAMESPACES = ("aten", "prims", "lowering")
 _CODES = (
     torch.float8_e4m3fn,
@@ -144,7 +145,7 @@ class _Trace:
         constant = torch_ir.constant(value)
         if constant is torch_ir.NOT_CONSTANT:
             raise _Unknown
-        if constant is not None and "Tensor" in kind:
+        if op is not None and op.name == _LITERAL:
             return self._literal(value, constant)
         if "ScalarType" in kind and constant is not None:
             return getattr(torch, torch_ir.dtype_constant(value) or "", None)

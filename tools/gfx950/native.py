@@ -126,8 +126,14 @@ def library() -> Library:
     return Library(_built())
 
 
-def _built() -> Path:
+def _compiler() -> tuple[str, ...]:
+    """The C compiler; of the ``ziglang`` wheel the command that has a C library, which kernels do without."""
     compiler = toolchain._c_compiler()
+    return (*compiler[:-1], "cc") if compiler[1:] == ("-m", "ziglang", "clang") else compiler
+
+
+def _built() -> Path:
+    compiler = _compiler()
     machine = toolchain._machine_option("native")
     files = sorted(_SOURCES.iterdir())
     key = hashlib.sha256(toolchain._features(compiler, machine).encode())

@@ -16,13 +16,16 @@ static bool holds(const Allocation *a, u64 address, u32 bytes) {
   return a && address >= a->base && bytes <= a->size && address - a->base <= a->size - bytes;
 }
 
-static _Noreturn void out_of_bounds(Machine *m, Wave *w, const Inst *in, u32 lane, u64 address, u32 bytes, bool write, const Allocation *near) {
+static _Noreturn void out_of_bounds(Machine *m, Wave *w, const Inst *in, u32 lane, u64 address, u32 bytes, bool write,
+                                    const Allocation *near) {
   m->failure.address = address, m->failure.bytes = bytes;
   const char *what = write ? "a store" : "a load";
   if (near && address >= near->base)
-    fail(m, w, in, OUT_OF_BOUNDS, 1ull << lane, "%s of %u bytes at 0x%llx, %lld bytes past the start of the nearest allocation of %llu", what, bytes,
+    fail(m, w, in, OUT_OF_BOUNDS, 1ull << lane,
+         "%s of %u bytes at 0x%llx, %lld bytes past the start of the nearest allocation of %llu", what, bytes,
          (unsigned long long)address, (long long)(address - near->base), (unsigned long long)near->size);
-  fail(m, w, in, OUT_OF_BOUNDS, 1ull << lane, "%s of %u bytes at 0x%llx, which is in no allocation", what, bytes, (unsigned long long)address);
+  fail(m, w, in, OUT_OF_BOUNDS, 1ull << lane, "%s of %u bytes at 0x%llx, which is in no allocation", what, bytes,
+       (unsigned long long)address);
 }
 
 static Place in_memory(Machine *m, Wave *w, const Inst *in, u32 lane, u64 address, u32 bytes, bool write) {
@@ -30,7 +33,8 @@ static Place in_memory(Machine *m, Wave *w, const Inst *in, u32 lane, u64 addres
   if (!holds(m->last, address, bytes)) out_of_bounds(m, w, in, lane, address, bytes, write, m->last);
   const u64 offset = address - m->last->base;
   if (write && !m->last->writable)
-    fail(m, w, in, READ_ONLY, 1ull << lane, "a store at 0x%llx, to memory that may only be read", (unsigned long long)address);
+    fail(m, w, in, READ_ONLY, 1ull << lane, "a store at 0x%llx, to memory that may only be read",
+         (unsigned long long)address);
   return (Place){(u8 *)(uintptr_t)address, m->last->shadow ? m->last->shadow + offset : 0};
 }
 
@@ -41,8 +45,8 @@ static void check_race(Machine *m, Wave *w, const Inst *in, u32 lane, u64 addres
     const bool others_wrote = use->epoch == m->barrier_epoch && use->writer != w->id;
     const bool others_read = use->read_epoch == m->barrier_epoch && (use->readers & ~(1u << w->id));
     if (others_wrote || (write && others_read))
-      fail(m, w, in, LDS_RACE, 1ull << lane, "wave %u %s LDS byte %llu, which another wave %s since the last barrier", w->id,
-           write ? "writes" : "reads", (unsigned long long)(address + i), others_wrote ? "wrote" : "read");
+      fail(m, w, in, LDS_RACE, 1ull << lane, "wave %u %s LDS byte %llu, which another wave %s since the last barrier",
+           w->id, write ? "writes" : "reads", (unsigned long long)(address + i), others_wrote ? "wrote" : "read");
     if (write) {
       use->epoch = m->barrier_epoch, use->writer = w->id;
     } else {
@@ -54,7 +58,8 @@ static void check_race(Machine *m, Wave *w, const Inst *in, u32 lane, u64 addres
 
 static Place in_lds(Machine *m, Wave *w, const Inst *in, u32 lane, u64 address, u32 bytes, bool write) {
   if (address + bytes > m->lds_bytes)
-    fail(m, w, in, OUT_OF_BOUNDS, 1ull << lane, "%u bytes at LDS address %llu; the workgroup has %u bytes", bytes, (unsigned long long)address, m->lds_bytes);
+    fail(m, w, in, OUT_OF_BOUNDS, 1ull << lane, "%u bytes at LDS address %llu; the workgroup has %u bytes", bytes,
+         (unsigned long long)address, m->lds_bytes);
   if (m->wave_count > 1 && (m->checks & CHECK_RACES)) check_race(m, w, in, lane, address, bytes, write);
   return (Place){m->lds + address, m->lds_shadow + address};
 }
@@ -63,7 +68,8 @@ Place locate(Machine *m, Wave *w, const Inst *in, Space space, u32 lane, u64 add
   if (space == IN_MEMORY) return in_memory(m, w, in, lane, address, bytes, write);
   if (space == IN_LDS) return in_lds(m, w, in, lane, address, bytes, write);
   if (address + bytes > m->scratch_bytes)
-    fail(m, w, in, OUT_OF_BOUNDS, 1ull << lane, "%u bytes at scratch address %llu; a lane has %u bytes", bytes, (unsigned long long)address, m->scratch_bytes);
+    fail(m, w, in, OUT_OF_BOUNDS, 1ull << lane, "%u bytes at scratch address %llu; a lane has %u bytes", bytes,
+         (unsigned long long)address, m->scratch_bytes);
   const u64 at = ((u64)w->id * LANES + lane) * m->scratch_bytes + address;
   return (Place){m->scratch + at, m->scratch_shadow + at};
 }
@@ -143,7 +149,8 @@ void store_lanes(Machine *m, Wave *w, const Inst *in, const Operation *op, const
   for (u32 i = 0; i < count; ++i) check_vgpr(m, w, in, reg + i);
   for EACH_LANE(a->lanes & ~a->beyond) {
     u32 value[4], shadow[4];
-    for (u32 i = 0; i < count; ++i) value[i] = w->v[reg + i][lane] >> down, shadow[i] = w->v_shadow[reg + i][lane] >> down;
+    for (u32 i = 0; i < count; ++i)
+      value[i] = w->v[reg + i][lane] >> down, shadow[i] = w->v_shadow[reg + i][lane] >> down;
     const u32 bytes = within(a, (u32)lane, op);
     const Place place = locate(m, w, in, a->space[lane], (u32)lane, a->address[lane], bytes, true);
     memcpy(place.at, value, bytes);
@@ -201,21 +208,25 @@ static u64 register_value(Machine *m, Wave *w, const Inst *in, u32 reg, u32 lane
     check_vgpr(m, w, in, reg + 1);
     value |= (u64)w->v[reg + 1][lane] << 32, shadow |= w->v_shadow[reg + 1][lane];
   }
-  if (shadow && (m->checks & CHECK_UNDEFINED)) fail(m, w, in, UNDEFINED, 1ull << lane, "an atomic operand was never defined");
+  if (shadow && (m->checks & CHECK_UNDEFINED))
+    fail(m, w, in, UNDEFINED, 1ull << lane, "an atomic operand was never defined");
   return value;
 }
 
-void atomic_lanes(Machine *m, Wave *w, const Inst *in, const Operation *op, const Addresses *a, u32 data, u32 compare, u32 result) {
+void atomic_lanes(Machine *m, Wave *w, const Inst *in, const Operation *op, const Addresses *a, u32 data, u32 compare,
+                  u32 result) {
   u32 low[LANES], high[LANES];
   for EACH_LANE(a->lanes & ~a->beyond) {
     if (a->address[lane] % op->bytes)
-      fail(m, w, in, MISALIGNED, 1ull << lane, "an atomic of %u bytes at 0x%llx, which is no multiple of that", op->bytes, (unsigned long long)a->address[lane]);
+      fail(m, w, in, MISALIGNED, 1ull << lane, "an atomic of %u bytes at 0x%llx, which is no multiple of that",
+           op->bytes, (unsigned long long)a->address[lane]);
     const Place place = locate(m, w, in, a->space[lane], (u32)lane, a->address[lane], op->bytes, true);
     const u64 operand = register_value(m, w, in, data, (u32)lane, op->bytes);
     const u64 expected = compare == NO_REGISTER ? 0 : register_value(m, w, in, compare, (u32)lane, op->bytes);
     u64 old = 0;
     for (u32 i = 0; place.shadow && i < op->bytes; ++i)
-      if (place.shadow[i] && (m->checks & CHECK_UNDEFINED)) fail(m, w, in, UNDEFINED, 1ull << lane, "an atomic on memory nobody defined");
+      if (place.shadow[i] && (m->checks & CHECK_UNDEFINED))
+        fail(m, w, in, UNDEFINED, 1ull << lane, "an atomic on memory nobody defined");
     memcpy(&old, place.at, op->bytes);
     const u64 now = atomic_result((enum Atomic)op->detail, old, operand, expected, op->bytes);
     memcpy(place.at, &now, op->bytes);

@@ -24,9 +24,13 @@ static inline u32 within(const Addresses *a, u32 lane, const Operation *op) {
 Place locate(Machine *m, Wave *w, const Inst *in, Space space, u32 lane, u64 address, u32 bytes, bool write);
 void load_lanes(Machine *m, Wave *w, const Inst *in, const Operation *op, const Addresses *a, u32 reg);
 void store_lanes(Machine *m, Wave *w, const Inst *in, const Operation *op, const Addresses *a, u32 reg);
-void atomic_lanes(Machine *m, Wave *w, const Inst *in, const Operation *op, const Addresses *a, u32 data, u32 compare, u32 result);
+void atomic_lanes(Machine *m, Wave *w, const Inst *in, const Operation *op, const Addresses *a, u32 data, u32 compare,
+                  u32 result);
 void mark_pending(Machine *m, Wave *w, u32 reg, u32 count, enum Pending by);
 
 static const u32 NO_REGISTER = ~0u;
 
-enum Atomic { A_SWAP, A_CMPSWAP, A_ADD, A_SUB, A_RSUB, A_SMIN, A_UMIN, A_SMAX, A_UMAX, A_AND, A_OR, A_XOR, A_INC, A_DEC, A_ADD_F, A_MIN_F, A_MAX_F, A_PK_ADD_F16, A_PK_ADD_BF16 };
+enum Atomic {
+  A_SWAP, A_CMPSWAP, A_ADD, A_SUB, A_RSUB, A_SMIN, A_UMIN, A_SMAX, A_UMAX, A_AND, A_OR, A_XOR, A_INC, A_DEC,
+  A_ADD_F, A_MIN_F, A_MAX_F, A_PK_ADD_F16, A_PK_ADD_BF16
+};

@@ -83,12 +83,18 @@ static inline double turns(double a, double (*f)(double)) {  // sin and cos take
 
 // -- integers and floats ----------------------------------------------------------------------------
 
-static inline i32 to_i32(double a) { return isnan(a) ? 0 : a <= -2147483648.0 ? INT32_MIN : a >= 2147483647.0 ? INT32_MAX : (i32)a; }
+static inline i32 to_i32(double a) {
+  return isnan(a) ? 0 : a <= -2147483648.0 ? INT32_MIN : a >= 2147483647.0 ? INT32_MAX : (i32)a;
+}
 static inline u32 to_u32(double a) { return isnan(a) || a <= 0.0 ? 0 : a >= 4294967295.0 ? ~0u : (u32)a; }
 static inline i32 to_i16(double a) { return isnan(a) ? 0 : a <= -32768.0 ? -32768 : a >= 32767.0 ? 32767 : (i32)a; }
 static inline u32 to_u16(double a) { return isnan(a) || a <= 0.0 ? 0 : a >= 65535.0 ? 65535 : (u32)a; }
-static inline u32 to_snorm(double a) { return (u32)(i32)nearbyint(isnan(a) ? 0.0 : a < -1.0 ? -32767.0 : a > 1.0 ? 32767.0 : a * 32767.0) & 0xffff; }
-static inline u32 to_unorm(double a) { return (u32)nearbyint(isnan(a) || a < 0.0 ? 0.0 : a > 1.0 ? 65535.0 : a * 65535.0); }
+static inline u32 to_snorm(double a) {
+  return (u32)(i32)nearbyint(isnan(a) ? 0.0 : a < -1.0 ? -32767.0 : a > 1.0 ? 32767.0 : a * 32767.0) & 0xffff;
+}
+static inline u32 to_unorm(double a) {
+  return (u32)nearbyint(isnan(a) || a < 0.0 ? 0.0 : a > 1.0 ? 65535.0 : a * 65535.0);
+}
 // To the nearest integer, ties to even, whatever the rounding mode.
 static inline double round_even(double a) {
   if (!(fabs(a) < 0x1p52)) return a;
@@ -219,8 +225,12 @@ static inline u32 source_byte(const Context *x, u32 a) {
 static inline u32 source_half(const Context *x, u32 a) {
   return x->inst->encoding == VOP3 && (x->inst->opsel & 1) ? a >> 16 : a & 0xffff;
 }
-static inline u64 two_floats(double low, double high) { return float_bits((float)low) | (u64)float_bits((float)high) << 32; }
+static inline u64 two_floats(double low, double high) {
+  return float_bits((float)low) | (u64)float_bits((float)high) << 32;
+}
 static inline u32 two_halves(double low, double high) {
   return encode(HALF, low, NEAREST_EVEN, false) | encode(HALF, high, NEAREST_EVEN, false) << 16;
 }
-static inline u32 two_bfloats(double low, double high) { return bfloat_code((float)low) | bfloat_code((float)high) << 16; }
+static inline u32 two_bfloats(double low, double high) {
+  return bfloat_code((float)low) | bfloat_code((float)high) << 16;
+}

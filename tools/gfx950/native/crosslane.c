@@ -14,7 +14,8 @@ static void issue_readfirstlane(Machine *m, Wave *w, const Inst *in, const Opera
 static u32 lane_operand(Machine *m, Wave *w, const Inst *in, int which) {
   u32 shadow;
   const u32 lane = read_scalar(m, w, in, in->src[which], &shadow);
-  if (shadow && (m->checks & CHECK_UNDEFINED)) fail(m, w, in, UNDEFINED, 0, "a lane number depends on a value nobody defined");
+  if (shadow && (m->checks & CHECK_UNDEFINED))
+    fail(m, w, in, UNDEFINED, 0, "a lane number depends on a value nobody defined");
   return lane % LANES;
 }
 
@@ -77,7 +78,8 @@ static void issue_accumulation(Machine *m, Wave *w, const Inst *in, const Operat
   }
   const u32 from = in->src[0] - VGPR + (op->detail == ACC_WRITE ? 0u : ACC);
   fetch_registers(m, w, in, from, 1, exec_of(w), &s);
-  write_vgpr(m, w, in, in->dst + (op->detail == ACC_READ ? 0u : ACC), s.value->u, s.dirty ? s.shadow.u : 0, exec_of(w));
+  write_vgpr(m, w, in, in->dst + (op->detail == ACC_READ ? 0u : ACC), s.value->u, s.dirty ? s.shadow.u : 0,
+             exec_of(w));
 }
 
 // Each half of the result is either half of one operand.
@@ -114,11 +116,14 @@ static void issue_mix(Machine *m, Wave *w, const Inst *in, const Operation *op) 
     fetch(m, w, &plain, k, in->opsel_hi >> k & 1 ? F16 : F32, 0, exec_of(w), &s[k]);
   check_vgpr(m, w, in, in->dst);
   for (int i = 0; i < LANES; ++i) {
-    const double a = mixed(in, 0, s[0].value->u[i]), b = mixed(in, 1, s[1].value->u[i]), c = mixed(in, 2, s[2].value->u[i]);
+    const double a = mixed(in, 0, s[0].value->u[i]), b = mixed(in, 1, s[1].value->u[i]),
+                 c = mixed(in, 2, s[2].value->u[i]);
     float d = fmaf((float)a, (float)b, (float)c);
     if (in->clamp) d = isnan(d) ? (w->mode >> 8 & 1 ? 0.0f : d) : fminf(fmaxf(d, 0.0f), 1.0f);
     const u32 half = encode(HALF, (double)d, (Rounding)(w->mode >> 2 & 3), false), old = w->v[in->dst][i];
-    value[i] = op->detail == TO_F32 ? float_bits(d) : op->detail == TO_LOW_HALF ? (old & 0xffff0000) | half : (old & 0xffff) | half << 16;
+    value[i] = op->detail == TO_F32        ? float_bits(d)
+               : op->detail == TO_LOW_HALF ? (old & 0xffff0000) | half
+                                           : (old & 0xffff) | half << 16;
     bool undefined = false;
     for (int k = 0; k < 3; ++k) undefined |= s[k].dirty && s[k].shadow.u[i];
     const u32 kept = op->detail == TO_F32 ? 0 : op->detail == TO_LOW_HALF ? 0xffff0000 : 0xffff;
@@ -139,9 +144,14 @@ static float low_half(u32 word) { return (float)half_value(word); }
 static float high_half(u32 word) { return (float)half_value(word >> 16); }
 
 static u32 dotted(enum Dot kind, u32 a, u32 b, u32 c, bool clamp) {
-  if (kind == DOT2_F16) return float_bits(fmaf(high_half(a), high_half(b), fmaf(low_half(a), low_half(b), bits_float(c))));
-  if (kind == DOT2C_BF16) return float_bits(fmaf(bfloat_value(a >> 16), bfloat_value(b >> 16), fmaf(bfloat_value(a), bfloat_value(b), bits_float(c))));
-  if (kind == DOT2_BF16) return float_bits(fmaf(bfloat_value(a >> 16), bfloat_value(b >> 16), bfloat_value(a) * bfloat_value(b)) + bits_float(c));
+  if (kind == DOT2_F16)
+    return float_bits(fmaf(high_half(a), high_half(b), fmaf(low_half(a), low_half(b), bits_float(c))));
+  if (kind == DOT2C_BF16)
+    return float_bits(
+        fmaf(bfloat_value(a >> 16), bfloat_value(b >> 16), fmaf(bfloat_value(a), bfloat_value(b), bits_float(c))));
+  if (kind == DOT2_BF16)
+    return float_bits(fmaf(bfloat_value(a >> 16), bfloat_value(b >> 16), bfloat_value(a) * bfloat_value(b)) +
+                      bits_float(c));
   const int width = kind == DOT2_I16 || kind == DOT2_U16 ? 16 : kind == DOT4_I8 || kind == DOT4_U8 ? 8 : 4;
   const bool sign = kind == DOT2_I16 || kind == DOT4_I8 || kind == DOT8_I4;
   i64 sum = sign ? (i64)(i32)c : (i64)c;

@@ -4,9 +4,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-extern const Operation vector_operations[], scalar_operations[], memory_operations[], lds_operations[], cross_lane_operations[], matrix_operations[];
+extern const Operation vector_operations[], scalar_operations[], memory_operations[], lds_operations[],
+    cross_lane_operations[], matrix_operations[];
 
-static const u64 TURN = 20000;  // instructions a wave runs before another gets a turn: some wait for each other in loops
+static const u64 TURN =
+    20000;  // instructions a wave runs before another gets a turn: some wait for each other in loops
 
 // -- the table of operations ----------------------------------------------------------------------
 
@@ -14,7 +16,8 @@ static const Operation *table[2048];
 static u32 table_size = 0;
 
 static void build_table(void) {
-  static const Operation *const groups[] = {vector_operations, scalar_operations, memory_operations, lds_operations, cross_lane_operations, matrix_operations};
+  static const Operation *const groups[] = {vector_operations, scalar_operations,     memory_operations,
+                                            lds_operations,    cross_lane_operations, matrix_operations};
   static const Operation unknown = {.name = "?"};
   table[table_size++] = &unknown;
   for (u32 g = 0; g < sizeof groups / sizeof *groups; ++g)
@@ -96,7 +99,8 @@ static void start_workgroup(Machine *m) {
 
 static void check_record(Machine *m, Wave *w, const Inst *in) {
   if ((u64)w->next >= m->records) fail(m, w, 0, ILLEGAL, 0, "execution ran off the end of the code");
-  if (m->executed >= m->budget) fail(m, w, in, BUDGET, exec_of(w), "the instruction budget is used up: an endless loop?");
+  if (m->executed >= m->budget)
+    fail(m, w, in, BUDGET, exec_of(w), "the instruction budget is used up: an endless loop?");
   if (in->op == 0) fail(m, w, in, UNKNOWN, 0, "an instruction the executor does not know");
 }
 

@@ -31,7 +31,8 @@ static void issue_read(Machine *m, Wave *w, const Inst *in, const Operation *op)
 
 static void issue_read2(Machine *m, Wave *w, const Inst *in, const Operation *op) {
   Addresses a[2];  // both before a result may overwrite the register they come from
-  for (int which = 0; which < 2; ++which) addresses_of(m, w, in, offset_of_pair(in, op, which, stride_of(op)), &a[which]);
+  for (int which = 0; which < 2; ++which)
+    addresses_of(m, w, in, offset_of_pair(in, op, which, stride_of(op)), &a[which]);
   for (int which = 0; which < 2; ++which)
     load_lanes(m, w, in, op, &a[which], result_register(in) + (u32)which * register_count(op));
   w->lds_issued++;
@@ -56,7 +57,8 @@ static void issue_read_transposed(Machine *m, Wave *w, const Inst *in, const Ope
     for (u32 row = 0; row < count; ++row) {
       const u32 from = (i & ~15u) + lanes_per_row * row + i % 16 / count, at = bits * (i % count);
       const u64 mask = (1ull << bits) - 1;
-      column |= (read[from] >> at & mask) << bits * row, column_shadow |= (read_shadow[from] >> at & mask) << bits * row;
+      column |= (read[from] >> at & mask) << bits * row, column_shadow |= (read_shadow[from] >> at & mask)
+                                                                          << bits * row;
     }
     value[0][i] = (u32)column, value[1][i] = (u32)(column >> 32);
     shadow[0][i] = (u32)column_shadow, shadow[1][i] = (u32)(column_shadow >> 32), dirty |= column_shadow != 0;
@@ -153,7 +155,8 @@ static void issue_swizzle(Machine *m, Wave *w, const Inst *in, const Operation *
 
 // -- operations -----------------------------------------------------------------------------------
 
-#define MEMORY(NAME, ISSUE, WORK, BYTES, DETAIL, EXTRA) {.name = #NAME, .issue = ISSUE, .work = WORK, .bytes = BYTES, .detail = DETAIL, .src = {EXTRA}},
+#define MEMORY(NAME, ISSUE, WORK, BYTES, DETAIL, EXTRA) \
+  {.name = #NAME, .issue = ISSUE, .work = WORK, .bytes = BYTES, .detail = DETAIL, .src = {EXTRA}},
 #define ATOMIC_PAIR(NAME, RTN, BYTES, KIND)               \
   MEMORY(NAME, issue_atomic, LDS, BYTES, KIND, 0)         \
   MEMORY(RTN, issue_atomic, LDS, BYTES, KIND, 1)

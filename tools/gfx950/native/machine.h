@@ -26,9 +26,15 @@ enum { FLAT_SCRATCH = 102, VCC = 106, M0 = 124, EXEC = 126, LITERAL = 255, VGPR 
 
 // -- decoded instructions (decode.py writes them) -------------------------------------------------
 
-enum Encoding { SOP1, SOP2, SOPK, SOPC, SOPP, SMEM, VOP1, VOP2, VOPC, VOP3, VOP3SD, VOP3P, MFMA, DS, FLAT, GLOBAL, SCRATCH, MUBUF };
+enum Encoding {
+  SOP1, SOP2, SOPK, SOPC, SOPP, SMEM, VOP1, VOP2, VOPC, VOP3, VOP3SD, VOP3P, MFMA, DS, FLAT, GLOBAL, SCRATCH,
+  MUBUF
+};
 enum Variant { PLAIN, DPP, SDWA };
-enum Flags { SC0 = 1, NT = 2, SC1 = 4, TO_LDS = 8, OFFEN = 16, IDXEN = 32, SOFFSET = 64, HAS_SADDR = 128, IN_ACC = 256, SOFFSET_ONLY = 512, GDS = 1024 };
+enum Flags {
+  SC0 = 1, NT = 2, SC1 = 4, TO_LDS = 8, OFFEN = 16, IDXEN = 32, SOFFSET = 64, HAS_SADDR = 128, IN_ACC = 256,
+  GDS = 1024
+};
 
 typedef struct {
   u32 pc;        // byte offset in the code
@@ -73,7 +79,8 @@ typedef struct {
   bool fnuz;         // the part's 8-bit floats
 } Context;
 
-typedef void (*Lanewise)(const Lanes *restrict a, const Lanes *restrict b, const Lanes *restrict c, Lanes *restrict d, Context *x);
+typedef void (*Lanewise)(const Lanes *restrict a, const Lanes *restrict b, const Lanes *restrict c, Lanes *restrict d,
+                         Context *x);
 typedef void (*Issue)(Machine *, Wave *, const Inst *, const Operation *);
 typedef void (*Scalar)(u64 a, u64 b, u64 old, u64 *d, u32 *scc);
 
@@ -90,7 +97,10 @@ struct Operation {
 };
 
 // What statistics are kept by.
-enum Work { SALU, BRANCH, SYNC, SMEM_LOAD, VALU, PACKED, CONVERT, TRANSCENDENTAL, CROSS_LANE, MATRIX, LDS, LOAD, STORE, ATOMIC, WORKS };
+enum Work {
+  SALU, BRANCH, SYNC, SMEM_LOAD, VALU, PACKED, CONVERT, TRANSCENDENTAL, CROSS_LANE, MATRIX, LDS, LOAD, STORE,
+  ATOMIC, WORKS
+};
 
 // -- memory ---------------------------------------------------------------------------------------
 

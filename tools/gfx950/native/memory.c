@@ -17,7 +17,8 @@ static u64 scalar_base(Machine *m, Wave *w, const Inst *in, u32 code, int words)
   u64 shadow;
   u32 shadow32 = 0;
   const u64 base = words == 2 ? read_scalar64(m, w, in, code, U64, &shadow) : read_scalar(m, w, in, code, &shadow32);
-  if ((words == 2 ? shadow : shadow32) && (m->checks & CHECK_UNDEFINED)) fail(m, w, in, UNDEFINED, 0, "an address depends on scalar registers nobody defined");
+  if ((words == 2 ? shadow : shadow32) && (m->checks & CHECK_UNDEFINED))
+    fail(m, w, in, UNDEFINED, 0, "an address depends on scalar registers nobody defined");
   return base;
 }
 
@@ -91,7 +92,10 @@ static void buffer_addresses(Machine *m, Wave *w, const Inst *in, const Operatio
 enum Family { BY_GLOBAL, BY_SCRATCH, BY_FLAT_ADDRESS, BY_BUFFER };
 
 static enum Family family_of(const Inst *in) {
-  return in->encoding == GLOBAL ? BY_GLOBAL : in->encoding == SCRATCH ? BY_SCRATCH : in->encoding == FLAT ? BY_FLAT_ADDRESS : BY_BUFFER;
+  return in->encoding == GLOBAL    ? BY_GLOBAL
+         : in->encoding == SCRATCH ? BY_SCRATCH
+         : in->encoding == FLAT    ? BY_FLAT_ADDRESS
+                                   : BY_BUFFER;
 }
 
 static void addresses_of(Machine *m, Wave *w, const Inst *in, const Operation *op, Addresses *a) {
@@ -173,9 +177,11 @@ static void issue_cache(Machine *m, Wave *w, const Inst *in, const Operation *op
 static void issue_scalar_load(Machine *m, Wave *w, const Inst *in, const Operation *op) {
   const bool buffer = op->detail;
   const u64 offset = (u64)(i64)in->imm + (in->flags & SOFFSET ? (u32)scalar_base(m, w, in, in->src[1], 1) : 0);
-  const Buffer b = buffer ? buffer_of(m, w, in, in->src[0]) : (Buffer){scalar_base(m, w, in, in->src[0], 2), 0, 0, false};
+  const Buffer b =
+      buffer ? buffer_of(m, w, in, in->src[0]) : (Buffer){scalar_base(m, w, in, in->src[0], 2), 0, 0, false};
   if ((b.base + offset) % 4)
-    fail(m, w, in, MISALIGNED, 0, "a scalar load at 0x%llx, which is no multiple of 4", (unsigned long long)(b.base + offset));
+    fail(m, w, in, MISALIGNED, 0, "a scalar load at 0x%llx, which is no multiple of 4",
+         (unsigned long long)(b.base + offset));
   for (u32 i = 0; i < op->bytes / 4u; ++i) {
     u32 value = 0, shadow = 0;
     if (!buffer || offset + 4 * i + 4 <= (b.stride ? (u64)b.stride * b.records : b.records)) {
@@ -197,7 +203,8 @@ static void issue_time(Machine *m, Wave *w, const Inst *in, const Operation *op)
 
 // -- operations -----------------------------------------------------------------------------------
 
-#define MEMORY(NAME, ISSUE, WORK, BYTES, DETAIL) {.name = #NAME, .issue = ISSUE, .work = WORK, .bytes = BYTES, .detail = DETAIL},
+#define MEMORY(NAME, ISSUE, WORK, BYTES, DETAIL) \
+  {.name = #NAME, .issue = ISSUE, .work = WORK, .bytes = BYTES, .detail = DETAIL},
 #define LOADS(P)                                                               \
   MEMORY(P##_LOAD_UBYTE, issue_load, LOAD, 1, 0)                               \
   MEMORY(P##_LOAD_SBYTE, issue_load, LOAD, 1, SIGN_EXTENDED)                   \

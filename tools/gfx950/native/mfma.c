@@ -3,7 +3,8 @@
 // An element of A is row i, column k of block b; the lanes of a block hold consecutive runs of k:
 //   lane = i + M*(b + B*(k / run)), element k % run of it, where run = K*M*B / 64, packed from the low bits of the
 // first register up; B is laid out alike with its column j for i.  Of D and C (32 bits each) lane j + N*group holds
-// row i = 8*(r/4) + 4*group + r%4 for 32x32, 4*group + r for 16x16, r for 4x4, in registers that count blocks outermost.
+// row i = 8*(r/4) + 4*group + r%4 for 32x32, 4*group + r for 16x16, r for 4x4, in registers that count blocks
+// outermost.
 // Sums are exact (in double) and rounded once: the hardware's order of additions is not documented, so results may
 // differ from it in the last place.  EXEC does not matter.
 #include "operands.h"
@@ -73,7 +74,8 @@ static u32 run_length(const Shape *s) { return (u32)s->depth * s->rows * s->bloc
 // -- elements -------------------------------------------------------------------------------------
 
 // CBSZ and BLGP name the element types of ..._F8F6F4.
-static const Format SELECTED[] = {{4, 3, 7, FN}, {5, 2, 15, IEEE}, {2, 3, 1, FINITE}, {3, 2, 3, FINITE}, {2, 1, 1, FINITE}};
+static const Format SELECTED[] = {
+    {4, 3, 7, FN}, {5, 2, 15, IEEE}, {2, 3, 1, FINITE}, {3, 2, 3, FINITE}, {2, 1, 1, FINITE}};
 
 static u32 width(Format f) { return (u32)(1 + f.exponent + f.mantissa); }
 
@@ -86,7 +88,8 @@ static void choose_format(Machine *m, Wave *w, const Inst *in, Product *p, int w
     p->format[which] = SELECTED[selector], p->bits[which] = width(SELECTED[selector]);
     return;
   }
-  if (selector || in->opsel) fail(m, w, in, ILLEGAL, 0, "the broadcasts of a matrix instruction (CBSZ, ABID, BLGP) are not implemented");
+  if (selector || in->opsel)
+    fail(m, w, in, ILLEGAL, 0, "the broadcasts of a matrix instruction (CBSZ, ABID, BLGP) are not implemented");
   p->bits[which] = bits[e];
   if (e == M_F16) p->format[which] = HALF;
   if (e == M_BF16) p->format[which] = BFLOAT;
@@ -130,7 +133,8 @@ static void load_operand(Machine *m, Wave *w, const Inst *in, Product *p, int wh
     const u32 row = lane % s->rows, block = lane / s->rows % s->blocks, first = lane / s->rows / s->blocks * run;
     const double scale = s->scaled ? lane_scale(m, w, in, which, lane) : 1.0;
     double *to = out + ((u64)block * s->rows + row) * s->depth + first;
-    for (u32 k = 0; k < run; ++k) to[k] = element_value(e, p->format[which], packed_bits(w, reg, lane, k, p->bits[which])) * scale;
+    for (u32 k = 0; k < run; ++k)
+      to[k] = element_value(e, p->format[which], packed_bits(w, reg, lane, k, p->bits[which])) * scale;
   }
 }
 
@@ -151,7 +155,9 @@ static u32 result_index(const Shape *s, u32 lane, u32 r) {
 static bool accumulates_integers(const Shape *s) { return s->a == M_I8; }
 
 static double result_value(const Shape *s, u64 bits) {
-  return s->a == M_F64 ? bits_double(bits) : accumulates_integers(s) ? (double)(i32)bits : (double)bits_float((u32)bits);
+  return s->a == M_F64             ? bits_double(bits)
+         : accumulates_integers(s) ? (double)(i32)bits
+                                   : (double)bits_float((u32)bits);
 }
 
 static u64 result_bits(const Shape *s, double x) {
@@ -162,11 +168,13 @@ static void load_accumulator(Machine *m, Wave *w, const Inst *in, Product *p) {
   const Shape *s = p->shape;
   const u32 code = in->src[2], words = words_of_result(s);
   u64 shadow, constant = 0;
-  if (code < VGPR) constant = words == 2 ? read_scalar64(m, w, in, code, F64, &shadow) : read_scalar(m, w, in, code, (u32[1]){0});
+  if (code < VGPR)
+    constant = words == 2 ? read_scalar64(m, w, in, code, F64, &shadow) : read_scalar(m, w, in, code, (u32[1]){0});
   const u32 reg = code - VGPR + (in->acc & 4 ? ACC : 0u);
   for (u32 r = 0; r < results_per_lane(s); ++r)
     for (u32 lane = 0; lane < LANES; ++lane)
-      p->c[result_index(s, lane, r)] = result_value(s, code < VGPR ? constant : packed_bits(w, reg, lane, r, 32 * words));
+      p->c[result_index(s, lane, r)] =
+          result_value(s, code < VGPR ? constant : packed_bits(w, reg, lane, r, 32 * words));
 }
 
 static void store_result(Machine *m, Wave *w, const Inst *in, const Product *p, bool undefined) {
@@ -179,7 +187,8 @@ static void store_result(Machine *m, Wave *w, const Inst *in, const Product *p, 
       const u64 bits = result_bits(s, p->c[result_index(s, lane, r)]);
       value[0][lane] = (u32)bits, value[1][lane] = (u32)(bits >> 32);
     }
-    for (u32 i = 0; i < words; ++i) write_vgpr(m, w, in, reg + r * words + i, value[i], undefined ? shadow : 0, ~0ull);
+    for (u32 i = 0; i < words; ++i)
+      write_vgpr(m, w, in, reg + r * words + i, value[i], undefined ? shadow : 0, ~0ull);
   }
 }
 
@@ -215,9 +224,11 @@ static void issue_matrix(Machine *m, Wave *w, const Inst *in, const Operation *o
   const Shape *s = p.shape = &SHAPES[op->detail];
   bool undefined = false;
   for (int which = 0; which < 2; ++which) {
-    if (in->src[which] < VGPR) fail(m, w, in, ILLEGAL, 0, "the operands of a matrix instruction are vector registers");
+    if (in->src[which] < VGPR)
+      fail(m, w, in, ILLEGAL, 0, "the operands of a matrix instruction are vector registers");
     choose_format(m, w, in, &p, which);
-    undefined |= any_undefined(m, w, in, in->src[which], in->acc >> which & 1, (run_length(s) * p.bits[which] + 31) / 32);
+    undefined |=
+        any_undefined(m, w, in, in->src[which], in->acc >> which & 1, (run_length(s) * p.bits[which] + 31) / 32);
   }
   undefined |= any_undefined(m, w, in, in->src[2], in->acc & 4, results_per_lane(s) * words_of_result(s));
   load_operand(m, w, in, &p, 0, p.a);

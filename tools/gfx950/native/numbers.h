@@ -10,7 +10,8 @@ static inline u64 double_bits(double x) { u64 u; memcpy(&u, &x, 8); return u; }
 static inline double bits_double(u64 u) { double x; memcpy(&x, &u, 8); return x; }
 
 // value / 2^shift rounded to an integer.
-static inline __attribute__((always_inline)) u64 shift_right_rounded(u64 value, int shift, Rounding mode, bool negative) {
+static inline __attribute__((always_inline)) u64 shift_right_rounded(u64 value, int shift, Rounding mode,
+                                                                     bool negative) {
   if (shift <= 0) return value << -shift;
   if (shift > 63) value = value != 0, shift = 2;  // only that it is not zero counts
   const u64 whole = value >> shift, rest = value & ((1ull << shift) - 1), half = 1ull << (shift - 1);
@@ -19,7 +20,7 @@ static inline __attribute__((always_inline)) u64 shift_right_rounded(u64 value, 
   return whole + (rest != 0 && negative == (mode == DOWN));
 }
 
-// What the largest exponent means: infinities and NaNs; nothing but all ones being NaN; nothing, NaN being minus zero;
+// What the largest exponent means: infinities and NaNs; nothing but all ones being NaN; nothing, minus zero being NaN;
 // nothing, and there is no NaN.
 typedef enum { IEEE, FN, FNUZ, FINITE } Specials;
 typedef struct { int exponent, mantissa, bias; Specials specials; } Format;

@@ -2,11 +2,13 @@
 
 // -- scalar registers and constants ---------------------------------------------------------------
 
-static const u32 FLOAT32[] = {0x3f000000, 0xbf000000, 0x3f800000, 0xbf800000, 0x40000000, 0xc0000000, 0x40800000, 0xc0800000, 0x3e22f983};
+static const u32 FLOAT32[] = {0x3f000000, 0xbf000000, 0x3f800000, 0xbf800000, 0x40000000,
+                              0xc0000000, 0x40800000, 0xc0800000, 0x3e22f983};
 static const u32 FLOAT16[] = {0x3800, 0xb800, 0x3c00, 0xbc00, 0x4000, 0xc000, 0x4400, 0xc400, 0x3118};
 static const u32 BFLOAT16[] = {0x3f00, 0xbf00, 0x3f80, 0xbf80, 0x4000, 0xc000, 0x4080, 0xc080, 0x3e22};
-static const u64 FLOAT64[] = {0x3fe0000000000000, 0xbfe0000000000000, 0x3ff0000000000000, 0xbff0000000000000, 0x4000000000000000,
-                              0xc000000000000000, 0x4010000000000000, 0xc010000000000000, 0x3fc45f306dc9c882};
+static const u64 FLOAT64[] = {0x3fe0000000000000, 0xbfe0000000000000, 0x3ff0000000000000,
+                              0xbff0000000000000, 0x4000000000000000, 0xc000000000000000,
+                              0x4010000000000000, 0xc010000000000000, 0x3fc45f306dc9c882};
 
 static bool is_inline_integer(u32 code) { return code >= 128 && code <= 208; }
 static i32 inline_integer(u32 code) { return code <= 192 ? (i32)code - 128 : 192 - (i32)code; }
@@ -15,7 +17,8 @@ static bool is_inline_float(u32 code) { return code >= 240 && code <= 248; }
 static void check_sgpr(Machine *m, Wave *w, const Inst *in, u32 code) {
   if (!w->s_pending[code] || !(m->checks & CHECK_WAITS)) return;
   if (w->s_pending[code] == w->smem_epoch + 1)
-    fail(m, w, in, MISSING_WAIT, 0, "s%u is used before the scalar load that writes it was waited for (lgkmcnt(0))", code);
+    fail(m, w, in, MISSING_WAIT, 0, "s%u is used before the scalar load that writes it was waited for (lgkmcnt(0))",
+         code);
   w->s_pending[code] = 0;
 }
 
@@ -52,7 +55,8 @@ u64 read_scalar64(Machine *m, Wave *w, const Inst *in, u32 code, Type type, u64 
   if (is_inline_integer(code)) return (u64)(i64)inline_integer(code);
   if (is_inline_float(code)) return FLOAT64[code - 240];
   switch (code) {
-    case LITERAL: return type == F64 ? (u64)in->literal << 32 : type == I64 ? (u64)(i64)(i32)in->literal : in->literal;
+    case LITERAL:
+      return type == F64 ? (u64)in->literal << 32 : type == I64 ? (u64)(i64)(i32)in->literal : in->literal;
     case 235: return SHARED_APERTURE;
     case 236: return SHARED_APERTURE | 0xffffffff;
     case 237: return PRIVATE_APERTURE;
@@ -93,18 +97,23 @@ void check_vgpr(Machine *m, Wave *w, const Inst *in, u32 reg) {
   const u32 number = reg % ACC, count = reg < ACC ? m->vgprs : m->agprs;
   if (reg >= VGPRS) fail(m, w, in, ILLEGAL, 0, "a vector register was expected");
   if (number >= count)
-    fail(m, w, in, ILLEGAL, 0, "%c%u is beyond the %u registers the kernel asked for", reg < ACC ? 'v' : 'a', number, count);
+    fail(m, w, in, ILLEGAL, 0, "%c%u is beyond the %u registers the kernel asked for", reg < ACC ? 'v' : 'a', number,
+         count);
   if (!w->pending[reg]) return;
   if ((m->checks & CHECK_WAITS) && is_outstanding(w, reg))
-    fail(m, w, in, MISSING_WAIT, 0, "%c%u is used before the load that writes it was waited for (%s)", reg < ACC ? 'v' : 'a',
-         number, w->pending[reg] == BY_VM ? "vmcnt" : w->pending[reg] == BY_LDS ? "lgkmcnt" : "vmcnt(0) and lgkmcnt(0)");
+    fail(m, w, in, MISSING_WAIT, 0, "%c%u is used before the load that writes it was waited for (%s)",
+         reg < ACC ? 'v' : 'a', number,
+         w->pending[reg] == BY_VM    ? "vmcnt"
+         : w->pending[reg] == BY_LDS ? "lgkmcnt"
+                                     : "vmcnt(0) and lgkmcnt(0)");
   w->pending[reg] = SETTLED;
 }
 
 void check_defined(Machine *m, Wave *w, const Inst *in, const Source *s, int words, u64 lanes, const char *what) {
   if (!s->dirty || !(m->checks & CHECK_UNDEFINED)) return;
   u64 bad = 0;
-  for (int lane = 0; lane < LANES; ++lane) bad |= (u64)((words == 2 ? s->shadow.q[lane] : s->shadow.u[lane]) != 0) << lane;
+  for (int lane = 0; lane < LANES; ++lane)
+    bad |= (u64)((words == 2 ? s->shadow.q[lane] : s->shadow.u[lane]) != 0) << lane;
   if (bad & lanes) fail(m, w, in, UNDEFINED, bad & lanes, "%s depends on a value nobody defined", what);
 }
 

@@ -24,8 +24,12 @@ void write_vgpr(Machine *m, Wave *w, const Inst *in, u32 reg, const u32 *value, 
 u64 dpp_lanes(const Wave *w, const Inst *in);  // those that an instruction with DPP writes
 
 static inline int words_of(Type type) { return type == U64 || type == I64 || type == F64 ? 2 : 1; }
-static inline bool is_half(Type type) { return type == U16 || type == I16 || type == F16 || type == BF16 || type == U16K || type == F16K; }
-static inline bool is_float(Type type) { return type == F32 || type == F64 || type == F16 || type == BF16 || type == F16K; }
+static inline bool is_half(Type type) {
+  return type == U16 || type == I16 || type == F16 || type == BF16 || type == U16K || type == F16K;
+}
+static inline bool is_float(Type type) {
+  return type == F32 || type == F64 || type == F16 || type == BF16 || type == F16K;
+}
 
 // Undefined result bits are those that change when the operation is run again with the undefined bits of its operands
 // all zero, all one, or all flipped: exact for bits and selections, and near enough for arithmetic and comparisons.
@@ -35,4 +39,5 @@ static inline u64 guess(u64 value, u64 shadow, enum Guess how) {
   return how == ALL_ZERO ? value & ~shadow : how == ALL_ONE ? value | shadow : value ^ shadow;
 }
 
-#define EACH_LANE(mask) (u64 rest_ = (mask), lane = 0; rest_ && (lane = (u64)__builtin_ctzll(rest_), 1); rest_ &= rest_ - 1)
+#define EACH_LANE(mask) \
+  (u64 rest_ = (mask), lane = 0; rest_ && (lane = (u64)__builtin_ctzll(rest_), 1); rest_ &= rest_ - 1)

@@ -88,7 +88,8 @@ static void issue_saveexec(Machine *m, Wave *w, const Inst *in, const Operation 
 enum Branch { ALWAYS, IF_SCC0, IF_SCC1, IF_VCCZ, IF_VCCNZ, IF_EXECZ, IF_EXECNZ };
 
 static void check_condition(Machine *m, Wave *w, const Inst *in, u64 shadow) {
-  if (shadow && (m->checks & CHECK_UNDEFINED)) fail(m, w, in, UNDEFINED, 0, "where the program goes depends on an undefined value");
+  if (shadow && (m->checks & CHECK_UNDEFINED))
+    fail(m, w, in, UNDEFINED, 0, "where the program goes depends on an undefined value");
 }
 
 static bool taken(Machine *m, Wave *w, const Inst *in, u8 when) {
@@ -112,7 +113,8 @@ static u64 pc_after(const Machine *m, const Inst *in) { return m->code_address +
 static void jump(Machine *m, Wave *w, const Inst *in, u64 address) {
   const u64 offset = address - m->code_address;
   if (offset >= m->code_bytes || offset % 4 || m->record_at[offset / 4] < 0)
-    fail(m, w, in, ILLEGAL, 0, "a jump to 0x%llx, which is no instruction of this code object", (unsigned long long)address);
+    fail(m, w, in, ILLEGAL, 0, "a jump to 0x%llx, which is no instruction of this code object",
+         (unsigned long long)address);
   w->next = m->record_at[offset / 4];
 }
 
@@ -215,7 +217,14 @@ typedef i64 S_I64;
 #undef SW
 
 #define ROW(NAME, ISSUE, D, A, B, COUNT, DETAIL) \
-  {.name = #NAME, .issue = ISSUE, .scalar = run_##NAME, .dst = D, .src = {A, B}, .sources = COUNT, .work = SALU, .detail = DETAIL},
+  {.name = #NAME,                                \
+   .issue = ISSUE,                               \
+   .scalar = run_##NAME,                         \
+   .dst = D,                                     \
+   .src = {A, B},                                \
+   .sources = COUNT,                             \
+   .work = SALU,                                 \
+   .detail = DETAIL},
 #define S1(NAME, D, A, ...) ROW(NAME, issue_salu, D, A, NONE, 1, 0)
 #define SR(NAME, D, A, ...) ROW(NAME, issue_salu, D, A, NONE, 1, 1)
 #define S2(NAME, D, A, B, ...) ROW(NAME, issue_salu, D, A, B, 2, 0)

@@ -12,7 +12,9 @@ typedef struct {
 
 static const Lanes NOTHING;
 
-static Rounding rounding_of(const Wave *w, Type type) { return (Rounding)(type == F32 ? w->mode & 3 : w->mode >> 2 & 3); }
+static Rounding rounding_of(const Wave *w, Type type) {
+  return (Rounding)(type == F32 ? w->mode & 3 : w->mode >> 2 & 3);
+}
 
 static int host_rounding(Rounding mode) {
   static const int modes[] = {FE_TONEAREST, FE_UPWARD, FE_DOWNWARD, FE_TOWARDZERO};
@@ -72,7 +74,8 @@ static void run(const Operation *op, Call *c) {
 static void scale_and_clamp(Machine *m, Wave *w, const Inst *in, Type type, u32 omod, bool clamp, Lanes *d) {
   static const float factor[] = {1.0f, 2.0f, 4.0f, 0.5f};
   if (!omod && !clamp) return;
-  if (omod && type != F32 && type != F64 && type != F16) fail(m, w, in, ILLEGAL, 0, "an output modifier on a result that is no float");
+  if (omod && type != F32 && type != F64 && type != F16)
+    fail(m, w, in, ILLEGAL, 0, "an output modifier on a result that is no float");
   const bool nan_to_zero = w->mode >> 8 & 1;  // DX10_CLAMP
   for (int i = 0; i < LANES; ++i) {
     double x = type == F32 ? d->f[i] : type == F64 ? d->d[i] : half_value(d->u[i]);
@@ -95,7 +98,8 @@ static void flush_results(const Wave *w, Type type, Lanes *d) {
 }
 
 // `width` bits of each lane at bit `at` of register `reg`, keeping the others or (not `keep`) zeroing them.
-static void write_part(Machine *m, Wave *w, const Inst *in, u32 reg, int at, int width, bool keep, const Call *c, u64 lanes) {
+static void write_part(Machine *m, Wave *w, const Inst *in, u32 reg, int at, int width, bool keep, const Call *c,
+                       u64 lanes) {
   const u32 mask = (u32)((1ull << width) - 1) << at;
   u32 value[LANES], shadow[LANES];
   if (keep) check_vgpr(m, w, in, reg);
@@ -140,7 +144,8 @@ static void write_result(Machine *m, Wave *w, const Inst *in, Type type, Call *c
 
 static void write_mask(Machine *m, Wave *w, const Inst *in, const Call *c, u32 code, u64 lanes) {
   u64 mask = 0, shadow = 0;
-  for (int i = 0; i < LANES; ++i) mask |= (u64)(c->context.carry[i] & 1) << i, shadow |= (u64)(c->context.carry[i] >> 1 & 1) << i;
+  for (int i = 0; i < LANES; ++i)
+    mask |= (u64)(c->context.carry[i] & 1) << i, shadow |= (u64)(c->context.carry[i] >> 1 & 1) << i;
   write_scalar64(m, w, in, code, mask & lanes, shadow & lanes);
 }
 
@@ -162,7 +167,8 @@ static void issue_valu(Machine *m, Wave *w, const Inst *in, const Operation *op)
   const Type type = (Type)op->dst;
   flush_results(w, type, &c.result);
   const bool sdwa = in->variant == SDWA;
-  scale_and_clamp(m, w, in, type, sdwa ? in->literal >> 14 & 3 : in->omod, !op->detail && (sdwa ? in->literal >> 13 & 1 : in->clamp), &c.result);
+  scale_and_clamp(m, w, in, type, sdwa ? in->literal >> 14 & 3 : in->omod,
+                  !op->detail && (sdwa ? in->literal >> 13 & 1 : in->clamp), &c.result);
   write_result(m, w, in, type, &c, written_lanes(w, in));
 }
 
@@ -199,12 +205,14 @@ static void issue_packed(Machine *m, Wave *w, const Inst *in, const Operation *o
     scale_and_clamp(m, w, in, (Type)op->dst, 0, !op->detail && in->clamp, &c->result);
   }
   for (u32 half = 0; wide && half < 2; ++half)
-    write_vgpr(m, w, in, in->dst + half, halves[half].result.u, halves[half].dirty ? halves[half].shadow.u : 0, exec_of(w));
+    write_vgpr(m, w, in, in->dst + half, halves[half].result.u, halves[half].dirty ? halves[half].shadow.u : 0,
+               exec_of(w));
   if (wide) return;
   const bool dirty = halves[0].dirty || halves[1].dirty;
   for (int i = 0; i < LANES; ++i) {
     value[i] = (halves[0].result.u[i] & 0xffff) | halves[1].result.u[i] << 16;
-    shadow[i] = (halves[0].dirty ? halves[0].shadow.u[i] & 0xffff : 0) | (halves[1].dirty ? halves[1].shadow.u[i] << 16 : 0);
+    shadow[i] =
+        (halves[0].dirty ? halves[0].shadow.u[i] & 0xffff : 0) | (halves[1].dirty ? halves[1].shadow.u[i] << 16 : 0);
   }
   write_vgpr(m, w, in, in->dst, value, dirty ? shadow : 0, exec_of(w));
 }
@@ -291,7 +299,14 @@ typedef double T_F64, T_F16, T_F16K;
 // Pass two: the table.  A clamp of an integer operation is in its line (detail 1), that of a float one is general.
 #define SOURCES(A, B, C) (C != NONE ? 3 : B != NONE ? 2 : A != NONE ? 1 : 0)
 #define ROW(NAME, ISSUE, RUN, D, A, B, C, WORK, DETAIL) \
-  {.name = #NAME, .issue = ISSUE, .lanewise = RUN, .dst = D, .src = {A, B, C}, .work = WORK, .detail = DETAIL, .sources = SOURCES(A, B, C)},
+  {.name = #NAME,                                       \
+   .issue = ISSUE,                                      \
+   .lanewise = RUN,                                     \
+   .dst = D,                                            \
+   .src = {A, B, C},                                    \
+   .work = WORK,                                        \
+   .detail = DETAIL,                                    \
+   .sources = SOURCES(A, B, C)},
 #define V1(NAME, WORK, D, A, ...) ROW(NAME, issue_valu, run_##NAME, D, A, NONE, NONE, WORK, 0)
 #define V2(NAME, WORK, D, A, B, ...) ROW(NAME, issue_valu, run_##NAME, D, A, B, NONE, WORK, 0)
 #define V3(NAME, WORK, D, A, B, C, ...) ROW(NAME, issue_valu, run_##NAME, D, A, B, C, WORK, 0)
@@ -299,7 +314,8 @@ typedef double T_F64, T_F16, T_F16K;
 #define CLAMPED2(NAME, WORK, D, A, B, ...) ROW(NAME, issue_valu, run_##NAME, D, A, B, NONE, WORK, 1)
 #define CLAMPED3(NAME, WORK, D, A, B, C, ...) ROW(NAME, issue_valu, run_##NAME, D, A, B, C, WORK, 1)
 #define COMPARE(NAME, X, A, B, ...) ROW(NAME, issue_compare, run_##NAME, NONE, A, B, NONE, VALU, X)
-#define PACKED1(NAME, PLAIN, D, A, B, C) ROW(NAME, issue_packed, run_##PLAIN, D, A, B, C, PACKED, D == U16 || D == I16)
+#define PACKED1(NAME, PLAIN, D, A, B, C) \
+  ROW(NAME, issue_packed, run_##PLAIN, D, A, B, C, PACKED, D == U16 || D == I16)
 const Operation vector_operations[] = {
 #include "vop.def"
 #include "vopc.def"
