@@ -89,13 +89,16 @@ static bool make_arena(void) {
 
 static size_t pages(size_t size) { return (size + PAGE - 1) / PAGE * PAGE; }
 
+/* What an allocation takes of the arena; registered memory is there twice, the second time as it was before a launch. */
+static size_t span_of(size_t size, enum memory_kind kind) { return pages(size) * (kind == REGISTERED_MEMORY ? 2 : 1); }
+
 static size_t physical_memory(void) { return (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE); }
 
 /* -- allocating ------------------------------------------------------------------------------------ */
 
 /* Hold `memory_lock`. */
 static hipError_t allocate_locked(void **result, size_t size, enum memory_kind kind, void *host, const char *function) {
-  size_t span = pages(size), limit = physical_memory() < machine()->memory_bytes ? physical_memory() : machine()->memory_bytes;
+  size_t span = span_of(size, kind), limit = physical_memory() < machine()->memory_bytes ? physical_memory() : machine()->memory_bytes;
   if (size > limit || arena.live + span > limit)
     return fail(hipErrorOutOfMemory, function, "%zu bytes wanted, %zu of %zu in use", size, arena.live, limit);
   if (!make_arena() || !reserve((void **)&live.items, live.count, &live.capacity, sizeof *live.items))
@@ -139,7 +142,7 @@ static struct allocation *find(uint64_t address) {
 
 /* Hold `memory_lock`. */
 static void release(struct allocation *allocation) {
-  size_t span = pages(allocation->size), offset = allocation->base - arena_base();
+  size_t span = span_of(allocation->size, allocation->kind), offset = allocation->base - arena_base();
   fallocate(arena.file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)span);
   mprotect(arena.base + offset, span, PROT_NONE);
   arena.live -= span;
@@ -243,15 +246,25 @@ EXPORT hipError_t hipHostGetDevicePointer(void **device, void *host, unsigned in
 }
 
 void registered_to_device(void) {
-  for (size_t i = 0; i < live.count; i++)
-    if (live.items[i].kind == REGISTERED_MEMORY)
-      memcpy((void *)(uintptr_t)live.items[i].base, live.items[i].host, live.items[i].size);
+  for (size_t i = 0; i < live.count; i++) {
+    const struct allocation *item = &live.items[i];
+    if (item->kind != REGISTERED_MEMORY) continue;
+    unsigned char *device = (unsigned char *)(uintptr_t)item->base;
+    memcpy(device, item->host, item->size);
+    memcpy(device + pages(item->size), device, item->size);
+  }
 }
 
+/* Only what a launch changed: the rest may be read-only for this process, or be changed by it meanwhile. */
 void registered_to_host(void) {
-  for (size_t i = 0; i < live.count; i++)
-    if (live.items[i].kind == REGISTERED_MEMORY)
-      memcpy(live.items[i].host, (void *)(uintptr_t)live.items[i].base, live.items[i].size);
+  for (size_t i = 0; i < live.count; i++) {
+    const struct allocation *item = &live.items[i];
+    if (item->kind != REGISTERED_MEMORY) continue;
+    const unsigned char *now = (unsigned char *)(uintptr_t)item->base, *before = now + pages(item->size);
+    if (memcmp(now, before, item->size) == 0) continue;
+    for (size_t at = 0; at < item->size; at++)
+      if (now[at] != before[at]) ((unsigned char *)item->host)[at] = now[at];
+  }
 }
 
 /* -- copying and filling --------------------------------------------------------------------------- */
