@@ -205,22 +205,23 @@ def test_a_read_beyond_a_tensor_is_reported(build: Build):
     assert re.search(r"workgroup \(2, 0, 0\), lane 0: global_load_dword", last)
 
 
-class Norm(nn.Module):
-    """One fused kernel, and nothing that only one architecture has."""
+class FnuzNorm(nn.Module):
+    """Quantized to the fp8 that gfx942 alone converts in hardware."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((512,), 2.0, dtype=torch.bfloat16))
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 512).to(torch.bfloat16))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.lowering.rms_norm(x, self.weight, 1e-6)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.ops.lowering.rms_norm(x, self.weight, 1e-6)
+        return torch.ops.lowering.group_quant(y, 128, dtype=torch.float8_e4m3fnuz)
 
 
 def test_a_program_runs_on_its_own_architecture_alone(build: Build):
-    call = (integers(3, 512),)
-    program = build("gfx942", Norm(), call)
+    model, call = FnuzNorm(), (integers(3, 512),)
+    program = build("gfx942", model, call)
     (results,) = run(program, [call], arch="gfx942")
-    assert_same_bits(results, on_cpu(build("cpu", Norm(), call), call))
+    assert_same_bits(results, model(*call))
     done = emulated("run-vmfb", program, "--input", "3x512xbf16=1")
     assert done.returncode == 1
     assert "was compiled for gfx942; hip:0 is an emulated gfx950" in done.stderr
