@@ -18,6 +18,7 @@ import gpu_cases
 import gpu_compare
 import pytest
 import torch
+from gfx950.hip import library
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -183,6 +184,23 @@ def test_a_quantized_llama(build: Build):
     for call, (logits,), reference in zip(calls, found, eager, strict=True):
         differences = gpu_compare.compare_logits(logits, reference, model(*call))
         assert not [d.problem for d in differences if d.problem], differences
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x
+
+
+def test_irees_own_command_runs_by_irees_own_flag(build: Build):
+    """A process without a Python interpreter in it, and no variable set."""
+    program = build("gfx950", Doubled(), (torch.zeros(3),))
+    command = Path(sys.executable).parent / "iree-run-module"
+    flags = ("--device=hip", f"--hip_dylib_path=file:{library()}", f"--module={program}", "--function=main")
+    words = [str(command), *flags, "--input=3xf32=1,2,-3"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "3xf32=2 4 -6"
+    assert done.stderr.count("this is no GPU") == 1
 
 
 # -- what is refused -------------------------------------------------------------------------------
