@@ -1,67 +1,27 @@
 // The row kernel on CPUs: what row.h does on GPUs, one row after another, in vector registers.
 //
-// Compiler vector extensions only, no libc, no headers: gcc or clang, any architecture.  A vector of floats is LANES
-// wide.  Rows are taken in steps of 2*LANES elements held as (even, odd): a 32-bit word of two bfloat16 splits into
+// Rows are taken in steps of 2*LANES elements held as (even, odd): a 32-bit word of two bfloat16 splits into
 // floats by one shift and one mask and packs again without a shuffle, and nothing between load and store cares which
 // lane an element sits in.
 //
 // A row is read again from the cache for each thing that depends on all of it: the statistic, the largest value.
 // Outputs must not overlap inputs.  Pointers need only the alignment of their element.
 //
-// The macros that specialise this file come from lowering/kernel.py.  PROTOTYPE is the entry's declaration as its
-// caller believes it to be: a kernel that takes something else does not compile.
+// The macros that specialise this file come from lowering/kernel.py.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef __INT32_TYPE__ i32;
-typedef __INT64_TYPE__ i64;
+#include "cpu.h"
+#include "vectors.h"
 
-// The codes of dtypes, ROUNDING, RESIDUAL, ACT, LAYOUTi and CODESi.
-#define BF16 1
-#define F16 2
-#define F32 3
+// The codes of ROUNDING, RESIDUAL, ACT and LAYOUTi.
 #define ONCE 1
 #define TWICE 2
 #define ROUNDED 2
 #define SILU 1
 #define GELU 2
 enum { ROW = 0, COLUMN_TMA = 1, COLUMN = 2, UE8M0_PACKED = 3 };
-enum { E4M3FN = 0, E4M3FNUZ = 1, E5M2 = 2, INT8 = 3 };
 
-#ifndef __clang__
-#pragma GCC optimize("no-tree-loop-distribute-patterns")  // else copy loops become calls of memcpy
-#endif
-
-#if defined(__AVX512F__) && defined(__AVX512BW__)
-#define LANES 16
-#elif defined(__AVX2__)
-#define LANES 8
-#else
-#define LANES 4
-#endif
 #define STEP (2 * LANES)
 
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-#define HAS_FMA 1
-#else
-#define HAS_FMA 0
-#endif
-
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef u32 Words __attribute__((vector_size(4 * LANES)));
-typedef i32 Signed __attribute__((vector_size(4 * LANES)));
-typedef u16 Halves __attribute__((vector_size(2 * LANES)));
-// As they lie in memory: aligned to their element only.
-typedef float LooseFloats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef u32 LooseWords __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
-typedef u16 LooseHalves __attribute__((vector_size(2 * LANES), aligned(1), may_alias));
-
-#ifdef __clang__
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Signed){__VA_ARGS__})
-#endif
 #if LANES == 16
 #define EVENS 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
 #define ODDS 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
@@ -79,83 +39,7 @@ typedef u16 LooseHalves __attribute__((vector_size(2 * LANES), aligned(1), may_a
 #define ZIP_HIGH 2, 6, 3, 7
 #endif
 
-#define INLINE static inline __attribute__((always_inline, unused))
-
 typedef struct { Floats even, odd; } Pair;
-
-INLINE Words bits_of(Floats a) { return (Words)a; }
-INLINE Floats floats_of(Words a) { return (Floats)a; }
-INLINE Floats all(float a) { return a - (Floats){0}; }
-INLINE Words select(Signed mask, Words a, Words b) { return ((Words)mask & a) | (~(Words)mask & b); }
-
-INLINE Words larger(Words a, Words b) {
-  Words r;
-  for (int i = 0; i < LANES; ++i) r[i] = a[i] > b[i] ? a[i] : b[i];
-  return r;
-}
-
-INLINE Words smaller(Words a, Words b) {
-  Words r;
-  for (int i = 0; i < LANES; ++i) r[i] = a[i] < b[i] ? a[i] : b[i];
-  return r;
-}
-
-// a*b + c; where the machine has no fused form only the sum of squares uses it, whose roundings are free.
-INLINE Floats fma(Floats a, Floats b, Floats c) {
-#if HAS_FMA
-  Floats r;
-  for (int i = 0; i < LANES; ++i) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
-  return r;
-#else
-  return a * b + c;
-#endif
-}
-
-INLINE float float_of(u32 bits) {
-  union { u32 bits; float value; } both = {bits};
-  return both.value;
-}
-
-INLINE u32 word_of(float value) {
-  union { float value; u32 bits; } both = {value};
-  return both.bits;
-}
-
-// Torch computes with subnormals, IREE's workers run with them flushed to zero: the kernel switches and switches back.
-#if defined(__SSE__)
-typedef u32 FloatMode;
-INLINE FloatMode enter_ieee(void) {
-  u32 mode, ieee;
-  __asm__ volatile("stmxcsr %0" : "=m"(mode) : : "memory");
-  ieee = mode & ~0x8040u;
-  __asm__ volatile("ldmxcsr %0" : : "m"(ieee) : "memory");
-  return mode;
-}
-INLINE void leave_ieee(FloatMode mode) { __asm__ volatile("ldmxcsr %0" : : "m"(mode) : "memory"); }
-#elif defined(__aarch64__)
-typedef i64 FloatMode;
-INLINE FloatMode enter_ieee(void) {
-  i64 mode;
-  __asm__ volatile("mrs %0, fpcr" : "=r"(mode) : : "memory");
-  __asm__ volatile("msr fpcr, %0" : : "r"(mode & ~(i64)0x1080000) : "memory");
-  return mode;
-}
-INLINE void leave_ieee(FloatMode mode) { __asm__ volatile("msr fpcr, %0" : : "r"(mode) : "memory"); }
-#else
-typedef int FloatMode;
-INLINE FloatMode enter_ieee(void) { return 0; }
-INLINE void leave_ieee(FloatMode mode) { (void)mode; }
-#endif
-
-// |a| rounded to nearest even onto the numbers with DIGITS significand bits and exponents of at least LEAST (biased
-// as in float32), as the code (exponent field, mantissa) of such a format, subnormals included.  Adding a power of
-// two whose last place is the format's last place at that exponent lets the adder round.  |a| is below 2^126.
-INLINE Words encode(Words magnitude, int digits, u32 least) {
-  Words exponent = larger(magnitude & 0x7f800000u, (Words){0} + (least << 23));
-  Words grid = exponent + ((u32)(24 - digits) << 23);
-  Words units = bits_of(floats_of(magnitude) + floats_of(grid)) - grid;
-  return units + (exponent >> (24 - digits)) - (least << (digits - 1));
-}
 
 // Codes of quotients that are finite and round to at most the largest of the type, or NaN.
 //
@@ -171,28 +55,7 @@ INLINE Words codes_of(Floats a, int codes) {
   return code | (sign & (Words)(code != 0u));
 }
 
-INLINE Words f16_of(Floats a) {
-  Words bits = bits_of(a), magnitude = bits & 0x7fffffffu;
-  Words code = smaller(encode(smaller(magnitude, (Words){0} + 0x47800000u), 11, 113), (Words){0} + 0x7c00u);
-  return select((Signed)(magnitude > 0x7f800000u), (Words){0} + 0x7e00u, code) | ((bits >> 16) & 0x8000u);
-}
-
-INLINE Floats f16_to_floats(Words half) {
-  Words magnitude = (half & 0x7fffu) << 13;
-  Words bits = bits_of(floats_of(magnitude) * 0x1p112f);
-  bits = select((Signed)(magnitude >= 0x0f800000u), magnitude | 0x7f800000u, bits);
-  return floats_of(bits | (half & 0x8000u) << 16);
-}
-
-// Rounded to bfloat16, in the upper half of each word; the lower is garbage.
-INLINE Words bf16_of(Floats a) {
-  Words bits = bits_of(a), rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-#if X_DTYPE == BF16 && WEIGHT_DTYPE == F32
-  // Only a NaN that came from float32 can have low bits to carry over into the sign.
-  rounded = select((Signed)((bits & 0x7fffffffu) > 0x7f800000u), bits | 0x400000u, rounded);
-#endif
-  return rounded;
-}
+INLINE Words to_bf16(Floats a) { return bf16_of(a, X_DTYPE == BF16 && WEIGHT_DTYPE == F32); }
 
 INLINE Pair load(const void *base, i64 at, int dtype) {
   Pair p;
@@ -215,14 +78,14 @@ INLINE void store(void *base, i64 at, int dtype, Pair p) {
     *(LooseFloats *)to = SHUFFLE(p.even, p.odd, ZIP_LOW);
     *(LooseFloats *)(to + LANES) = SHUFFLE(p.even, p.odd, ZIP_HIGH);
   } else {
-    Words words = dtype == BF16 ? bf16_of(p.even) >> 16 | (bf16_of(p.odd) & 0xffff0000u)
+    Words words = dtype == BF16 ? to_bf16(p.even) >> 16 | (to_bf16(p.odd) & 0xffff0000u)
                                 : f16_of(p.even) | f16_of(p.odd) << 16;
     *(LooseWords *)((u16 *)base + at) = words;
   }
 }
 
 INLINE Floats rounded_to(int dtype, Floats a) {
-  if (dtype == BF16) return floats_of(bf16_of(a) & 0xffff0000u);
+  if (dtype == BF16) return floats_of(to_bf16(a) & 0xffff0000u);
   if (dtype == F16) return f16_to_floats(f16_of(a));
   return a;
 }
@@ -336,14 +199,6 @@ INLINE Pair produced(const Site *site, Pair p, float rstd, i64 at, i64 column) {
 }
 
 INLINE float inverse_rms(float total) { return 1.0f / __builtin_sqrtf(total / HIDDEN + EPS); }
-
-INLINE float lane_sum(Floats a) {
-  float part[LANES];
-  for (int i = 0; i < LANES; ++i) part[i] = a[i];
-  for (int half = LANES / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) part[i] += part[i + half];
-  return part[0];
-}
 
 INLINE u32 lane_max(Words a) {
   u32 part[LANES];
@@ -610,17 +465,6 @@ typedef float Weight;
 typedef u16 Weight;
 #endif
 
-#define TEXT_(...) #__VA_ARGS__
-#define TEXT(...) TEXT_(__VA_ARGS__)
-#ifdef PROTOTYPE
-PROTOTYPE;
-#ifdef __ELF__
-// For lowering/abi.py: the declaration this object was checked against.
-__asm__(".pushsection .vmfuse.abi,\"\",@progbits\n\t.asciz \"" TEXT(PROTOTYPE) "\"\n\t.popsection");
-#endif
-#endif
-
-#define BINDING(type, name) type *name, i64 name##_offset
 #define SCALES(i) __typeof__(__builtin_choose_expr(LAYOUT##i == UE8M0_PACKED, (i32)0, 0.0f))
 
 void ENTRY(BINDING(const X, x)

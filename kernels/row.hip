@@ -34,7 +34,17 @@ DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 DEVICE float divide(float a, float b) { return a / b; }
 DEVICE float reciprocal(float a) { return 1.0f / a; }
 DEVICE float near_reciprocal(float a) { return __builtin_amdgcn_rcpf(a); }
-DEVICE float square_root(float a) { return __builtin_sqrtf(a); }
+
+// The machine's root is within an ulp, and of subnormals zero.  Of larger numbers (a row's mean and an EPS that is
+// not tiny) the better neighbour is all that is missing: the one below if its product with the root is not below a,
+// the one above if its product is.
+DEVICE float square_root(float a) {
+  if constexpr (!(EPS >= 0x1p-96f)) return __builtin_sqrtf(a);
+  const float near = __builtin_amdgcn_sqrtf(a);
+  const float below = as_float(as_bits(near) - 1), above = as_float(as_bits(near) + 1);
+  const float root = __builtin_fmaf(-below, near, a) <= 0.0f ? below : near;
+  return __builtin_fmaf(-above, near, a) > 0.0f ? above : root;
+}
 
 // Pairs compile to v_pk_add_f32, v_pk_mul_f32, v_pk_fma_f32.
 DEVICE f2 add2(f2 a, f2 b) { return a + b; }
@@ -64,11 +74,12 @@ template <int CODES> DEVICE u32 pack_codes(f2 low, f2 high) {
 #else
   static_assert(CODES == E4M3FNUZ, "no instruction converts to this type");
 #endif
+  u32 word = as_bits(low.x);  // both halves are written: a register that is free afterwards, rather than a cleared one
   if constexpr (CODES == E5M2) {
-    u32 word = __builtin_amdgcn_cvt_pk_bf8_f32(low.x, low.y, 0, false);
+    word = __builtin_amdgcn_cvt_pk_bf8_f32(low.x, low.y, word, false);
     return __builtin_amdgcn_cvt_pk_bf8_f32(high.x, high.y, word, true);
   } else {
-    u32 word = __builtin_amdgcn_cvt_pk_fp8_f32(low.x, low.y, 0, false);
+    word = __builtin_amdgcn_cvt_pk_fp8_f32(low.x, low.y, word, false);
     return __builtin_amdgcn_cvt_pk_fp8_f32(high.x, high.y, word, true);
   }
 }

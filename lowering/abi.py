@@ -21,7 +21,8 @@ from .kernel import Binding, KernelInstance
 
 _POINTER_BYTES = 8
 _CONSTANTS = ("rows",)  # i32 each, after the bindings
-_C_TYPES = {"bfloat16": "u16", "float16": "u16", "float32": "float", "int32": "i32", "int8": "u8"}
+_C_TYPES = {"bfloat16": "u16", "float16": "u16", "float32": "float", "int8": "u8"}
+_C_TYPES |= {"int32": "i32", "int64": "i64"}
 _C_TYPES |= dict.fromkeys(("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2"), "u8")
 _CPU_ABI_SECTION = ".vmfuse.abi"
 

@@ -30,6 +30,7 @@ from . import parameters as weights
 from .dispatch import Dispatched, choose_kernels, dispatch, return_physical_scales, supported
 from .errors import CompileError, UsageError
 from .expand import Expander
+from .folding import fold
 from .fuse import fuse
 from .importer import Program, import_module, parse_module
 from .kernel import hardware_floats
@@ -164,16 +165,17 @@ class _Pipeline:
         with self.context, ir.Location.unknown(), tempfile.TemporaryDirectory() as directory:
             ledger = self._fuse(program)
             dispatched = self._dispatch(program, ledger, Path(directory))
-            with weights.archived(program.parameters, archive_path) as archive:
+            with weights.archived(program.parameters, archive_path, self.progress) as archive:
                 signature = self._sign(program, archive)
                 vmfb = self._compile(program, archive)
-        report = _report(self.target, ledger, len(dispatched.launches))
+        report = _report(self.target, ledger, len(dispatched.launches), program)
         return Compiled(self.target, report, vmfb, dispatched, signature)
 
     def explain(self, program: Program) -> Report:
         with self.context, ir.Location.unknown():
             ledger = self._fuse(program)
-            return _report(self.target, ledger, len(choose_kernels(program.main(), self.target, ledger)))
+            kernels = choose_kernels(program.main(), self.target, ledger)
+            return _report(self.target, ledger, len(kernels), program)
 
     def _fuse(self, program: Program) -> Ledger:
         """Steps 2 to 5, in place; what became of every site."""
@@ -184,6 +186,7 @@ class _Pipeline:
             ("raise", lambda: raise_function(function, ledger, self.recognisers)),
             ("sink", lambda: sink_views(function)),
             ("fuse", lambda: fuse(function, ledger, supported(self.target))),
+            ("fold", lambda: fold(program)),
         ]
         if self.fp8 == "native":
             hardware = hardware_floats(self.target)
@@ -296,8 +299,9 @@ def _bytes(invocation: Invocation) -> bytes:
         return path.read_bytes()
 
 
-def _report(target: Target, ledger: Ledger, dispatches: int) -> Report:
-    return Report(target.name, tuple(map(_site, ledger.records)), dispatches, ledger.timing)
+def _report(target: Target, ledger: Ledger, dispatches: int, program: Program) -> Report:
+    sites = tuple(map(_site, ledger.records))
+    return Report(target.name, sites, dispatches, ledger.timing, program.folded)
 
 
 def _site(record: SiteRecord) -> Site:

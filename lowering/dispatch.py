@@ -1,4 +1,4 @@
-"""Step 6, dispatch: each fused row becomes a call of one kernel, embedded as machine code.
+"""Step 6, dispatch: each fused operation becomes a call of one kernel, embedded as machine code.
 
 Every distinct kernel gets one private function over builtin tensors, called from each of its
 sites: for cuda and hip the function holds a ``hal.dispatch.extern``, for the cpu a ``flow.dispatch``
@@ -9,22 +9,40 @@ against the dispatch before the object is embedded.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from iree.compiler import ir
 from iree.compiler.dialects import arith, flow, func, hal, linalg, stream, tensor
 
 from patterns import canonical, torch_ir, views
-from patterns.contracts import Contract, RowSpec, ScaleLayout
+from patterns.contracts import Contract, MatmulSpec, RowSpec, ScaleLayout, Spec, TopkSpec
 from patterns.sites import Cost, Ledger
 
-from . import abi, toolchain
+from . import abi, matmul_kernel, toolchain, topk_kernel
+from . import kernel as row_kernel
 from .devices import executable_target
-from .kernel import Binding, KernelInstance, instance
+from .kernel import Binding, KernelInstance
 from .targets import Target
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What makes the kernels of one kind of spec, and says why it cannot."""
+
+    instance: Callable[[Any, Target], KernelInstance]
+    why_unsupported: Callable[[Any, Target], str | None]
+
+
+_FAMILIES: dict[type[Spec], _Family] = {
+    RowSpec: _Family(row_kernel.instance, row_kernel.why_unsupported),
+    TopkSpec: _Family(topk_kernel.instance, topk_kernel.why_unsupported),
+    MatmulSpec: _Family(matmul_kernel.instance, matmul_kernel.why_unsupported),
+}
 
 
 @dataclass
@@ -65,7 +83,7 @@ def dispatch(
     directory: Path,
     progress: Callable[[str], None] = lambda entry: None,
 ) -> Dispatched:
-    """Replace every ``vmfuse.row`` of ``function`` by a call of its kernel, in place.
+    """Replace every operation of ``function`` that a kernel computes by a call of that kernel, in place.
 
     ``directory`` gets the objects IREE reads from files; it must live until IREE has run.
     ``progress`` is told each kernel's entry before it is compiled.
@@ -74,14 +92,17 @@ def dispatch(
     ToolchainError when the target's kernel compiler is missing.
     """
     done = Dispatched()
-    for row, kernel in choose_kernels(function, target, ledger):
+    chosen = choose_kernels(function, target, ledger)
+    # Before any call is made: what a call returns no longer knows the sizes of the example.
+    example_rows = [_example_rows(op, kernel) for op, kernel in chosen]
+    for (op, kernel), rows in zip(chosen, example_rows, strict=True):
         if kernel.entry not in done.objects:
             progress(kernel.entry)
             done.objects[kernel.entry] = _checked_object(kernel)
             done.kernels[kernel.entry] = kernel
             _define(module, kernel, done.objects[kernel.entry], directory)
-        done.launches.append(Launch(kernel, _example_rows(row)))
-        done.physical_scales += _call(row, kernel)
+        done.launches.append(Launch(kernel, rows))
+        done.physical_scales += _call(op, kernel)
     torch_ir.erase_dead(torch_ir.block_of(function))
     return done
 
@@ -89,36 +110,34 @@ def dispatch(
 def choose_kernels(
     function: ir.Operation, target: Target, ledger: Ledger
 ) -> list[tuple[ir.Operation, KernelInstance]]:
-    """The kernel of every ``vmfuse.row`` of ``function``, in block order; noted in ``ledger``."""
+    """The kernel of every operation of ``function`` that has one, in block order; noted in ``ledger``."""
     chosen = []
     for op in [op.operation for op in torch_ir.block_of(function).operations]:
-        if torch_ir.op_name(op) == canonical.ROW:
-            kernel = instance(canonical.row_spec(op), target)
+        spec = canonical.spec(op)
+        if spec is not None:
+            kernel = _FAMILIES[type(spec)].instance(spec, target)
             chosen.append((op, kernel))
             sites = canonical.sites_of(op)
             contracts = [ledger.records[site].contract for site in sites]
-            for site, cost in zip(sites, _costs(kernel, contracts, _example_rows(op)), strict=True):
+            for site, cost in zip(sites, _costs(kernel, contracts, _example_rows(op, kernel)), strict=True):
                 ledger.assign_kernel(site, kernel.entry, cost)
     return chosen
 
 
 def _costs(kernel: KernelInstance, contracts: Sequence[Contract | None], rows: int | None) -> list[Cost]:
-    """What the sites of one row have of its kernel's cost, in their order.
+    """What the sites of one operation have of its kernel's cost, in their order.
 
     A quantization writes its own results, equal ones once; the first site does everything else.
     """
-    if rows is None:
+    if rows is None or not contracts:
         return [Cost(None, int(number == 0)) for number in range(len(contracts))]
-    sizes = {
-        binding.name: math.prod(kernel.shape(binding, rows)) * torch_ir.element_bytes(binding.dtype)
-        for binding in kernel.bindings
-    }
-    written: dict[Contract | None, int] = {
-        quantization: sizes.pop(f"q{number}") + sizes.pop(f"scale{number}")
-        for number, quantization in enumerate(kernel.spec.quantizations)
-    }
+    written: dict[Contract | None, int] = defaultdict(int)
+    for binding in kernel.bindings:
+        size = math.prod(kernel.shape(binding, rows)) * torch_ir.element_bytes(binding.dtype)
+        written[binding.quantization] += size
+    everything_else = written.pop(None, 0)
     shares = [written.pop(contract, 0) for contract in contracts]
-    shares[0] += sum(sizes.values())
+    shares[0] += everything_else
     return [Cost(share, int(number == 0)) for number, share in enumerate(shares)]
 
 
@@ -131,38 +150,39 @@ def _checked_object(kernel: KernelInstance) -> bytes:
 # -- the call at a site -----------------------------------------------------------------------------
 
 
-def _example_rows(row: ir.Operation) -> int | None:
-    shapes = (torch_ir.example_shape(operand) for operand in row.operands)
+def _example_rows(op: ir.Operation, kernel: KernelInstance) -> int | None:
+    reads = [binding for binding in kernel.bindings if binding.access == "read"]
+    shapes = (
+        torch_ir.example_shape(operand)
+        for binding, operand in zip(reads, op.operands, strict=True)
+        if binding.has_rows
+    )
     known = [shape for shape in shapes if shape is not None and len(shape) > 1]
     if known:
         return math.prod(known[0][:-1])
-    type_ = torch_ir.tensor_type(row.operands[0])
+    type_ = torch_ir.tensor_type(op.operands[0])
     return 1 if type_ is not None and len(type_.shape) == 1 else None
 
 
-def _call(row: ir.Operation, kernel: KernelInstance) -> list[PhysicalScale]:
-    """Replace ``row`` by a call: leading axes collapsed to rows before, restored after."""
+def _call(op: ir.Operation, kernel: KernelInstance) -> list[PhysicalScale]:
+    """Replace ``op`` by a call: leading axes collapsed to rows before, restored after."""
     writes = [binding for binding in kernel.bindings if binding.access == "write"]
-    layouts: list[ScaleLayout] = [quantization.layout for quantization in reversed(kernel.spec.quantizations)]
     physical = []
-    with ir.InsertionPoint(row), row.location:
+    with ir.InsertionPoint(op), op.location:
         reads = [binding for binding in kernel.bindings if binding.access == "read"]
         arguments = [
-            _collapse(torch_ir.to_builtin(operand))
-            if len(binding.shape) == 2
-            else torch_ir.to_builtin(operand)
-            for binding, operand in zip(reads, row.operands, strict=True)
+            _collapse(torch_ir.to_builtin(operand)) if binding.has_rows else torch_ir.to_builtin(operand)
+            for binding, operand in zip(reads, op.operands, strict=True)
         ]
         call = func.CallOp([_tensor_type(binding) for binding in writes], _function_name(kernel), arguments)
-        for binding, result, old in zip(writes, call.results, row.results, strict=True):
-            layout = layouts.pop() if binding.name.startswith("scale") else "row"
-            if layout == "row":
-                new = _restore(result, old, row.operands[0])
+        for binding, result, old in zip(writes, call.results, op.results, strict=True):
+            if binding.layout == "row":
+                new = _restore(result, old, op.operands[0])
             else:
-                new = _logical_scale(result, old, row.operands[0])
-                physical.append(PhysicalScale(new, result, layout))
+                new = _logical_scale(result, old, op.operands[0])
+                physical.append(PhysicalScale(new, result, binding.layout))
             old.replace_all_uses_with(new)
-    row.erase()
+    op.erase()
     return physical
 
 
@@ -349,7 +369,7 @@ def _extern_dispatch(
 ) -> Sequence[ir.Value]:
     i32 = ir.IntegerType.get_signless(32)
     rows32 = arith.IndexCastUIOp(i32, rows).result
-    dims = [rows for argument in arguments if ir.RankedTensorType(argument.type).rank == 2]
+    dims = [rows for binding in kernel.bindings if binding.access == "read" and binding.has_rows]
     x, y, z = kernel.block
     op = hal.DispatchExternOp(
         writes,
@@ -375,10 +395,12 @@ def _extern_dispatch(
 
 
 def _workgroups(kernel: KernelInstance, rows: ir.Value) -> list[ir.Value]:
-    """ceil(rows / rows per workgroup), at least 1: CUDA refuses an empty grid."""
+    """``KernelInstance.grid`` as operations: at least 1, since CUDA refuses an empty grid."""
     per = _index(kernel.rows_per_workgroup)
     up = arith.AddIOp(rows, _index(kernel.rows_per_workgroup - 1)).result
     count = arith.MaxUIOp(arith.DivUIOp(up, per).result, _index(1)).result
+    if kernel.column_tiles > 1:
+        count = arith.MulIOp(count, _index(kernel.column_tiles)).result
     return [count, _index(1), _index(1)]
 
 
@@ -413,7 +435,7 @@ def _flow_dispatch(
     kernel: KernelInstance, arguments: list[ir.Value], rows: ir.Value, writes: list[ir.Type]
 ) -> Sequence[ir.Value]:
     symbol = ir.SymbolRefAttr.get([_executable_name(kernel), _workgroup_name(kernel)])
-    dims = [rows for argument in arguments if ir.RankedTensorType(argument.type).rank == 2]
+    dims = [rows for binding in kernel.bindings if binding.access == "read" and binding.has_rows]
     return flow.DispatchOp(
         writes,
         [rows],
@@ -509,8 +531,6 @@ def _pointer_and_offset(binding: Binding, argument: ir.Value, rows: ir.Value) ->
     return [metadata.results[0], arith.IndexCastOp(i64, metadata.results[1]).result]
 
 
-def supported(target: Target) -> Callable[[RowSpec], str | None]:
-    """What the fusion asks: why ``target`` has no kernel for a row, or None."""
-    from .kernel import why_unsupported
-
-    return lambda spec: why_unsupported(spec, target)
+def supported(target: Target) -> Callable[[Spec], str | None]:
+    """What the fusion asks: why ``target`` has no kernel for a spec, or None."""
+    return lambda spec: _FAMILIES[type(spec)].why_unsupported(spec, target)

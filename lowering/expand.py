@@ -16,8 +16,10 @@ from iree.compiler import ir
 from patterns import canonical, torch_ir
 
 from . import ops
+from .errors import CompileError
 from .importer import import_module
 from .normalize import normalize
+from .routing import why_impossible
 
 
 class _Reference(torch.nn.Module):
@@ -87,6 +89,8 @@ def _reference(op: ir.Operation) -> tuple[Any, Callable[..., Any]] | None:
     if name == canonical.GROUP_QUANT:
         quantization = canonical.quantization(op)
         return quantization, lambda x: ops.group_quant_contiguous_reference(x, quantization)
+    if name == canonical.GROUPED_TOPK:
+        return _routing_reference(op)
     if name == canonical.BLOCK_SCALED_MATMUL:
         result = torch_ir.tensor_type(op.results[0])
         assert result is not None
@@ -99,6 +103,17 @@ def _reference(op: ir.Operation) -> tuple[Any, Callable[..., Any]] | None:
 
         return dtype, block_scaled_matmul
     return None
+
+
+def _routing_reference(op: ir.Operation) -> tuple[Any, Callable[..., Any]]:
+    """Raises CompileError where the routing is impossible: then there is nothing to expand either."""
+    routing = canonical.routing_contract(op)
+    gating, ids = torch_ir.tensor_type(op.operands[0]), torch_ir.tensor_type(op.results[1])
+    assert gating is not None and gating.shape[-1] is not None and ids is not None
+    if reason := why_impossible(routing, gating.shape[-1]):
+        raise CompileError(f"{torch_ir.location(op)}: grouped_topk cannot be done: {reason}")
+    dtype = getattr(torch, ids.dtype)
+    return (routing, dtype), lambda x, bias: ops.grouped_topk_reference(x, bias, routing, dtype)
 
 
 def _examples(types: list[torch_ir.TensorType]) -> tuple[list[torch.Tensor], list[dict[int, Any]]]:

@@ -1,8 +1,8 @@
 """Operations of other libraries in a traced program: declaring them, and making them functional.
 
-The table of ``patterns.named_ops`` says which they are.  ``declare_ops`` lets torch.export trace them
-without their library; ``functionalize`` replaces those that write into their arguments by twins that
-return what would have been written, since a compiled program is functional.
+The tables of ``patterns.named_ops`` and ``patterns.grouped_topk`` say which they are.  ``declare_ops`` lets
+torch.export trace them without their library; ``functionalize`` replaces those that write into their
+arguments by twins that return what would have been written, since a compiled program is functional.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from patterns.named_ops import FUNCTIONAL, LAYOUT, NAMED_OPS, NamedOp
+from patterns import grouped_topk, named_ops
+from patterns.grouped_topk import NamedTopk
+from patterns.named_ops import FUNCTIONAL, LAYOUT, NamedOp
 
 from .errors import CompileError
 
+_TABLE: tuple[NamedOp, ...] = (*named_ops.NAMED_OPS, *grouped_topk.NAMED_OPS)
 # By name: rows of one name share its schema.
-_ROWS: dict[str, NamedOp] = {row.name: row for row in reversed(NAMED_OPS)}
+_ROWS = {row.name: row for row in reversed(_TABLE)}
 
 # Keep the declarations alive: a Library takes its operations with it.
 _libraries: list[torch.library.Library] = []
@@ -67,20 +70,31 @@ def _fake(row: NamedOp) -> Callable[..., Any]:
         if row.mutated:
             return None
         given = {**dict(zip(row.arguments, args, strict=False)), **kwargs}
-        x, group = given[row.x], given.get("group_size")
-        hidden = x.shape[-1] // 2 if row.gate is not None else x.shape[-1]
-        if group is not None and hidden % group:
-            raise ValueError(f"{row.name}: group {group} does not divide the last axis, {hidden}")
-        made = {
-            "y": ((*x.shape[:-1], hidden), x.dtype),
-            "sum": (x.shape, x.dtype),
-            "q": ((*x.shape[:-1], hidden), _fp8),
-            "scale": ((*x.shape[:-1], hidden // group if group else 1), torch.float32),
-        }
-        results = tuple(x.new_empty(made[role][0], dtype=made[role][1]) for role in row.results)
-        return _returned(results)
+        made = _routed(row, given) if isinstance(row, NamedTopk) else _made(row, given)
+        results = [given[row.x].new_empty(made[role][0], dtype=made[role][1]) for role in row.results]
+        return results if row.schema.endswith("Tensor[]") else _returned(results)
 
     return fake
+
+
+def _made(row: NamedOp, given: Mapping[str, Any]) -> dict[str, tuple[tuple[Any, ...], torch.dtype]]:
+    """Shape and dtype of each result of a norm, an activation or a quantization."""
+    x, group = given[row.x], given.get("group_size")
+    hidden = x.shape[-1] // 2 if row.gate is not None else x.shape[-1]
+    if group is not None and hidden % group:
+        raise ValueError(f"{row.name}: group {group} does not divide the last axis, {hidden}")
+    return {
+        "y": ((*x.shape[:-1], hidden), x.dtype),
+        "sum": (x.shape, x.dtype),
+        "q": ((*x.shape[:-1], hidden), _fp8),
+        "scale": ((*x.shape[:-1], hidden // group if group else 1), torch.float32),
+    }
+
+
+def _routed(row: NamedTopk, given: Mapping[str, Any]) -> dict[str, tuple[tuple[Any, ...], torch.dtype]]:
+    """Shape and dtype of the results of a routing."""
+    shape = (*given[row.x].shape[:-1], given["topk"])
+    return {"weights": (shape, torch.float32), "ids": (shape, torch.int32)}
 
 
 def _returned(results: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:

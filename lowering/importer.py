@@ -29,6 +29,8 @@ from patterns.contracts import ScaleLayout
 from . import ops as _ops  # noqa: F401  registers torch.ops.lowering.*
 from .errors import CompileError
 from .foreign import functionalize
+from .recipes import Recipe
+from .report import Folded
 from .signature import PARAMETER_SCOPE, Constant, Leaf, Parameters, Signature, TensorSpec, host_arch
 from .targets import Target
 
@@ -68,11 +70,12 @@ class Program:
     """An imported model: its IR, the tensors its globals name, and how it is called."""
 
     module: ir.Module
-    parameters: dict[str, torch.Tensor]
+    parameters: dict[str, torch.Tensor | Recipe]
     inputs: tuple[Leaf, ...] | None = None
     outputs: tuple[Leaf, ...] | None = None
     input_tree: str | None = None
     output_tree: str | None = None
+    folded: tuple[Folded, ...] = ()
 
     @property
     def context(self) -> ir.Context:
@@ -291,12 +294,12 @@ def _example(meta: Any) -> tuple[int, ...] | None:
 class _ExternalParameters(FxImporterHooks):
     """Importer hooks that turn every tensor the program carries into a global naming a parameter."""
 
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    tensors: dict[str, torch.Tensor | Recipe] = field(default_factory=dict)
     _names: dict[tuple[Any, ...], str] = field(default_factory=dict)
-    _body: ir.Block | None = None
+    _module: ir.Operation | None = None
 
     def prepare_module(self, module_op: ir.Operation) -> None:
-        self._body = module_op.regions[0].blocks[0]
+        self._module = module_op
 
     def resolve_input(self, gni: GraphNodeImporter, value: Any, info: Any) -> ir.Value | None:
         return self._load(value, str(info.input_spec.target))
@@ -307,34 +310,48 @@ class _ExternalParameters(FxImporterHooks):
         return self._load(literal, f"constant.{len(self.tensors)}")
 
     def _load(self, tensor: torch.Tensor, name: str) -> ir.Value:
-        if tensor.dtype == torch.bool:
-            # Archives hold bytes; IREE does not read one-bit elements from them.
-            stored = self._load(tensor.to(torch.uint8), name)
-            return torch_ir.make(
-                "torch.prims.convert_element_type",
-                torch_ir.TensorType(tuple(tensor.shape), "bool"),
-                [stored, torch_ir.make_dtype("bool")],
-            )
         tensor = tensor.detach()
         # Tied weights are one parameter: same storage, same view of it.
         identity = (tensor.data_ptr() or name, tensor.dtype, tuple(tensor.shape), tensor.stride())
         if identity not in self._names:
+            assert self._module is not None
             self._names[identity] = name
             self.tensors[name] = tensor
-            self._declare(name, builtin_type(tensor))
-        return load_parameter(self._names[identity], builtin_type(tensor), torch_type(tensor))
-
-    def _declare(self, name: str, type_: ir.Type) -> None:
-        assert self._body is not None
-        with ir.InsertionPoint.at_block_begin(self._body):
-            value = ir.Attribute.parse(f'#flow.parameter.named<"{PARAMETER_SCOPE}"::"{name}"> : {type_}')
-            util.GlobalOp(name, type_, initial_value=value, sym_visibility=ir.StringAttr.get("private"))
+            declare_parameter(self._module, name, tensor)
+        return read_parameter(self._names[identity], tensor)
 
 
-def load_parameter(name: str, builtin: ir.Type, torch_: ir.Type) -> ir.Value:
-    """Read the global ``name`` at the current insertion point, as a torch tensor."""
-    loaded = util.GlobalLoadOp(builtin, name, is_immutable=True).result
-    return ir.Operation.create("torch_c.from_builtin_tensor", results=[torch_], operands=[loaded]).result
+def declare_parameter(module: ir.Operation, name: str, tensor: torch.Tensor) -> None:
+    """A global that is the parameter ``name``, of the type of ``tensor``.  Raises CompileError for a
+    dtype that no program can hold.
+    """
+    type_ = builtin_type(_as_stored(tensor))
+    with ir.InsertionPoint.at_block_begin(module.regions[0].blocks[0]), ir.Location.unknown():
+        value = ir.Attribute.parse(f'#flow.parameter.named<"{PARAMETER_SCOPE}"::"{name}"> : {type_}')
+        util.GlobalOp(name, type_, initial_value=value, sym_visibility=ir.StringAttr.get("private"))
+
+
+def read_parameter(name: str, tensor: torch.Tensor) -> ir.Value:
+    """The parameter ``name``, of the type of ``tensor``, at the current insertion point."""
+    stored = _as_stored(tensor)
+    loaded = util.GlobalLoadOp(builtin_type(stored), name, is_immutable=True).result
+    value = ir.Operation.create(
+        "torch_c.from_builtin_tensor", results=[torch_type(stored)], operands=[loaded]
+    ).result
+    if tensor.dtype != torch.bool:
+        return value
+    wanted = torch_ir.TensorType(tuple(tensor.shape), "bool")
+    return torch_ir.make("torch.prims.convert_element_type", wanted, [value, torch_ir.make_dtype("bool")])
+
+
+def _as_stored(tensor: torch.Tensor) -> torch.Tensor:
+    """Archives hold bytes; IREE does not read one-bit elements from them."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+
+
+def is_storable(dtype: torch.dtype) -> bool:
+    """Whether a parameter can have this dtype."""
+    return dtype in _MLIR_DTYPES and dtype != torch.float64
 
 
 def builtin_type(tensor: torch.Tensor) -> ir.Type:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from patterns.contracts import LARGEST_FINITE, Quantization, RowSpec
+from patterns.contracts import LARGEST_FINITE, Quantization, RowSpec, ScaleLayout, Spec
 
 from .errors import CompileError
 from .targets import Target
@@ -63,13 +63,25 @@ class Binding:
 
     ``shape`` holds ints and the symbols ``T`` (rows) and ``T4`` (rows rounded up to 4).  Scales have their
     physical shape: [T, Gn] in ``row`` layout, [Gn, T] in ``column``, [Gn, T4] in ``column_tma``, and in
-    ``ue8m0_packed`` int32 [ceil(Gn/4), T4], four exponents in each.
+    ``ue8m0_packed`` int32 [ceil(Gn/4), T4], four exponents in each.  ``quantization`` is the one whose values
+    or scales these are.
     """
 
     name: str
     dtype: str
     shape: tuple[Dimension, ...]
     access: Access
+    quantization: Quantization | None = None
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether it has a row for each of the dispatch's, unlike a weight."""
+        return len(self.shape) == 2 and self.shape[0] == "T"
+
+    @property
+    def layout(self) -> ScaleLayout:
+        """How the tensor lies in memory, as torch's strides would say it."""
+        return self.quantization.layout if self.quantization and self.name.startswith("scale") else "row"
 
 
 @dataclass(frozen=True)
@@ -97,21 +109,23 @@ class KernelInstance:
 
     On a GPU the parameters are one pointer per binding, in order, then ``rows`` as i32.  On the CPU
     they are a base pointer and an i64 element offset per binding, then i32 ``rows`` and i32 workgroup.
+    ``column_tiles`` consecutive workgroups share the rows of one.
     """
 
     entry: str
     target: Target
-    spec: RowSpec
+    spec: Spec
     source: str
     defines: tuple[tuple[str, str], ...]
     bindings: tuple[Binding, ...]
     block: tuple[int, int, int]
     rows_per_workgroup: int
     dynamic_shared: int = 0
+    column_tiles: int = 1
 
     def grid(self, rows: int) -> tuple[int, int, int]:
         """Workgroups for ``rows`` rows; never zero, since CUDA does not skip an empty grid."""
-        return max(1, -(-rows // self.rows_per_workgroup)), 1, 1
+        return max(1, -(-rows // self.rows_per_workgroup)) * self.column_tiles, 1, 1
 
     def shape(self, binding: Binding, rows: int) -> tuple[int, ...]:
         """The sizes of ``binding`` when there are ``rows`` rows."""
@@ -141,7 +155,7 @@ def instance(spec: RowSpec, target: Target, tile: Tile | None = None) -> KernelI
         raise CompileError(reason)
     tile = tile or choose_tile(spec, target)
     defines = _defines(spec) + _tile_defines(tile, target)
-    entry = f"{_stem(spec)}_{_digest(defines)}"
+    entry = f"{_stem(spec)}_{digest(defines)}"
     return KernelInstance(
         entry=entry,
         target=target,
@@ -170,7 +184,7 @@ def bindings(spec: RowSpec) -> tuple[Binding, ...]:
     if spec.writes_y:
         out.append(Binding("y", spec.dtype, row, "write"))
     for i, quantization in enumerate(spec.quantizations):
-        out.append(Binding(f"q{i}", quantization.dtype, row, "write"))
+        out.append(Binding(f"q{i}", quantization.dtype, row, "write", quantization))
         out.append(_scale_binding(f"scale{i}", quantization, spec.hidden))
     return tuple(out)
 
@@ -184,7 +198,7 @@ def _scale_binding(name: str, quantization: Quantization, hidden: int) -> Bindin
         "ue8m0_packed": (-(-groups // 4), "T4"),
     }
     dtype = "int32" if quantization.layout == "ue8m0_packed" else "float32"
-    return Binding(name, dtype, shapes[quantization.layout], "write")
+    return Binding(name, dtype, shapes[quantization.layout], "write", quantization)
 
 
 def choose_tile(spec: RowSpec, target: Target) -> Tile:
@@ -372,9 +386,9 @@ def _defines(spec: RowSpec) -> tuple[tuple[str, str], ...]:
         "WEIGHT_DTYPE": _CODES[spec.weight_dtype] if spec.weight_dtype else 0,
         "PRODUCT_DTYPE": _CODES[_promoted(spec.dtype, "float32" if offset else spec.weight_dtype)],
         "NORM": int(norm is not None),
-        "EPS": _float32(norm.eps if norm else 0.0),
+        "EPS": float32_literal(norm.eps if norm else 0.0),
         "HAS_WEIGHT_OFFSET": int(offset != 0.0),
-        "WEIGHT_OFFSET": _float32(offset),
+        "WEIGHT_OFFSET": float32_literal(offset),
         "ROUNDING": _ROUNDINGS[producer.rounding] if producer else 0,
         "RESIDUAL": _RESIDUALS[norm.residual] if norm else 0,
         "ACT": _ACTIVATIONS[gate.activation] if gate else 0,
@@ -461,7 +475,7 @@ def _rounded32(value: float) -> float:
     return struct.unpack("f", struct.pack("f", value))[0]
 
 
-def _float32(value: float) -> str:
+def float32_literal(value: float) -> str:
     """``value`` rounded to float32 as a C hexadecimal literal."""
     return _rounded32(value).hex() + "f"
 
@@ -488,5 +502,6 @@ def _quant_stem(quantization: Quantization) -> str:
     return f"{_QUANT_SHORT[quantization.dtype]}quant{group}{scale}{_LAYOUT_SHORT[quantization.layout]}"
 
 
-def _digest(defines: tuple[tuple[str, str], ...]) -> str:
+def digest(defines: tuple[tuple[str, str], ...]) -> str:
+    """What tells instances of different ``defines`` apart in their names."""
     return hashlib.sha256(json.dumps(defines).encode()).hexdigest()[:8]

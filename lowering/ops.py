@@ -31,7 +31,19 @@ from patterns.contracts import (
     ScaleLayout,
 )
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from .checks import (
+    FLOAT_DTYPES,
+    check_choice,
+    check_dtype,
+    check_rank,
+    check_shape,
+    dtype_name,
+    dtype_names,
+    shape_text,
+)
+from .routing import grouped_topk as grouped_topk
+from .routing import grouped_topk_reference as grouped_topk_reference
+
 QUANTIZED_DTYPES = tuple(getattr(torch, name) for name in LARGEST_FINITE)
 FP8_DTYPES = tuple(dtype for dtype in QUANTIZED_DTYPES if dtype.is_floating_point)
 SCALE_ENCODINGS: tuple[ScaleEncoding, ...] = get_args(ScaleEncoding)
@@ -146,14 +158,14 @@ def _(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[T
 
 
 def _check_norm(x: Tensor, residual: Tensor | None, weight: Tensor | None) -> None:
-    _check_dtype("x", x, FLOAT_DTYPES)
-    _check_rank("x", x, 1)
+    check_dtype("x", x, FLOAT_DTYPES)
+    check_rank("x", x, 1)
     if residual is not None:
-        _check_dtype("residual", residual, (x.dtype,))
-        _check_shape("residual", residual, x.shape)
+        check_dtype("residual", residual, (x.dtype,))
+        check_shape("residual", residual, x.shape)
     if weight is not None:
-        _check_dtype("weight", weight, FLOAT_DTYPES)
-        _check_shape("weight", weight, x.shape[-1:])
+        check_dtype("weight", weight, FLOAT_DTYPES)
+        check_shape("weight", weight, x.shape[-1:])
 
 
 # --- gated activation --------------------------------------------------------------------------
@@ -208,8 +220,8 @@ def _(gate_up: Tensor) -> Tensor:
 
 
 def _check_gate_up(gate_up: Tensor) -> None:
-    _check_dtype("gate_up", gate_up, FLOAT_DTYPES)
-    _check_rank("gate_up", gate_up, 1)
+    check_dtype("gate_up", gate_up, FLOAT_DTYPES)
+    check_rank("gate_up", gate_up, 1)
     if gate_up.shape[-1] % 2 != 0:
         raise ValueError(f"gate_up: the last axis, {gate_up.shape[-1]}, has no two halves")
 
@@ -466,22 +478,24 @@ def _quantization(
     **numbers: Any,
 ) -> Quantization:
     """The contract these arguments ask for, after checking all of them."""
-    _check_dtype("x", x, FLOAT_DTYPES)
-    _check_rank("x", x, 1)
+    check_dtype("x", x, FLOAT_DTYPES)
+    check_rank("x", x, 1)
     _check_group("x", x, group_size)
     if dtype not in QUANTIZED_DTYPES:
-        raise ValueError(f"dtype: {_name(dtype)} is not available; choose {_names(QUANTIZED_DTYPES)}")
-    _check_choice("scale", scale, SCALE_ENCODINGS)
+        raise ValueError(
+            f"dtype: {dtype_name(dtype)} is not available; choose {dtype_names(QUANTIZED_DTYPES)}"
+        )
+    check_choice("scale", scale, SCALE_ENCODINGS)
     quantization = Quantization(
         group=None if group_size == WHOLE_ROW else group_size,
-        dtype=_name(dtype),
+        dtype=dtype_name(dtype),
         scale=scale,  # pyright: ignore[reportArgumentType]
         layout=_check_layout(scale_layout),
         **numbers,
     )
     _check_bounds(quantization)
-    _check_choice("scale_division", quantization.scale_division, DIVISIONS)
-    _check_choice("quotient", quantization.quotient, DIVISIONS)
+    check_choice("scale_division", quantization.scale_division, DIVISIONS)
+    check_choice("quotient", quantization.quotient, DIVISIONS)
     if quantization.layout == "ue8m0_packed":
         if quantization.scale != "ue8m0":
             raise ValueError(f"scale: scale_layout 'ue8m0_packed' holds 'ue8m0' alone, not {scale!r}")
@@ -563,54 +577,26 @@ def _(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, out_dtype: torch.d
 def _check_block_scaled(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, out_dtype: torch.dtype
 ) -> None:
-    _check_dtype("a", a, FP8_DTYPES)
-    _check_dtype("b", b, FP8_DTYPES)
-    _check_dtype("a_scale", a_scale, (torch.float32,))
-    _check_dtype("b_scale", b_scale, (torch.float32,))
+    check_dtype("a", a, FP8_DTYPES)
+    check_dtype("b", b, FP8_DTYPES)
+    check_dtype("a_scale", a_scale, (torch.float32,))
+    check_dtype("b_scale", b_scale, (torch.float32,))
     if out_dtype not in FLOAT_DTYPES:
-        raise ValueError(f"out_dtype: expected {_names(FLOAT_DTYPES)}, got {_name(out_dtype)}")
-    _check_rank("a", a, 1)
-    _check_rank("a_scale", a_scale, 1)
+        raise ValueError(f"out_dtype: expected {dtype_names(FLOAT_DTYPES)}, got {dtype_name(out_dtype)}")
+    check_rank("a", a, 1)
+    check_rank("a_scale", a_scale, 1)
     depth = a.shape[-1]
     if b.dim() != 2 or b.shape[1] != depth:
-        raise ValueError(f"b: expected shape [N, {depth}], got {_shape(b)}")
+        raise ValueError(f"b: expected shape [N, {depth}], got {shape_text(b)}")
     groups = a_scale.shape[-1]
     if groups == 0 or depth % groups != 0:
         raise ValueError(f"a_scale: {groups} groups do not divide the last axis of a, {depth}")
-    _check_shape("a_scale", a_scale, (*a.shape[:-1], groups))
+    check_shape("a_scale", a_scale, (*a.shape[:-1], groups))
     group = depth // groups
-    _check_shape("b_scale", b_scale, ((b.shape[0] + group - 1) // group, groups))
+    check_shape("b_scale", b_scale, ((b.shape[0] + group - 1) // group, groups))
 
 
 # --- checks ------------------------------------------------------------------------------------
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return " or ".join(_name(dtype) for dtype in dtypes)
-
-
-def _shape(tensor: Tensor | tuple[int, ...] | torch.Size) -> str:
-    sizes = tensor.shape if isinstance(tensor, Tensor) else tensor
-    return "[" + ", ".join(str(size) for size in sizes) + "]"
-
-
-def _check_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    if tensor.dtype not in dtypes:
-        raise ValueError(f"{name}: expected {_names(dtypes)}, got {_name(tensor.dtype)}")
-
-
-def _check_rank(name: str, tensor: Tensor, rank: int) -> None:
-    if tensor.dim() < rank:
-        raise ValueError(f"{name}: expected at least {rank} dimension, got a scalar")
-
-
-def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...] | torch.Size) -> None:
-    if tuple(tensor.shape) != tuple(expected):
-        raise ValueError(f"{name}: expected shape {_shape(expected)}, got {_shape(tensor)}")
 
 
 def _check_group(name: str, tensor: Tensor, group: int) -> None:
@@ -624,12 +610,6 @@ def _check_group(name: str, tensor: Tensor, group: int) -> None:
         raise ValueError(f"{name}: group {group} does not divide the last axis, {last}")
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        offered = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{name}: {value!r} is not available; choose one of {offered}")
-
-
 def _check_layout(layout: str) -> ScaleLayout:
-    _check_choice("scale_layout", layout, SCALE_LAYOUTS)
+    check_choice("scale_layout", layout, SCALE_LAYOUTS)
     return layout  # pyright: ignore[reportReturnType]

@@ -1,6 +1,7 @@
 """Weights outside the IR: the parameter archive (.irpa) a program's globals name.
 
-Tensors are handed to IREE's archive writer as views of their own bytes, whatever their dtype.
+Tensors are written from where they are, folded values as they are made; no more of them is in memory than
+it takes to make the largest.
 """
 
 from __future__ import annotations
@@ -8,14 +9,21 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from .archive import ArchiveWriter, TensorType
 from .errors import UsageError
+from .recipes import WORKING, Recipe
 from .signature import PARAMETER_SCOPE, Parameters, parameter_digest
+
+Stored = torch.Tensor | Recipe
+Progress = Callable[[str, str], None]
 
 
 @dataclass(frozen=True)
@@ -37,35 +45,87 @@ class Archive:
 
 
 @contextlib.contextmanager
-def archived(tensors: Mapping[str, torch.Tensor], path: Path | None) -> Iterator[Archive]:
+def archived(
+    tensors: Mapping[str, Stored], path: Path | None, progress: Progress = lambda phase, detail: None
+) -> Iterator[Archive]:
     """Write ``tensors``; at ``path`` once the block ends well, or in a temporary place when None."""
     if path is None and not tensors:
         yield Archive(None, embedded=True)
     elif path is None:
         with tempfile.TemporaryDirectory() as directory:
             temporary = Path(directory) / "parameters.irpa"
-            write_archive(tensors, temporary)
+            with _written(temporary):
+                write_archive(tensors, temporary, progress)
             yield Archive(temporary, embedded=True)
     else:
         temporary = _temporary_beside(path)
         try:
-            write_archive(tensors, temporary)
+            with _written(path):
+                write_archive(tensors, temporary, progress)
             identity = Parameters(PARAMETER_SCOPE, parameter_digest(temporary))
             yield Archive(temporary, embedded=False, identity=identity)
-            temporary.replace(path)
+            with _written(path):
+                temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
 
 
-def write_archive(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write an .irpa holding ``tensors`` by name, contiguous and in their own dtype."""
-    import iree.runtime as rt
+def write_archive(
+    tensors: Mapping[str, Stored], path: Path, progress: Progress = lambda phase, detail: None
+) -> None:
+    """Write an .irpa holding ``tensors`` by name, contiguous and in their own dtype.
 
-    index = rt.ParameterIndex()
-    for name, tensor in tensors.items():
-        # A zero-dimensional or fp8 tensor has no buffer protocol of its own: pass its bytes.
-        index.add_buffer(name, tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    index.create_archive_file(str(path))
+    Recipes are evaluated here, several tensors at a time where memory allows: what is held at one moment
+    beside the tensors themselves is what the most demanding of them takes alone, or ``WORKING`` bytes.
+    """
+    types = {name: TensorType(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    total, done = sum(type_.nbytes for type_ in types.values()), 0
+    memory = _Memory(max([WORKING, *map(_needed, tensors.values())]))
+    with path.open("wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+        archive = ArchiveWriter(file.fileno(), types)
+
+        def write(name: str) -> str:
+            tensor = tensors[name]
+            with memory.taken(_needed(tensor)):
+                value = tensor.evaluate() if isinstance(tensor, Recipe) else tensor.cpu().contiguous()
+                archive.write(name, value)
+            return name
+
+        try:
+            for count, written in enumerate(as_completed([pool.submit(write, name) for name in tensors]), 1):
+                done += types[written.result()].nbytes
+                progress("weights", f"{count} of {len(types)}, {done / 1e6:.1f} of {total / 1e6:.1f} MB")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        archive.finish()
+
+
+def _needed(tensor: Stored) -> int:
+    """Bytes of memory it takes to write ``tensor``."""
+    if isinstance(tensor, Recipe):
+        return tensor.memory
+    return 0 if tensor.is_cpu and tensor.is_contiguous() else tensor.nbytes
+
+
+class _Memory:
+    """An amount that threads take parts of, waiting until there is enough."""
+
+    def __init__(self, amount: int):
+        self._left = amount
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def taken(self, amount: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._left >= amount)
+            self._left -= amount
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += amount
+                self._changed.notify_all()
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -73,13 +133,19 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
     Raises UsageError if it cannot be written.
     """
-    try:
+    with _written(path):
         temporary = _temporary_beside(path)
         try:
             write(temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from error
 

@@ -10,13 +10,23 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from iree.compiler import ir
 
-from patterns import canonical, gated_activation, group_quant, named_ops, near_misses, rms_norm, torch_ir
+from patterns import (
+    canonical,
+    gated_activation,
+    group_quant,
+    grouped_topk,
+    named_ops,
+    near_misses,
+    rms_norm,
+    torch_ir,
+)
 from patterns.recogniser import NearMiss, Raised, Recogniser, Suspicion, WithoutLastAxis
 from patterns.sites import Ledger
 from patterns.torch_ir import TensorType
 
 RECOGNISERS: tuple[Recogniser, ...] = (
     *named_ops.RECOGNISERS,
+    *grouped_topk.RECOGNISERS,
     *rms_norm.RECOGNISERS,
     *gated_activation.RECOGNISERS,
     *group_quant.RECOGNISERS,

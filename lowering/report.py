@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
-from patterns.contracts import Contract, GatedActivation, Quantization, RmsNorm, in_words
+from patterns.contracts import Contract, GatedActivation, GroupedTopk, Quantization, RmsNorm, in_words
 from patterns.sites import Timing
 
 if TYPE_CHECKING:
@@ -87,6 +87,31 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Folded:
+    """One value that depends on parameters alone, and was computed when compiling.
+
+    name
+        the parameter that holds it.
+    location
+        ``file:line`` of the model's source, of the last operation.
+    operations, sources
+        what it took, in order, and the parameters it is made from.
+    bytes
+        of the parameters: before, those that nothing else reads and that are dropped (one that several values
+        are made from counts with the first); after, the value.
+    saved
+        bytes that one call no longer reads and writes, each operation counted as a kernel of its own.
+    """
+
+    name: str
+    location: str
+    operations: tuple[str, ...]
+    sources: tuple[str, ...]
+    bytes: Change
+    saved: int
+
+
+@dataclass(frozen=True)
 class Report:
     """Every site of one compilation, in the order of the program.
 
@@ -99,9 +124,11 @@ class Report:
     sites: tuple[Site, ...] = ()
     dispatches: int = 0
     timing: Timing | None = field(default=None, compare=False)
+    folded: tuple[Folded, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", tuple(self.sites))
+        object.__setattr__(self, "folded", tuple(self.folded))
 
     @property
     def fused(self) -> tuple[Site, ...]:
@@ -127,11 +154,12 @@ class Report:
         return {"fused": len(self.fused), "unfused": len(self.unfused), "dispatches": self.dispatches}
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values: target, sites, summary."""
+        """The report as plain values: target, sites, summary, folded."""
         return {
             "target": self.target,
             "sites": [{**asdict(site), "contract": _contract(site)} for site in self.sites],
             "summary": self.summary(),
+            "folded": [asdict(value) for value in self.folded],
         }
 
     def to_json(self) -> str:
@@ -143,7 +171,8 @@ class Report:
         """The report that ``to_json`` wrote."""
         data = json.loads(text)
         sites = tuple(map(_site, data["sites"]))
-        return cls(data["target"], sites, data["summary"]["dispatches"])
+        folded = tuple(map(_folded, data["folded"]))
+        return cls(data["target"], sites, data["summary"]["dispatches"], folded=folded)
 
     def to_html(self) -> str:
         """The report as one self-contained page: no script, style or font comes from elsewhere."""
@@ -165,7 +194,7 @@ class Report:
 
 # JSON -------------------------------------------------------------------------------------------
 
-_CONTRACTS = {kind.__name__: kind for kind in (RmsNorm, GatedActivation, Quantization)}
+_CONTRACTS = {kind.__name__: kind for kind in (RmsNorm, GatedActivation, Quantization, GroupedTopk)}
 
 
 def _contract(site: Site) -> dict[str, Any] | None:
@@ -186,6 +215,12 @@ def _site(written: dict[str, Any]) -> Site:
             "dispatches": Change(**written["dispatches"]),
         }
     )
+
+
+def _folded(written: dict[str, Any]) -> Folded:
+    """The folded value of which ``to_dict`` wrote this."""
+    lists = {key: tuple(written[key]) for key in ("operations", "sources")}
+    return Folded(**{**written, **lists, "bytes": Change(**written["bytes"])})
 
 
 # Grouping ---------------------------------------------------------------------------------------
@@ -234,16 +269,26 @@ def _headline(report: Report) -> str:
     return f"{len(report.fused)} of {total} site{'s' * (total != 1)} fused"
 
 
+def _folding(report: Report) -> str:
+    """What was folded, in a sentence; empty if nothing was."""
+    count = len(report.folded)
+    if not count:
+        return ""
+    stored = sum((value.bytes for value in report.folded), Change(0, 0))
+    saved = _size(sum(value.saved for value in report.folded))
+    values = f"{count} value{'s' * (count != 1)} that depend{'s' * (count == 1)} on parameters alone"
+    return f"{values} computed once: {saved} less to read and write per call, {_traffic(stored)} stored"
+
+
 def _totals(report: Report) -> list[str]:
-    """What is said beside the headline: the target, the launches and the bytes of one call."""
-    separate = sum(site.dispatches.before for site in report.fused)
-    instead = f" instead of {separate}" if separate > report.dispatches else ""
-    totals = [
+    """What is said beside the headline: the target, the launches of one call, and what fusion changed."""
+    launches, traffic = report.launches(), report.traffic()
+    return [
         f"target {report.target}",
-        f"{report.dispatches} custom dispatch{'es' * (report.dispatches != 1)} per call{instead}",
+        f"{report.dispatches} custom dispatch{'es' * (report.dispatches != 1)} per call",
+        f"launches of all sites {launches.before} → {launches.after}",
+        *([f"bytes {_traffic(traffic)}"] if traffic else []),
     ]
-    traffic = report.traffic()
-    return [*totals, f"{_size(traffic.after)} instead of {_size(traffic.before)}"] if traffic else totals
 
 
 # Terminal ---------------------------------------------------------------------------------------
@@ -277,6 +322,8 @@ def _terminal_table(report: Report) -> RenderableType:
     from rich.text import Text
 
     title = Text.assemble((_headline(report), "bold"), "".join(f"  ·  {part}" for part in _totals(report)))
+    if folding := _folding(report):
+        title = Group(title, Text(folding, "dim"))
     if not report.sites:
         return title
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -372,6 +419,8 @@ def _page(report: Report) -> str:
         sections.append(_section("Left unfused", report.unfused, last_column="reason"))
     for kernel, sites in _by_kernel(report.fused).items():
         sections.append(_section(kernel, sites, last_column="pattern"))
+    if report.folded:
+        sections.append(_folded_section(report))
     controls = _CONTROLS if report.sites else ""
     script = f"<script>{_SCRIPT}</script>" if report.sites else ""
     return (
@@ -424,9 +473,12 @@ def _section(title: str, sites: Iterable[Site], *, last_column: Literal["reason"
     )
 
 
+def _source(location: str) -> str:
+    return f'<code title="{html.escape(location)}">{html.escape(_short(location))}</code>'
+
+
 def _row(site: Site, count: int, last_column: str) -> str:
     last = site.reason if last_column == "reason" else site.pattern
-    source = f'<code title="{html.escape(site.location)}">{html.escape(_short(site.location))}</code>'
     contract = in_words(site.contract) if site.contract else ""
     note = f'<div class="note">{html.escape(site.note)}</div>' if site.note else ""
     everything = " ".join(
@@ -435,8 +487,26 @@ def _row(site: Site, count: int, last_column: str) -> str:
     return (
         f'<tr class="{site.status}" data-all="{html.escape(everything)}"><td class="n">{count}</td>'
         f'<td class="op"><code>{html.escape(site.op)}</code></td>'
-        f'<td class="at">{source}</td>'
+        f'<td class="at">{_source(site.location)}</td>'
         f'<td class="contract"><code>{html.escape(contract)}</code></td>'
         f'<td>{html.escape(last or "")}{note}</td><td class="bytes">{_traffic(site.bytes)}</td>'
         f'<td class="is"><span class="pill">{site.status}</span></td></tr>'
+    )
+
+
+def _folded_section(report: Report) -> str:
+    """Not one of the filtered sections: its rows are values, not sites."""
+    rows = "\n".join(
+        f"<tr><td><code>{html.escape(value.name)}</code></td>"
+        f'<td class="at">{_source(value.location)}</td>'
+        f"<td><code>{html.escape(' → '.join(value.operations))}</code></td>"
+        f"<td><code>{html.escape(', '.join(value.sources))}</code></td>"
+        f'<td class="bytes">{_traffic(value.bytes)}</td><td class="bytes">{_size(value.saved)}</td></tr>'
+        for value in report.folded
+    )
+    heads = ("parameter", "source", "operations", "made from", "stored", "saved per call")
+    return (
+        f"<aside><h2>Folded<small>{html.escape(_folding(report))}</small></h2>\n"
+        f'<div class="wrap"><table><thead><tr>{"".join(f"<th>{head}</th>" for head in heads)}</tr></thead>'
+        f"<tbody>\n{rows}\n</tbody></table></div></aside>"
     )

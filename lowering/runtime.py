@@ -186,7 +186,7 @@ class Function:
         """Call with the tensor arguments alone, flat and in order; returns the tensors of the result."""
         symbols = self._check(tensors)
         session = self._session
-        if self.device.type == "cuda" and (empty := self._all_empty(symbols)) is not None:
+        if session.place.backend != "cpu" and (empty := self._all_empty(symbols)) is not None:
             return empty
         views = session.invoke(self._function, tensors)
         outputs = self.tensor_outputs
@@ -197,8 +197,9 @@ class Function:
         return [_result(session, view, spec, symbols) for view, spec in zip(views, outputs, strict=True)]
 
     def _all_empty(self, symbols: Symbols) -> list[Tensor] | None:
-        """The results, if all of them are known to be empty: IREE's own kernels cannot be launched on nothing
-        by CUDA, which refuses an empty grid and fails the device with it."""
+        """The results, if all of them are known to be empty, which no GPU driver of IREE's can make: CUDA
+        refuses an empty grid and fails the device with it; HIP has no address for an empty buffer, and
+        the driver waits for one for ever."""
         results = []
         for spec in self.tensor_outputs or ():
             shape = [resolve(dim, symbols) for dim in spec.shape or (None,)]
@@ -353,8 +354,11 @@ class _Place:
     def __init__(self, backend: str, index: int):
         self.backend = backend
         self.index = index
+        self.emulated = _emulated_arch(index) if backend == "hip" else None
+        """The architecture of a GPU that the cpu plays, whose tensors are torch's cpu tensors; else None."""
+        on_host = backend == "cpu" or self.emulated is not None
         # torch's ROCm build calls its devices cuda.
-        self.device = torch.device("cpu") if backend == "cpu" else torch.device("cuda", index)
+        self.device = torch.device("cpu") if on_host else torch.device("cuda", index)
 
     def __str__(self) -> str:
         return "cpu" if self.backend == "cpu" else f"{self.backend}:{self.index}"
@@ -381,6 +385,8 @@ class _Place:
             return missing and f"this machine lacks {missing}"
         # The driver first: without one, torch says less about what is missing.
         _hal_device(self.backend, self.index)
+        if self.emulated is not None:
+            return None if self.emulated == arch else f"{self} is an emulated {self.emulated}"
         built_for = "HIP" if torch.version.hip else "CUDA" if torch.version.cuda else "the cpu alone"
         if built_for.lower() != self.backend:
             return f"the torch {torch.__version__} here is built for {built_for}"
@@ -397,6 +403,14 @@ def _gpu_arch(index: int) -> str:
     if torch.version.hip:
         return properties.gcnArchName.partition(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+def _emulated_arch(index: int) -> str | None:
+    """What the HIP stand-in of ``tools/gfx950`` calls its device "emulated" of; None of any other device."""
+    _hal_device("hip", index)
+    name = iree.get_driver("hip").query_available_devices()[index]["name"]
+    found = re.fullmatch(r"emulated (gfx\w+)", name)
+    return found and found[1]
 
 
 def _parse_device(text: str) -> tuple[str, int]:
@@ -447,7 +461,7 @@ class _Session:
         for tensor in tensors:
             arguments.push_ref(self.to_iree(tensor).ref)
         results = iree.VmVariantList(4)
-        if self.place.backend != "cpu":
+        if self.place.device.type == "cuda":
             # After the conversions above, which may have queued copies.
             torch.cuda.current_stream(self.place.device).synchronize()
         with self._lock, _reported(f"{function.name} failed"):
@@ -474,7 +488,19 @@ class _Session:
         return iree.HalBufferView(self._import(self._somewhere).get_buffer(), list(tensor.shape), element)
 
     def _import(self, tensor: Tensor) -> iree.HalBufferView:
-        return self._hal.from_dlpack_capsule(to_dlpack(tensor))
+        view = self._hal.from_dlpack_capsule(to_dlpack(tensor))
+        return view if self.place.emulated is None else self._upload(tensor, view)
+
+    def _upload(self, tensor: Tensor, view: iree.HalBufferView) -> iree.HalBufferView:
+        """A copy in the emulated GPU's own memory, so that it knows where a buffer ends."""
+        buffer = self._hal.allocator.allocate_buffer_copy(
+            memory_type=iree.MemoryType.DEVICE_LOCAL,
+            allowed_usage=iree.BufferUsage.DEFAULT,
+            device=self._hal,
+            buffer=tensor.reshape(-1).view(torch.uint8).numpy(),
+        )
+        assert isinstance(buffer, iree.HalBuffer)  # a view only where an element type is given
+        return iree.HalBufferView(buffer, view.shape, view.element_type)
 
     def to_torch(self, view: iree.HalBufferView, dtype: torch.dtype | None) -> Tensor:
         """The buffer as a tensor, which keeps it alive; dtype None: by the buffer's element type."""
@@ -484,7 +510,9 @@ class _Session:
             return torch.empty(view.shape, dtype=dtype, device=self.place.device)
         if as_bytes is not None:
             view = iree.HalBufferView(view.get_buffer(), view.shape, iree.HalElementType.UINT_8)
-        capsule = self._hal.create_dlpack_capsule(view, _DLPACK_TYPES[self.place.backend], self.place.index)
+        on_host = self.place.device.type == "cpu"
+        dlpack_type = _DLPACK_TYPES["cpu" if on_host else self.place.backend]
+        capsule = self._hal.create_dlpack_capsule(view, dlpack_type, 0 if on_host else self.place.index)
         tensor = from_dlpack(capsule)
         if dtype in (None, tensor.dtype):
             return tensor

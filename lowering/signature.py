@@ -160,7 +160,7 @@ def _evaluate(node: ast.expr, symbols: Mapping[str, int]) -> int:
 
 # --- parameter archives ------------------------------------------------------------------------
 
-_IRPA_HEADER = struct.Struct("<4sHHQQQQ6Q")
+IRPA_HEADER = struct.Struct("<4sHHQQQQ6Q")
 _SAMPLES = 256
 _SAMPLE_BYTES = 4096
 
@@ -168,9 +168,9 @@ _SAMPLE_BYTES = 4096
 def parameter_digest(path: str | Path) -> str:
     """A digest of an .irpa file, cheap for any size: its index, its length, and samples of its data.
 
-    It tells a file from the one a program was compiled with, and finds a truncated one; it reads at
-    most a few megabytes, so it does not see every changed bit.  Raises ValueError if ``path`` is no
-    complete .irpa file, OSError if it cannot be read.
+    The index of an archive written here holds the SHA-256 of every tensor, so archives of different content
+    have different digests.  Of bytes that were changed in the file later, a few megabytes are looked at.
+    Raises ValueError if ``path`` is no complete .irpa file, OSError if it cannot be read.
     """
     path = Path(path)
     size = path.stat().st_size
@@ -188,12 +188,12 @@ def parameter_digest(path: str | Path) -> str:
 
 def _irpa_data_offset(file: BinaryIO, size: int) -> int:
     """Where the data of the archive begins: behind its header, entries and metadata."""
-    header = file.read(_IRPA_HEADER.size)
+    header = file.read(IRPA_HEADER.size)
     if not header.startswith(b"IRPA"):
         raise ValueError("it is not an .irpa parameter archive")
-    if len(header) < _IRPA_HEADER.size:
+    if len(header) < IRPA_HEADER.size:
         raise ValueError("it is truncated")
-    offset, length = _IRPA_HEADER.unpack(header)[-2:]
+    offset, length = IRPA_HEADER.unpack(header)[-2:]
     if offset + length > size:
         raise ValueError(f"it is truncated: {size} bytes of {offset + length}")
     return offset

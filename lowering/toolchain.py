@@ -35,7 +35,11 @@ from .kernel import KernelInstance
 _HEADERS = {
     "row.cu": ("row.h", "activation.h"),
     "row.hip": ("row.h", "activation.h"),
-    "row.c": ("activation.h",),
+    "row.c": ("cpu.h", "vectors.h", "activation.h"),
+    "matmul.c": ("cpu.h", "vectors.h", "float8.h"),
+    "topk.cu": ("topk.h", "sigmoid.h"),
+    "topk.hip": ("topk.h", "sigmoid.h"),
+    "topk.c": ("cpu.h", "sigmoid.h"),
 }
 
 _NVRTC_OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")

@@ -1,4 +1,4 @@
-"""The canonical operations every spelling is raised to, and the fused row operation.
+"""The canonical operations every spelling is raised to, and those a kernel computes.
 
 They are ``torch.operator`` ops whose names start with ``vmfuse.`` and whose attributes hold one of
 the frozen values of ``patterns.contracts``:
@@ -7,7 +7,13 @@ the frozen values of ``patterns.contracts``:
 ``vmfuse.gated_activation``      gate_up (packed) or gate, up -> y          contract: GatedActivation
 ``vmfuse.group_quant``           x -> q, scale                             contract: Quantization
 ``vmfuse.block_scaled_matmul``   a, b, a_scale, b_scale -> out
+``vmfuse.grouped_topk``          gating, bias -> weights, ids              contract: GroupedTopk
+
+and those that a kernel computes, made of them by the fusion:
+
 ``vmfuse.row``                   x, [up], [residual], [weight] -> [sum], [y], (q, scale)*   spec: RowSpec
+``vmfuse.topk``                  gating, bias -> weights, ids                               spec: TopkSpec
+``vmfuse.matmul``                a, b, a_scale, b_scale -> out                              spec: MatmulSpec
 """
 
 from __future__ import annotations
@@ -22,7 +28,17 @@ from typing import Any, TypeVar
 from iree.compiler import ir
 
 from . import torch_ir
-from .contracts import Contract, GatedActivation, Quantization, RmsNorm, RowSpec
+from .contracts import (
+    Contract,
+    GatedActivation,
+    GroupedTopk,
+    MatmulSpec,
+    Quantization,
+    RmsNorm,
+    RowSpec,
+    Spec,
+    TopkSpec,
+)
 from .sites import Cost
 from .torch_ir import TensorType
 
@@ -32,7 +48,15 @@ GROUP_QUANT = "vmfuse.group_quant"
 BLOCK_SCALED_MATMUL = "vmfuse.block_scaled_matmul"
 # What makes the value a row kernel quantizes.
 PRODUCERS = (RMS_NORM, GATED_ACTIVATION)
+GROUPED_TOPK = "vmfuse.grouped_topk"
 ROW = "vmfuse.row"
+TOPK = "vmfuse.topk"
+MATMUL = "vmfuse.matmul"
+SPECS: dict[str, type[RowSpec] | type[TopkSpec] | type[MatmulSpec]] = {
+    ROW: RowSpec,
+    TOPK: TopkSpec,
+    MATMUL: MatmulSpec,
+}
 
 # A site's number in the ledger, and the numbers of the sites a fused operation stands for.
 SITE = "site"
@@ -131,13 +155,24 @@ def quantization(op: ir.Operation) -> Quantization:
 
 def contract(op: ir.Operation) -> Contract:
     """What the canonical operation of a site computes."""
-    kinds = {RMS_NORM: RmsNorm, GATED_ACTIVATION: GatedActivation, GROUP_QUANT: Quantization}
+    kinds = {
+        RMS_NORM: RmsNorm,
+        GATED_ACTIVATION: GatedActivation,
+        GROUP_QUANT: Quantization,
+        GROUPED_TOPK: GroupedTopk,
+    }
     return from_attribute(kinds[torch_ir.op_name(op)], op.attributes["contract"])
 
 
-def row_spec(op: ir.Operation) -> RowSpec:
-    """What a ``vmfuse.row`` computes."""
-    return from_attribute(RowSpec, op.attributes["spec"])
+def routing_contract(op: ir.Operation) -> GroupedTopk:
+    """What a ``vmfuse.grouped_topk`` computes."""
+    return from_attribute(GroupedTopk, op.attributes["contract"])
+
+
+def spec(op: ir.Operation) -> Spec | None:
+    """What an operation that a kernel computes is specialised by; None for any other."""
+    kind = SPECS.get(torch_ir.op_name(op))
+    return None if kind is None else from_attribute(kind, op.attributes["spec"])
 
 
 def cost(op: ir.Operation) -> Cost:
@@ -152,14 +187,14 @@ def site_name(op: ir.Operation) -> str | None:
     name = torch_ir.op_name(op)
     if name == GATED_ACTIVATION:
         return f"{gate_contract(op).activation}_mul"
-    return {RMS_NORM: "rms_norm", GROUP_QUANT: "group_quant"}.get(name)
+    return {RMS_NORM: "rms_norm", GROUP_QUANT: "group_quant", GROUPED_TOPK: "grouped_topk"}.get(name)
 
 
 def site_of(op: ir.Operation) -> int:
-    """The ledger's number of a norm or quantization."""
+    """The ledger's number of the site that ``op`` is."""
     return ir.IntegerAttr(op.attributes[SITE]).value
 
 
 def sites_of(op: ir.Operation) -> list[int]:
-    """The ledger's numbers of all that a ``vmfuse.row`` stands for."""
+    """The ledger's numbers of all that an operation of a kernel stands for."""
     return [ir.IntegerAttr(item).value for item in ir.ArrayAttr(op.attributes[SITES])]

@@ -9,7 +9,7 @@ DeepGEMM, torch.nn.RMSNorm); where those disagree the field exists.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 Rounding = Literal["once", "twice", "none"]
 Residual = Literal["exact", "rounded"]
@@ -117,7 +117,34 @@ class Quantization:
         return 1 if self.group is None else hidden // self.group
 
 
-Contract = RmsNorm | GatedActivation | Quantization
+@dataclass(frozen=True)
+class GroupedTopk:
+    """Routing of a token to ``topk`` of E experts, which lie in ``num_expert_group`` equal groups.
+
+    For each token, in float32:
+        score = sigmoid(gating), the float32 nearest to the exact value (but for one value in 10^7)
+        choice = score + bias
+        value of a group = the sum of its two largest choices
+        kept are the ``topk_group`` groups of largest value, chosen are the ``topk`` experts of largest
+        choice in them, largest first; weight = score
+        ``renormalize``: weight = weight / (total + eps), total the sum of the chosen scores, rounded once
+        weight = weight * routed_scaling_factor
+    Among equals the lower index comes first, of groups as of experts.  A NaN is larger than every number, as
+    in torch.topk; an expert of a group that is not kept is never chosen, even where choices are -inf.
+
+    Sources: DeepSeek-V3 (Hugging Face: eps 1e-20), biased_grouped_topk of AITER and SGLang (eps 0),
+    grouped_topk of vLLM (eps 1e-20).
+    """
+
+    topk: int
+    num_expert_group: int
+    topk_group: int
+    renormalize: bool = True
+    routed_scaling_factor: float = 1.0
+    eps: float = 0.0
+
+
+Contract = RmsNorm | GatedActivation | Quantization | GroupedTopk
 
 
 def in_words(contract: Contract) -> str:
@@ -154,3 +181,52 @@ class RowSpec:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class TopkSpec:
+    """One routing site: what a kernel reads and writes for each token.
+
+    Reads gating [T, experts] in ``dtype`` and bias [experts] in ``bias_dtype``.  Writes weights, float32
+    [T, topk], and ids, ``ids_dtype`` [T, topk].
+    """
+
+    experts: int
+    dtype: str
+    bias_dtype: str
+    routing: GroupedTopk
+    ids_dtype: str = "int32"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class MatmulSpec:
+    """One block-scaled product: what a kernel reads and writes.
+
+    Reads a [T, depth] in ``a_dtype``, b [columns, depth] in ``b_dtype``, float32 scales of a
+    [T, depth/group] and of b [ceil(columns/group), depth/group].  Writes out [T, columns] in ``dtype``:
+
+        out[m, n] = sum over groups g of a_scale[m, g] * b_scale[n/group, g] * (a[m, g] . b[n, g])
+
+    accumulated in float32 in an order of the kernel's own, a block's products before they are scaled,
+    and rounded once.  Where a scale is infinite the reference gives NaN for a code of 0 and the kernel for a
+    block that sums up to 0; both give no finite number.
+    """
+
+    columns: int
+    depth: int
+    group: int
+    a_dtype: str
+    b_dtype: str
+    dtype: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Spec(Protocol):
+    """What specialises a kernel: a frozen value that can be written as plain data."""
+
+    def to_dict(self) -> dict[str, Any]: ...

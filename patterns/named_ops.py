@@ -27,7 +27,7 @@ FUNCTIONAL = "vmfuse_functional"
 # What the twin of a quantization is told besides: how the caller laid out the tensor for the scales.
 LAYOUT = "scale_layout"
 
-Role = Literal["y", "sum", "q", "scale"]
+Role = Literal["y", "sum", "q", "scale", "weights", "ids"]
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 _EPSILON = {"bfloat16": 2.0**-23, "float16": 2.0**-23, "float32": 2.0**-23, "float64": 2.0**-52}

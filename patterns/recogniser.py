@@ -8,7 +8,7 @@ from typing import Protocol
 
 from iree.compiler import ir
 
-from .contracts import GatedActivation, Quantization, RmsNorm
+from .contracts import Contract
 from .torch_ir import TensorType
 
 
@@ -30,7 +30,7 @@ class Raised:
     """
 
     op: str
-    contract: RmsNorm | GatedActivation | Quantization | None
+    contract: Contract | None
     operands: Sequence[ir.Value | Raised]
     results: Sequence[ir.Value | WithoutLastAxis | TensorType | None]
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from iree.compiler import ir
 
 from . import canonical, torch_ir
-from .contracts import GatedActivation, Quantization, RmsNorm, RowSpec
+from .contracts import GatedActivation, Quantization, RmsNorm, RowSpec, Spec
 from .sites import Ledger
 
-# Says why no kernel exists for a row, or None when one does: the target answers this, not the pattern.
-Support = Callable[[RowSpec], str | None]
+# Says why no kernel exists for a spec, or None when one does: the target answers this, not the pattern.
+Support = Callable[[Spec], str | None]
 
 _FLOATS = ("bfloat16", "float16", "float32")
 

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from lowering.report import Change, Report, Site
+from lowering.report import Change, Folded, Report, Site
 from patterns.contracts import Quantization, RmsNorm
 from patterns.sites import Tally, Timing
 
@@ -36,7 +36,15 @@ QUANT = Site(
     note="retargeted <from> float8_e4m3fn",
 )
 LEFT = Site("group_quant", "/a/b/c/mlp.py:9", "unfused", reason="its input <x> & more is not a norm")
-REPORT = Report("cpu", (NORM, QUANT, NORM, QUANT, LEFT), dispatches=17)
+FOLDED = Folded(
+    "gate.bias.folded",
+    "models/moe.py:31",
+    ("to(bfloat16)", "mul"),
+    ("gate.bias",),
+    Change(1024, 512),
+    saved=2560,
+)
+REPORT = Report("cpu", (NORM, QUANT, NORM, QUANT, LEFT), dispatches=17, folded=(FOLDED,))
 
 
 def rendered(report: Report, width: int = 100) -> str:
@@ -65,6 +73,16 @@ def test_json_has_exactly_the_schema_of_the_contract():
             for site in REPORT.sites
         ],
         "summary": {"fused": 4, "unfused": 1, "dispatches": 17},
+        "folded": [
+            {
+                "name": "gate.bias.folded",
+                "location": "models/moe.py:31",
+                "operations": ["to(bfloat16)", "mul"],
+                "sources": ["gate.bias"],
+                "bytes": {"before": 1024, "after": 512},
+                "saved": 2560,
+            }
+        ],
     }
 
 
@@ -108,9 +126,18 @@ def test_totals_say_what_fusion_saved():
     complete = Report("cpu", (NORM, QUANT, QUANT), 1)
     assert complete.traffic() == Change(10_000_000, 3_000_000)
     text = " ".join(rendered(complete, 200).split())
-    assert "1 custom dispatch per call instead of 3 · 3 MB instead of 10 MB" in text
+    assert "1 custom dispatch per call · launches of all sites 3 → 1 · bytes 10 MB → 3 MB" in text
     assert REPORT.traffic() is None  # one site of unknown size
     assert " MB" not in rendered(REPORT)
+
+
+def test_what_was_folded_is_shown():
+    text = " ".join(rendered(REPORT, 200).split())
+    assert "1 value that depends on parameters alone computed once" in text
+    assert "2.56 kB less to read and write per call, 1.02 kB → 512 B stored" in text
+    page = Page(REPORT.to_html()).text
+    assert "Folded" in page and "gate.bias.folded" in page and "to(bfloat16) → mul" in page
+    assert "folded" not in (Page(Report("cpu").to_html()).text + rendered(Report("cpu"))).lower()
 
 
 def test_notes_are_shown():

@@ -426,6 +426,7 @@ def test_a_missing_driver_is_named(name, backend):
 def test_another_gpu_is_refused(monkeypatch, backend, arch, message):
     """On a pretended machine: torch for CUDA, and one sm_90."""
     monkeypatch.setattr(runtime, "_hal_device", lambda backend, index: None)
+    monkeypatch.setattr(runtime, "_emulated_arch", lambda index: None)
     monkeypatch.setattr(runtime, "_gpu_arch", lambda index: "sm_90")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

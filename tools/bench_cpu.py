@@ -116,6 +116,7 @@ def prepare(
         compiled.dump_kernels(directory)
         (launch,) = read_launches(Path(directory))
         direct = Direct(launch, {"x": x, "weight": model.weight}, threads)
+    assert isinstance(kernel.spec, RowSpec)
     inductor = inductor_of(kernel.spec, model, x)
     contenders: dict[str, Contender] = {
         "vmfb": lambda: program(x),

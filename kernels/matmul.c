@@ -1,0 +1,274 @@
+// The block-scaled product on CPUs: out[m, n] = the sum over the groups g of K of a_scale[m, g] * b_scale[n / GROUP, g]
+// times the product of group g of row m of a and row n of b; a [rows, K] and b [N, K] of 8-bit floats.
+//
+//   few rows    lanes are places along K: BATCH rows of b stream past one row of a.
+//   many rows   lanes are columns: a tile of COLUMNS rows of b is decoded and transposed, a chunk of K at a time, and
+//               multiplied with one panel of rows of a after another.  The sums of a tile lie on the stack.
+//
+// A worker of IREE has 128 KiB of stack, of which ROWS = 128 and COLUMNS = 96 take 75.  A store of a vector takes as
+// long as one and a half products, so nothing is stored that need not be; shuffles are free beside products (measured
+// on Zen 4).  Pointers need only the alignment of their element.
+//
+// The macros that specialise this file come from lowering/matmul_kernel.py.
+
+#include "cpu.h"
+#include "vectors.h"
+// After them, whose types it uses.
+#include "float8.h"
+
+// Sums of PANEL rows times WIDTH vectors fill the registers.
+#if LANES == 16
+#define PANEL 4
+#define WIDTH 6
+#define BATCH 8
+#else
+#define PANEL 6
+#define WIDTH 2
+#define BATCH 4
+#endif
+
+#define MIN2(a, b) ((a) < (b) ? (a) : (b))
+#define GROUPS (K / GROUP)
+#define CHUNK MIN2(GROUP, 32 * DEPTH)  // elements along K of a decoded tile
+#define STEPS (CHUNK / DEPTH)
+#define LOAD MIN2(CHUNK, 4 * LANES)    // codes that are loaded at once along K
+#define VECTORS (COLUMNS / LANES)
+#define STRIPES (VECTORS / WIDTH)
+_Static_assert(VECTORS % WIDTH == 0 && CHUNK % LOAD == 0 && GROUP % CHUNK == 0, "tiles are made of whole panels");
+
+typedef float Eight __attribute__((vector_size(32)));
+typedef float LooseEight __attribute__((vector_size(32), aligned(4), may_alias));
+
+// A value that is in a register from here on: compilers like to load it anew for each use.
+INLINE Words once(Words a) {
+#if defined(__x86_64__)
+  __asm__ volatile("" : "+v"(a));
+#endif
+  return a;
+}
+
+// LOAD codes of a row, zeros after them.
+INLINE Words load_codes(const u8 *from) {
+#if LOAD == 4 * LANES
+  return *(const LooseWords *)from;
+#else
+  return join(*(const LooseHalfWords *)from, (HalfWords){0});
+#endif
+}
+
+// -- many rows -----------------------------------------------------------------------------------------------------
+
+typedef struct {
+  const u8 *a, *b;
+  const float *a_scale, *b_scale;
+  void *out;
+} Product;
+
+// Tiles along a chunk of K, decoded: stripes of WIDTH vectors of columns, and a panel of rows of a.
+typedef struct {
+  Words words[STRIPES][STEPS][WIDTH];
+} Right;
+
+typedef struct {
+  u32 words[PANEL][STEPS + LANES];
+} Left;
+
+INLINE int least(i64 a, i64 b) { return (int)(a < b ? a : b); }
+
+// The rows of b from n on; those beyond the last are the last.
+INLINE void rows_of(const u8 *b, i64 n, int count, const u8 **rows) {
+  for (int i = 0; i < count; ++i) rows[i] = b + (n + i < N ? n + i : N - 1) * (i64)K;
+}
+
+// Where among the steps of a chunk the left tile has a row's elements from DEPTH * n on.
+INLINE int step_of(int n) {
+  const int load = n / (LOAD / DEPTH), in_load = n % (LOAD / DEPTH);
+  const Place place = place_of(in_load);
+  return load * (LOAD / DEPTH) + place.part * (LOAD / 4) + place.word;
+}
+
+// Vector v of a tile of b, a chunk of LANES rows; the chunk after it is sent for.
+INLINE void decode_right(const u8 *const *rows, i64 k, int v, const Decoder *decoder, Right *right) {
+  rows += v * LANES;
+  for (int i = 0; i < LANES; ++i) __builtin_prefetch(rows[i] + k + CHUNK);
+#pragma GCC unroll 4
+  for (int quad = 0; quad < CHUNK / 16; ++quad) {
+    Words words[4];
+    transposed(rows, k + 16 * quad, words);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      Parts parts;
+      decode(words[i], B_CODES, decoder, parts);
+      for (int part = 0; part < PARTS; ++part)
+        right->words[v / WIDTH][step_of((16 * quad + 4 * i) / DEPTH + part)][v % WIDTH] = parts[part];
+    }
+  }
+}
+
+INLINE void decode_left(const Product *p, i64 row, int rows, i64 k, const Decoder *decoder, Left *left) {
+  for (int i = 0; i < rows; ++i)
+    for (int load = 0; load < CHUNK / LOAD; ++load) {
+      Parts parts;
+      decode(load_codes(p->a + (row + i) * (i64)K + k + load * LOAD), A_CODES, decoder, parts);
+      for (int part = 0; part < PARTS; ++part)
+        *(LooseWords *)&left->words[i][(load * PARTS + part) * (LOAD / 4)] = parts[part];
+    }
+}
+
+// sums[i][v] += a_scale of row i * b_scale of vector v * (row i of the panel times the columns of vector v)
+INLINE void multiply_panel(const Left *left, int rows, const Words (*right)[WIDTH], const float *a_scale,
+                           const float *b_scale, Floats *sums) {
+  Floats sum[PANEL][WIDTH] = {{{0}}};
+  for (int step = 0; step < STEPS; ++step) {
+    Words b[WIDTH];
+#pragma GCC unroll 8
+    for (int v = 0; v < WIDTH; ++v) b[v] = once(right[step][v]);
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+      Words a = (Words){0} + left->words[i][step];
+#pragma GCC unroll 8
+      for (int v = 0; v < WIDTH; ++v) sum[i][v] = multiply_add(sum[i][v], a, b[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i) {
+    Floats *to = sums + i * VECTORS;
+    const Eight scale = a_scale[i * GROUPS] * *(const LooseEight *)b_scale;
+#pragma GCC unroll 8
+    for (int v = 0; v < WIDTH; ++v) to[v] = add_product(to[v], sum[i][v], all(scale[v]));
+  }
+}
+
+// Not inlined: the sums need all registers, and the compiler would spend some on what comes before.
+#define PANEL_OF(rows)                                                                                              \
+  static __attribute__((noinline)) void multiply_##rows(const Left *left, const Words (*right)[WIDTH],              \
+                                                        const float *a_scale, const float *b_scale, Floats *sums) { \
+    multiply_panel(left, rows, right, a_scale, b_scale, sums);                                                      \
+  }
+PANEL_OF(1)
+PANEL_OF(2)
+PANEL_OF(3)
+PANEL_OF(4)
+#if PANEL > 4
+PANEL_OF(5)
+PANEL_OF(6)
+#endif
+
+INLINE void multiply_rows(int rows, const Left *left, const Right *right, const float *a_scale, const float *b_scale,
+                          Floats *sums) {
+  for (int stripe = 0; stripe < STRIPES; ++stripe, b_scale += WIDTH, sums += WIDTH) switch (rows) {
+      case 1: multiply_1(left, right->words[stripe], a_scale, b_scale, sums); break;
+      case 2: multiply_2(left, right->words[stripe], a_scale, b_scale, sums); break;
+      case 3: multiply_3(left, right->words[stripe], a_scale, b_scale, sums); break;
+      case 4: multiply_4(left, right->words[stripe], a_scale, b_scale, sums); break;
+#if PANEL > 4
+      case 5: multiply_5(left, right->words[stripe], a_scale, b_scale, sums); break;
+      case 6: multiply_6(left, right->words[stripe], a_scale, b_scale, sums); break;
+#endif
+    }
+}
+
+// -- results -------------------------------------------------------------------------------------------------------
+
+#if OUT_DTYPE == F32
+typedef float Out;
+#else
+typedef u16 Out;
+#endif
+
+INLINE void store_out(Out *to, Floats sums, int count) {
+#if OUT_DTYPE == F32
+  if (count >= LANES) *(LooseFloats *)to = sums;
+  else for (int i = 0; i < count; ++i) to[i] = sums[i];
+#else
+  Halves halves = __builtin_convertvector(OUT_DTYPE == BF16 ? bf16_of(sums, 1) >> 16 : f16_of(sums), Halves);
+  if (count >= LANES) *(LooseHalves *)to = halves;
+  else for (int i = 0; i < count; ++i) to[i] = halves[i];
+#endif
+}
+
+INLINE void many_rows(const Product *p, i64 row, int rows, i64 first) {
+  Floats sums[ROWS][VECTORS];
+  Right right[2];
+  Left left;
+  float b_scale[VECTORS + 8];
+  const u8 *b_rows[COLUMNS];
+  const Decoder a_decoder = decoder_of(A_CODES), b_decoder = decoder_of(B_CODES);
+  rows_of(p->b, first, COLUMNS, b_rows);
+  for (int i = 0; i < rows; ++i)
+    for (int v = 0; v < VECTORS; ++v) sums[i][v] = (Floats){0};
+  for (int v = 0; v < VECTORS; ++v) decode_right(b_rows, 0, v, &b_decoder, &right[0]);
+  for (i64 k = 0; k < K; k += CHUNK) {
+    const i64 group = k / GROUP, chunk = k / CHUNK;
+    for (int v = 0; v < VECTORS; ++v)
+      b_scale[v] = p->b_scale[least(first + v * LANES, N - 1) / GROUP * (i64)GROUPS + group];
+    // The next chunk of b is decoded between the panels: that takes place while their products queue up.
+    int next = k + CHUNK < K ? 0 : VECTORS;
+    for (int i = 0; i < rows; i += PANEL) {
+      const int count = least(PANEL, rows - i);
+      decode_left(p, row + i, count, k, &a_decoder, &left);
+      multiply_rows(count, &left, &right[chunk % 2], p->a_scale + (row + i) * GROUPS + group, b_scale, sums[i]);
+      for (; next < VECTORS && next * rows < VECTORS * (i + count); ++next)
+        decode_right(b_rows, k + CHUNK, next, &b_decoder, &right[(chunk + 1) % 2]);
+    }
+  }
+  for (int i = 0; i < rows; ++i)
+    for (int v = 0; v < VECTORS; ++v)
+      store_out((Out *)p->out + (row + i) * N + first + v * LANES, sums[i][v], least(LANES, N - first - v * LANES));
+}
+
+// -- few rows ------------------------------------------------------------------------------------------------------
+
+// Elements n to n + BATCH - 1 of a row of the result.
+INLINE void one_row_batch(const Product *p, i64 row, i64 n, const Decoder *a_decoder, const Decoder *b_decoder,
+                          float *results) {
+  const u8 *a = p->a + row * K, *rows[BATCH];
+  const float *a_scale = p->a_scale + row * GROUPS, *b_scale = p->b_scale + (n < N ? n : N - 1) / GROUP * GROUPS;
+  rows_of(p->b, n, BATCH, rows);
+  Floats sums[BATCH] = {{0}};
+  for (i64 group = 0; group < GROUPS; ++group) {
+    Floats partial[BATCH] = {{0}};
+#pragma GCC unroll 4
+    for (int step = 0; step < GROUP / LOAD; ++step) {
+      const i64 at = group * GROUP + step * LOAD;
+      Parts left;
+      decode(load_codes(a + at), A_CODES, a_decoder, left);
+#pragma GCC unroll 8
+      for (int i = 0; i < BATCH; ++i) {
+        Parts right;
+        decode(load_codes(rows[i] + at), B_CODES, b_decoder, right);
+        for (int part = 0; part < PARTS; ++part) partial[i] = multiply_add(partial[i], left[part], right[part]);
+      }
+    }
+    const Floats scale = all(a_scale[group] * b_scale[group]);
+#pragma GCC unroll 8
+    for (int i = 0; i < BATCH; ++i) sums[i] = add_product(sums[i], partial[i], scale);
+  }
+  for (int i = 0; i < BATCH; ++i) results[i] = lane_sum(sums[i]);
+}
+
+INLINE void few_rows(const Product *p, i64 row, int rows, i64 first) {
+  const Decoder a_decoder = decoder_of(A_CODES), b_decoder = decoder_of(B_CODES);
+  const int columns = least(COLUMNS, N - first);
+  for (int i = 0; i < rows; ++i) {
+    union { float each[COLUMNS]; Floats vectors[VECTORS]; } results;
+    for (int n = 0; n < columns; n += BATCH)
+      one_row_batch(p, row + i, first + n, &a_decoder, &b_decoder, results.each + n);
+    for (int v = 0; v * LANES < columns; ++v)
+      store_out((Out *)p->out + (row + i) * N + first + v * LANES, results.vectors[v], columns - v * LANES);
+  }
+}
+
+// -- the entry -----------------------------------------------------------------------------------------------------
+
+void ENTRY(BINDING(const u8, a), BINDING(const u8, b), BINDING(const float, a_scale), BINDING(const float, b_scale),
+           BINDING(Out, out), i32 rows, i32 workgroup) {
+  const Product product = {a + a_offset, b + b_offset, a_scale + a_scale_offset, b_scale + b_scale_offset,
+                           out + out_offset};
+  const i64 tiles = (N + COLUMNS - 1) / COLUMNS, row = workgroup / tiles * ROWS, first = workgroup % tiles * COLUMNS;
+  const int count = least(ROWS, rows - row);
+  FloatMode mode = enter_ieee();
+  if (rows <= FEW_ROWS) few_rows(&product, row, count, first);
+  else many_rows(&product, row, count, first);
+  leave_ieee(mode);
+}

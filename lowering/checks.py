@@ -1,0 +1,52 @@
+"""What every operation of ``torch.ops.lowering`` says about arguments that do not fit.
+
+Each check raises ValueError with a sentence that begins with the argument's name.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_names(dtypes: tuple[torch.dtype, ...]) -> str:
+    """``float32 or bfloat16``."""
+    return " or ".join(dtype_name(dtype) for dtype in dtypes)
+
+
+def shape_text(tensor: Tensor | tuple[int, ...] | torch.Size) -> str:
+    """``[8, 7168]``; a size only known at run time as its symbol."""
+    sizes = tensor.shape if isinstance(tensor, Tensor) else tensor
+    return "[" + ", ".join(str(size) for size in sizes) + "]"
+
+
+def check_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """``tensor`` has one of ``dtypes``."""
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name}: expected {dtype_names(dtypes)}, got {dtype_name(tensor.dtype)}")
+
+
+def check_rank(name: str, tensor: Tensor, rank: int) -> None:
+    """``tensor`` has at least ``rank`` dimensions."""
+    if tensor.dim() < rank:
+        raise ValueError(f"{name}: expected at least {rank} dimension, got a scalar")
+
+
+def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...] | torch.Size) -> None:
+    """``tensor`` has the shape ``expected``."""
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(f"{name}: expected shape {shape_text(expected)}, got {shape_text(tensor)}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """``value`` is one of ``choices``."""
+    if value not in choices:
+        offered = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name}: {value!r} is not available; choose one of {offered}")

@@ -1,0 +1,62 @@
+"""The routing kernel's machine code for gfx950 and gfx942, executed: bit for bit what eager computes."""
+
+from __future__ import annotations
+
+import itertools
+
+import gfx950_kernels
+import pytest
+import test_topk
+import torch
+from test_kernels import run
+from test_topk import CASES, GFX942, GFX950, assert_routed, tokens
+
+from lowering.routing import grouped_topk_reference
+from lowering.targets import Target
+from lowering.topk_kernel import instance
+
+
+@pytest.fixture(scope="module")
+def launcher():
+    """Builds each instance once."""
+    built = {}
+
+    def build(kernel):
+        key = (kernel.target.arch, kernel.entry)
+        if key not in built:
+            built[key] = gfx950_kernels.launcher(kernel)
+        return built[key]
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    list(itertools.product(CASES, [GFX950, GFX942])),
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_kernel_equals_reference(name: str, target: Target, launcher) -> None:
+    test_topk.test_kernel_equals_reference(name, target, launcher)
+
+
+@pytest.mark.parametrize("ulp", [1, -1])
+def test_no_result_hangs_on_an_approximation(ulp: int) -> None:
+    """Nor when v_rcp_f32 is off by one in the last place."""
+    case = CASES["deepseek_v3"]
+    kernel = instance(case, GFX950)
+    gating, bias = tokens(case, 37, seed=ulp)
+    expected = grouped_topk_reference(gating, bias, case.routing)
+    assert_routed(run(kernel, gfx950_kernels.launcher(kernel, ulp=ulp), [gating, bias], 37), expected)
+
+
+def test_scores_are_the_nearest_float32(launcher) -> None:
+    test_topk.test_scores_are_the_nearest_float32(GFX950, launcher)
+
+
+def test_a_full_batch(launcher) -> None:
+    """1024 tokens of the model this is for, as random as they come."""
+    case = CASES["deepseek_v3"]
+    kernel = instance(case, GFX950)
+    gating, bias = torch.randn(1024, 256).bfloat16(), torch.randn(256) * 0.1
+    expected = grouped_topk_reference(gating, bias, case.routing)
+    assert_routed(run(kernel, launcher(kernel), [gating, bias], 1024), expected)

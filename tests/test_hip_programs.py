@@ -1,0 +1,238 @@
+"""Whole gfx950 programs through IREE's HIP driver, on the stand-in and the executor, beside the cpu target.
+
+A driver is made once in a process and the stand-in must not be found by other tests, so programs run in
+processes of their own.  Inputs are small integers where bits are compared: sums of them are exact in
+every order.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import gpu_cases
+import gpu_compare
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import lowering
+
+ROOT = Path(__file__).resolve().parent.parent
+EMULATED = (sys.executable, "-m", "tools.gfx950.hip")
+
+# Calls program FIRST.safetensors times: the inputs are named call.argument, the outputs call.result.
+CALL = """
+import sys
+from safetensors.torch import load_file, save_file
+import lowering
+program, inputs, outputs = sys.argv[1:]
+program, results = lowering.load(program, device="hip"), {}
+given = load_file(inputs)
+for call in sorted({name.partition(".")[0] for name in given}):
+    arguments = [given[name] for name in sorted(given) if name.startswith(call + ".")]
+    found = program(*arguments)
+    found = found if isinstance(found, tuple) else (found,)
+    results |= {f"{call}.{i}": tensor.clone() for i, tensor in enumerate(found)}
+save_file(results, outputs)
+"""
+
+Build = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """Compiles a module for a target; the path of the vmfb."""
+    directory = tmp_path_factory.mktemp("programs")
+
+    def compile_for(target: str, module: nn.Module, arguments: Sequence[Tensor], shapes=None) -> Path:
+        path = directory / f"{len(list(directory.iterdir()))}-{target}.vmfb"
+        compiled = lowering.compile(module, tuple(arguments), dynamic_shapes=shapes, target=target)
+        compiled.save(path)
+        return path
+
+    return compile_for
+
+
+def emulated(*words: object, arch: str = "gfx950") -> subprocess.CompletedProcess[str]:
+    command = [*EMULATED, "--arch", arch, *(str(word) for word in words)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def run(program: Path, calls: Sequence[Sequence[Tensor]], arch: str = "gfx950") -> list[list[Tensor]]:
+    """The results of each call of ``program``, loaded once by ``lowering.load(..., device="hip")``."""
+    given, back = program.with_suffix(".in.safetensors"), program.with_suffix(".out.safetensors")
+    save_file({f"{i}.{j}": tensor for i, call in enumerate(calls) for j, tensor in enumerate(call)}, given)
+    done = emulated("python", "-c", CALL, program, given, back, arch=arch)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("this is no GPU") == 1
+    found = load_file(back)
+    count = len(found) // len(calls)
+    return [[found[f"{i}.{j}"] for j in range(count)] for i in range(len(calls))]
+
+
+def on_cpu(program: Path, call: Sequence[Tensor]) -> list[Tensor]:
+    found = lowering.load(program, device="cpu")(*call)
+    return list(found) if isinstance(found, tuple) else [found]
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def assert_same_bits(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        assert (a.dtype, a.shape, a.stride()) == (e.dtype, e.shape, e.stride())
+        assert (
+            a.contiguous().numpy(force=True).tobytes() == e.contiguous().numpy(force=True).tobytes()
+            if (a.dtype in (torch.float32, torch.int32, torch.int64))
+            else torch.equal(a.contiguous().view(torch.uint8), e.contiguous().view(torch.uint8))
+        )
+
+
+def integers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """From -8 to 8: the sum of 16384 squares is exact in float32."""
+    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# -- fused kernels: equal bit for bit --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("view", [False, True], ids=["plain", "view"])
+@pytest.mark.parametrize("hidden", [1536, 7168])
+def test_fan_out_models_equal_the_cpu_target(build: Build, hidden, view):
+    case = gpu_cases.case_named(f"fanout-{'view-' if view else ''}{hidden}")
+    model, shapes = gpu_cases.build(case), case.dynamic_shapes()
+    example = (integers(8, hidden),)
+    programs = [build(target, model, example, shapes) for target in ("gfx950", "cpu")]
+    calls = [(integers(rows, hidden, seed=rows),) for rows in (1, 5, 0)]
+    for call, results in zip(calls, run(programs[0], calls), strict=True):
+        assert_same_bits(results, on_cpu(programs[1], call))
+
+
+def test_the_command_line_runs_a_residual_block(build: Build, tmp_path: Path):
+    """run-vmfb itself, unchanged, and its own choice of the device."""
+    case = gpu_cases.case_named("add-norm-7168")
+    model, call = gpu_cases.build(case), (integers(3, 7168), integers(3, 7168, seed=1))
+    save_file({"x": call[0], "residual": call[1]}, tmp_path / "in.safetensors")
+    program = build("gfx950", model, call)
+    inputs = [
+        word for name in ("x", "residual") for word in ("--input", f"@{tmp_path}/in.safetensors:{name}")
+    ]
+    done = emulated("run-vmfb", program, *inputs, "--output", f"@{tmp_path}/out.safetensors")
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "out.safetensors")
+    results = [found[f"output_{i}"] for i in range(4)]
+    assert_same_bits(results, on_cpu(build("cpu", model, call), call))
+
+
+# -- what IREE generates ---------------------------------------------------------------------------
+
+
+class Everything(nn.Module):
+    """Operations that no fused kernel takes; exact for small integers, whatever their order."""
+
+    def forward(self, a: Tensor, b: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        product = a @ b
+        return (
+            product,
+            (a.to(torch.bfloat16) @ b.to(torch.bfloat16)).float(),
+            (a.to(torch.float16) @ b.to(torch.float16)).float(),
+            torch.nn.functional.embedding(ids, product),
+            product.sum(-1),
+            product.amax(0),
+            product.argmax(-1),
+            product.t().contiguous() + 1,
+            torch.where(product > 0, product, -product).to(torch.int32),
+            torch.cumsum(a, 1),
+            torch.topk(ids, 3).values,
+            ids.sum() * ids,
+        )
+
+
+@pytest.mark.parametrize("m, k, n", [(48, 64, 80), (37, 53, 29)], ids=["even", "odd"])
+def test_generated_kernels_equal_the_cpu_target(build: Build, m, k, n):
+    """The even sizes use the matrix instructions; the odd ones end within what one access loads."""
+    a, b = integers(m, k, dtype=torch.float32), integers(k, n, seed=1, dtype=torch.float32)
+    call = (a, b, torch.tensor([0, 36, 13, 14, 5]))
+    (results,) = run(build("gfx950", Everything(), call), [call])
+    assert_same_bits(results, on_cpu(build("cpu", Everything(), call), call))
+
+
+def test_a_quantized_llama(build: Build):
+    """Two layers, two lengths: as near to the same model in float32 as eager bfloat16 is (gpu_compare)."""
+    case = gpu_cases.case_named("llama-2-layers")
+    model = gpu_cases.build(case)
+    calls = [case.inputs(tokens, 3, torch.device("cpu")) for tokens in (1, 7)]
+    program = build(
+        "gfx950", model, case.inputs(case.example_rows, 0, torch.device("cpu")), case.dynamic_shapes()
+    )
+    found = run(program, calls)
+    eager = [model(*call) for call in calls]
+    model.float()
+    for call, (logits,), reference in zip(calls, found, eager, strict=True):
+        differences = gpu_compare.compare_logits(logits, reference, model(*call))
+        assert not [d.problem for d in differences if d.problem], differences
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+class Lookup(nn.Module):
+    """A table whose length is known only when it is called."""
+
+    def forward(self, table: Tensor, ids: Tensor) -> Tensor:
+        return torch.nn.functional.embedding(ids, table)
+
+
+def test_a_read_beyond_a_tensor_is_reported(build: Build):
+    shapes = ({0: torch.export.Dim("v")}, {0: torch.export.Dim("n")})
+    program = build("gfx950", Lookup(), (torch.randn(10, 256), torch.arange(4)), shapes)
+    inputs = ("--input", "10x256xf32=rand:0", "--input")
+    done = emulated("run-vmfb", program, *inputs, "3xi64=1,2,9")
+    assert done.returncode == 0, done.stderr
+    done = emulated("run-vmfb", program, *inputs, "3xi64=1,2,4000")
+    assert done.returncode == 1
+    *_, last = done.stderr.splitlines()
+    assert re.search(
+        "^run-vmfb: error: main failed: .*hipErrorIllegalAddress.*elementwise.*: a load of", last
+    )
+    assert re.search(r"workgroup \(2, 0, 0\), lane 0: global_load_dword", last)
+
+
+class Norm(nn.Module):
+    """One fused kernel, and nothing that only one architecture has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((512,), 2.0, dtype=torch.bfloat16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.lowering.rms_norm(x, self.weight, 1e-6)
+
+
+def test_a_program_runs_on_its_own_architecture_alone(build: Build):
+    call = (integers(3, 512),)
+    expected = on_cpu(build("cpu", Norm(), call), call)
+    for arch, other in (("gfx950", "gfx942"), ("gfx942", "gfx950")):
+        program = build(arch, Norm(), call)
+        (results,) = run(program, [call], arch=arch)
+        assert_same_bits(results, expected)
+        done = emulated("run-vmfb", program, "--input", "3x512xbf16=1", arch=other)
+        assert done.returncode == 1
+        assert f"was compiled for {arch}; hip:0 is an emulated {other}" in done.stderr
+
+
+def test_an_unknown_command_is_named():
+    done = emulated("run-vmfc")
+    assert done.returncode == 2
+    assert done.stderr == "python -m tools.gfx950.hip: error: there is no command 'run-vmfc'\n"
