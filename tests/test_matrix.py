@@ -127,11 +127,16 @@ def assert_close(got: Tensor, expected: Tensor, number: int) -> None:
 
     So are scales; rarely that decides how a value is rounded, which then is one step of its type off.
     """
-    one_step = {torch.int8: 1.0, E5M2: 2.0**-2}.get(expected.dtype, 2.0**-3)
-    got, expected = got.float(), expected.float()
+    if expected.dtype.is_floating_point:
+        info = torch.finfo(expected.dtype)
+        relative, absolute = info.eps, info.eps * info.smallest_normal
+    else:
+        relative, absolute = 0.0, 1.0
+    got, expected = got.double(), expected.double()
     error, least = (got - expected).abs(), 2.0**-18 * expected.abs().max()
     assert (error > least + 1e-6 * expected.abs()).float().mean() <= 0.01, number
-    assert (error <= least + one_step * expected.abs().clamp(min=1.0 if one_step == 1 else 0.0)).all(), number
+    step = absolute + max(relative, 1e-6) * expected.abs()
+    assert (error <= least + step).all(), (number, got[error > step], expected[error > step])
 
 
 # -- the documentation -----------------------------------------------------------------------------------
