@@ -82,8 +82,13 @@ class Counts:
     bytes_moved: int
 
     @property
+    def hidden(self) -> int:
+        assert isinstance(self.kernel.spec, RowSpec)
+        return self.kernel.spec.hidden
+
+    @property
     def elements(self) -> int:
-        return self.rows * self.kernel.spec.hidden
+        return self.rows * self.hidden
 
     def per_element(self, kinds: Sequence[str]) -> float:
         """Lane-instructions of these kinds, each one slot."""
@@ -132,7 +137,7 @@ def predicted(counts: Counts, tokens: int, machine: Machine) -> tuple[float, str
     """Seconds for ``tokens`` rows and their bound: memory, vector instructions, or one wave's latency."""
     workgroups = counts.kernel.grid(tokens)[0]
     turns = -(-workgroups // machine.units)  # of the busiest compute unit
-    slots = counts.vector * counts.kernel.spec.hidden * counts.kernel.grid_rule.rows / WAVE
+    slots = counts.vector * counts.hidden * counts.kernel.grid_rule.rows / WAVE
     bounds = {
         "memory": counts.compulsory_bytes(tokens) / machine.bytes_per_second,
         "vector": turns * slots / machine.hertz,
@@ -165,15 +170,15 @@ def _count_row(name: str, goal: float | None, counts: Counts) -> list[object]:
     vector = [f"{counts.per_element([kind]):.2f}" for kind in VECTOR]
     met = "" if goal is None else f"{goal:g}" if counts.vector <= goal else f"{goal:g} missed"
     return [
-        *(name, counts.kernel.spec.hidden, resources.vgprs, resources.sgprs, resources.lds_bytes),
+        *(name, counts.hidden, resources.vgprs, resources.sgprs, resources.lds_bytes),
         *(resources.scratch_bytes, counts.kernel.block[0], *vector, f"{counts.vector:.2f}", met),
         *(f"{counts.per_element(MEMORY):.2f}", f"{counts.per_element(SCALAR):.2f}"),
-        f"{counts.compulsory_bytes(4096) / 4096 / counts.kernel.spec.hidden:.2f}",
+        f"{counts.compulsory_bytes(4096) / 4096 / counts.hidden:.2f}",
     ]
 
 
 def _time_row(name: str, counts: Counts, tokens: Sequence[int]) -> list[object]:
-    cells: list[object] = [name, counts.kernel.spec.hidden]
+    cells: list[object] = [name, counts.hidden]
     for rows in tokens:
         seconds, bound = predicted(counts, rows, Machine())
         cells.append(f"{seconds * 1e6:.1f} {bound[0]}")
