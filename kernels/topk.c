@@ -121,7 +121,7 @@ INLINE void one_token(const Gating *gating, const float *bias, float *weights, I
     chosen[n] = scores[expert];
     total += chosen[n];
   }
-  for (int n = 0; n < TOPK; ++n) weights[n] = (RENORMALIZE ? chosen[n] / ((float)total) : chosen[n]) * FACTOR;
+  for (int n = 0; n < TOPK; ++n) weights[n] = (RENORMALIZE ? chosen[n] / ((float)total + EPS) : chosen[n]) * FACTOR;
 }
 
 void ENTRY(BINDING(const Gating, gating), BINDING(const Bias, bias), BINDING(float, weights), BINDING(ID, ids),
