@@ -76,13 +76,13 @@ def dispatch(
     done = Dispatched()
     chosen = choose_kernels(function, target, ledger)
     rows = _example_rows([row for row, _ in chosen])
-    for row, kernel in chosen:
+    for (row, kernel), count in zip(chosen, rows, strict=True):
         if kernel.entry not in done.objects:
             progress(kernel.entry)
             done.objects[kernel.entry] = _checked_object(kernel)
             done.kernels[kernel.entry] = kernel
             _define(module, kernel, done.objects[kernel.entry], directory)
-        done.launches.append(Launch(kernel, rows[row]))
+        done.launches.append(Launch(kernel, count))
         done.physical_scales += _call(row, kernel)
     torch_ir.erase_dead(torch_ir.block_of(function))
     return done
@@ -111,16 +111,18 @@ def _checked_object(kernel: KernelInstance) -> bytes:
 # -- the call at a site -----------------------------------------------------------------------------
 
 
-def _example_rows(rows: Sequence[ir.Operation]) -> dict[ir.Operation, int | None]:
+def _example_rows(rows: Sequence[ir.Operation]) -> list[int | None]:
     """How many rows each has for the example arguments: what its operands say, or the row they come from."""
-    found: dict[ir.Operation, int | None] = {}
+    found: list[int | None] = []
     for row in rows:
         shapes = (torch_ir.example_shape(operand) for operand in row.operands)
         known = [math.prod(shape[:-1]) for shape in shapes if shape is not None and len(shape) > 1]
-        known += [count for operand in row.operands if (count := found.get(_source(operand))) is not None]
+        sources = [source for operand in row.operands if (source := _source(operand)) is not None]
+        before = zip(rows[: len(found)], found, strict=True)
+        known += [count for earlier, count in before if count is not None and earlier in sources]
         type_ = torch_ir.tensor_type(row.operands[0])
         one = type_ is not None and len(type_.shape) == 1
-        found[row] = known[0] if known else 1 if one else None
+        found.append(known[0] if known else 1 if one else None)
     return found
 
 
