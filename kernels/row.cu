@@ -145,24 +145,43 @@ DEVICE u32 low_bytes(u32 a, u32 b, u32 c, u32 d) {
   return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
 }
 
-#ifndef LOAD_HINT
-#define LOAD_HINT ""
-#endif
-#ifndef STORE_HINT
-#define STORE_HINT ""
-#endif
 DEVICE void load16(const u8 *from, u32 *words) {
-  asm volatile("ld.global" LOAD_HINT ".v4.b32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
       : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(from));
 }
 
 DEVICE void store16(u8 *to, const u32 *words) {
-  asm volatile("st.global" STORE_HINT ".v4.b32 [%0], {%1, %2, %3, %4};"
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
       :: "l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]) : "memory");
 }
 
+// Blackwell has accesses of 32 bytes.
+#if __CUDA_ARCH__ >= 1000
+constexpr int WIDEST = 32;
+#else
+constexpr int WIDEST = 16;
+#endif
+
+template <int BYTES> DEVICE void load_wide(const u8 *from, u32 *words) {
+  if constexpr (BYTES == 16) load16(from, words);
+  else
+    asm volatile("ld.global.v8.b32 {%0, %1, %2, %3, %4, %5, %6, %7}, [%8];"
+        : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]), "=r"(words[4]), "=r"(words[5]),
+          "=r"(words[6]), "=r"(words[7])
+        : "l"(from));
+}
+
+template <int BYTES> DEVICE void store_wide(u8 *to, const u32 *words) {
+  if constexpr (BYTES == 16) store16(to, words);
+  else
+    asm volatile("st.global.v8.b32 [%0], {%1, %2, %3, %4, %5, %6, %7, %8};"
+        :: "l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "r"(words[4]), "r"(words[5]),
+           "r"(words[6]), "r"(words[7])
+        : "memory");
+}
+
 DEVICE void store8(u8 *to, const u32 *words) {
-  asm volatile("st.global" STORE_HINT ".v2.b32 [%0], {%1, %2};" :: "l"(to), "r"(words[0]), "r"(words[1]) : "memory");
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" :: "l"(to), "r"(words[0]), "r"(words[1]) : "memory");
 }
 
 template <int K> DEVICE u32 fold(u32 value) { return __shfl_xor_sync(0xffffffffu, value, K); }

@@ -15,6 +15,8 @@ enum { DIVIDED = 0, CORRECTED = 1, TWOFOLD = 2 };          // QUOTIENTi
 
 constexpr int X_PITCH = GATE_PACKED ? 2 * HIDDEN : HIDDEN;  // elements from one row of x to the next
 template <int DTYPE> constexpr int SIZE = DTYPE == F32 ? 4 : 2;  // bytes
+// The widest access of the machine that rows are a multiple of.
+constexpr int WIDE_BYTES = HIDDEN * SIZE<X_DTYPE> % WIDEST == 0 ? WIDEST : 16;
 constexpr u32 INFINITE_BITS = 0x7f800000u;
 #define INFINITE as_float(INFINITE_BITS)
 
@@ -123,8 +125,8 @@ KERNEL(ENTRY)(const u8 *x
   site.q[3] = q3, site.scale[3] = scale3, bits |= address(q3);
 #endif
   // Pointers are only sure to be aligned to their element: a view may start anywhere.
-  constexpr bool wide_rows = many::WHOLE && HIDDEN * SIZE<X_DTYPE> % 16 == 0;
-  const bool wide = wide_rows && (ANY_ALIGNMENT || bits % 16 == 0);
+  constexpr bool wide_rows = many::WHOLE && HIDDEN * SIZE<X_DTYPE> % WIDE_BYTES == 0;
+  const bool wide = wide_rows && (ANY_ALIGNMENT || bits % WIDE_BYTES == 0);
 #if FEW_ROWS
   if (wide && rows <= FEW_ROWS) return few::rows_of_block<wide_rows>(site);
 #endif

@@ -104,6 +104,10 @@ DEVICE void store8(u8 *to, const u32 *words) {
   *(loose_u2 *)to = loose_u2{words[0], words[1]};
 }
 
+constexpr int WIDEST = 16;
+template <int BYTES> DEVICE void load_wide(const u8 *from, u32 *words) { load16(from, words); }
+template <int BYTES> DEVICE void store_wide(u8 *to, const u32 *words) { store16(to, words); }
+
 // Up to 8 the exchange is a modifier of the instruction that uses it (DPP).  The mirrors are no butterflies, but
 // lanes of a block agree already, so any lane of the other block will do.
 template <int K> DEVICE u32 fold(u32 value) {

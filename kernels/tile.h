@@ -68,13 +68,16 @@ template <int DTYPE> DEVICE f2 round_to(f2 value) {
   return unpack<DTYPE>(packed, 0);
 }
 
-// WIDE: rows are multiples of 16 bytes, and every pointer is 16-byte aligned or the machine does not mind.  Otherwise
+// WIDE: rows are multiples of WIDE_BYTES, and every pointer is aligned to them or the machine does not mind.  Otherwise
 // element by element, which also serves the last, partial vector of a row whose length is no multiple of VECTOR.
 template <int DTYPE, bool WIDE> DEVICE Packed<DTYPE> load(const u8 *row, u32 column) {
   Packed<DTYPE> packed;
   const u8 *from = row + column * SIZE<DTYPE>;
-  if constexpr (WIDE) {
-    UNROLL for (int i = 0; i < VECTOR * SIZE<DTYPE> / 16; ++i) load16(from + 16 * i, &packed.word[4 * i]);
+  constexpr int bytes = VECTOR * SIZE<DTYPE>;
+  if constexpr (WIDE && bytes % WIDE_BYTES == 0) {
+    UNROLL for (int i = 0; i < bytes; i += WIDE_BYTES) load_wide<WIDE_BYTES>(from + i, &packed.word[i / 4]);
+  } else if constexpr (WIDE) {
+    UNROLL for (int i = 0; i < bytes; i += 16) load16(from + i, &packed.word[i / 4]);
   } else if constexpr (DTYPE == F32) {
     UNROLL for (int i = 0; i < VECTOR; ++i)
       packed.word[i] = WHOLE || column + i < HIDDEN ? ((const u32 *)from)[i] : 0;
@@ -90,8 +93,11 @@ template <int DTYPE, bool WIDE> DEVICE Packed<DTYPE> load(const u8 *row, u32 col
 
 template <int DTYPE, bool WIDE> DEVICE void store(u8 *row, u32 column, const Packed<DTYPE> &packed) {
   u8 *to = row + column * SIZE<DTYPE>;
-  if constexpr (WIDE) {
-    UNROLL for (int i = 0; i < VECTOR * SIZE<DTYPE> / 16; ++i) store16(to + 16 * i, &packed.word[4 * i]);
+  constexpr int bytes = VECTOR * SIZE<DTYPE>;
+  if constexpr (WIDE && bytes % WIDE_BYTES == 0) {
+    UNROLL for (int i = 0; i < bytes; i += WIDE_BYTES) store_wide<WIDE_BYTES>(to + i, &packed.word[i / 4]);
+  } else if constexpr (WIDE) {
+    UNROLL for (int i = 0; i < bytes; i += 16) store16(to + i, &packed.word[i / 4]);
   } else if constexpr (DTYPE == F32) {
     UNROLL for (int i = 0; i < VECTOR; ++i)
       if (WHOLE || column + i < HIDDEN) ((u32 *)to)[i] = packed.word[i];

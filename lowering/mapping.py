@@ -109,28 +109,30 @@ def choose_mapping(spec: RowSpec, target: Target) -> Mapping:
     if measured := _measured(target.name).get(tuning_key(spec)):
         return measured
     if target.name in _MULTIPROCESSORS and tuning_key(spec) and spec.hidden >= _LONG:
-        return _long_rows(spec, _MULTIPROCESSORS[target.name])
+        return _long_rows(spec, target)
     return Mapping(_default_tile(spec, target))
 
 
-def _long_rows(spec: RowSpec, multiprocessors: int) -> Mapping:
+def _long_rows(spec: RowSpec, target: Target) -> Mapping:
     """What was measured on an H200, as a rule for lengths and NVIDIA GPUs that were not.
 
-    Where 16-bit values are written, vectors of 8, since their stores then cover whole sectors, and one
-    workgroup a row, since rows that are worked on in order are near to each other in memory.  Where only
-    codes are, instructions are the limit: vectors of 16, and workgroups that keep the weight and read a row
-    ahead.
+    Where 16-bit values are written, one workgroup a row, since rows that are worked on in order are near to
+    each other in memory; and vectors of 8, since their stores then cover whole sectors, which those of 16 do
+    where a store has 32 bytes (sm_100).  Where only codes are, instructions are the limit: vectors of 16, and
+    workgroups that keep the weight and read a row ahead.
     """
-    vector = 8 if spec.writes_sum or spec.writes_y or spec.hidden % 16 else 16
+    multiprocessors, copies = _MULTIPROCESSORS[target.name], spec.writes_sum or spec.writes_y
+    vector = 8 if spec.hidden % 16 or (copies and target.name == "sm_90") else 16
     count = -(-spec.hidden // vector)
-    vectors = -(-count // _MAX_LANES)
+    vectors = min(2, -(-count // 256)) if vector == 16 else -(-count // _MAX_LANES)
     lanes = -(-count // (32 * vectors)) * 32
-    resident = 1024 // lanes if vector == 16 else 0
-    many = Tile(lanes, vectors, vector, blocks=resident * multiprocessors)
+    resident = max(1, (1024 if vectors == 1 else 512) // lanes)
+    many = Tile(lanes, vectors, vector, blocks=0 if copies else resident * multiprocessors)
+    resident = 1 if copies else resident
     if spec.hidden < _SLICED:
-        return Mapping(many, resident=max(1, resident))
+        return Mapping(many, resident=resident)
     few = Tile(lanes, vectors, vector, slices=8)
-    return Mapping(many, few, multiprocessors // 8, multiprocessors, max(1, resident))
+    return Mapping(many, few, multiprocessors // 8, multiprocessors, resident)
 
 
 def tuning_key(spec: RowSpec) -> str:

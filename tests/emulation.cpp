@@ -119,6 +119,10 @@ DEVICE void store8(u8 *to, const u32 *words) {
   memcpy(to, words, 8);
 }
 
+constexpr int WIDEST = 16;
+template <int BYTES> DEVICE void load_wide(const u8 *from, u32 *words) { load16(from, words); }
+template <int BYTES> DEVICE void store_wide(u8 *to, const u32 *words) { store16(to, words); }
+
 template <int K> DEVICE u32 fold(u32 value) {
   slots[current_thread] = value;
   meet();

@@ -54,6 +54,11 @@ class Instruction:
         return self.text.split(" ")[0]
 
     @property
+    def conditional(self) -> bool:
+        """Whether a branch depends on something: a predicate, or as BRA.DIV and BRA.U do an operand."""
+        return bool(self.guard) or not self.text.removeprefix(self.name).lstrip().startswith("`(")
+
+    @property
     def target(self) -> str | None:
         """The label it branches to."""
         found = _TARGET.search(self.text)
@@ -89,7 +94,7 @@ class Code:
             instruction = self.instructions[here]
             ends = instruction.name.startswith("EXIT") and not instruction.guard
             target = instruction.target
-            choices = [here + 1] if not ends and (target is None or instruction.guard) else []
+            choices = [here + 1] if not ends and (target is None or instruction.conditional) else []
             choices += [at[target]] if target else []
             values = {there: worth[there] if there > here else 0.0 for there in choices if there < count}
             following[here] = max(values, key=lambda there: values[there]) if values else None
