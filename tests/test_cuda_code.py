@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lowering.kernel import KernelInstance, instance
+from lowering.mapping import choose_mapping
 from lowering.targets import resolve
 from lowering.toolchain import compile_kernel
 
@@ -54,7 +55,7 @@ def test_main_path(name: str, target: str) -> None:
     assert sass.instructions_per_element(kernel, code) <= budget
     assert not count("LDG.E.U16") and not count("STG.E.U8"), "single elements on the main path"
     wide = count("LDG.E.128") + count("LDG.E.ENL2.256")
-    assert wide >= kernel.mapping.many.vectors
+    assert wide >= choose_mapping(kernel.spec, kernel.target).many.vectors
     assert count("F2FP.SATFINITE.E4M3") >= 2, "fp8 codes are converted in pairs"
     if target == "sm_100":
         assert count("FMUL2") + count("FFMA2") >= 8, "float32 arithmetic is packed"
@@ -69,11 +70,12 @@ def test_nothing_spills_and_the_wanted_workgroups_fit(name: str, hidden: int, ta
     code = code_of(kernel)
     spills = [instruction for instruction in code.instructions if instruction.name.startswith(("LDL", "STL"))]
     assert not spills
+    mapping = choose_mapping(kernel.spec, kernel.target)
     # Registers are given to waves in portions of 8 a lane, on one of four schedulers each.
     portion = -(-code.registers // 8) * 8 * 32
-    waves = -(-kernel.mapping.threads * kernel.mapping.resident // 32)
+    waves = -(-mapping.threads * mapping.resident // 32)
     assert -(-waves // 4) * portion <= REGISTERS // 4
-    assert kernel.mapping.many.blocks == 0 or kernel.mapping.resident * 132 <= kernel.mapping.many.blocks
+    assert mapping.many.blocks == 0 or mapping.resident * 132 <= mapping.many.blocks
 
 
 def test_a_path_goes_around_what_is_rare() -> None:
