@@ -223,7 +223,7 @@ typedef struct {
 
 #define SCHEME(i) \
   (Scheme) { \
-    GROUP##i, LAYOUT##i, CODES##i, LIMIT##i, POWER##i, RECIPROCAL##i, SAFE##i, FLOOR##i, CEILING##i, SCALE_FLOOR##i, \
+    GROUP##i, LAYOUT##i, CODES##i, LIMIT##i, POWER##i, RECIPROCAL##i, QUOTIENT##i != 0, FLOOR##i, CEILING##i, SCALE_FLOOR##i, \
         INVERSE##i \
   }
 

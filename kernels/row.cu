@@ -9,7 +9,7 @@ typedef unsigned long long u64;
 #define SHARED __shared__
 #define UNROLL _Pragma("unroll")
 #define ROLLED _Pragma("unroll 1")
-#define KERNEL(name) extern "C" __global__ void __launch_bounds__(THREADS) name
+#define KERNEL(name) extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) name
 
 #define HAS_ABSMAX16 1
 #define BFLOAT16 1  // its dtype code
@@ -95,6 +95,26 @@ DEVICE u32 pack_bf16(f2 a) {
   return r;
 }
 
+// The low half of a word as the high half.  A shift is the work of the unit that also masks, packs and converts, which
+// is busiest where few bytes are written of many rows: there a multiplication takes its place, by a factor that the
+// assembler does not know to be 2^16.
+DEVICE u32 low_up(u32 word) {
+#if MANY_BLOCKS > 0
+  return word * (blockDim.y << 16);
+#else
+  return word << 16;
+#endif
+}
+
+// 0, which the assembler does not know.
+DEVICE u32 zero_of(u32 word) { return word & (blockDim.y - 1); }
+
+// Stays in registers: it would otherwise be unpacked again at each use.
+DEVICE f2 kept(f2 a) {
+  asm volatile("" : "+f"(a.x), "+f"(a.y));
+  return a;
+}
+
 DEVICE u32 pack_f16(f2 a) {
   u32 r;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(a.y), "f"(a.x));
@@ -126,12 +146,42 @@ DEVICE u32 low_bytes(u32 a, u32 b, u32 c, u32 d) {
 }
 
 DEVICE void load16(const u8 *from, u32 *words) {
-  uint4 v = *(const uint4 *)from;
-  words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(from));
 }
 
 DEVICE void store16(u8 *to, const u32 *words) {
-  *(uint4 *)to = make_uint4(words[0], words[1], words[2], words[3]);
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+      :: "l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]) : "memory");
+}
+
+// Blackwell has accesses of 32 bytes.
+#if __CUDA_ARCH__ >= 1000
+constexpr int WIDEST = 32;
+#else
+constexpr int WIDEST = 16;
+#endif
+
+template <int BYTES> DEVICE void load_wide(const u8 *from, u32 *words) {
+  if constexpr (BYTES == 16) load16(from, words);
+  else
+    asm volatile("ld.global.v8.b32 {%0, %1, %2, %3, %4, %5, %6, %7}, [%8];"
+        : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]), "=r"(words[4]), "=r"(words[5]),
+          "=r"(words[6]), "=r"(words[7])
+        : "l"(from));
+}
+
+template <int BYTES> DEVICE void store_wide(u8 *to, const u32 *words) {
+  if constexpr (BYTES == 16) store16(to, words);
+  else
+    asm volatile("st.global.v8.b32 [%0], {%1, %2, %3, %4, %5, %6, %7, %8};"
+        :: "l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "r"(words[4]), "r"(words[5]),
+           "r"(words[6]), "r"(words[7])
+        : "memory");
+}
+
+DEVICE void store8(u8 *to, const u32 *words) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" :: "l"(to), "r"(words[0]), "r"(words[1]) : "memory");
 }
 
 template <int K> DEVICE u32 fold(u32 value) { return __shfl_xor_sync(0xffffffffu, value, K); }

@@ -2,528 +2,63 @@
 // to four quantized copies (codes and scales), and the residual sum.  What makes y is one of: nothing (y = x); a norm
 // (optionally a residual is added, then the row is RMS-normalised and weighted); a gate (y = act(x) * up).
 //
-// What belongs here is the arithmetic and the order of things.  What differs between machines (wave width, lane
-// exchange, converts, packed float32 math) is in the .cu and .hip files that include this; the numbers that
-// specialise it (macros) come from lowering/kernel.py, where each is explained.
-//
-// Mapping: ROW_LANES lanes work on one row.  A lane owns VECTORS vectors of VECTOR contiguous elements; vector v of
-// lane l starts at column (v*ROW_LANES + l)*VECTOR.  With VECTOR = 16 a lane's q is one 16-byte store and a group of
-// 32, 64 or 128 elements is 2, 4 or 8 neighbouring lanes, whatever the wave width.  ROW_LANES is either a power of
-// two not above the wave (several rows share a wave, no barrier) or whole waves (one row per block, and a
-// barrier for each thing that depends on the whole row).  Where nothing does, a long row is taken in BATCHES.
+// tile.h has the arithmetic and the order of things.  What differs between machines (wave width, lane exchange,
+// converts, packed float32 math) is in the .cu and .hip files that include this; the numbers that specialise it (macros)
+// come from lowering/kernel.py, where each is explained.
 
 enum { NONE = 0, BF16 = 1, F16 = 2, F32 = 3 };             // dtype codes
 enum { UNROUNDED = 0, ONCE = 1, TWICE = 2 };               // ROUNDING
 enum { NO_RESIDUAL = 0, EXACT = 1, ROUNDED = 2 };          // RESIDUAL
 enum { NO_ACT = 0, SILU = 1, GELU = 2, GELU_TANH = 3 };    // ACT
 enum { ROW = 0, COLUMN_TMA = 1, COLUMN = 2, UE8M0_PACKED = 3 };  // LAYOUTi
+enum { DIVIDED = 0, CORRECTED = 1, TWOFOLD = 2 };          // QUOTIENTi
 
-constexpr int PAIRS = VECTOR / 2;
-constexpr int ROW_WAVES = ROW_LANES > WAVE ? ROW_LANES / WAVE : 1;
-constexpr bool WHOLE = HIDDEN % VECTOR == 0;               // no vector crosses the end of a row
-constexpr bool COVERED = HIDDEN == VECTOR * ROW_LANES * VECTORS * BATCHES;  // no lane is idle
 constexpr int X_PITCH = GATE_PACKED ? 2 * HIDDEN : HIDDEN;  // elements from one row of x to the next
+template <int DTYPE> constexpr int SIZE = DTYPE == F32 ? 4 : 2;  // bytes
+// The widest access of the machine that rows are a multiple of.
+constexpr int WIDE_BYTES = HIDDEN * SIZE<X_DTYPE> % WIDEST == 0 ? WIDEST : 16;
 constexpr u32 INFINITE_BITS = 0x7f800000u;
 #define INFINITE as_float(INFINITE_BITS)
-
-// Whole waves end where a row ends: then which lanes are idle is one scalar comparison.
-constexpr bool EVEN_WAVES = ROW_WAVES > 1 && HIDDEN % (VECTOR * WAVE) == 0;
-// y ends up rounded to x's dtype before it is quantized.
-constexpr bool ROUNDS = (NORM || ACT) && (ROUNDING == ONCE || (ROUNDING == TWICE && PRODUCT_DTYPE == X_DTYPE));
-// What is quantized has at most 11 significant bits.
-constexpr bool NARROW = X_DTYPE != F32 && ((!NORM && !ACT) || ROUNDS);
-template <int DTYPE> constexpr int SIZE = DTYPE == F32 ? 4 : 2;  // bytes
-
-// The bits of one vector as they lie in memory; two 16-bit elements share a word, the first in the low half.
-template <int DTYPE> struct Packed { u32 word[VECTOR * SIZE<DTYPE> / 4]; };
-
-struct Vector { f2 pair[PAIRS]; };
-
-// The value as it is quantized, and rounded to x's dtype as it is written.
-struct Y {
-  Vector value;
-  Packed<X_DTYPE> bits;
-};
-
-using Weight = Packed<WEIGHT_DTYPE == NONE ? F32 : WEIGHT_DTYPE>;
 
 // `other` is the residual or up; a row of it starts where that of x does.
 struct Site {
   const u8 *x, *other, *weight;
   u8 *sum, *y;
   u8 *q[4], *scale[4];
-  int rows;
+  u32 rows;
 };
 
-template <int DTYPE> DEVICE f2 unpack(const Packed<DTYPE> &packed, int i) {
-  if constexpr (DTYPE == F32) return pair(as_float(packed.word[2 * i]), as_float(packed.word[2 * i + 1]));
-  else if constexpr (DTYPE == F16) return unpack_f16(packed.word[i]);
-  else return pair(as_float(packed.word[i] << 16), as_float(packed.word[i] & 0xffff0000u));
+// Lanes are laid over many rows in one way and over few in another.
+#define ROW_LANES MANY_LANES
+#define VECTORS MANY_VECTORS
+#define VECTOR MANY_VECTOR
+#define ROWS MANY_ROWS
+#define BATCHES MANY_BATCHES
+#define MOST_BLOCKS MANY_BLOCKS
+#define SLICES 1
+namespace many {
+#include "tile.h"
 }
 
-template <int DTYPE> DEVICE void pack(Packed<DTYPE> &packed, int i, f2 value) {
-  if constexpr (DTYPE == F32) packed.word[2 * i] = as_bits(value.x), packed.word[2 * i + 1] = as_bits(value.y);
-  else if constexpr (DTYPE == F16) packed.word[i] = pack_f16(value);
-  else packed.word[i] = pack_bf16(value);
-}
-
-template <int DTYPE> DEVICE f2 round_to(f2 value) {
-  if constexpr (DTYPE == F32) return value;
-  Packed<DTYPE> packed;
-  pack<DTYPE>(packed, 0, value);
-  return unpack<DTYPE>(packed, 0);
-}
-
-// WIDE: rows are multiples of 16 bytes, and every pointer is 16-byte aligned or the machine does not mind.  Otherwise
-// element by element, which also serves the last, partial vector of a row whose length is no multiple of VECTOR.
-template <int DTYPE, bool WIDE> DEVICE Packed<DTYPE> load(const u8 *row, u32 column) {
-  Packed<DTYPE> packed;
-  const u8 *from = row + column * SIZE<DTYPE>;
-  if constexpr (WIDE) {
-    UNROLL for (int i = 0; i < VECTOR * SIZE<DTYPE> / 16; ++i) load16(from + 16 * i, &packed.word[4 * i]);
-  } else if constexpr (DTYPE == F32) {
-    UNROLL for (int i = 0; i < VECTOR; ++i)
-      packed.word[i] = WHOLE || column + i < HIDDEN ? ((const u32 *)from)[i] : 0;
-  } else {
-    UNROLL for (int i = 0; i < PAIRS; ++i) {
-      u32 low = WHOLE || column + 2 * i < HIDDEN ? ((const u16 *)from)[2 * i] : 0;
-      u32 high = WHOLE || column + 2 * i + 1 < HIDDEN ? ((const u16 *)from)[2 * i + 1] : 0;
-      packed.word[i] = low | high << 16;
-    }
-  }
-  return packed;
-}
-
-template <int DTYPE, bool WIDE> DEVICE void store(u8 *row, u32 column, const Packed<DTYPE> &packed) {
-  u8 *to = row + column * SIZE<DTYPE>;
-  if constexpr (WIDE) {
-    UNROLL for (int i = 0; i < VECTOR * SIZE<DTYPE> / 16; ++i) store16(to + 16 * i, &packed.word[4 * i]);
-  } else if constexpr (DTYPE == F32) {
-    UNROLL for (int i = 0; i < VECTOR; ++i)
-      if (WHOLE || column + i < HIDDEN) ((u32 *)to)[i] = packed.word[i];
-  } else {
-    UNROLL for (int i = 0; i < VECTOR; ++i)
-      if (WHOLE || column + i < HIDDEN) ((u16 *)to)[i] = (u16)(packed.word[i / 2] >> 16 * (i % 2));
-  }
-}
-
-// n / D correctly rounded, for n that is finite and so large that a 2^-24th of it is still a normal number, or n inf
-// or NaN: one Markstein step from the correctly rounded 1/D.
-template <int D> DEVICE float divide_by(float n) {
-  constexpr float inverse = 1.0f / D;
-  float near = n * inverse;
-  if constexpr ((D & (D - 1)) == 0) return near;
-  float exact = fma(-fma(near, (float)D, -n), inverse, near);
-  return n < INFINITE ? exact : n;
-}
-
-// 1/sqrt(total/HIDDEN + eps) with every operation rounded to nearest, as torch computes it.  Where eps is not tiny a
-// total below divide_by's range vanishes beside it whatever its last bit.
-DEVICE float inverse_rms(float total) {
-  float mean = EPS >= 0x1p-50f ? divide_by<HIDDEN>(total) : divide(total, (float)HIDDEN);
-  return reciprocal(square_root(mean + EPS));
-}
-
-#if ACT
-// What activation.h is written in.
-#define ACTIVATION DEVICE
-typedef f2 Reals;
-DEVICE Reals all(float a) { return pair(a, a); }
-DEVICE Reals plus(Reals a, Reals b) { return add2(a, b); }
-DEVICE Reals times(Reals a, Reals b) { return mul2(a, b); }
-DEVICE Reals fused(Reals a, Reals b, Reals c) { return fma2(a, b, c); }
-// a/b for b >= 1, all but correctly rounded: a*r, r near 1/b, improved once.  A sixteenth of b is inverted, since the
-// machine's own inverse is never subnormal.  Where a or b is infinite a*r is the result already: the error, NaN then,
-// is replaced by a number that changes nothing.  Written so that the sign of a zero survives.
-DEVICE Reals over(Reals a, Reals b) {
-  const f2 part = mul2(b, all(0x1p-4f));
-  const f2 r = mul2(pair(near_reciprocal(part.x), near_reciprocal(part.y)), all(0x1p-4f)), near = mul2(a, r);
-  f2 error = fma2(near, b, negated(a));
-  error = pair(smaller_number(error.x, 0x1p127f), smaller_number(error.y, 0x1p127f));
-  return fma2(negated(error), r, near);
-}
-DEVICE Reals between(Reals a, float low, float high) { return pair(between(a.x, low, high), between(a.y, low, high)); }
-DEVICE float magnitude(float a) { return as_float(as_bits(a) & 0x7fffffffu); }
-DEVICE Reals magnitude(Reals a) { return pair(magnitude(a.x), magnitude(a.y)); }
-DEVICE float with_sign(float a, float b) { return as_float(as_bits(magnitude(a)) | (as_bits(b) & 0x80000000u)); }
-DEVICE Reals with_sign(Reals a, Reals b) { return pair(with_sign(a.x, b.x), with_sign(a.y, b.y)); }
-DEVICE Reals where_above(Reals a, float bound, Reals yes, Reals no) {
-  return pair(a.x > bound ? yes.x : no.x, a.y > bound ? yes.y : no.y);
-}
-DEVICE Reals exponent_from(Reals a) { return pair(as_float(as_bits(a.x) << 23), as_float(as_bits(a.y) << 23)); }
-#include "activation.h"
-#endif
-
-// 1/scale correctly rounded, by one Newton step from an approximation within an ulp.  Of all significands only that of
-// all ones can come out wrong (checked exhaustively), and amax/limit never rounds to it for an amax of 11 bits.  The
-// step is not for infinity: the caller's business.
-DEVICE float scale_reciprocal(float scale) {
-  if constexpr (!NARROW) return reciprocal(scale);
-  float near = near_reciprocal(scale);
-  return fma(fma(-scale, near, 1.0f), near, near);
-}
-
-DEVICE u32 max_u32(u32 a, u32 b) { return a > b ? a : b; }
-DEVICE u32 min_u32(u32 a, u32 b) { return a < b ? a : b; }
-
-struct Sum {
-  DEVICE u32 of(u32 a, u32 b) { return as_bits(as_float(a) + as_float(b)); }
-};
-struct Largest {
-  DEVICE u32 of(u32 a, u32 b) { return max_u32(a, b); }
-};
-
-// The parts of the lanes of one row, combined.  fold<K>(v) is v in the neighbouring block of K lanes, where all lanes
-// of a block agree already.
-template <class Combine> DEVICE u32 over_row(u32 part) {
-  constexpr int lanes = ROW_LANES < WAVE ? ROW_LANES : WAVE;
-  if constexpr (lanes > 1) part = Combine::of(part, fold<1>(part));
-  if constexpr (lanes > 2) part = Combine::of(part, fold<2>(part));
-  if constexpr (lanes > 4) part = Combine::of(part, fold<4>(part));
-  if constexpr (lanes > 8) part = Combine::of(part, fold<8>(part));
-  if constexpr (lanes > 16) part = Combine::of(part, fold<16>(part));
-  if constexpr (lanes > 32) part = Combine::of(part, fold<32>(part));
-  if constexpr (ROW_WAVES > 1) {
-    SHARED u32 partial[ROW_WAVES];
-    if (thread() % WAVE == 0) partial[wave()] = part;
-    barrier();
-    part = partial[0];
-    UNROLL for (int i = 1; i < ROW_WAVES; ++i) part = Combine::of(part, partial[i]);
-  }
-  return part;
-}
-
-DEVICE float row_sum(float part) { return as_float(over_row<Sum>(as_bits(part))); }
-
-#if QUANTS > 0
-constexpr int LARGEST_GROUP = GROUP0 | GROUP1 | GROUP2 | GROUP3;  // as far as comparing with powers of two goes
-
-// A quantization as constants; lowering/kernel.py explains them.  GROUPi is 0 where the whole row is one group; floats
-// come as their bits, an INVERSE of 0 means division.
-#define SCHEME(i) \
-  struct Scheme##i { \
-    static constexpr int group = GROUP##i, length = GROUP##i ? GROUP##i : HIDDEN, groups = HIDDEN / length; \
-    static constexpr int layout = LAYOUT##i, codes = CODES##i, limit = LIMIT##i; \
-    static constexpr bool power = POWER##i, reciprocal = RECIPROCAL##i, safe = SAFE##i; \
-    static constexpr u32 floor = FLOOR##i, ceiling = CEILING##i, scale_floor = SCALE_FLOOR##i, inverse = INVERSE##i; \
-  }
-SCHEME(0);
-#if QUANTS > 1
-SCHEME(1);
-#endif
-#if QUANTS > 2
-SCHEME(2);
-#endif
-#if QUANTS > 3
-SCHEME(3);
-#endif
-
-// Bits of max|y| over the groups of 32, 64 and 128 elements this lane's vector lies in, and over its row.  absmax hands
-// on a NaN, and since the sign is gone bits order as values do with NaN on top: from here on the maximum is an integer
-// one.
-struct Amax { u32 of32, of64, of128, of_row; };
-
-// max|y| over this lane's vector.  Where y is 16-bit and the machine compares two such at once, on the packed form.
-DEVICE float lane_amax(const Y &y) {
-#if HAS_ABSMAX16
-  if constexpr (NARROW) {
-    u32 part[PAIRS];
-    UNROLL for (int i = 0; i < PAIRS; ++i) part[i] = y.bits.word[i];
-    UNROLL for (int step = PAIRS / 2; step > 0; step /= 2)
-      UNROLL for (int i = 0; i < step; ++i) part[i] = absmax16<X_DTYPE>(part[i], part[i + step]);
-    Packed<X_DTYPE> last;
-    last.word[0] = part[0];
-    f2 both = unpack<X_DTYPE>(last, 0);
-    return absmax(both.x, both.y);
-  }
-#endif
-  float part[PAIRS];
-  UNROLL for (int i = 0; i < PAIRS; ++i) part[i] = absmax(y.value.pair[i].x, y.value.pair[i].y);
-  UNROLL for (int step = PAIRS / 2; step > 0; step /= 2)
-    UNROLL for (int i = 0; i < step; ++i) part[i] = absmax(part[i], part[i + step]);
-  return part[0];
-}
-
-DEVICE u32 amax_bits(const Y &y) { return as_bits(lane_amax(y)) & 0x7fffffffu; }
-
-DEVICE Amax group_amax(const Y &y, u32 of_row) {
-  Amax amax = {};
-  amax.of_row = of_row;
-  if constexpr (LARGEST_GROUP == 0) return amax;
-  u32 bits = amax_bits(y);
-  amax.of32 = max_u32(bits, fold<1>(bits));
-  if constexpr (LARGEST_GROUP >= 64) amax.of64 = max_u32(amax.of32, fold<2>(amax.of32));
-  if constexpr (LARGEST_GROUP >= 128) amax.of128 = max_u32(amax.of64, fold<4>(amax.of64));
-  return amax;
-}
-
-// The next power of two not below, its exponent kept in [-126, 127]; NaN stays NaN.
-DEVICE float power_of_two_above(float scale) {
-  u32 bits = as_bits(scale), up = (bits + 0x7fffffu) & INFINITE_BITS;
-  return bits > INFINITE_BITS ? scale : as_float(min_u32(max_u32(up, 0x00800000u), 0x7f000000u));
-}
-
-// 1/scale for such a power, exactly: that of 2^127 is subnormal.
-DEVICE float inverse_power(float scale) {
-  return scale < INFINITE ? as_float(max_u32(0x7f000000u - as_bits(scale), 0x00400000u)) : scale;
-}
-
-template <class S> DEVICE float scale_of(const Amax &amax) {
-  u32 bits = S::group == 32 ? amax.of32 : S::group == 64 ? amax.of64 : S::group == 128 ? amax.of128 : amax.of_row;
-  bits = max_u32(bits, S::floor);
-  if constexpr (S::ceiling < INFINITE_BITS) bits = bits > INFINITE_BITS ? bits : min_u32(bits, S::ceiling);
-  float scale;
-  if constexpr (S::inverse != 0) scale = as_float(bits) * as_float(S::inverse);
-  else scale = S::safe ? divide_by<S::limit>(as_float(bits)) : divide(as_float(bits), (float)S::limit);
-  if constexpr (S::scale_floor != 0) scale = as_float(max_u32(as_bits(scale), S::scale_floor));
-  return S::power ? power_of_two_above(scale) : scale;
-}
-
-// What a group's values are divided by: r = 1/scale, and s = scale but where that is infinite.
-struct Divisor { float scale, r, s; };
-
-template <class S> DEVICE Divisor divisor_of(float scale) {
-  const bool infinite = scale == INFINITE;
-  const float s = infinite ? 0.0f : scale;
-  if constexpr (S::power) return {scale, inverse_power(scale), s};
-  else if constexpr (S::safe) return {scale, infinite ? 0.0f : scale_reciprocal(scale), s};
-  else return {scale, S::reciprocal ? reciprocal(scale) : 0.0f, s};
-}
-
-// y/scale, or y * (1/scale) where the scheme says so.
-//
-// The quotient comes from r = RN(1/scale): t = RN(y*r) is within an ulp or so of y/scale, and
-// t - (t*scale - y)*r rounds to RN(y/scale) (Markstein's theorem, which needs r correctly rounded).  It holds while
-// nothing under- or overflows, which the floor on amax ensures for scale and r; where y is so small that the remainder
-// underflows, q is a zero either way.  Written as t - e*r with e = t*scale - y the sign of a zero survives.
-// |y| <= amax makes |y/scale| <= limit*(1 + 2^-22), which rounds to limit: clamping would change nothing.
-// An infinite scale means r = 0, and e must then be finite: the step uses 0 for scale, so finite y give a zero and
-// inf * 0 gives the NaN of inf/inf.  A NaN in the group makes scale, r and every quotient NaN.
-// Where the scheme is not `safe` (a tiny floor, a ceiling) the true division is carried out.
-template <class S> DEVICE f2 quotient(f2 y, const Divisor &by) {
-  f2 near = mul2(y, pair(by.r, by.r));
-  if constexpr (S::power || S::reciprocal) return near;
-  if constexpr (!S::safe) return pair(divide(y.x, by.scale), divide(y.y, by.scale));
-  return fma2(negated(fma2(near, pair(by.s, by.s), negated(y))), pair(by.r, by.r), near);
-}
-
-// Whether quotients may lie beyond the limit: a power of two is never infinite, so there an infinite y has to be
-// clamped, unless the machine's converter does it.
-template <class S> DEVICE bool clamps(const Divisor &by) {
-  constexpr int largest = S::codes == E4M3FN ? 448 : S::codes == E4M3FNUZ ? 240 : S::codes == E5M2 ? 57344 : 0;
-  if constexpr (!S::safe) return true;
-  return S::power && !(SATURATES && S::limit == largest) && as_bits(by.scale) == 0x7f000000u;
-}
-
-// Into [-limit, limit]; NaN stays NaN, but for int8, whose code is then undefined in torch and 0 here.
-template <class S> DEVICE float clamped(float a) {
-  const float limit = S::limit, beyond = a < -limit ? -limit : a;
-  if constexpr (S::codes == INT8) return a > limit ? limit : a == a ? beyond : 0.0f;
-  return a > limit ? limit : beyond;
-}
-
-// Four codes.  Adding 1.5*2^23 leaves the integer, rounded to nearest even, in the low bits.
-template <class S> DEVICE u32 codes_of(f2 low, f2 high) {
-  if constexpr (S::codes != INT8) {
-    return pack_codes<S::codes>(low, high);
-  } else {
-    const f2 magic = pair(12582912.0f, 12582912.0f);
-    f2 a = add2(low, magic), b = add2(high, magic);
-    return low_bytes(as_bits(a.x), as_bits(a.y), as_bits(b.x), as_bits(b.y));
-  }
-}
-
-template <class S, bool CLAMPED> DEVICE void vector_codes(const Vector &y, const Divisor &by, u32 *words) {
-  UNROLL for (int i = 0; i < VECTOR / 4; ++i) {
-    f2 low = quotient<S>(y.pair[2 * i], by), high = quotient<S>(y.pair[2 * i + 1], by);
-    if constexpr (CLAMPED) {
-      low = pair(clamped<S>(low.x), clamped<S>(low.y));
-      high = pair(clamped<S>(high.x), clamped<S>(high.y));
-    }
-    words[i] = codes_of<S>(low, high);
-    // Unclamped quotients are NaN only where the scale is no number, or infinite.
-    if constexpr (S::codes == INT8 && !CLAMPED) words[i] = by.scale < INFINITE ? words[i] : 0;
-  }
-}
-
-// The scale of group g.  The lane of the last row also writes the pad rows, that of the last group the pad bytes.
-template <class S> DEVICE void store_scale(u8 *scales, float scale, long long row, int rows, u32 g) {
-  const long long padded = ((long long)rows + 3) & ~3ll;
-  if constexpr (S::layout == UE8M0_PACKED) {
-    constexpr int pad_bytes = (4 - S::groups % 4) % 4;
-    const bool pads = pad_bytes != 0 && g == S::groups - 1;
-    u8 *bytes = scales + g / 4 * padded * 4 + g % 4;
-    u32 code = as_bits(scale) >> 23;
-    ROLLED for (long long r = row; r < (row == rows - 1 ? padded : row + 1); ++r, code = 0) {
-      bytes[r * 4] = (u8)code;
-      if (pads) UNROLL for (int i = 1; i <= pad_bytes; ++i) bytes[r * 4 + i] = 0;
-    }
-  } else if constexpr (S::layout == ROW) {
-    ((float *)scales)[row * S::groups + g] = scale;
-  } else if constexpr (S::layout == COLUMN) {
-    ((float *)scales)[(long long)g * rows + row] = scale;
-  } else {
-    float *line = (float *)scales + g * padded;
-    line[row] = scale;
-    if (row == rows - 1)
-      for (long long pad = rows; pad < padded; ++pad) line[pad] = 0.0f;
-  }
-}
-
-// One quantization of one vector.
-template <class S, bool WIDE>
-DEVICE void quantize(const Vector &y, const Amax &amax, u8 *q, u8 *scales, long long row, int rows, u32 column) {
-  const float scale = scale_of<S>(amax);
-  const Divisor by = divisor_of<S>(scale);
-  u32 words[VECTOR / 4];
-  if (clamps<S>(by)) vector_codes<S, true>(y, by, words);
-  else vector_codes<S, false>(y, by, words);
-  u8 *to = q + row * HIDDEN + column;
-  if constexpr (WIDE) store16(to, words);
-  else UNROLL for (int i = 0; i < VECTOR; ++i) to[i] = (u8)(words[i / 4] >> 8 * (i % 4));
-  if (column % S::length == 0) store_scale<S>(scales, scale, row, rows, column / S::length);
-}
-
-// Every quantization of one vector.
-template <bool WIDE>
-DEVICE void quantize_all(const Site &site, const Y &y, const Amax &amax, long long row, u32 column) {
-#define QUANTIZE(i) quantize<Scheme##i, WIDE>(y.value, amax, site.q[i], site.scale[i], row, site.rows, column)
-  QUANTIZE(0);
-#if QUANTS > 1
-  QUANTIZE(1);
-#endif
-#if QUANTS > 2
-  QUANTIZE(2);
-#endif
-#if QUANTS > 3
-  QUANTIZE(3);
-#endif
+#if FEW_ROWS
+#undef ROW_LANES
+#undef VECTORS
+#undef VECTOR
+#undef ROWS
+#undef BATCHES
+#undef MOST_BLOCKS
+#undef SLICES
+#define ROW_LANES FEW_LANES
+#define VECTORS FEW_VECTORS
+#define VECTOR FEW_VECTOR
+#define ROWS 1
+#define BATCHES 1
+#define MOST_BLOCKS 0
+#define SLICES FEW_SLICES
+namespace few {
+#include "tile.h"
 }
 #endif
-
-// act(x)*up, but for the last rounding.
-DEVICE f2 gated(f2 x, f2 up) {
-#if ACT
-  x = activation(x);
-#endif
-  return mul2(ROUNDING == TWICE ? round_to<X_DTYPE>(x) : x, up);
-}
-
-// x*rstd*w, but for the last rounding.
-DEVICE f2 normed(f2 x, f2 rstd, const Weight &weight, int i) {
-  f2 value = mul2(x, rstd);
-  if constexpr (WEIGHT_DTYPE != NONE) {
-    if constexpr (ROUNDING == TWICE) value = round_to<X_DTYPE>(value);
-    f2 w = unpack(weight, i);
-    if constexpr (HAS_WEIGHT_OFFSET) w = add2(w, pair(WEIGHT_OFFSET, WEIGHT_OFFSET));
-    value = mul2(value, w);
-  }
-  return value;
-}
-
-DEVICE Y produced(const Vector &x, const Packed<X_DTYPE> &x_bits, const Packed<X_DTYPE> &other_bits, f2 rstd,
-                  const Weight &weight) {
-  if constexpr (!NORM && !ACT) return {x, x_bits};
-  Y y;
-  UNROLL for (int i = 0; i < PAIRS; ++i) {
-    f2 value = ACT ? gated(x.pair[i], unpack(other_bits, i)) : normed(x.pair[i], rstd, weight, i);
-    pack(y.bits, i, value);
-    y.value.pair[i] = ROUNDS ? unpack(y.bits, i) : value;
-  }
-  return y;
-}
-
-DEVICE u32 lane_in_row() { return ROW_WAVES > 1 ? thread() : thread() % ROW_LANES; }
-
-// Of vector v of the batch that starts at column `first`.
-DEVICE u32 column_of(u32 first, int v) { return first + (v * ROW_LANES + lane_in_row()) * VECTOR; }
-
-// Whether vector v of this wave's first lane lies in the row, a scalar; and of this lane.
-DEVICE bool wave_has(u32 first, int v) {
-  return COVERED || first + (v * ROW_LANES + (ROW_WAVES > 1 ? wave() * WAVE : 0)) * VECTOR < HIDDEN;
-}
-
-DEVICE bool lane_has(u32 first, int v) {
-  return COVERED || (EVEN_WAVES ? wave_has(first, v) : column_of(first, v) < HIDDEN);
-}
-
-// The batch of `row` that starts at column `first`: all of the row unless there are BATCHES.
-template <bool WIDE> DEVICE void part_of_row(const Site &site, long long row, bool present, u32 first) {
-  const long long from = (present ? row : 0) * X_PITCH * SIZE<X_DTYPE>;
-  const long long to = (present ? row : 0) * HIDDEN * SIZE<X_DTYPE>;
-
-  // Every load is issued before the first store or use.
-  Packed<X_DTYPE> x_bits[VECTORS], other_bits[VECTORS];
-  Weight weight_bits[VECTORS];
-  UNROLL for (int v = 0; v < VECTORS; ++v) {
-    if constexpr (!COVERED && !EVEN_WAVES) x_bits[v] = other_bits[v] = {};  // an idle lane adds zeros
-    if (lane_has(first, v)) {
-      x_bits[v] = load<X_DTYPE, WIDE>(site.x + from, column_of(first, v));
-      if constexpr (RESIDUAL || ACT) other_bits[v] = load<X_DTYPE, WIDE>(site.other + from, column_of(first, v));
-    }
-  }
-  if constexpr (WEIGHT_DTYPE != NONE)
-    UNROLL for (int v = 0; v < VECTORS; ++v)
-      if (lane_has(first, v)) weight_bits[v] = load<WEIGHT_DTYPE, WIDE>(site.weight, column_of(first, v));
-
-  Vector x[VECTORS];
-  f2 squares = pair(0.0f, 0.0f);
-  UNROLL for (int v = 0; v < VECTORS; ++v) {
-    if (!wave_has(first, v)) continue;
-    Packed<X_DTYPE> sum;
-    UNROLL for (int i = 0; i < PAIRS; ++i) {
-      f2 value = unpack(x_bits[v], i);
-      if constexpr (RESIDUAL) {
-        value = add2(value, unpack(other_bits[v], i));
-        pack(sum, i, value);
-        if constexpr (RESIDUAL == ROUNDED) value = unpack(sum, i);
-      }
-      x[v].pair[i] = value;
-      if constexpr (NORM) squares = fma2(value, value, squares);
-    }
-    if constexpr (WRITES_SUM)
-      if (present && lane_has(first, v)) store<X_DTYPE, WIDE>(site.sum + to, column_of(first, v), sum);
-  }
-
-  f2 rstd = pair(1.0f, 1.0f);
-  if constexpr (NORM) {
-    float factor = inverse_rms(row_sum(squares.x + squares.y));
-    rstd = pair(factor, factor);
-  }
-
-  Y y[VECTORS];
-  u32 of_row = 0;
-#if WHOLE_ROW
-  UNROLL for (int v = 0; v < VECTORS; ++v) {
-    if (!lane_has(first, v)) continue;
-    y[v] = produced(x[v], x_bits[v], other_bits[v], rstd, weight_bits[v]);
-    of_row = max_u32(of_row, amax_bits(y[v]));
-  }
-  of_row = over_row<Largest>(of_row);
-#endif
-
-  UNROLL for (int v = 0; v < VECTORS; ++v) {
-    if (!wave_has(first, v)) continue;  // a lane beyond the end of the row still takes part in its wave's folds
-    const bool stores = present && lane_has(first, v);
-    if constexpr (!WHOLE_ROW) y[v] = produced(x[v], x_bits[v], other_bits[v], rstd, weight_bits[v]);
-    if constexpr (WRITES_Y)
-      if (stores) store<X_DTYPE, WIDE>(site.y + to, column_of(first, v), y[v].bits);
-#if QUANTS > 0
-    const Amax amax = group_amax(y[v], of_row);
-    if (stores) quantize_all<WIDE>(site, y[v], amax, row, column_of(first, v));
-#endif
-  }
-}
-
-template <bool WIDE> DEVICE void rows_of_block(const Site &site) {
-  const long long wave_row = (long long)block() * ROWS + (ROW_WAVES > 1 ? 0 : wave() * (WAVE / ROW_LANES));
-  if (wave_row >= site.rows) return;  // the whole wave; where a barrier follows, the whole block
-  const long long row = ROW_LANES >= WAVE ? wave_row : wave_row + thread() % WAVE / ROW_LANES;
-  const bool present = ROW_LANES >= WAVE || row < site.rows;
-  if constexpr (BATCHES == 1) part_of_row<WIDE>(site, row, present, 0);
-  else ROLLED for (u32 first = 0; first < HIDDEN; first += VECTOR * ROW_LANES * VECTORS)
-    part_of_row<WIDE>(site, row, present, first);
-}
 
 DEVICE u64 address(const void *pointer) { return (u64)pointer; }
 
@@ -590,7 +125,11 @@ KERNEL(ENTRY)(const u8 *x
   site.q[3] = q3, site.scale[3] = scale3, bits |= address(q3);
 #endif
   // Pointers are only sure to be aligned to their element: a view may start anywhere.
-  constexpr bool wide_rows = WHOLE && HIDDEN * SIZE<X_DTYPE> % 16 == 0;
-  if (wide_rows && (ANY_ALIGNMENT || bits % 16 == 0)) rows_of_block<wide_rows>(site);
-  else rows_of_block<false>(site);
+  constexpr bool wide_rows = many::WHOLE && HIDDEN * SIZE<X_DTYPE> % WIDE_BYTES == 0;
+  const bool wide = wide_rows && (ANY_ALIGNMENT || bits % WIDE_BYTES == 0);
+#if FEW_ROWS
+  if (wide && rows <= FEW_ROWS) return few::rows_of_block<wide_rows>(site);
+#endif
+  if (wide) many::rows_of_block<wide_rows>(site);
+  else many::rows_of_block<false>(site);  // of few rows too: their grid has a block for each row at least
 }

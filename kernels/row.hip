@@ -84,6 +84,9 @@ template <int CODES> DEVICE u32 pack_codes(f2 low, f2 high) {
   }
 }
 
+DEVICE u32 zero_of(u32) { return 0; }
+DEVICE f2 kept(f2 a) { return a; }
+DEVICE u32 low_up(u32 a) { return a << 16; }
 DEVICE u32 low_bytes(u32 a, u32 b, u32 c, u32 d) {
   u32 ab = __builtin_amdgcn_perm(b, a, 0x0c0c0400), cd = __builtin_amdgcn_perm(d, c, 0x04000c0c);  // 0x0c is a zero
   return ab | cd;
@@ -95,6 +98,15 @@ DEVICE void load16(const u8 *from, u32 *words) {
 }
 
 DEVICE void store16(u8 *to, const u32 *words) { *(loose_u4 *)to = u4{words[0], words[1], words[2], words[3]}; }
+
+DEVICE void store8(u8 *to, const u32 *words) {
+  typedef u32 loose_u2 __attribute__((ext_vector_type(2), aligned(1)));
+  *(loose_u2 *)to = loose_u2{words[0], words[1]};
+}
+
+constexpr int WIDEST = 16;
+template <int BYTES> DEVICE void load_wide(const u8 *from, u32 *words) { load16(from, words); }
+template <int BYTES> DEVICE void store_wide(u8 *to, const u32 *words) { store16(to, words); }
 
 // Up to 8 the exchange is a modifier of the instruction that uses it (DPP).  The mirrors are no butterflies, but
 // lanes of a block agree already, so any lane of the other block will do.

@@ -395,12 +395,18 @@ def _extern_dispatch(
 
 
 def _workgroups(kernel: KernelInstance, rows: ir.Value) -> list[ir.Value]:
-    """``KernelInstance.grid`` as operations: at least 1, since CUDA refuses an empty grid."""
-    per = _index(kernel.rows_per_workgroup)
-    up = arith.AddIOp(rows, _index(kernel.rows_per_workgroup - 1)).result
-    count = arith.MaxUIOp(arith.DivUIOp(up, per).result, _index(1)).result
-    if kernel.column_tiles > 1:
-        count = arith.MulIOp(count, _index(kernel.column_tiles)).result
+    """``GridRule.workgroups`` as operations: at least 1, since CUDA refuses an empty grid."""
+    rule = kernel.grid_rule
+    up = arith.AddIOp(rows, _index(rule.rows - 1)).result
+    count = arith.DivUIOp(up, _index(rule.rows)).result
+    if rule.most:
+        count = arith.MinUIOp(count, _index(rule.most)).result
+    for up_to, each in reversed(rule.few):
+        few = arith.CmpIOp(arith.CmpIPredicate.ule, rows, _index(up_to)).result
+        count = arith.SelectOp(few, arith.MulIOp(rows, _index(each)).result, count).result
+    count = arith.MaxUIOp(count, _index(1)).result
+    if rule.columns > 1:
+        count = arith.MulIOp(count, _index(rule.columns)).result
     return [count, _index(1), _index(1)]
 
 

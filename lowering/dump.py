@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ def dump_kernels(dispatched: Dispatched, directory: Path) -> None:
     """Write every object and ``kernels.json`` to ``directory``, which is made if need be.
 
     Launches are in execution order, with grid, shapes and constants for the example arguments; where
-    a row count is not known (a model from MLIR with dynamic sizes) those are null.
+    a row count is not known (a model from MLIR with dynamic sizes) those are null.  ``grid_rule`` says what
+    the grid is for any other number of rows.
     """
     directory.mkdir(parents=True, exist_ok=True)
     for entry, kernel in dispatched.kernels.items():
@@ -36,6 +38,7 @@ def _describe(launch: Launch) -> dict[str, Any]:
         "object": _object_name(kernel),
         "arch": kernel.target.arch,
         "grid": None if rows is None else list(kernel.grid(rows)),
+        "grid_rule": asdict(kernel.grid_rule),
         "block": list(kernel.block),
         "dynamic_shared": kernel.dynamic_shared,
         "bindings": [

@@ -13,7 +13,8 @@ as it writes them, one at a time.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -239,16 +240,21 @@ def _frontier(read: Iterable[Recipe], refused: Collection[Recipe]) -> tuple[list
 
 def _groups(candidates: Iterable[Recipe], kept: Collection[Source]) -> list[list[Recipe]]:
     """The candidates, those together that are made from a common parameter which could be dropped."""
-    groups: list[tuple[set[Source], list[Recipe]]] = []
-    for recipe in candidates:
-        sources, members = set(recipe.sources()).difference(kept), [recipe]
-        joined = [group for group in groups if group[0] & sources]
-        for group in joined:
-            groups.remove(group)
-            sources |= group[0]
-            members = group[1] + members
-        groups.append((sources, members))
-    return [members for _, members in groups]
+    leaders: dict[Source, Source] = {}
+
+    def leader(source: Source) -> Source:
+        while leaders.setdefault(source, source) is not source:
+            leaders[source] = source = leaders[leaders[source]]
+        return source
+
+    groups: dict[Source | Recipe, list[Recipe]] = defaultdict(list)
+    droppable = {recipe: [s for s in recipe.sources() if s not in kept] for recipe in candidates}
+    for sources in droppable.values():
+        for source in sources:
+            leaders[leader(source)] = leader(sources[0])
+    for recipe, sources in droppable.items():
+        groups[leader(sources[0]) if sources else recipe].append(recipe)
+    return list(groups.values())
 
 
 def _excess(group: Iterable[Recipe], kept: Collection[Source]) -> Recipe | None:
@@ -350,13 +356,19 @@ def _described(names: Mapping[Recipe, str], dropped: Mapping[str, int]) -> Itera
         moved = 0 if recipe.meta.is_contiguous() else 2 * recipe.nbytes
         yield Folded(
             name,
-            calls[-1].location,
+            _location(calls),
             tuple(map(_spelled, calls)),
             tuple(sources),
             Change(sum(left.pop(source, 0) for source in sources), recipe.nbytes),
             moved + sum(call.traffic for call in calls if call not in counted),
         )
         counted.update(calls)
+
+
+def _location(calls: Sequence[Call]) -> str:
+    """Of the last operation that is in a file: a traced submodule, such as a no_grad block, is in none."""
+    in_files = [call.location for call in calls if not call.location.startswith("<")]
+    return in_files[-1] if in_files else calls[-1].location
 
 
 def _spelled(call: Call) -> str:

@@ -7,6 +7,7 @@ the fusion can record, ``instance`` raises the same sentence.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -18,6 +19,7 @@ from typing import Literal
 from patterns.contracts import LARGEST_FINITE, Quantization, RowSpec, ScaleLayout, Spec
 
 from .errors import CompileError
+from .mapping import GROUPS, GridRule, Mapping, choose_mapping, group_of, has_row_scale, needs_whole_row
 from .targets import Target
 
 Dimension = int | Literal["T", "T4"]
@@ -25,7 +27,6 @@ Access = Literal["read", "write"]
 
 MAX_QUANTIZATIONS = 4
 MAX_HIDDEN = 16384  # on GPUs, where something depends on the whole row
-GROUPS = (32, 64, 128)
 WHOLE_ROW_MULTIPLE = 32  # of elements in a row that is one group
 
 _SOURCES = {"cpu": "row.c", "cuda": "row.cu", "hip": "row.hip"}
@@ -49,12 +50,6 @@ _SIGNIFICAND = {"float8_e4m3fn": 4, "float8_e4m3fnuz": 4, "float8_e5m2": 3, "int
 
 # Below this floor on amax 1/scale could leave float32's normal range.
 _SAFE_FLOOR = 1e-30
-# Lanes of the largest workgroup.
-_MAX_LANES = 512
-# Vectors a lane may hold before a row is spread over several waves.
-_WITHIN_WAVE = 3
-# Elements of x that one CPU workgroup takes: some ten microseconds, well above the cost of handing it out.
-_CPU_ELEMENTS = 16384
 
 
 @dataclass(frozen=True)
@@ -85,31 +80,11 @@ class Binding:
 
 
 @dataclass(frozen=True)
-class Tile:
-    """How rows are laid over lanes.
-
-    ``lanes`` work on one row, each on ``vectors`` vectors of ``vector`` elements at once, ``batches`` times;
-    a workgroup takes ``rows``.
-    """
-
-    lanes: int
-    vectors: int
-    vector: int
-    rows: int
-    batches: int = 1
-
-    @property
-    def threads(self) -> int:
-        return self.lanes * self.rows
-
-
-@dataclass(frozen=True)
 class KernelInstance:
     """A kernel ready to be compiled and dispatched.
 
     On a GPU the parameters are one pointer per binding, in order, then ``rows`` as i32.  On the CPU
     they are a base pointer and an i64 element offset per binding, then i32 ``rows`` and i32 workgroup.
-    ``column_tiles`` consecutive workgroups share the rows of one.
     """
 
     entry: str
@@ -119,13 +94,12 @@ class KernelInstance:
     defines: tuple[tuple[str, str], ...]
     bindings: tuple[Binding, ...]
     block: tuple[int, int, int]
-    rows_per_workgroup: int
+    grid_rule: GridRule
     dynamic_shared: int = 0
-    column_tiles: int = 1
 
     def grid(self, rows: int) -> tuple[int, int, int]:
-        """Workgroups for ``rows`` rows; never zero, since CUDA does not skip an empty grid."""
-        return max(1, -(-rows // self.rows_per_workgroup)) * self.column_tiles, 1, 1
+        """Workgroups for ``rows`` rows."""
+        return self.grid_rule.workgroups(rows), 1, 1
 
     def shape(self, binding: Binding, rows: int) -> tuple[int, ...]:
         """The sizes of ``binding`` when there are ``rows`` rows."""
@@ -146,15 +120,15 @@ def hardware_floats(target: Target) -> tuple[str, ...]:
     return _HARDWARE_FLOATS[target.name] if target.backend != "cpu" else floats
 
 
-def instance(spec: RowSpec, target: Target, tile: Tile | None = None) -> KernelInstance:
-    """The kernel for ``spec`` on ``target``; ``tile`` overrides the chosen mapping (for tuning).
+def instance(spec: RowSpec, target: Target, mapping: Mapping | None = None) -> KernelInstance:
+    """The kernel for ``spec`` on ``target``; ``mapping`` overrides the chosen one (for tuning).
 
     Raises CompileError with ``why_unsupported``'s sentence.
     """
     if reason := why_unsupported(spec, target):
         raise CompileError(reason)
-    tile = tile or choose_tile(spec, target)
-    defines = _defines(spec) + _tile_defines(tile, target)
+    mapping = mapping or choose_mapping(spec, target)
+    defines = _defines(spec) + _mapping_defines(mapping, target)
     entry = f"{_stem(spec)}_{digest(defines)}"
     return KernelInstance(
         entry=entry,
@@ -163,8 +137,8 @@ def instance(spec: RowSpec, target: Target, tile: Tile | None = None) -> KernelI
         source=_SOURCES[target.backend],
         defines=(("ENTRY", entry), *defines),
         bindings=bindings(spec),
-        block=(tile.threads, 1, 1) if target.backend != "cpu" else (1, 1, 1),
-        rows_per_workgroup=tile.rows,
+        block=(mapping.threads, 1, 1) if target.backend != "cpu" else (1, 1, 1),
+        grid_rule=mapping.grid_rule,
     )
 
 
@@ -199,65 +173,6 @@ def _scale_binding(name: str, quantization: Quantization, hidden: int) -> Bindin
     }
     dtype = "int32" if quantization.layout == "ue8m0_packed" else "float32"
     return Binding(name, dtype, shapes[quantization.layout], "write", quantization)
-
-
-def choose_tile(spec: RowSpec, target: Target) -> Tile:
-    """The default mapping of rows to lanes.
-
-    Short rows stay inside a wave or a part of it, so no barrier is needed; longer ones take whole
-    waves, of two vectors a lane where possible: what every lane computes for itself (the reduction,
-    1/rms) costs as much as half a vector, while more vectors would make a single row slow.  Without
-    a norm there is no such cost, and one vector a lane is enough; where nothing at all depends on the
-    whole row, one of any length is taken in batches.
-    """
-    if target.backend == "cpu":
-        return Tile(lanes=1, vectors=1, vector=1, rows=max(1, _CPU_ELEMENTS // spec.hidden))
-    vector = 8 if spec.hidden % 16 == 8 and not spec.quantizations else 16
-    count = -(-spec.hidden // vector)
-    if count <= _WITHIN_WAVE * target.wave:
-        lanes, vectors = _lanes_within_wave(count, target.wave, _fewest_lanes(spec, vector))
-        return Tile(lanes, vectors, vector, rows=max(4, 2 * target.wave // lanes))
-    if not _needs_whole_row(spec):
-        return _batched_tile(count, target.wave, vector, at_most=1 if spec.gate else 2)
-    per_lane = 2 if spec.norm else 1
-    waves = min(-(-count // (per_lane * target.wave)), _MAX_LANES // target.wave)
-    lanes = waves * target.wave
-    return Tile(lanes, -(-count // lanes), vector, rows=1)
-
-
-def _batched_tile(count: int, wave: int, vector: int, at_most: int) -> Tile:
-    """A block for a row of ``count`` vectors: one a lane, in longer rows ``at_most``, then in batches."""
-    vectors = min(at_most, -(-count // _MAX_LANES))
-    batches = -(-count // (_MAX_LANES * vectors))
-    lanes = -(-count // (batches * vectors * wave)) * wave
-    return Tile(lanes, vectors, vector, rows=1, batches=batches)
-
-
-def _needs_whole_row(spec: RowSpec) -> bool:
-    return spec.norm is not None or _has_row_scale(spec)
-
-
-def _has_row_scale(spec: RowSpec) -> bool:
-    return any(_group(quantization, spec) == 0 for quantization in spec.quantizations)
-
-
-def _group(quantization: Quantization, spec: RowSpec) -> int:
-    """Elements of a group; 0 for a whole row that is of no length the kernel knows as a group."""
-    if quantization.group is None:
-        return spec.hidden if spec.hidden in GROUPS else 0
-    return quantization.group
-
-
-def _lanes_within_wave(count: int, wave: int, fewest: int) -> tuple[int, int]:
-    """(lanes, vectors): a power of two of lanes and few vectors each; the least idle, then the widest."""
-    powers = [1 << k for k in range(int(math.log2(wave)) + 1) if 1 << k >= fewest]
-    choices = [(lanes, -(-count // lanes)) for lanes in powers if lanes * _WITHIN_WAVE >= count]
-    return min(choices, key=lambda choice: (choice[0] * choice[1], -choice[0]))
-
-
-def _fewest_lanes(spec: RowSpec, vector: int) -> int:
-    """Lanes over which the widest group of ``spec`` is spread: a row cannot have fewer."""
-    return max([1, *(_group(quantization, spec) // vector for quantization in spec.quantizations)])
 
 
 def _why_not_dtypes(spec: RowSpec) -> str | None:
@@ -302,7 +217,7 @@ def _why_not_norm(spec: RowSpec) -> str | None:
 def _why_not_hidden(spec: RowSpec, target: Target) -> str | None:
     if spec.hidden < 1:
         return f"The row kernel needs rows of at least one element, not {spec.hidden}."
-    if spec.hidden > MAX_HIDDEN and target.backend != "cpu" and _needs_whole_row(spec):
+    if spec.hidden > MAX_HIDDEN and target.backend != "cpu" and needs_whole_row(spec):
         limit = f"rows of up to {MAX_HIDDEN} elements where a norm or a scale depends on all of them"
         return f"On {target.name} the row kernel takes {limit}, not {spec.hidden}."
     return None
@@ -396,7 +311,7 @@ def _defines(spec: RowSpec) -> tuple[tuple[str, str], ...]:
         "WRITES_SUM": int(spec.writes_sum),
         "WRITES_Y": int(spec.writes_y),
         "QUANTS": len(spec.quantizations),
-        "WHOLE_ROW": int(_has_row_scale(spec)),
+        "WHOLE_ROW": int(has_row_scale(spec)),
     }
     for i, quantization in enumerate(spec.quantizations):
         values |= {f"{name}{i}": value for name, value in _scheme(quantization, spec).items()}
@@ -409,12 +324,12 @@ def _scheme(quantization: Quantization, spec: RowSpec) -> dict[str, int | str]:
     """The constants of one quantization; those that are floats as their bits.
 
     GROUP 0 is the whole row.  POWER: scales are powers of two.  RECIPROCAL: y is multiplied by 1/scale.
-    INVERSE is what amax is multiplied by for the scale, 0 where it is divided by LIMIT.  SAFE: ``_is_safe``.
+    INVERSE is what amax is multiplied by for the scale, 0 where it is divided by LIMIT.
     """
     ceiling = math.inf if quantization.amax_ceiling is None else quantization.amax_ceiling
     inverse = 1.0 / quantization.qmax if quantization.scale_division == "reciprocal" else 0.0
     return {
-        "GROUP": _group(quantization, spec),
+        "GROUP": group_of(quantization, spec),
         "LAYOUT": _LAYOUTS[quantization.layout],
         "CODES": _QUANT_CODES[quantization.dtype],
         "LIMIT": int(quantization.qmax),
@@ -424,16 +339,30 @@ def _scheme(quantization: Quantization, spec: RowSpec) -> dict[str, int | str]:
         "CEILING": _bits32(ceiling),
         "SCALE_FLOOR": _bits32(quantization.scale_floor),
         "INVERSE": _bits32(inverse),
-        "SAFE": int(_is_safe(quantization)),
+        "QUOTIENT": _quotient(quantization, spec),
     }
 
 
-def _tile_defines(tile: Tile, target: Target) -> tuple[tuple[str, str], ...]:
+def _mapping_defines(mapping: Mapping, target: Target) -> tuple[tuple[str, str], ...]:
     if target.backend == "cpu":
-        return (("ROWS", str(tile.rows)),)
-    values = {"ROW_LANES": tile.lanes, "VECTORS": tile.vectors, "VECTOR": tile.vector, "ROWS": tile.rows}
-    values["BATCHES"] = tile.batches
-    return (*((name, str(value)) for name, value in values.items()), ("THREADS", str(tile.threads)))
+        return (("ROWS", str(mapping.many.rows)),)
+    many, few = mapping.many, mapping.few
+    values = {
+        "MANY_LANES": many.lanes,
+        "MANY_VECTORS": many.vectors,
+        "MANY_VECTOR": many.vector,
+        "MANY_ROWS": many.rows,
+        "MANY_BATCHES": many.batches,
+        "MANY_BLOCKS": many.blocks,
+        "FEW_ROWS": mapping.few_rows,
+        "SPREAD": mapping.spread,
+        "THREADS": mapping.threads,
+        "RESIDENT": mapping.resident,
+    }
+    if few:
+        values |= {"FEW_LANES": few.lanes, "FEW_VECTORS": few.vectors, "FEW_VECTOR": few.vector}
+        values |= {"FEW_SLICES": few.slices}
+    return tuple((name, str(value)) for name, value in values.items())
 
 
 def _promoted(dtype: str, weight_dtype: str | None) -> str:
@@ -441,24 +370,56 @@ def _promoted(dtype: str, weight_dtype: str | None) -> str:
     return dtype if weight_dtype in (None, dtype) else "float32"
 
 
-def _is_safe(quantization: Quantization) -> bool:
-    """Whether y/scale may be computed through 1/scale, and needs no clamp.
+def _quotient(quantization: Quantization, spec: RowSpec) -> int:
+    """How y/scale is computed: 0 by division, 1 from 1/scale and the remainder, 2 from a twofold 1/scale.
 
-    Not where the scale can be so small that 1/scale leaves float32's normal range; not where y can exceed the
-    limit (a ceiling on amax, or a limit that rounding to the type can pass); nor where a scale that does not
-    come from 11 bits of amax is the one the kernel's reciprocal gets wrong.
+    0 (and a clamp) where the scale can be so small that 1/scale leaves float32's normal range; where y can
+    exceed the limit (a ceiling on amax, or a limit that rounding to the type can pass); and where a scale
+    that does not come from 11 bits of amax is the one the kernel's reciprocal gets wrong.  2, the shortest,
+    where y has 8 bits and no y/scale is too near to where float32 rounds the other way.
     """
     floor, scale_floor = _rounded32(quantization.amax_floor), _rounded32(quantization.scale_floor)
     qmax = quantization.qmax
     if max(floor, scale_floor) < _SAFE_FLOOR or quantization.amax_ceiling is not None:
-        return False
+        return 0
     if not _has_bits(qmax, _SIGNIFICAND[quantization.dtype]):
-        return False
-    scales = [scale_floor, _rounded32(floor / qmax)]
-    if quantization.scale_division == "reciprocal":
-        inverse = _rounded32(1.0 / qmax)
-        scales = [scale_floor, _rounded32(floor * inverse), _rounded32(qmax * inverse)]
-    return not any(_is_all_ones(scale) for scale in scales)
+        return 0
+    inverse = _rounded32(1.0 / qmax) if quantization.scale_division == "reciprocal" else None
+    bounds = [scale_floor, _scale(floor, qmax, inverse)]
+    if any(_is_all_ones(scale) for scale in [*bounds, _scale(qmax, qmax, inverse)]):
+        return 0
+    return 2 if _is_rounded_to_bfloat16(spec) and _rounds_clearly(qmax, inverse, *bounds) else 1
+
+
+def _scale(amax: float, qmax: float, inverse: float | None) -> float:
+    return _rounded32(amax / qmax if inverse is None else amax * inverse)
+
+
+def _is_rounded_to_bfloat16(spec: RowSpec) -> bool:
+    """Whether what is quantized has the 8 significant bits of a bfloat16."""
+    producer = spec.norm or spec.gate
+    if spec.dtype != "bfloat16" or producer is None:
+        return spec.dtype == "bfloat16"
+    offset = spec.norm.weight_offset if spec.norm else 0.0
+    wide = _promoted(spec.dtype, "float32" if offset else spec.weight_dtype) != spec.dtype
+    return producer.rounding == "once" or (producer.rounding == "twice" and not wide)
+
+
+@functools.cache
+def _rounds_clearly(qmax: float, inverse: float | None, *bounds: float) -> bool:
+    """Whether y/scale is at least 2^-42 of itself from where float32's rounding turns, for every 8-bit y.
+
+    The scales are those of every 8-bit amax, and ``bounds``; a kernel's error is below 2^-43.
+    """
+    scales = {_scale(amax, qmax, inverse) for amax in range(128, 256)} | {bound for bound in bounds if bound}
+    for scale in scales:
+        divisor = int(math.frexp(scale)[0] * 2**24)
+        for y in range(128, 256):
+            # The quotient has 24 bits before its point; rounding turns half way to the next integer.
+            dividend = y << (39 if y << 16 >= divisor else 40)
+            if abs(2 * (dividend % divisor) - divisor) << 41 < dividend:
+                return False
+    return True
 
 
 def _is_all_ones(value: float) -> bool:

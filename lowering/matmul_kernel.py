@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from patterns.contracts import MatmulSpec
 
 from .errors import CompileError
-from .kernel import GROUPS, Binding, KernelInstance, digest
+from .kernel import Binding, KernelInstance, digest
+from .mapping import GROUPS, GridRule
 from .targets import Target
 
 _CODES = {"bfloat16": 1, "float16": 2, "float32": 3}
@@ -68,8 +69,7 @@ def instance(spec: MatmulSpec, target: Target, tile: ProductTile | None = None) 
         defines=(("ENTRY", entry), *defines),
         bindings=bindings(spec),
         block=(1, 1, 1),
-        rows_per_workgroup=tile.rows,
-        column_tiles=-(-spec.columns // tile.columns),
+        grid_rule=GridRule(tile.rows, columns=-(-spec.columns // tile.columns)),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from iree.compiler import ir
 
-from patterns import torch_ir, views
+from patterns import torch_ir, view_chains, views
 
 _CHECKS = (
     "torch.aten._assert_tensor_metadata",
@@ -62,11 +62,16 @@ def normalize(function: ir.Operation) -> None:
 
 
 def _merge_equal(block: ir.Block) -> None:
-    """Views before the casts that widen; of equal casts, views and constants the first."""
+    """Views in a row are one, and stand before casts that widen; equal casts, views and constants are one."""
     first: dict[Any, ir.Value] = {}
     for op in [op.operation for op in block.operations]:
         if not _can_merge(op):
             continue
+        if views.is_view(op) and (value := view_chains.composed(op)) is not None:
+            op.result.replace_all_uses_with(value)
+            op = torch_ir.producer(value)
+            if op is None or not views.is_view(op):
+                continue
         for each in _view_first(op) if views.is_view(op) else (op,):
             value = first.setdefault(_identity(each), each.result)
             if value != each.result:

@@ -54,7 +54,8 @@ def archived(
     elif path is None:
         with tempfile.TemporaryDirectory() as directory:
             temporary = Path(directory) / "parameters.irpa"
-            write_archive(tensors, temporary, progress)
+            with _written(temporary):
+                write_archive(tensors, temporary, progress)
             yield Archive(temporary, embedded=True)
     else:
         temporary = _temporary_beside(path)
@@ -63,7 +64,8 @@ def archived(
                 write_archive(tensors, temporary, progress)
             identity = Parameters(PARAMETER_SCOPE, parameter_digest(temporary))
             yield Archive(temporary, embedded=False, identity=identity)
-            temporary.replace(path)
+            with _written(path):
+                temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -92,7 +94,7 @@ def write_archive(
         try:
             for count, written in enumerate(as_completed([pool.submit(write, name) for name in tensors]), 1):
                 done += types[written.result()].nbytes
-                progress("weights", f"{count} of {len(types)}, {done / 1e6:.0f} of {total / 1e6:.0f} MB")
+                progress("weights", f"{count} of {len(types)}, {done / 1e6:.1f} of {total / 1e6:.1f} MB")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -36,14 +36,18 @@ RECOGNISERS: tuple[Recogniser, ...] = (
 def raise_function(
     function: ir.Operation, ledger: Ledger, recognisers: Iterable[Recogniser] = RECOGNISERS
 ) -> None:
-    """Replace every spelling a recogniser knows, in place, and open a site for it in ``ledger``."""
+    """Replace every spelling a recogniser knows, in place, and open a site for it in ``ledger``.
+
+    What depends on parameters alone is computed when compiling, and is no site.
+    """
     by_root: dict[str, list[Recogniser]] = defaultdict(list)
     for recogniser in recognisers:
         for root in recogniser.roots:
             by_root[root].append(recogniser)
     block = torch_ir.block_of(function)
+    computed_once = torch_ir.of_parameters(block)
     # Last operations first: the product with the weight must be tried before the norm inside it.
-    for op in reversed([op.operation for op in block.operations]):
+    for op in reversed([op.operation for op in block.operations if op.operation not in computed_once]):
         raised = None if torch_ir.is_left_over(op) else _recognise(op, by_root, ledger)
         if raised is not None:
             inside = _inside(raised)
@@ -158,7 +162,8 @@ def _open_sites(block: ir.Block, ledger: Ledger) -> None:
 
     What looks like a site and was taken by no recogniser is one that says why it did not fuse.
     """
-    for op in [op.operation for op in block.operations]:
+    computed_once = torch_ir.of_parameters(block)
+    for op in [op.operation for op in block.operations if op.operation not in computed_once]:
         name = canonical.site_name(op)
         if name is not None:
             number = ledger.add(name, torch_ir.location(op), canonical.contract(op), canonical.cost(op))

@@ -281,15 +281,14 @@ def _folding(report: Report) -> str:
 
 
 def _totals(report: Report) -> list[str]:
-    """What is said beside the headline: the target, the launches and the bytes of one call."""
-    separate = sum(site.dispatches.before for site in report.fused)
-    instead = f" instead of {separate}" if separate > report.dispatches else ""
-    totals = [
+    """What is said beside the headline: the target, the launches of one call, and what fusion changed."""
+    launches, traffic = report.launches(), report.traffic()
+    return [
         f"target {report.target}",
-        f"{report.dispatches} custom dispatch{'es' * (report.dispatches != 1)} per call{instead}",
+        f"{report.dispatches} custom dispatch{'es' * (report.dispatches != 1)} per call",
+        f"launches of all sites {launches.before} → {launches.after}",
+        *([f"bytes {_traffic(traffic)}"] if traffic else []),
     ]
-    traffic = report.traffic()
-    return [*totals, f"{_size(traffic.after)} instead of {_size(traffic.before)}"] if traffic else totals
 
 
 # Terminal ---------------------------------------------------------------------------------------

@@ -33,10 +33,10 @@ from .kernel import KernelInstance
 
 # What a device source may include; every one of them counts for the cache.
 _HEADERS = {
-    "row.cu": ("row.h", "activation.h"),
-    "row.hip": ("row.h", "activation.h"),
+    "row.cu": ("row.h", "tile.h", "activation.h"),
+    "row.hip": ("row.h", "tile.h", "activation.h"),
     "row.c": ("cpu.h", "vectors.h", "activation.h"),
-    "matmul.c": ("cpu.h", "vectors.h"),
+    "matmul.c": ("cpu.h", "vectors.h", "float8.h"),
     "topk.cu": ("topk.h", "sigmoid.h"),
     "topk.hip": ("topk.h", "sigmoid.h"),
     "topk.c": ("cpu.h", "sigmoid.h"),

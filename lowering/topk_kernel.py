@@ -9,7 +9,8 @@ from __future__ import annotations
 from patterns.contracts import TopkSpec
 
 from .errors import CompileError
-from .kernel import Binding, KernelInstance, Tile, digest, float32_literal
+from .kernel import Binding, KernelInstance, digest, float32_literal
+from .mapping import GridRule, Tile
 from .routing import why_impossible
 from .targets import Target
 
@@ -72,7 +73,7 @@ def instance(spec: TopkSpec, target: Target, tile: Tile | None = None) -> Kernel
         defines=(("ENTRY", entry), *defines),
         bindings=bindings(spec),
         block=(tile.threads, 1, 1) if target.backend != "cpu" else (1, 1, 1),
-        rows_per_workgroup=tile.rows,
+        grid_rule=GridRule(tile.rows),
     )
 
 

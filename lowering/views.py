@@ -25,7 +25,7 @@ def _sink_one(quant: ir.Operation) -> ir.Operation | None:
     view = torch_ir.producer(quant.operands[0])
     if view is None or not views.is_view(view) or not _starts_at_producer(view):
         return None
-    blocked = views.why_blocked(view, canonical.quantization(quant))
+    blocked = views.why_blocked(view, canonical.quantization(quant), returned=_is_returned(quant.results[1]))
     if blocked is not None:
         quant.attributes[canonical.BLOCKED] = ir.StringAttr.get(blocked)
         return None
@@ -51,6 +51,14 @@ def _quantize_first(view: ir.Operation, quant: ir.Operation) -> ir.Operation:
     quant.results[1].replace_all_uses_with(scale)
     quant.erase()
     return new
+
+
+def _is_returned(scale: ir.Value) -> bool:
+    """Whether the program returns ``scale``, as it is or a view of it: there its strides are seen."""
+    return any(
+        user.name == "func.return" or (views.is_view(user) and _is_returned(user.result))
+        for user in torch_ir.users(scale)
+    )
 
 
 def _starts_at_producer(view: ir.Operation) -> bool:

@@ -114,29 +114,16 @@ def _activation(found: Bindings) -> Activation:
 
 def _halves_of(gate: ir.Value, up: ir.Value) -> ir.Value | None:
     """The tensor whose first half along the last axis is ``gate`` and whose second is ``up``, or None."""
-    first, second = _last_axis_slice(gate), _last_axis_slice(up)
-    if first is None or second is None or first[0] != second[0]:
+    first, second = torch_ir.producer(gate), torch_ir.producer(up)
+    if first is None or second is None or not (views.is_view(first) and views.is_view(second)):
         return None
-    whole = torch_ir.tensor_type(first[0])
-    if whole is None or whole.shape[-1] is None or whole.shape[-1] % 2:
+    whole = torch_ir.tensor_type(first.operands[0])
+    if first.operands[0] != second.operands[0] or whole is None or not whole.shape[-1]:
         return None
-    half = whole.shape[-1] // 2
-    return first[0] if first[1] == (0, half) and second[1] == (half, 2 * half) else None
-
-
-def _last_axis_slice(value: ir.Value) -> tuple[ir.Value, tuple[int, int]] | None:
-    """What ``value`` is a slice of along the last axis, and from where to where."""
-    op = torch_ir.producer(value)
-    if op is None or op.name != "torch.aten.slice.Tensor":
-        return None
-    source = torch_ir.tensor_type(op.operands[0])
-    axis, start, end, step = (torch_ir.constant(operand) for operand in list(op.operands)[1:])
-    if source is None or source.shape[-1] is None or axis not in (-1, len(source.shape) - 1) or step != 1:
-        return None
-    if not (start is None or isinstance(start, int)) or not (end is None or isinstance(end, int)):
-        return None
-    size = source.shape[-1]
-    return op.operands[0], slice(start, end).indices(size)[:2]
+    last, half = len(whole.shape) - 1, whole.shape[-1] // 2
+    halves = (views.SliceBounds(last, 0, half), views.SliceBounds(last, half, 2 * half))
+    fits = whole.shape[-1] % 2 == 0 and (views.slice_bounds(first), views.slice_bounds(second)) == halves
+    return first.operands[0] if fits else None
 
 
 RECOGNISERS = (DecomposedGate(),)

@@ -9,12 +9,20 @@ from __future__ import annotations
 import math
 import re
 import struct
+import sys
+import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cmp_to_key, lru_cache
 from typing import Any
 
 from iree.compiler import ir
+
+# For every operation handed to Python the bindings look for a module of its dialect, in the file system and
+# again each time while there is none: nine tenths of the time of every pass.  Empty ones end the search.
+for _dialect in ("torch", "torch_c"):
+    _module = f"iree.compiler.dialects.{_dialect}"
+    sys.modules.setdefault(_module, types.ModuleType(_module))
 
 _VTENSOR = re.compile(r"!torch\.vtensor<\[([^\]]*)\],\s*([\w]+)>")
 
@@ -183,6 +191,18 @@ def unmark_raised(op: ir.Operation) -> bool:
 def is_left_over(op: ir.Operation) -> bool:
     """Whether ``op`` was part of a raised spelling and nothing reads it any more."""
     return _READ in op.attributes and not ir.BoolAttr(op.attributes[_READ]).value
+
+
+def of_parameters(block: ir.Block) -> set[ir.Operation]:
+    """The operations that depend on parameters and constants alone.  Valid until an operation is erased."""
+    found = {op.operation for op in block.operations if op.operation.name == "util.global.load"}
+    pending = list(found)
+    while pending:
+        for user in {use.owner.operation for result in pending.pop().results for use in result.uses} - found:
+            if all(producer(v) in found or constant(v) is not NOT_CONSTANT for v in user.operands):
+                found.add(user)
+                pending.append(user)
+    return found
 
 
 NOT_CONSTANT = object()

@@ -9,6 +9,7 @@ repeats or reorders whole rows and never looks inside one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from iree.compiler import ir
 
@@ -55,18 +56,23 @@ def _quantizes(op: ir.Operation) -> bool:
     return torch_ir.op_name(op) == canonical.GROUP_QUANT
 
 
-def why_blocked(view: ir.Operation, quantization: Quantization) -> str | None:
-    """Why ``quantization`` cannot be moved above ``view``; None when it can."""
+def why_blocked(view: ir.Operation, quantization: Quantization, returned: bool = True) -> str | None:
+    """Why ``quantization`` cannot be moved above ``view``; None when it can.
+
+    A scale layout says how the scale lies in memory: where it is not ``returned`` nobody sees that.
+    """
     before, after = torch_ir.tensor_type(view.operands[0]), torch_ir.tensor_type(view.result)
     if before is None or after is None or not before.shape or not after.shape:
         return "a view between producer and quantization has no known rank"
     if is_flat_view(view):
-        return _why_groups_break(before, after, quantization)
+        return _why_groups_break(before, after, quantization, returned)
     axes = _TOUCHED_AXES[view.name](view, len(before.shape))
     kind = view.name.split(".")[2]
+    if _takes_whole_groups(view, quantization, returned):
+        return None
     if axes is None or len(before.shape) - 1 in axes:
         return f"a {kind} between producer and quantization touches the last axis, which holds the groups"
-    if quantization.layout != "row":
+    if quantization.layout != "row" and returned:
         return (
             f"a {kind} between producer and quantization moves rows, "
             f"which a {quantization.layout} scale layout cannot follow"
@@ -75,7 +81,7 @@ def why_blocked(view: ir.Operation, quantization: Quantization) -> str | None:
 
 
 def _why_groups_break(
-    before: torch_ir.TensorType, after: torch_ir.TensorType, quantization: Quantization
+    before: torch_ir.TensorType, after: torch_ir.TensorType, quantization: Quantization, returned: bool
 ) -> str | None:
     for size, side in ((before.shape[-1], "before"), (after.shape[-1], "after")):
         where = f"the last axis {side} the view between producer and quantization"
@@ -89,9 +95,41 @@ def _why_groups_break(
     split = f"the view between producer and quantization makes {rows}"
     if quantization.group is None:
         return f"{split}, and the quantization has one scale for a whole row"
-    if quantization.layout != "row":
+    # A word of packed scales holds those of four groups, whatever row they are from.
+    if quantization.layout == "ue8m0_packed" or (quantization.layout != "row" and returned):
         return f"{split}, which a {quantization.layout} scale layout cannot follow"
     return None
+
+
+@dataclass(frozen=True)
+class SliceBounds:
+    """A slice of step 1: its axis, counted from the front, and the first and one past the last element."""
+
+    axis: int
+    start: int
+    end: int
+
+
+def slice_bounds(view: ir.Operation) -> SliceBounds | None:
+    """What ``view`` takes of an axis of known size; None for another view, size or step."""
+    before = torch_ir.tensor_type(view.operands[0])
+    if view.name != "torch.aten.slice.Tensor" or before is None:
+        return None
+    axis, start, end, step = (torch_ir.constant(operand) for operand in list(view.operands)[1:])
+    if torch_ir.NOT_CONSTANT in (axis, start, end, step) or step != 1 or before.shape[axis] is None:
+        return None
+    first, last, _ = slice(start, end).indices(before.shape[axis])  # type: ignore[arg-type]
+    return SliceBounds(axis % len(before.shape), first, last)
+
+
+def _takes_whole_groups(view: ir.Operation, quantization: Quantization, returned: bool) -> bool:
+    """Whether ``view`` is a slice of the last axis that cuts no group, and scales can follow."""
+    bounds, before = slice_bounds(view), torch_ir.tensor_type(view.operands[0])
+    if bounds is None or before is None or bounds.axis != len(before.shape) - 1:
+        return False
+    follows = quantization.layout == "row" or (quantization.layout != "ue8m0_packed" and not returned)
+    group, hidden = quantization.group, before.shape[-1] or 0
+    return follows and group is not None and not any(n % group for n in (bounds.start, bounds.end, hidden))
 
 
 def replay(view: ir.Operation, value: ir.Value, result: torch_ir.TensorType) -> ir.Value:
@@ -102,6 +140,12 @@ def replay(view: ir.Operation, value: ir.Value, result: torch_ir.TensorType) -> 
     operands = [value, *list(view.operands)[1:]]
     original = torch_ir.tensor_type(view.result)
     assert original is not None
+    bounds = slice_bounds(view)
+    if bounds is not None and bounds.axis == len(original.shape) - 1 and original.shape != result.shape:
+        # A scale stands for as many elements as there are fewer of them.
+        last, fewer = original.shape[-1], result.shape[-1]
+        assert last and fewer
+        operands[2:4] = [torch_ir.make_int(n * fewer // last) for n in (bounds.start, bounds.end)]
     place = _sizes_operand(view)
     if place is not None and original.shape[-1] != result.shape[-1]:
         sizes = torch_ir.producer(operands[place])

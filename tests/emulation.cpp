@@ -95,6 +95,9 @@ DEVICE u32 code8(float a, int codes) {
 template <int CODES> DEVICE u32 pack_codes(f2 low, f2 high) {
   return code8(low.x, CODES) | code8(low.y, CODES) << 8 | code8(high.x, CODES) << 16 | code8(high.y, CODES) << 24;
 }
+DEVICE u32 zero_of(u32) { return 0; }
+DEVICE f2 kept(f2 a) { return a; }
+DEVICE u32 low_up(u32 a) { return a << 16; }
 DEVICE u32 low_bytes(u32 a, u32 b, u32 c, u32 d) { return (a & 0xff) | (b & 0xff) << 8 | (c & 0xff) << 16 | d << 24; }
 
 template <int DTYPE> DEVICE u32 absmax16(u32 a, u32 b) {  // magnitudes order as integers, NaN on top
@@ -110,6 +113,15 @@ DEVICE void store16(u8 *to, const u32 *words) {
   if (!ANY_ALIGNMENT && (uintptr_t)to % 16) abort();
   memcpy(to, words, 16);
 }
+
+DEVICE void store8(u8 *to, const u32 *words) {
+  if (!ANY_ALIGNMENT && (uintptr_t)to % 8) abort();
+  memcpy(to, words, 8);
+}
+
+constexpr int WIDEST = 16;
+template <int BYTES> DEVICE void load_wide(const u8 *from, u32 *words) { load16(from, words); }
+template <int BYTES> DEVICE void store_wide(u8 *to, const u32 *words) { store16(to, words); }
 
 template <int K> DEVICE u32 fold(u32 value) {
   slots[current_thread] = value;

@@ -236,18 +236,23 @@ def test_what_depends_on_parameters_alone_is_stored_in_its_final_form(kind: str)
 
 
 def test_quantizing_a_weight_in_the_model_stores_codes_and_scales() -> None:
-    """The group quantization of a weight is an operation on parameters like any other."""
+    """The quantization of a weight is an operation on parameters like any other, and no site."""
 
-    def product(x: Tensor, w: Tensor) -> Tensor:
-        q, scale = torch.ops.lowering.group_quant(w, 32)
-        return x @ (q.float().view(64, 2, 32) * scale[..., None]).view(64, 64)
+    def product(x: Tensor, w: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        codes, scale = torch.ops.lowering.group_quant(w, 32)
+        y = torch.ops.lowering.rms_norm(x, g.pow(2), 1e-6)
+        normed = w.float() * torch.rsqrt(w.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+        return *torch.ops.lowering.group_quant(y, 32), codes, scale, y @ normed
 
-    model = Computes(product, w=weight(64, 64))
-    program = folded(model, torch.randn(2, 64))
-    stored = values(program)
-    assert len(stored) == 1  # small enough to be stored as the product of both
-    q, scale = torch.ops.lowering.group_quant(model.w, 32)
-    assert same(stored["w.folded"], q.float().view(64, 2, 32) * scale[..., None])
+    model = Computes(product, w=weight(64, 64), g=torch.rand(64))
+    x = torch.randn(2, 64)
+    compiled = lowering.compile(model, (x,))
+    assert [site.op for site in compiled.report.sites] == ["rms_norm", "group_quant"]
+    assert compiled.report.summary() == {"fused": 2, "unfused": 0, "dispatches": 1}
+    assert len(compiled.report.folded) == 4
+    _, _, codes, scale, _ = lowering.load(compiled.vmfb)(x)
+    expected = torch.ops.lowering.group_quant(model.w, 32)
+    assert same(codes, expected[0]) and same(scale, expected[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.int64, torch.bool])
@@ -397,6 +402,35 @@ def test_a_norm_keeps_its_weight_as_it_is_stored(tmp_path: Path) -> None:
     assert not compiled.report.folded
     assert "tensor<256xbf16>" in (tmp_path / "6-dispatch.mlir").read_text()
     assert b"weightbfloat16[256]" in (tmp_path / "p").read_bytes()
+
+
+def test_what_takes_too_much_memory_is_folded_in_parts() -> None:
+    """Of 32 MiB each, both products and their sum are more than twice one of them; one product is not."""
+
+    def combined(x: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        return x + (a * b + c * d)
+
+    tensors = {name: torch.empty(8 << 20) for name in "abcd"}
+    program = folded(Computes(combined, **tensors), torch.empty(8 << 20))
+    recipes = [recipe for recipe in program.parameters.values() if isinstance(recipe, Recipe)]
+    assert [value.operations for value in program.folded] == [("mul",), ("mul",)]
+    assert [recipe.memory for recipe in recipes] == [32 << 20, 32 << 20]
+
+
+@pytest.mark.parametrize(
+    ("function", "tensors"),
+    [
+        (lambda x, w: x + w * 2, 1),
+        (lambda x, w: x + (w * 2 + 1), 2),
+        (lambda x, w: x + (w * 2 + 1) * 3, 2),  # the first is gone when the third is made
+        (lambda x, w: x + (w * 2).t(), 2),  # a transposed view of the product, and its copy
+        (lambda x, w: x + w.t(), 1),
+    ],
+)
+def test_the_memory_a_value_takes_is_known_before_it_is_made(function, tensors: int) -> None:
+    program = folded(Computes(function, w=torch.empty(64, 64)), torch.empty(64, 64))
+    [recipe] = program.parameters.values()
+    assert isinstance(recipe, Recipe) and recipe.memory == tensors * 4 * 64 * 64
 
 
 def test_what_nothing_reads_is_not_stored() -> None:
@@ -558,3 +592,4 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
     assert total == 8 * largest
     assert largest < peak < 2 * largest + (64 << 20), f"{peak / 1e6:.0f} MB"
     assert (tmp_path / "w.irpa").stat().st_size >= total
+    (tmp_path / "w.irpa").unlink()

@@ -570,3 +570,52 @@ def test_silu_and_mul_into_packed_scales() -> None:
     expected_q, expected_scale = ops.group_quant_reference(y, PACKED)
     same([q], [expected_q])
     assert torch.equal(scale, expected_scale)
+
+
+# --- refused ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "op_name", "reason"),
+    [
+        (
+            lambda x, w: op("vllm_ir::rms_norm")(x, w, 1e-6, 64),
+            "rms_norm",
+            "vllm_ir::rms_norm: variance_size is 64, not None",
+        ),
+        (
+            lambda x, w: op("aten::rms_norm")(x, [5, HIDDEN], None, 1e-6),
+            "rms_norm",
+            "aten::rms_norm: normalized_shape is [5, 256]; a kernel norms the last axis alone",
+        ),
+        (
+            lambda x, w: op("vllm_ir::rms_norm")(x, w[:, None].expand(-1, HIDDEN)[0:1], 1e-6),
+            "rms_norm",
+            "weight is bfloat16[1, 256], not a vector over the last axis of bfloat16[5, 256]",
+        ),
+    ],
+)
+def test_a_refused_call_says_which_argument(function: Callable[..., Any], op_name: str, reason: str) -> None:
+    imported = importer.import_module(exported(function, X, WEIGHT), (), ir.Context())
+    ledger = Ledger()
+    with imported.context, ir.Location.unknown():
+        normalize(imported.main())
+        raising.raise_function(imported.main(), ledger, RECOGNISERS)
+    (record,) = ledger.records
+    assert record.op == op_name and reason in (record.reason or ""), record.reason
+
+
+def test_bounds_that_are_not_opposite_are_refused_with_both() -> None:
+    def asymmetric(x: torch.Tensor) -> Any:
+        q, s = torch.empty_like(x, dtype=FP8), scales(x)
+        torch.ops._C.per_token_group_fp8_quant(x, q, s, 128, 1e-10, -100.0, 448.0, True, False, False)
+        return q, s
+
+    imported = importer.import_module(exported(asymmetric, X), (), ir.Context())
+    ledger = Ledger()
+    with imported.context, ir.Location.unknown():
+        normalize(imported.main())
+        raising.raise_function(imported.main(), ledger, RECOGNISERS)
+    (record,) = ledger.records
+    assert record.op == "group_quant"
+    assert "fp8_min is -100.0 and the upper bound 448.0: they must be opposite" in (record.reason or "")

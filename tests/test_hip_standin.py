@@ -7,10 +7,12 @@ types.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import re
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -421,6 +423,24 @@ def test_a_launch_sees_registered_memory(gpu: Hip, kernel: Copy):
         assert gpu.hipHostUnregister(memory) == 0
 
 
+def test_a_launch_leaves_registered_memory_alone_that_it_only_reads(gpu: Hip, kernel: Copy):
+    """Weights are registered where the program's file is mapped, which cannot be written."""
+    size, y, back = mmap.PAGESIZE, gpu.allocate(256), (ctypes.c_float * 64)()
+    with tempfile.TemporaryFile() as file:
+        file.write(bytes(floats(size // 4)))
+        file.flush()
+        libc = ctypes.CDLL(None)
+        libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, (ctypes.c_void_p, *[ctypes.c_long] * 5)
+        mapped = ctypes.c_void_p(libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0))
+        assert gpu.hipHostRegister(mapped, ctypes.c_size_t(size), 2) == 0
+        x = gpu.make("hipHostGetDevicePointer", mapped, 0)
+        assert kernel.launch(x, y, 64, shift=100) == 0
+        assert gpu.hipHostUnregister(mapped) == 0
+        assert libc.munmap(mapped, ctypes.c_size_t(size)) == 0
+    assert gpu.hipMemcpy(back, y, ctypes.c_size_t(256), DEVICE_TO_HOST) == 0
+    assert list(back) == list(range(100, 164))
+
+
 def test_a_graph_launches_kernels(gpu: Hip, kernel: Copy):
     """A node keeps its arguments as they were when it was added."""
     x, y, back = on_device(gpu, 64), gpu.allocate(256), (ctypes.c_float * 64)()
@@ -486,12 +506,8 @@ def test_functions_and_modules(gpu: Hip, kernel: Copy):
     refuses(gpu, gpu.hipModuleUnload(module), INVALID_HANDLE, "is no module, or it was destroyed")
     stale = Copy(gpu)
     assert gpu.hipModuleUnload(stale.module) == 0
-    refuses(
-        gpu,
-        stale.launch(ctypes.c_void_p(), ctypes.c_void_p(), 0),
-        INVALID_HANDLE,
-        "is no module, or it was destroyed",
-    )
+    code = stale.launch(ctypes.c_void_p(), ctypes.c_void_p(), 0)
+    refuses(gpu, code, INVALID_HANDLE, "is no module, or it was destroyed")
 
 
 def test_code_for_another_gpu_is_refused(gpu: Hip, kernel: Copy):

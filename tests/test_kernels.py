@@ -26,7 +26,8 @@ from elftools.elf.elffile import ELFFile
 
 from lowering import abi, toolchain
 from lowering.errors import CompileError, ToolchainError
-from lowering.kernel import KernelInstance, Tile, instance, why_unsupported
+from lowering.kernel import KernelInstance, instance, why_unsupported
+from lowering.mapping import Mapping, Tile, choose_mapping
 from lowering.targets import Target, resolve
 from patterns.contracts import GatedActivation, Quantization, RmsNorm, RowSpec
 
@@ -670,7 +671,7 @@ def test_other_tiles(launcher) -> None:
     case = CASES["add_exact_all"]  # 96 vectors of 16
     inputs = integer_inputs(case, 5)
     for lanes, vectors, rows in [(64, 2, 1), (96, 1, 1), (32, 4, 2), (16, 6, 8), (128, 1, 1)]:
-        kernel = instance(case, SM90, Tile(lanes, vectors, 16, rows))
+        kernel = instance(case, SM90, Mapping(Tile(lanes, vectors, 16, rows)))
         assert_same(run(kernel, launcher(kernel), inputs, 5), reference(case, inputs), (lanes, vectors, rows))
 
 
@@ -751,9 +752,9 @@ def test_cuda_object(name: str, target: Target) -> None:
         wide = [
             line
             for line in ptx.splitlines()
-            if op in line and (".v4" in line or ".b128" in line or ".v2.b64" in line)
+            if op in line and any(wide in line for wide in (".v4", ".v8", ".b128", ".v2.b64"))
         ]
-        assert wide or kernel.spec.hidden % 8, f"no 16-byte {op}"
+        assert wide or kernel.spec.hidden % 8, f"no {op} of 16 bytes or more"
     data = toolchain.compile_kernel(kernel)
     assert local_bytes(data, kernel.entry) == 0
     abi.check(kernel, data)
@@ -857,3 +858,79 @@ def test_instances_are_stable_and_distinct() -> None:
     per_target = {(kernel.target.name, kernel.entry) for kernel in kernels}
     assert len(per_target) == len(kernels)
     assert instance(CASES["four"], SM90).grid(0) == (1, 1, 1)
+
+
+# -- mappings -----------------------------------------------------------------------------------------
+
+# Workgroups that loop over rows, slices of one row, vectors of 8, several rows a workgroup; few and many.
+MAPPINGS = {
+    "looped": (
+        spec(1536, quants=[Q128]),
+        Mapping(Tile(96, 1, 16, blocks=3), Tile(96, 2, 8, slices=2), 3, 4),
+        [0, 1, 2, 3, 4, 9, 17],
+    ),
+    "waves_looped": (
+        spec(1536, residual="exact", writes_sum=True, offset=1.0, quants=[Q128]),
+        Mapping(Tile(32, 3, 16, rows=4, blocks=2), Tile(128, 1, 16, slices=2), 3, 4),
+        [1, 3, 5, 9, 31],
+    ),
+    "sliced": (
+        spec(7168, residual="exact", writes_sum=True, writes_y=True, quants=[Q128, Quantization(None)]),
+        Mapping(Tile(224, 2, 16), Tile(224, 4, 8, slices=4), 4, 8),
+        [1, 2, 3, 4, 5],
+    ),
+    "idle_lanes": (
+        spec(3200, quants=[Q128, Quantization(32, layout="column_tma")]),
+        Mapping(Tile(224, 1, 16, blocks=2), Tile(224, 2, 8, slices=2), 2, 2),
+        [1, 2, 3, 5],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_a_mapping_changes_no_bit(name: str, launcher) -> None:
+    case, mapping, sizes = MAPPINGS[name]
+    kernel = instance(case, SM90, mapping)
+    for rows, shift in itertools.product(sizes, (0, 3)):
+        inputs = integer_inputs(case, rows, seed=rows)
+        assert_same(
+            run(kernel, launcher(kernel), inputs, rows, shift), reference(case, inputs), (rows, shift)
+        )
+
+
+def test_grid_rule() -> None:
+    rule = Mapping(Tile(64, 2, 16, rows=2, blocks=10), Tile(128, 1, 16, slices=4), 6, 16).grid_rule
+    grids = {0: 1, 1: 4, 4: 16, 5: 10, 6: 12, 6 + 1: 4, 19: 10, 1000: 10}
+    assert {rows: rule.workgroups(rows) for rows in grids} == grids
+
+
+@pytest.mark.parametrize("target", [SM90, SM100], ids=lambda target: target.name)
+@pytest.mark.parametrize("hidden", [1024, 1536, 2880, 4096, 7168, 16384])
+def test_chosen_mappings_cover_their_rows(hidden: int, target: Target) -> None:
+    wholes = [Quantization(None)]
+    for residual, writes_y in itertools.product((None, "exact"), (False, True)):
+        case = spec(hidden, residual=residual, writes_sum=bool(residual), writes_y=writes_y, quants=wholes)
+        mapping = choose_mapping(case, target)
+        for tile in filter(None, (mapping.many, mapping.few)):
+            assert tile.threads == mapping.threads <= 1024
+            assert tile.lanes * tile.vectors * tile.vector * tile.batches >= hidden
+            assert tile.slices == 1 or (tile.vectors * tile.lanes // 32 >= tile.slices and tile.rows == 1)
+
+
+def test_twofold_quotients_are_correctly_rounded() -> None:
+    """Every 8-bit y by the scale of every 8-bit amax, the machine's reciprocal off by a unit either way."""
+    y = torch.arange(128, 256, dtype=torch.float64)
+    dtypes = {448.0: "float8_e4m3fn", 57344.0: "float8_e5m2", 127.0: "int8", 224.0: "float8_e4m3fn"}
+    for (limit, dtype), division in itertools.product(dtypes.items(), ("true", "reciprocal")):
+        quantization = Quantization(128, dtype, limit=limit, scale_division=division)
+        assert ("QUOTIENT0", "2") in instance(spec(128, quants=[quantization]), SM90).defines
+        inverse = division == "reciprocal"
+        amax = torch.arange(128, 256, dtype=torch.float32)
+        scale = amax * torch.tensor(1.0 / limit) if inverse else amax / torch.tensor(limit)
+        exact = (y / scale.double().unsqueeze(1)).float()
+        for off in (-1, 0, 1):
+            near = ((1.0 / scale).view(torch.int32) + off - 2).view(torch.float32).double()
+            error = (1.0 - scale.double() * near).float().double()
+            rest = ((error + error * error).float().double() * near).float().double().unsqueeze(1)
+            quotient = (y * near.unsqueeze(1) + (y * rest).float().double()).float()
+            assert torch.equal(quotient, exact), (limit, inverse, off)

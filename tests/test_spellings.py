@@ -92,7 +92,7 @@ def test_a_view_cannot_hide_a_fusion(view: Callable[[torch.Tensor], torch.Tensor
 
 
 def test_a_view_of_the_last_axis_blocks_and_says_so() -> None:
-    module = Function(lambda w, x: group_quant(rms_norm(x, w, 1e-6)[..., :128], 128))
+    module = Function(lambda w, x: group_quant(rms_norm(x, w, 1e-6)[..., 64:192], 128))
     report = lowering.explain(module, (torch.randn(4, 256, dtype=torch.bfloat16),))
     norm, quant = report.sites
     assert norm.reason is None

@@ -19,7 +19,8 @@ from test_kernels import Launch, assert_same, cpu_launcher, cxx_compiler, run
 
 from lowering import abi, toolchain
 from lowering.errors import CompileError
-from lowering.kernel import KernelInstance, Tile
+from lowering.kernel import KernelInstance
+from lowering.mapping import Tile
 from lowering.routing import grouped_topk_reference
 from lowering.targets import Target, resolve
 from lowering.topk_kernel import choose_tile, instance, why_unsupported

@@ -1,13 +1,15 @@
-"""How long importing and fusing takes as a model grows: Llamas of 2, 4, 8 and 16 quantized layers.
+"""How long importing and fusing takes as a model grows.
 
-    python tools/bench_import.py
+    python tools/bench_import.py                        # Llamas of 2, 4, 8 and 16 quantized layers
+    python tools/bench_import.py --model deepseek       # DeepSeek-V3, real sizes, 8, 16, 32 and 61 layers
     python tools/bench_import.py --layers 2,4 --target h200
 
 Steps 1 to 5 of the compiler, each timed: import, normalize, raise, sink, fuse.  Then the size of the IR as
-text, which must not hold any weight, and what a layer adds.  Weights are allocated and never touched, so a
-model of gigabytes needs little memory; hidden size 2048, a small vocabulary.
+text, which must not hold any weight, and what a layer adds.  Models are built on the meta device, so weights
+of hundreds of gigabytes take no memory; Llama has hidden size 2048 and a small vocabulary.
 
-Exit codes: 0 within --goal seconds at the largest size, 1 not.
+Exit codes: 0 within --goal seconds of processor time at the largest size, 1 not.  For Llama all steps
+count (20), for DeepSeek-V3 those behind import (10): import is PyTorch's own work first of all.
 """
 
 from __future__ import annotations
@@ -40,25 +42,52 @@ from lowering.views import sink_views
 from patterns.sites import Ledger
 
 
+def _llama(layers: int) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=1024,
+    )
+    return LlamaForCausalLM(config)
+
+
+def _deepseek(layers: int) -> nn.Module:
+    """DeepSeek-V3 as published, but for its depth; the first three layers are dense there."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    return DeepseekV3ForCausalLM(DeepseekV3Config(num_hidden_layers=layers, first_k_dense_replace=3))
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is measured: how to build it, at which depths, and the goal for which steps."""
+
+    build: Callable[[int], nn.Module]
+    layers: tuple[int, ...]
+    goal: float
+    first_step: int
+
+
+MODELS = {
+    "llama": Model(_llama, (2, 4, 8, 16), 20.0, first_step=0),
+    "deepseek": Model(_deepseek, (8, 16, 32, 61), 10.0, first_step=1),
+}
+
+
 class Logits(nn.Module):
-    """Token ids [1, T] to logits: a Llama of the given depth with quantized linear layers."""
+    """Token ids [1, T] to logits: a model of some depth with quantized linear layers, on the meta device."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, model: Model, layers: int) -> None:
         super().__init__()
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        config = LlamaConfig(
-            hidden_size=2048,
-            intermediate_size=8192,
-            num_hidden_layers=layers,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            vocab_size=1024,
-        )
         with torch.device("meta"):
-            model = nn.Module.to(LlamaForCausalLM(config), torch.bfloat16)
-            model = lowering.quantize(model)
-        self.model = model.to_empty(device="cpu").eval().requires_grad_(False)
+            built = nn.Module.to(model.build(layers), torch.bfloat16)
+            built = lowering.quantize(built)
+        self.model = built.eval().requires_grad_(False)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.model(input_ids=ids, use_cache=False).logits
@@ -66,10 +95,11 @@ class Logits(nn.Module):
 
 @dataclass(frozen=True)
 class Measured:
-    """One depth: seconds of each step, sites, bytes of weights and of IR text."""
+    """One depth: seconds of processor time of each step, sites, bytes of weights and of IR text."""
 
     layers: int
     seconds: dict[str, float]
+    elapsed: float
     fused: int
     unfused: int
     weights: int
@@ -84,28 +114,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # torch.export's own
-    measure(1, options.target)  # warm: modules are imported, dialects are loaded
+    model = MODELS[options.model]
+    measure(model, 4, options.target)  # warm: modules are imported, dialects are loaded
     found = []
-    print(f"load {os.getloadavg()[0]:.1f}; seconds, the faster of {options.repeat}")
-    for layers in options.layers:
-        runs = [measure(layers, options.target) for _ in range(options.repeat)]
+    print(f"load {os.getloadavg()[0]:.1f}; seconds of processor time, the fastest of {options.repeat}")
+    for layers in options.layers or model.layers:
+        runs = [measure(model, layers, options.target) for _ in range(options.repeat)]
         found.append(min(runs, key=lambda run: run.total))
         print(line(found[-1]), flush=True)
     if len(found) > 1:
         print(growth(found[0], found[-1]))
     if options.json:
         options.json.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n", encoding="utf-8")
-    return 0 if found[-1].total < options.goal else 1
+    goal = model.goal if options.goal is None else options.goal
+    counted = sum(list(found[-1].seconds.values())[model.first_step :])
+    print(f"{counted:.2f} s counted at {found[-1].layers} layers; the goal is {goal:g}")
+    return 0 if counted < goal else 1
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layers", type=_numbers, default=[2, 4, 8, 16], help="default: 2,4,8,16")
+    parser.add_argument("--model", choices=MODELS, default="llama", help="default: %(default)s")
+    parser.add_argument("--layers", type=_numbers, help="depths, as 2,4,8 (default: the model's own)")
     parser.add_argument("--target", default="cpu", help="default: %(default)s")
     parser.add_argument("--repeat", type=int, default=2, help="runs of each depth (default: %(default)s)")
-    parser.add_argument("--goal", type=float, default=20.0, help="seconds allowed (default: %(default)s)")
+    parser.add_argument("--goal", type=float, help="seconds allowed (default: the model's own)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything found to FILE")
     return parser
 
@@ -114,17 +149,18 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def measure(layers: int, target_name: str) -> Measured:
+def measure(model: Model, layers: int, target_name: str) -> Measured:
     """Import and fuse a model of ``layers`` layers."""
-    model, target, ledger = Logits(layers), resolve(target_name), Ledger()
-    ids = torch.zeros(1, 16, dtype=torch.int64)
+    module, target, ledger = Logits(model, layers), resolve(target_name), Ledger()
+    ids = torch.zeros(1, 16, dtype=torch.int64, device="meta")
     tokens = torch.export.Dim("T", min=2, max=2048)
     seconds: dict[str, float] = {}
     gc.collect()
+    begun = time.perf_counter()
     with ir.Context() as context, ir.Location.unknown():
-        start = time.perf_counter()
-        program = import_module(model, (ids,), context, dynamic_shapes=({1: tokens},))
-        seconds["import"] = time.perf_counter() - start
+        start = time.process_time()
+        program = import_module(module, (ids,), context, dynamic_shapes=({1: tokens},))
+        seconds["import"] = time.process_time() - start
         function = program.main()
         steps: dict[str, Callable[[], object]] = {
             "normalize": lambda: normalize(function),
@@ -133,12 +169,14 @@ def measure(layers: int, target_name: str) -> Measured:
             "fuse": lambda: fuse(function, ledger, supported(target)),
         }
         for name, step in steps.items():
-            start = time.perf_counter()
+            start = time.process_time()
             step()
-            seconds[name] = time.perf_counter() - start
+            seconds[name] = time.process_time() - start
+        elapsed = time.perf_counter() - begun
         text = len(program.module.operation.get_asm())
     fused = sum(record.fused for record in ledger.records)
-    return Measured(layers, seconds, fused, len(ledger.records) - fused, weight_bytes(program), text)
+    unfused = len(ledger.records) - fused
+    return Measured(layers, seconds, elapsed, fused, unfused, weight_bytes(program), text)
 
 
 def weight_bytes(program: Program) -> int:
@@ -151,7 +189,8 @@ def line(one: Measured) -> str:
     steps = "  ".join(f"{name} {value:.2f}" for name, value in one.seconds.items())
     sizes = f"IR text {one.text / 1e3:.0f} kB, weights {one.weights / 1e6:.0f} MB"
     return (
-        f"{one.layers:3d} layers: {one.total:6.2f} = {steps}; {one.fused} fused, {one.unfused} not; {sizes}"
+        f"{one.layers:3d} layers: {one.total:6.2f} = {steps} ({one.elapsed:.1f} elapsed); "
+        f"{one.fused} fused, {one.unfused} not; {sizes}"
     )
 
 

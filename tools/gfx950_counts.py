@@ -75,7 +75,6 @@ def specs(hidden: int) -> dict[str, tuple[RowSpec, float | None]]:
 class Counts:
     """One instance: its resources, and what ``rows`` rows of ``hidden`` elements executed."""
 
-    spec: RowSpec
     kernel: KernelInstance
     resources: gfx950.Kernel
     rows: int
@@ -83,8 +82,13 @@ class Counts:
     bytes_moved: int
 
     @property
+    def hidden(self) -> int:
+        assert isinstance(self.kernel.spec, RowSpec)
+        return self.kernel.spec.hidden
+
+    @property
     def elements(self) -> int:
-        return self.rows * self.spec.hidden
+        return self.rows * self.hidden
 
     def per_element(self, kinds: Sequence[str]) -> float:
         """Lane-instructions of these kinds, each one slot."""
@@ -111,7 +115,7 @@ def count(spec: RowSpec) -> Counts:
     """Compile ``spec`` for gfx950 and run a few full workgroups of random rows."""
     kernel = instance(spec, resolve("gfx950"))
     resources = gfx950.CodeObject(toolchain.compile_kernel(kernel)).kernel(kernel.entry)
-    rows = GROUPS * kernel.rows_per_workgroup
+    rows = GROUPS * kernel.grid_rule.rows
     memory, generator = gfx950.Memory(), torch.Generator().manual_seed(0)
     pointers = []
     for binding in kernel.bindings:
@@ -126,14 +130,14 @@ def count(spec: RowSpec) -> Counts:
         )
     statistics = gfx950.execute(resources, kernel.grid(rows), kernel.block, [*pointers, rows], memory)
     moved = statistics.bytes_loaded + statistics.bytes_stored
-    return Counts(spec, kernel, resources, rows, statistics.by_work, moved)
+    return Counts(kernel, resources, rows, statistics.by_work, moved)
 
 
 def predicted(counts: Counts, tokens: int, machine: Machine) -> tuple[float, str]:
     """Seconds for ``tokens`` rows and their bound: memory, vector instructions, or one wave's latency."""
     workgroups = counts.kernel.grid(tokens)[0]
     turns = -(-workgroups // machine.units)  # of the busiest compute unit
-    slots = counts.vector * counts.spec.hidden * counts.kernel.rows_per_workgroup / WAVE
+    slots = counts.vector * counts.hidden * counts.kernel.grid_rule.rows / WAVE
     bounds = {
         "memory": counts.compulsory_bytes(tokens) / machine.bytes_per_second,
         "vector": turns * slots / machine.hertz,
@@ -166,15 +170,15 @@ def _count_row(name: str, goal: float | None, counts: Counts) -> list[object]:
     vector = [f"{counts.per_element([kind]):.2f}" for kind in VECTOR]
     met = "" if goal is None else f"{goal:g}" if counts.vector <= goal else f"{goal:g} missed"
     return [
-        *(name, counts.spec.hidden, resources.vgprs, resources.sgprs, resources.lds_bytes),
+        *(name, counts.hidden, resources.vgprs, resources.sgprs, resources.lds_bytes),
         *(resources.scratch_bytes, counts.kernel.block[0], *vector, f"{counts.vector:.2f}", met),
         *(f"{counts.per_element(MEMORY):.2f}", f"{counts.per_element(SCALAR):.2f}"),
-        f"{counts.compulsory_bytes(4096) / 4096 / counts.spec.hidden:.2f}",
+        f"{counts.compulsory_bytes(4096) / 4096 / counts.hidden:.2f}",
     ]
 
 
 def _time_row(name: str, counts: Counts, tokens: Sequence[int]) -> list[object]:
-    cells: list[object] = [name, counts.spec.hidden]
+    cells: list[object] = [name, counts.hidden]
     for rows in tokens:
         seconds, bound = predicted(counts, rows, Machine())
         cells.append(f"{seconds * 1e6:.1f} {bound[0]}")

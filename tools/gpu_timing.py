@@ -1,8 +1,8 @@
-"""Times on a CUDA GPU: kernel objects by themselves, Inductor's kernels for the same rows, and a copy.
+"""Times on a CUDA GPU: kernel objects by themselves, anything else that queues work, and a copy.
 
-Everything is captured into a CUDA graph that walks through enough input and output sets to leave the L2
-cache behind; the median of several replays is divided by the launches in it.  Outputs are poisoned and
-checked once before.
+Everything is captured into a CUDA graph that walks through several sets of tensors, and the median of several
+replays is divided by the calls in it.  Where one set is small against the L2 cache the sets stay in it, as
+what the kernel before has just written does; larger ones are so many that they leave it behind.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from lowering.errors import RunError
 from patterns.contracts import RowSpec
 
 ROWS = (1, 16, 128, 1024, 4096, 16384)
-_ROTATED = 512 << 20  # bytes in all input and output sets together; the L2 of an H200 holds 60 MB
-_MOST_SETS = 512
-_FEWEST_LAUNCHES = 20
+_WARM = 15 << 20  # bytes of one set that is left in the L2, which holds 60 MB on an H200
+_ROTATED = 400 << 20  # bytes in all sets together of those that are not
+_CAPTURED = 300 << 20  # bytes moved by one graph, within
+_FEWEST_CALLS, _MOST_CALLS = 12, 100
 _REPLAYS = 15
 _COPIED = 2 << 30
 
@@ -49,6 +50,18 @@ class Timing:
         return self.floor / self.kernel
 
 
+def is_cold(launch: Launch) -> bool:
+    """Whether the tensors of a launch are taken out of reach of the L2 between calls."""
+    return launch.bytes > _WARM
+
+
+def tensor_sets(launch: Launch) -> list[dict[str, Tensor]]:
+    """Inputs and poisoned outputs to walk through: two sets that stay in the L2, or enough to leave it."""
+    device = torch.device("cuda")
+    count = max(3, -(-_ROTATED // launch.bytes)) if is_cold(launch) else 2
+    return [{**inputs_for(launch, device), **outputs_for(launch, device)} for _ in range(count)]
+
+
 def check_kernel(launch: Launch, spec: RowSpec, device: torch.device) -> list[str]:
     """Launch once over poisoned outputs and compare; the problems, none when all is well."""
     inputs, outputs = inputs_for(launch, device), outputs_for(launch, device)
@@ -65,49 +78,51 @@ def copy_bandwidth() -> float:
     """Bytes per second, read plus written, of a large device-to-device copy: the median of 20."""
     source = torch.randint(0, 255, (_COPIED,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
+    for _ in range(200):  # until the clocks are up
+        target.copy_(source)
     seconds = _median_seconds(lambda: target.copy_(source), 20)
     return 2 * _COPIED / seconds
 
 
 def time_kernel(launch: Launch, spec: RowSpec, bandwidth: float, *, inductor: bool = True) -> Timing:
     """Time one launch, and ``torch.compile`` of the same rows."""
-    sets = max(3, min(_MOST_SETS, -(-_ROTATED // launch.bytes)))
-    inputs = [inputs_for(launch, torch.device("cuda")) for _ in range(sets)]
+    sets = tensor_sets(launch)
     return Timing(
         entry=launch.entry,
         rows=launch.rows,
         bytes=launch.bytes,
-        kernel=1e6 * _time_object(launch, inputs),
+        kernel=1e6 * time_launch(CudaKernel(launch), launch, sets),
         floor=1e6 * launch.bytes / bandwidth,
-        inductor=1e6 * _time_inductor(spec, inputs) if inductor else None,
-        cold=sets * launch.bytes >= _ROTATED,
+        inductor=1e6 * _time_inductor(spec, launch, sets) if inductor else None,
+        cold=is_cold(launch),
     )
 
 
-def _time_object(launch: Launch, inputs: Sequence[Mapping[str, Tensor]]) -> float:
-    kernel = CudaKernel(launch)
-    outputs = [outputs_for(launch, torch.device("cuda")) for _ in inputs]
-    tensors = [{**read, **written} for read, written in zip(inputs, outputs, strict=True)]
-    kernel(launch, tensors[0])  # warm: the module is loaded at the first launch
-    return _time_captured([lambda each=each: kernel(launch, each) for each in tensors])
+def time_launch(kernel: CudaKernel, launch: Launch, sets: Sequence[Mapping[str, Tensor]]) -> float:
+    """Seconds of one launch."""
+    kernel(launch, sets[0])  # warm: the module is loaded at the first launch
+    return time_calls([lambda each=each: kernel(launch, each) for each in sets], launch.bytes)
 
 
-def _time_inductor(spec: RowSpec, inputs: Sequence[Mapping[str, Tensor]]) -> float:
+def _time_inductor(spec: RowSpec, launch: Launch, sets: Sequence[Mapping[str, Tensor]]) -> float:
     compiled = inductor_row(spec)
+    reads = [binding.name for binding in launch.bindings if binding.access == "read"]
+    inputs = [{name: each[name] for name in reads} for each in sets]
     for _ in range(3):
         compiled(inputs[0])
-    return _time_captured([lambda each=each: compiled(each) for each in inputs])
+    return time_calls([lambda each=each: compiled(each) for each in inputs], launch.bytes)
 
 
-def inductor_row(spec: RowSpec) -> Callable[[Mapping[str, Tensor]], Any]:
+def inductor_row(spec: RowSpec, mode: str = "default") -> Callable[[Mapping[str, Tensor]], Any]:
     """The rows of ``spec`` in plain torch operations, through torch.compile."""
     torch._dynamo.reset()
-    return torch.compile(lambda inputs: reference(spec, inputs), dynamic=False, fullgraph=True)
+    return torch.compile(lambda inputs: reference(spec, inputs), dynamic=False, fullgraph=True, mode=mode)
 
 
-def _time_captured(calls: Sequence[Callable[[], Any]]) -> float:
-    """Seconds per call, from replays of one graph that holds every call, several rounds if they are few."""
-    rounds = max(1, -(-_FEWEST_LAUNCHES // len(calls)))
+def time_calls(calls: Sequence[Callable[[], Any]], moved: int) -> float:
+    """Seconds per call, each of which moves ``moved`` bytes, from replays of one graph that holds all."""
+    wanted = min(_MOST_CALLS, max(_FEWEST_CALLS, _CAPTURED // moved))
+    rounds = max(1, -(-wanted // len(calls)))
     graph, results = torch.cuda.CUDAGraph(), list[Any]()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from lowering.errors import RunError
+from lowering.kernel import KernelInstance
+from lowering.mapping import GridRule
 from lowering.ops import (
     gated_activation_reference,
     group_quant_physical_reference,
@@ -56,6 +58,7 @@ class Launch:
     object: Path
     arch: str
     grid: tuple[int, int, int]
+    grid_rule: GridRule
     block: tuple[int, int, int]
     dynamic_shared: int
     bindings: tuple[Binding, ...]
@@ -71,13 +74,8 @@ class Launch:
         return sum(binding.bytes for binding in self.bindings)
 
     def resized(self, rows: int) -> Launch:
-        """The same kernel over another number of rows.
-
-        A kernel takes as many rows a workgroup as the grid of this launch says; that is exact when the
-        launch has more rows than the square of that number.
-        """
-        per_workgroup = -(-self.rows // self.grid[0])
-        grid = (max(1, -(-rows // per_workgroup)), *self.grid[1:])
+        """The same kernel over another number of rows."""
+        grid = (self.grid_rule.workgroups(rows), *self.grid[1:])
         old, new = (self.rows, _padded(self.rows)), (rows, _padded(rows))
         bindings = tuple(_resized(binding, old, new) for binding in self.bindings)
         return replace(self, grid=grid, bindings=bindings, constants=(rows, *self.constants[1:]))
@@ -119,6 +117,7 @@ def _launch(item: Mapping[str, Any], directory: Path) -> Launch:
         object=path,
         arch=item["arch"],
         grid=_triple(item["grid"]),
+        grid_rule=GridRule(**{**item["grid_rule"], "few": tuple(map(tuple, item["grid_rule"]["few"]))}),
         block=_triple(item["block"]),
         dynamic_shared=item["dynamic_shared"],
         bindings=tuple(
@@ -132,6 +131,23 @@ def _launch(item: Mapping[str, Any], directory: Path) -> Launch:
 def _triple(sizes: Sequence[int]) -> tuple[int, int, int]:
     x, y, z = sizes
     return x, y, z
+
+
+def launch_of(kernel: KernelInstance, path: Path, rows: int) -> Launch:
+    """The launch of a kernel whose object is in ``path``, without a program around it."""
+    return Launch(
+        entry=kernel.entry,
+        object=path,
+        arch=kernel.target.arch,
+        grid=kernel.grid(rows),
+        grid_rule=kernel.grid_rule,
+        block=kernel.block,
+        dynamic_shared=kernel.dynamic_shared,
+        bindings=tuple(
+            Binding(b.name, getattr(torch, b.dtype), kernel.shape(b, rows), b.access) for b in kernel.bindings
+        ),
+        constants=(rows,),
+    )
 
 
 # Tensors ----------------------------------------------------------------------------------------
@@ -199,8 +215,11 @@ class CudaKernel:
         self._image = ctypes.create_string_buffer(launch.object.read_bytes())
         self._module = self._call(driver.cuModuleLoadData(ctypes.addressof(self._image)))
         self._function = self._call(driver.cuModuleGetFunction(self._module, launch.entry.encode()))
+        attributes = driver.CUfunction_attribute
+        local = attributes.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES
+        self.spilled = self._call(driver.cuFuncGetAttribute(local, self._function))  # bytes a thread
         if launch.dynamic_shared > _PLAIN_SHARED:
-            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            attribute = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             self._call(driver.cuFuncSetAttribute(self._function, attribute, launch.dynamic_shared))
 
     def __call__(self, launch: Launch, tensors: Mapping[str, Tensor]) -> None:

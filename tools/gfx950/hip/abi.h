@@ -10,28 +10,28 @@
 #include <stdint.h>
 
 typedef int hipError_t;
-#define HIP_ERRORS(X)                                                                       \
-  X(hipSuccess, 0, "no error")                                                              \
-  X(hipErrorInvalidValue, 1, "invalid argument")                                            \
-  X(hipErrorOutOfMemory, 2, "out of memory")                                                \
-  X(hipErrorNotInitialized, 3, "initialization error")                                      \
-  X(hipErrorInvalidConfiguration, 9, "invalid configuration argument")                      \
-  X(hipErrorInvalidDevicePointer, 17, "invalid device pointer")                             \
-  X(hipErrorInvalidMemcpyDirection, 21, "invalid copy direction for memcpy")                \
-  X(hipErrorInvalidDeviceFunction, 98, "invalid device function")                           \
-  X(hipErrorInvalidDevice, 101, "invalid device ordinal")                                   \
-  X(hipErrorInvalidImage, 200, "device kernel image is invalid")                            \
-  X(hipErrorInvalidContext, 201, "invalid device context")                                  \
-  X(hipErrorNoBinaryForGpu, 209, "no kernel image is available for execution on the device") \
-  X(hipErrorPeerAccessUnsupported, 217, "peer access is not supported between these two devices") \
-  X(hipErrorInvalidHandle, 400, "invalid resource handle")                                  \
-  X(hipErrorNotFound, 500, "named symbol not found")                                        \
-  X(hipErrorIllegalAddress, 700, "an illegal memory access was encountered")                \
-  X(hipErrorLaunchTimeOut, 702, "the launch timed out and was terminated")                  \
-  X(hipErrorHostMemoryAlreadyRegistered, 712, "part or all of the requested memory range is already mapped") \
-  X(hipErrorHostMemoryNotRegistered, 713, "pointer does not correspond to a registered memory region") \
-  X(hipErrorLaunchFailure, 719, "unspecified launch failure")                               \
-  X(hipErrorNotSupported, 801, "operation not supported")                                   \
+#define HIP_ERRORS(X)                                                                                       \
+  X(hipSuccess, 0, "no error")                                                                              \
+  X(hipErrorInvalidValue, 1, "invalid argument")                                                            \
+  X(hipErrorOutOfMemory, 2, "out of memory")                                                                \
+  X(hipErrorNotInitialized, 3, "initialization error")                                                      \
+  X(hipErrorInvalidConfiguration, 9, "invalid configuration argument")                                      \
+  X(hipErrorInvalidDevicePointer, 17, "invalid device pointer")                                             \
+  X(hipErrorInvalidMemcpyDirection, 21, "invalid copy direction for memcpy")                                \
+  X(hipErrorInvalidDeviceFunction, 98, "invalid device function")                                           \
+  X(hipErrorInvalidDevice, 101, "invalid device ordinal")                                                   \
+  X(hipErrorInvalidImage, 200, "device kernel image is invalid")                                            \
+  X(hipErrorInvalidContext, 201, "invalid device context")                                                  \
+  X(hipErrorNoBinaryForGpu, 209, "no kernel image is available for execution on the device")                \
+  X(hipErrorPeerAccessUnsupported, 217, "peer access is not supported between these two devices")           \
+  X(hipErrorInvalidHandle, 400, "invalid resource handle")                                                  \
+  X(hipErrorNotFound, 500, "named symbol not found")                                                        \
+  X(hipErrorIllegalAddress, 700, "an illegal memory access was encountered")                                \
+  X(hipErrorLaunchTimeOut, 702, "the launch timed out and was terminated")                                  \
+  X(hipErrorHostMemoryAlreadyRegistered, 712, "part or all of the requested memory range is already mapped")\
+  X(hipErrorHostMemoryNotRegistered, 713, "pointer does not correspond to a registered memory region")      \
+  X(hipErrorLaunchFailure, 719, "unspecified launch failure")                                               \
+  X(hipErrorNotSupported, 801, "operation not supported")                                                   \
   X(hipErrorUnknown, 999, "unknown error")
 #define HIP_ENUMERATOR(name, number, text) name = number,
 enum { HIP_ERRORS(HIP_ENUMERATOR) };
@@ -57,7 +57,13 @@ typedef struct {
   char bytes[16];
 } hipUUID;
 
-enum { hipMemcpyHostToHost, hipMemcpyHostToDevice, hipMemcpyDeviceToHost, hipMemcpyDeviceToDevice, hipMemcpyDefault };
+enum {
+  hipMemcpyHostToHost,
+  hipMemcpyHostToDevice,
+  hipMemcpyDeviceToHost,
+  hipMemcpyDeviceToDevice,
+  hipMemcpyDefault
+};
 enum { hipMemoryTypeHost = 1, hipMemoryTypeDevice = 2 };
 enum { hipEventDisableTiming = 2, hipEventKnownFlags = 0x1 | 0x2 | 0x20000000 | 0x40000000 };
 enum { hipStreamNonBlocking = 1 };

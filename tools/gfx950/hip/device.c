@@ -42,7 +42,8 @@ EXPORT const char *hipGetErrorName(hipError_t code) {
 
 /* The sentence of the failure, where `code` is this thread's latest: a caller passes it on as it is. */
 EXPORT const char *hipGetErrorString(hipError_t code) {
-  if (code != hipSuccess && code == last.described) return last.text;
+  if (code != hipSuccess && code == last.described)
+    return last.text;
 #define HIP_TEXT(name, number, text) \
   case number:                       \
     return text;
@@ -63,7 +64,8 @@ static struct object *objects;
 
 void *new_object(enum object_kind kind, size_t size) {
   struct object *object = calloc(1, size);
-  if (object == NULL) return NULL;
+  if (object == NULL)
+    return NULL;
   object->kind = kind;
   pthread_mutex_lock(&object_lock);
   object->next = objects;
@@ -75,19 +77,24 @@ void *new_object(enum object_kind kind, size_t size) {
 void delete_object(void *object) {
   pthread_mutex_lock(&object_lock);
   struct object **link = &objects;
-  while (*link != NULL && *link != object) link = &(*link)->next;
-  if (*link != NULL) *link = (*link)->next;
+  while (*link != NULL && *link != object)
+    link = &(*link)->next;
+  if (*link != NULL)
+    *link = (*link)->next;
   pthread_mutex_unlock(&object_lock);
   free(object);
 }
 
 hipError_t check_object(const void *object, enum object_kind kind, const char *function) {
-  static const char *const names[] = {"context", "stream", "event", "module", "function", "graph", "graph program"};
+  static const char *const names[] = {"context",  "stream", "event",        "module",
+                                      "function", "graph",  "graph program"};
   pthread_mutex_lock(&object_lock);
   const struct object *found = objects;
-  while (found != NULL && !(found == object && found->kind == kind)) found = found->next;
+  while (found != NULL && !(found == object && found->kind == kind))
+    found = found->next;
   pthread_mutex_unlock(&object_lock);
-  if (found != NULL) return hipSuccess;
+  if (found != NULL)
+    return hipSuccess;
   return fail(hipErrorInvalidHandle, function, "%p is no %s, or it was destroyed", object, names[kind]);
 }
 
@@ -105,29 +112,35 @@ static const struct machine machines[] = {
 const struct machine *machine(void) {
   const char *wanted = getenv("VMFUSE_EMULATED_ARCH");
   for (size_t i = 0; i < sizeof machines / sizeof *machines; i++)
-    if (strcmp(wanted ? wanted : "gfx950", machines[i].arch) == 0) return &machines[i];
+    if (strcmp(wanted ? wanted : "gfx950", machines[i].arch) == 0)
+      return &machines[i];
   return NULL;
 }
 
 static void announce(void) {
-  fprintf(stderr,
-          "*** emulated HIP: this is no GPU. Kernels for %s are executed instruction by instruction on the CPU; "
-          "their results count, their times do not. ***\n",
-          machine()->arch);
+  fprintf(
+      stderr,
+      "*** emulated HIP: this is no GPU. Kernels for %s are executed instruction by instruction on the CPU; "
+      "their results count, their times do not. ***\n",
+      machine()->arch);
 }
 
 EXPORT hipError_t hipInit(unsigned int flags) {
   static pthread_once_t once = PTHREAD_ONCE_INIT;
-  if (flags != 0) return FAIL(hipErrorInvalidValue, "flags must be 0, got %u", flags);
+  if (flags != 0)
+    return FAIL(hipErrorInvalidValue, "flags must be 0, got %u", flags);
   if (machine() == NULL)
-    return FAIL(hipErrorNotInitialized, "VMFUSE_EMULATED_ARCH is %s; known: gfx950, gfx942", getenv("VMFUSE_EMULATED_ARCH"));
+    return FAIL(hipErrorNotInitialized, "VMFUSE_EMULATED_ARCH is %s; known: gfx950, gfx942",
+                getenv("VMFUSE_EMULATED_ARCH"));
   pthread_once(&once, announce);
   return hipSuccess;
 }
 
 static hipError_t check_device(int device, const char *function) {
-  if (machine() == NULL) return fail(hipErrorNotInitialized, function, "hipInit failed or was not called");
-  if (device == 0) return hipSuccess;
+  if (machine() == NULL)
+    return fail(hipErrorNotInitialized, function, "hipInit failed or was not called");
+  if (device == 0)
+    return hipSuccess;
   return fail(hipErrorInvalidDevice, function, "there is one device, number 0, not %d", device);
 }
 
@@ -162,26 +175,23 @@ static const struct limit {
   hipDeviceAttribute_t attribute;
   int value;
 } limits[] = {
-    {hipDeviceAttributeMaxBlockDimX, 1024},
-    {hipDeviceAttributeMaxBlockDimY, 1024},
-    {hipDeviceAttributeMaxBlockDimZ, 1024},
-    {hipDeviceAttributeMaxThreadsPerBlock, 1024},
-    {hipDeviceAttributeMaxGridDimX, INT32_MAX},
-    {hipDeviceAttributeMaxGridDimY, 65535},
-    {hipDeviceAttributeMaxGridDimZ, 65535},
-    {hipDeviceAttributeWarpSize, 64},
-    {hipDeviceAttributeManagedMemory, 1},
-    {hipDeviceAttributeConcurrentManagedAccess, 1},
-    {hipDeviceAttributeIntegrated, 0},
-    {hipDeviceAttributeMemoryPoolsSupported, 0},
+    {hipDeviceAttributeMaxBlockDimX, 1024},     {hipDeviceAttributeMaxBlockDimY, 1024},
+    {hipDeviceAttributeMaxBlockDimZ, 1024},     {hipDeviceAttributeMaxThreadsPerBlock, 1024},
+    {hipDeviceAttributeMaxGridDimX, INT32_MAX}, {hipDeviceAttributeMaxGridDimY, 65535},
+    {hipDeviceAttributeMaxGridDimZ, 65535},     {hipDeviceAttributeWarpSize, 64},
+    {hipDeviceAttributeManagedMemory, 1},       {hipDeviceAttributeConcurrentManagedAccess, 1},
+    {hipDeviceAttributeIntegrated, 0},          {hipDeviceAttributeMemoryPoolsSupported, 0},
 };
 
 EXPORT hipError_t hipDeviceGetAttribute(int *value, hipDeviceAttribute_t attribute, int device) {
   TRY(check_device(device, __func__));
-  if (attribute == hipDeviceAttributeMultiprocessorCount) return *value = machine()->compute_units, hipSuccess;
-  if (attribute == hipDeviceAttributeMaxSharedMemoryPerBlock) return *value = machine()->lds_bytes, hipSuccess;
+  if (attribute == hipDeviceAttributeMultiprocessorCount)
+    return *value = machine()->compute_units, hipSuccess;
+  if (attribute == hipDeviceAttributeMaxSharedMemoryPerBlock)
+    return *value = machine()->lds_bytes, hipSuccess;
   for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
-    if (limits[i].attribute == attribute) return *value = limits[i].value, hipSuccess;
+    if (limits[i].attribute == attribute)
+      return *value = limits[i].value, hipSuccess;
   return FAIL(hipErrorNotSupported, "attribute %d is not known here", attribute);
 }
 
@@ -256,14 +266,17 @@ EXPORT hipError_t hipCtxPushCurrent(hipCtx_t context) {
 }
 
 EXPORT hipError_t hipCtxPopCurrent(hipCtx_t *context) {
-  if (stack.depth == 0) return FAIL(hipErrorInvalidContext, "no context was pushed in this thread");
+  if (stack.depth == 0)
+    return FAIL(hipErrorInvalidContext, "no context was pushed in this thread");
   stack.depth--;
-  if (context != NULL) *context = stack.contexts[stack.depth];
+  if (context != NULL)
+    *context = stack.contexts[stack.depth];
   return hipSuccess;
 }
 
 EXPORT hipError_t hipCtxSetCurrent(hipCtx_t context) {
-  if (stack.depth > 0) stack.depth--;
+  if (stack.depth > 0)
+    stack.depth--;
   return context == NULL ? hipSuccess : hipCtxPushCurrent(context);
 }
 
@@ -279,7 +292,8 @@ struct stream {
 };
 
 EXPORT hipError_t hipStreamCreateWithFlags(hipStream_t *stream, unsigned int flags) {
-  if (flags & ~(unsigned)hipStreamNonBlocking) return FAIL(hipErrorInvalidValue, "unknown flags 0x%x", flags);
+  if (flags & ~(unsigned)hipStreamNonBlocking)
+    return FAIL(hipErrorInvalidValue, "unknown flags 0x%x", flags);
   *stream = new_object(STREAM, sizeof **stream);
   return *stream ? hipSuccess : FAIL(hipErrorOutOfMemory, "no host memory is left");
 }
@@ -293,14 +307,16 @@ EXPORT hipError_t hipStreamDestroy(hipStream_t stream) {
 EXPORT hipError_t hipStreamSynchronize(hipStream_t stream) { return check_stream(stream, __func__); }
 
 EXPORT hipError_t hipStreamWaitEvent(hipStream_t stream, hipEvent_t event, unsigned int flags) {
-  if (flags != 0) return FAIL(hipErrorInvalidValue, "flags must be 0, got %u", flags);
+  if (flags != 0)
+    return FAIL(hipErrorInvalidValue, "flags must be 0, got %u", flags);
   TRY(check_object(event, EVENT, __func__));
   return check_stream(stream, __func__);
 }
 
 EXPORT hipError_t hipLaunchHostFunc(hipStream_t stream, hipHostFn_t function, void *argument) {
   TRY(check_stream(stream, __func__));
-  if (function == NULL) return FAIL(hipErrorInvalidValue, "the function is NULL");
+  if (function == NULL)
+    return FAIL(hipErrorInvalidValue, "the function is NULL");
   function(argument);
   return hipSuccess;
 }
@@ -314,9 +330,11 @@ struct event {
 };
 
 EXPORT hipError_t hipEventCreateWithFlags(hipEvent_t *event, unsigned int flags) {
-  if (flags & ~(unsigned)hipEventKnownFlags) return FAIL(hipErrorInvalidValue, "unknown flags 0x%x", flags);
+  if (flags & ~(unsigned)hipEventKnownFlags)
+    return FAIL(hipErrorInvalidValue, "unknown flags 0x%x", flags);
   *event = new_object(EVENT, sizeof **event);
-  if (*event == NULL) return FAIL(hipErrorOutOfMemory, "no host memory is left");
+  if (*event == NULL)
+    return FAIL(hipErrorOutOfMemory, "no host memory is left");
   (*event)->timed = !(flags & hipEventDisableTiming);
   return hipSuccess;
 }
@@ -353,8 +371,8 @@ EXPORT hipError_t hipEventElapsedTime(float *milliseconds, hipEvent_t start, hip
 
 /* -- what IREE resolves and does not need for a program -------------------------------------------- */
 
-#define NOT_HERE(function)                                                              \
-  EXPORT hipError_t function(void) {                                                    \
+#define NOT_HERE(function)                                                           \
+  EXPORT hipError_t function(void) {                                                 \
     return FAIL(hipErrorNotSupported, "this function is not part of the emulation"); \
   }
 NOT_HERE(hipFuncSetAttribute)

@@ -42,7 +42,8 @@ struct graph_program {
 };
 
 static void drop_nodes(struct node_list *nodes) {
-  if (--nodes->users > 0) return;
+  if (--nodes->users > 0)
+    return;
   for (struct node *node = nodes->first, *next; node != NULL; node = next) {
     next = node->next;
     drop_launch(&node->launch);
@@ -52,10 +53,12 @@ static void drop_nodes(struct node_list *nodes) {
 }
 
 EXPORT hipError_t hipGraphCreate(hipGraph_t *graph, unsigned int flags) {
-  if (flags != 0) return FAIL(hipErrorInvalidValue, "flags must be 0, got %u", flags);
+  if (flags != 0)
+    return FAIL(hipErrorInvalidValue, "flags must be 0, got %u", flags);
   struct node_list *nodes = calloc(1, sizeof *nodes);
   *graph = nodes ? new_object(GRAPH, sizeof **graph) : NULL;
-  if (*graph == NULL) return free(nodes), FAIL(hipErrorOutOfMemory, "no host memory is left");
+  if (*graph == NULL)
+    return free(nodes), FAIL(hipErrorOutOfMemory, "no host memory is left");
   *nodes = (struct node_list){.end = &nodes->first, .users = 1};
   (*graph)->nodes = nodes;
   return hipSuccess;
@@ -70,11 +73,14 @@ EXPORT hipError_t hipGraphDestroy(hipGraph_t graph) {
 
 EXPORT hipError_t hipGraphInstantiate(hipGraphExec_t *program, hipGraph_t graph, hipGraphNode_t *error_node,
                                       char *log, size_t room) {
-  if (error_node != NULL) *error_node = NULL;
-  if (log != NULL && room > 0) *log = '\0';
+  if (error_node != NULL)
+    *error_node = NULL;
+  if (log != NULL && room > 0)
+    *log = '\0';
   TRY(check_object(graph, GRAPH, __func__));
   *program = new_object(GRAPH_PROGRAM, sizeof **program);
-  if (*program == NULL) return FAIL(hipErrorOutOfMemory, "no host memory is left");
+  if (*program == NULL)
+    return FAIL(hipErrorOutOfMemory, "no host memory is left");
   (*program)->nodes = graph->nodes;
   graph->nodes->users++;
   return hipSuccess;
@@ -92,9 +98,11 @@ static hipError_t run_node(const struct node *node, hipStream_t stream, const ch
     case KERNEL:
       return run_launch(&node->launch, function);
     case FILL:
-      return fill(node->transfer.dst, node->transfer.value, node->transfer.element, node->transfer.size, function);
+      return fill(node->transfer.dst, node->transfer.value, node->transfer.element, node->transfer.size,
+                  function);
     case COPY:
-      return copy(node->transfer.dst, node->transfer.src, node->transfer.size, node->transfer.direction, function);
+      return copy(node->transfer.dst, node->transfer.src, node->transfer.size, node->transfer.direction,
+                  function);
     case RECORD:
       return hipEventRecord(node->event, stream);
     default:
@@ -114,30 +122,34 @@ EXPORT hipError_t hipGraphLaunch(hipGraphExec_t program, hipStream_t stream) {
 
 static bool in_graph(const struct graph *graph, const struct node *node) {
   const struct node *known = graph->nodes->first;
-  while (known != NULL && known != node) known = known->next;
+  while (known != NULL && known != node)
+    known = known->next;
   return known != NULL;
 }
 
 /* An empty node at the end of `graph`, for the caller to fill in. */
-static hipError_t add(hipGraphNode_t *node, hipGraph_t graph, const hipGraphNode_t *before, size_t count, const char *function) {
+static hipError_t add(hipGraphNode_t *node, hipGraph_t graph, const hipGraphNode_t *before, size_t count,
+                      const char *function) {
   TRY(check_object(graph, GRAPH, function));
   for (size_t i = 0; i < count; i++)
     if (!in_graph(graph, before[i]))
       return fail(hipErrorInvalidValue, function, "dependency %zu is no node of this graph", i);
   struct node *made = calloc(1, sizeof *made);
-  if (made == NULL) return fail(hipErrorOutOfMemory, function, "no host memory is left");
+  if (made == NULL)
+    return fail(hipErrorOutOfMemory, function, "no host memory is left");
   *graph->nodes->end = made;
   graph->nodes->end = &made->next;
   *node = made;
   return hipSuccess;
 }
 
-EXPORT hipError_t hipGraphAddEmptyNode(hipGraphNode_t *node, hipGraph_t graph, const hipGraphNode_t *before, size_t count) {
+EXPORT hipError_t hipGraphAddEmptyNode(hipGraphNode_t *node, hipGraph_t graph, const hipGraphNode_t *before,
+                                       size_t count) {
   return add(node, graph, before, count, __func__);
 }
 
-EXPORT hipError_t hipGraphAddEventRecordNode(hipGraphNode_t *node, hipGraph_t graph, const hipGraphNode_t *before,
-                                             size_t count, hipEvent_t event) {
+EXPORT hipError_t hipGraphAddEventRecordNode(hipGraphNode_t *node, hipGraph_t graph,
+                                             const hipGraphNode_t *before, size_t count, hipEvent_t event) {
   TRY(check_object(event, EVENT, __func__));
   TRY(add(node, graph, before, count, __func__));
   (*node)->kind = RECORD;
@@ -148,9 +160,12 @@ EXPORT hipError_t hipGraphAddEventRecordNode(hipGraphNode_t *node, hipGraph_t gr
 EXPORT hipError_t hipGraphAddKernelNode(hipGraphNode_t *node, hipGraph_t graph, const hipGraphNode_t *before,
                                         size_t count, const hipKernelNodeParams *is) {
   struct launch launch = {0};
-  hipError_t error = prepare_launch(&launch, is->func, is->gridDim, is->blockDim, is->sharedMemBytes, is->kernelParams, is->extra, __func__);
-  if (error == hipSuccess) error = add(node, graph, before, count, __func__);
-  if (error != hipSuccess) return drop_launch(&launch), error;
+  hipError_t error = prepare_launch(&launch, is->func, is->gridDim, is->blockDim, is->sharedMemBytes,
+                                    is->kernelParams, is->extra, __func__);
+  if (error == hipSuccess)
+    error = add(node, graph, before, count, __func__);
+  if (error != hipSuccess)
+    return drop_launch(&launch), error;
   (*node)->kind = KERNEL;
   (*node)->launch = launch;
   return hipSuccess;
@@ -158,7 +173,8 @@ EXPORT hipError_t hipGraphAddKernelNode(hipGraphNode_t *node, hipGraph_t graph, 
 
 EXPORT hipError_t hipGraphAddMemsetNode(hipGraphNode_t *node, hipGraph_t graph, const hipGraphNode_t *before,
                                         size_t count, const hipMemsetParams *is) {
-  if (is->height != 1) return FAIL(hipErrorNotSupported, "%zu rows; one is supported", is->height);
+  if (is->height != 1)
+    return FAIL(hipErrorNotSupported, "%zu rows; one is supported", is->height);
   TRY(add(node, graph, before, count, __func__));
   (*node)->kind = FILL;
   (*node)->transfer.dst = is->dst;
@@ -170,12 +186,15 @@ EXPORT hipError_t hipGraphAddMemsetNode(hipGraphNode_t *node, hipGraph_t graph, 
 
 /* The first byte of one side of a copy, or NULL if it is not plain memory from its beginning. */
 static unsigned char *first_byte(const hipMemcpySide *side) {
-  void *base = side->memoryType == hipMemoryTypeHost ? side->host : side->memoryType == hipMemoryTypeDevice ? side->device : NULL;
+  void *base = side->memoryType == hipMemoryTypeHost     ? side->host
+               : side->memoryType == hipMemoryTypeDevice ? side->device
+                                                         : NULL;
   return base == NULL || side->y || side->z || side->lod ? NULL : (unsigned char *)base + side->xInBytes;
 }
 
-EXPORT hipError_t hipDrvGraphAddMemcpyNode(hipGraphNode_t *node, hipGraph_t graph, const hipGraphNode_t *before,
-                                           size_t count, const HIP_MEMCPY3D *is, hipCtx_t context) {
+EXPORT hipError_t hipDrvGraphAddMemcpyNode(hipGraphNode_t *node, hipGraph_t graph,
+                                           const hipGraphNode_t *before, size_t count, const HIP_MEMCPY3D *is,
+                                           hipCtx_t context) {
   const void *src = first_byte(&is->src);
   void *dst = first_byte(&is->dst);
   if (is->height != 1 || is->depth != 1 || src == NULL || dst == NULL)

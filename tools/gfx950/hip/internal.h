@@ -15,10 +15,11 @@ hipError_t fail(hipError_t code, const char *function, const char *format, ...)
 #define FAIL(code, ...) fail(code, __func__, __VA_ARGS__)
 
 /* Leave the enclosing function with the error of `call`, which has been reported. */
-#define TRY(call)                         \
-  do {                                    \
-    hipError_t tried = (call);            \
-    if (tried != hipSuccess) return tried; \
+#define TRY(call)              \
+  do {                         \
+    hipError_t tried = (call); \
+    if (tried != hipSuccess)   \
+      return tried;            \
   } while (0)
 
 /* Handles: every object given out is on one list, so a stale or foreign pointer is never dereferenced. */

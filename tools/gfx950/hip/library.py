@@ -14,6 +14,8 @@ from pathlib import Path
 from lowering import toolchain
 from lowering.errors import ToolchainError
 
+from ..native import _compiler
+
 ARCHITECTURES = ("gfx950", "gfx942")
 
 _SOURCES = ("device.c", "memory.c", "module.c", "graph.c")
@@ -25,7 +27,7 @@ def library(executor: Sequence[str] | None = None) -> Path:
     """The stand-in, as the path of a shared object.
 
     executor: the command of the process that executes kernels; two file descriptors, the socket and the
-    memory, are added to it.  Default: ``tools.gfx950.hip.worker`` in this Python.
+    memory, are added to it.  Default: ``worker`` with ``gpu``, in this Python.
 
     Raises ToolchainError if there is no C compiler, or if it fails.
     """
@@ -47,9 +49,9 @@ def library(executor: Sequence[str] | None = None) -> Path:
     return built
 
 
-def environment(arch: str = "gfx950", executor: Sequence[str] | None = None) -> dict[str, str]:
+def environment(arch: str) -> dict[str, str]:
     """The variables that make IREE's HIP driver use the stand-in as a GPU of ``arch``."""
-    return {"IREE_HIP_DYLIB_PATH": f"file:{library(executor)}", "VMFUSE_EMULATED_ARCH": arch}
+    return {"IREE_HIP_DYLIB_PATH": f"file:{library()}", "VMFUSE_EMULATED_ARCH": arch}
 
 
 def _worker() -> tuple[str, ...]:
@@ -66,9 +68,3 @@ def _run(command: Sequence[str], directory: Path) -> None:
     if done.returncode != 0:
         message = done.stderr.strip() or f"exit status {done.returncode}"
         raise ToolchainError(f"The HIP stand-in did not compile.\n{message}\ncommand: {shlex.join(command)}")
-
-
-def _compiler() -> tuple[str, ...]:
-    """toolchain's C compiler; the clang of ``ziglang`` links only by its other name."""
-    command = toolchain._c_compiler()
-    return (*command[:-1], "cc") if command[1:] == ("-m", "ziglang", "clang") else command

@@ -43,8 +43,10 @@ static int executor = -1; /* the socket */
 static bool send_all(const void *data, size_t bytes) {
   for (size_t done = 0; done < bytes;) {
     ssize_t n = send(executor, (const char *)data + done, bytes - done, MSG_NOSIGNAL);
-    if (n < 0 && errno == EINTR) continue;
-    if (n <= 0) return false;
+    if (n < 0 && errno == EINTR)
+      continue;
+    if (n <= 0)
+      return false;
     done += (size_t)n;
   }
   return true;
@@ -53,8 +55,10 @@ static bool send_all(const void *data, size_t bytes) {
 static bool receive_all(void *data, size_t bytes) {
   for (size_t done = 0; done < bytes;) {
     ssize_t n = recv(executor, (char *)data + done, bytes - done, 0);
-    if (n < 0 && errno == EINTR) continue;
-    if (n <= 0) return false;
+    if (n < 0 && errno == EINTR)
+      continue;
+    if (n <= 0)
+      return false;
     done += (size_t)n;
   }
   return true;
@@ -70,17 +74,23 @@ static hipError_t lost(const char *function) {
 static hipError_t ask(enum request kind, const struct part *parts, size_t count, void *result, size_t room,
                       size_t *bytes, const char *function) {
   struct header header = {.kind = (int32_t)kind};
-  for (size_t i = 0; i < count; i++) header.bytes += parts[i].bytes;
+  for (size_t i = 0; i < count; i++)
+    header.bytes += parts[i].bytes;
   bool alive = send_all(&header, sizeof header);
-  for (size_t i = 0; alive && i < count; i++) alive = send_all(parts[i].data, parts[i].bytes);
-  if (!alive || !receive_all(&header, sizeof header)) return lost(function);
+  for (size_t i = 0; alive && i < count; i++)
+    alive = send_all(parts[i].data, parts[i].bytes);
+  if (!alive || !receive_all(&header, sizeof header))
+    return lost(function);
   if (header.kind != hipSuccess) {
     char why[1024] = "";
-    if (header.bytes >= sizeof why || !receive_all(why, header.bytes)) return lost(function);
+    if (header.bytes >= sizeof why || !receive_all(why, header.bytes))
+      return lost(function);
     return fail(header.kind, function, "%s", why);
   }
-  if (header.bytes > room || !receive_all(result, header.bytes)) return lost(function);
-  if (bytes != NULL) *bytes = header.bytes;
+  if (header.bytes > room || !receive_all(result, header.bytes))
+    return lost(function);
+  if (bytes != NULL)
+    *bytes = header.bytes;
   return hipSuccess;
 }
 
@@ -98,21 +108,25 @@ static hipError_t spawn_executor(int child, const char *function) {
   snprintf(argv[WORDS + 1] = file_number, sizeof file_number, "%d", file);
   int error = posix_spawn(&process, argv[0], NULL, NULL, argv, environ);
   close(file);
-  return error ? fail(hipErrorNotInitialized, function, "%s cannot be started: %s", argv[0], strerror(error)) : hipSuccess;
+  return error ? fail(hipErrorNotInitialized, function, "%s cannot be started: %s", argv[0], strerror(error))
+               : hipSuccess;
 }
 
 /* Hold `executor_lock`. */
 static hipError_t need_executor(const char *function) {
   int ends[2];
-  if (executor >= 0) return hipSuccess;
-  if (arena_file() < 0) return fail(hipErrorNotInitialized, function, "there is no device memory yet");
+  if (executor >= 0)
+    return hipSuccess;
+  if (arena_file() < 0)
+    return fail(hipErrorNotInitialized, function, "there is no device memory yet");
   if (socketpair(AF_UNIX, SOCK_STREAM, 0, ends) != 0)
     return fail(hipErrorNotInitialized, function, "no socket: %s", strerror(errno));
   executor = ends[0];
   fcntl(executor, F_SETFD, FD_CLOEXEC);
   hipError_t error = spawn_executor(ends[1], function);
   close(ends[1]);
-  if (error != hipSuccess) return close(executor), executor = -1, error;
+  if (error != hipSuccess)
+    return close(executor), executor = -1, error;
   uint64_t place[2] = {arena_base(), arena_size()};
   struct part parts[] = {{place, sizeof place}, {machine()->arch, strlen(machine()->arch)}};
   return ask(HELLO, parts, 2, NULL, 0, NULL, function);
@@ -163,21 +177,26 @@ static hipError_t image_bytes(size_t *bytes, const unsigned char *image, const c
     return fail(hipErrorInvalidImage, function, "the image is no 64-bit little-endian ELF file");
   uint64_t segments = table_end(image, 32, 54), sections = table_end(image, 40, 58);
   *bytes = segments > sections ? segments : sections;
-  if (readable(image, *bytes)) return hipSuccess;
-  return fail(hipErrorInvalidImage, function, "the image is truncated or damaged: by its header it has %zu bytes", *bytes);
+  if (readable(image, *bytes))
+    return hipSuccess;
+  return fail(hipErrorInvalidImage, function,
+              "the image is truncated or damaged: by its header it has %zu bytes", *bytes);
 }
 
 EXPORT hipError_t hipModuleLoadData(hipModule_t *module, const void *image) {
   size_t bytes = 0;
   TRY(image_bytes(&bytes, image, __func__));
   struct module *made = new_object(MODULE, sizeof *made);
-  if (made == NULL) return FAIL(hipErrorOutOfMemory, "no host memory is left");
+  if (made == NULL)
+    return FAIL(hipErrorOutOfMemory, "no host memory is left");
   struct part part = {image, bytes};
   pthread_mutex_lock(&executor_lock);
   hipError_t error = need_executor(__func__);
-  if (error == hipSuccess) error = ask(LOAD, &part, 1, &made->id, sizeof made->id, NULL, __func__);
+  if (error == hipSuccess)
+    error = ask(LOAD, &part, 1, &made->id, sizeof made->id, NULL, __func__);
   pthread_mutex_unlock(&executor_lock);
-  if (error != hipSuccess) return delete_object(made), error;
+  if (error != hipSuccess)
+    return delete_object(made), error;
   *module = made;
   return hipSuccess;
 }
@@ -207,13 +226,16 @@ EXPORT hipError_t hipModuleGetFunction(hipFunction_t *function, hipModule_t modu
   *function = NULL;
   TRY(check_object(module, MODULE, __func__));
   struct function *made = new_object(FUNCTION, sizeof *made);
-  if (made == NULL) return FAIL(hipErrorOutOfMemory, "no host memory is left");
+  if (made == NULL)
+    return FAIL(hipErrorOutOfMemory, "no host memory is left");
   struct part parts[] = {{&module->id, sizeof module->id}, {name, strlen(name)}};
   pthread_mutex_lock(&executor_lock);
   hipError_t error = need_executor(__func__);
-  if (error == hipSuccess) error = ask(FIND, parts, 2, &made->kernel, sizeof made->kernel, &bytes, __func__);
+  if (error == hipSuccess)
+    error = ask(FIND, parts, 2, &made->kernel, sizeof made->kernel, &bytes, __func__);
   pthread_mutex_unlock(&executor_lock);
-  if (error != hipSuccess) return delete_object(made), error;
+  if (error != hipSuccess)
+    return delete_object(made), error;
   made->module = module;
   snprintf(made->name, sizeof made->name, "%s", name);
   *function = made;
@@ -244,33 +266,38 @@ static hipError_t check_shape(const struct launch *launch, const char *name) {
   dim3 grid = launch->grid, block = launch->block;
   uint64_t threads = (uint64_t)block.x * block.y * block.z;
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || threads == 0)
-    return fail(hipErrorInvalidConfiguration, name, "%s: grid %ux%ux%u of %ux%ux%u threads is empty", function->name,
-                grid.x, grid.y, grid.z, block.x, block.y, block.z);
+    return fail(hipErrorInvalidConfiguration, name, "%s: grid %ux%ux%u of %ux%ux%u threads is empty",
+                function->name, grid.x, grid.y, grid.z, block.x, block.y, block.z);
   if (grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535)
     return fail(hipErrorInvalidConfiguration, name, "%s: grid %ux%ux%u exceeds 2147483647x65535x65535",
                 function->name, grid.x, grid.y, grid.z);
   if (block.x > 1024 || block.y > 1024 || block.z > 1024 || threads > function->kernel.max_threads)
-    return fail(hipErrorInvalidConfiguration, name, "%s: %ux%ux%u threads, the kernel was compiled for at most %u",
-                function->name, block.x, block.y, block.z, function->kernel.max_threads);
+    return fail(hipErrorInvalidConfiguration, name,
+                "%s: %ux%ux%u threads, the kernel was compiled for at most %u", function->name, block.x,
+                block.y, block.z, function->kernel.max_threads);
   if (launch->shared + (uint64_t)function->kernel.lds_bytes > (uint64_t)machine()->lds_bytes)
-    return fail(hipErrorInvalidConfiguration, name, "%s: %u + %u bytes of LDS, the device has %d", function->name,
-                function->kernel.lds_bytes, launch->shared, machine()->lds_bytes);
+    return fail(hipErrorInvalidConfiguration, name, "%s: %u + %u bytes of LDS, the device has %d",
+                function->name, function->kernel.lds_bytes, launch->shared, machine()->lds_bytes);
   return hipSuccess;
 }
 
-hipError_t prepare_launch(struct launch *launch, struct function *function, dim3 grid, dim3 block, unsigned shared,
-                          void **parameters, void **extra, const char *name) {
+hipError_t prepare_launch(struct launch *launch, struct function *function, dim3 grid, dim3 block,
+                          unsigned shared, void **parameters, void **extra, const char *name) {
   TRY(check_object(function, FUNCTION, name));
   TRY(check_object(function->module, MODULE, name));
   *launch = (struct launch){function, grid, block, shared, function->kernel.argument_bytes, NULL};
   TRY(check_shape(launch, name));
-  if (extra != NULL) return fail(hipErrorNotSupported, name, "%s: arguments must come by kernelParams", function->name);
+  if (extra != NULL)
+    return fail(hipErrorNotSupported, name, "%s: arguments must come by kernelParams", function->name);
   if (parameters == NULL && function->kernel.argument_count > 0)
-    return fail(hipErrorInvalidValue, name, "%s takes %u arguments, got none", function->name, function->kernel.argument_count);
+    return fail(hipErrorInvalidValue, name, "%s takes %u arguments, got none", function->name,
+                function->kernel.argument_count);
   launch->arguments = calloc(1, launch->argument_bytes + 1);
-  if (launch->arguments == NULL) return fail(hipErrorOutOfMemory, name, "no host memory is left");
+  if (launch->arguments == NULL)
+    return fail(hipErrorOutOfMemory, name, "no host memory is left");
   for (uint32_t i = 0; i < function->kernel.argument_count; i++)
-    memcpy(launch->arguments + function->kernel.arguments[i].offset, parameters[i], function->kernel.arguments[i].size);
+    memcpy(launch->arguments + function->kernel.arguments[i].offset, parameters[i],
+           function->kernel.arguments[i].size);
   return hipSuccess;
 }
 
@@ -282,12 +309,14 @@ hipError_t run_launch(const struct launch *launch, const char *name) {
   size_t blocks, writes;
   pthread_mutex_lock(&executor_lock);
   hipError_t error = need_executor(name);
-  if (error != hipSuccess) return pthread_mutex_unlock(&executor_lock), error;
+  if (error != hipSuccess)
+    return pthread_mutex_unlock(&executor_lock), error;
   pthread_mutex_lock(&memory_lock);
   const struct allocation *live = allocations(&blocks);
   const struct range *written = host_writes(&writes);
   uint64_t head[] = {launch->function->kernel.id, blocks, writes, launch->argument_bytes};
-  uint32_t shape[] = {launch->grid.x, launch->grid.y, launch->grid.z, launch->block.x, launch->block.y, launch->block.z, launch->shared, 0};
+  uint32_t shape[] = {launch->grid.x,  launch->grid.y,  launch->grid.z, launch->block.x,
+                      launch->block.y, launch->block.z, launch->shared, 0};
   struct part parts[] = {{head, sizeof head},
                          {shape, sizeof shape},
                          {live, blocks * sizeof *live},
@@ -310,7 +339,8 @@ EXPORT hipError_t hipModuleLaunchKernel(hipFunction_t function, unsigned int gri
   TRY(check_stream(stream, __func__));
   hipError_t error = prepare_launch(&launch, function, (dim3){grid_x, grid_y, grid_z},
                                     (dim3){block_x, block_y, block_z}, shared, parameters, extra, __func__);
-  if (error == hipSuccess) error = run_launch(&launch, __func__);
+  if (error == hipSuccess)
+    error = run_launch(&launch, __func__);
   drop_launch(&launch);
   return error;
 }

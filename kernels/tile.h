@@ -1,0 +1,671 @@
+// How the lanes of a block, laid over rows in one way, do the work of row.h.  Included inside a namespace, once for each
+// way, with the macros that say which:
+//
+// ROW_LANES lanes work on one row.  A lane owns VECTORS vectors of VECTOR contiguous elements; vector v of lane l starts
+// at column (v*ROW_LANES + l)*VECTOR.  With a VECTOR of 8 or 16 a lane's q is one store of as many bytes and a group of
+// 32, 64 or 128 elements is a power of two of neighbouring lanes, whatever the wave width.  ROW_LANES is either a power
+// of two not above the wave (several rows share a wave, no barrier) or whole waves (one row per block, and a barrier for
+// each thing that depends on the whole row).  Where nothing does, a long row is taken in BATCHES.
+//
+// A block takes ROWS rows; with MOST_BLOCKS, no more blocks than that go through the rows in steps of all of them.  With
+// SLICES several blocks read the same row and each writes a part of it.
+
+static_assert(VECTOR == 8 || VECTOR == 16, "a vector is one store of codes");
+constexpr int PAIRS = VECTOR / 2;
+constexpr int ROW_WAVES = ROW_LANES > WAVE ? ROW_LANES / WAVE : 1;
+constexpr bool WHOLE = HIDDEN % VECTOR == 0;               // no vector crosses the end of a row
+constexpr bool COVERED = HIDDEN == VECTOR * ROW_LANES * VECTORS * BATCHES;  // no lane is idle
+constexpr bool LOOPS = MOST_BLOCKS > 0;
+
+// Whole waves end where a row ends: then which lanes are idle is one scalar comparison.
+constexpr bool EVEN_WAVES = ROW_WAVES > 1 && HIDDEN % (VECTOR * WAVE) == 0;
+// y ends up rounded to x's dtype before it is quantized.
+constexpr bool ROUNDS = (NORM || ACT) && (ROUNDING == ONCE || (ROUNDING == TWICE && PRODUCT_DTYPE == X_DTYPE));
+// What is quantized has at most 11 significant bits.
+constexpr bool NARROW = X_DTYPE != F32 && ((!NORM && !ACT) || ROUNDS);
+
+// The bits of one vector as they lie in memory; two 16-bit elements share a word, the first in the low half.
+template <int DTYPE> struct Packed { u32 word[VECTOR * SIZE<DTYPE> / 4]; };
+
+struct Vector { f2 pair[PAIRS]; };
+
+// The value as it is quantized, and rounded to x's dtype as it is written.
+struct Y {
+  Vector value;
+  Packed<X_DTYPE> bits;
+};
+
+// A vector of the weight: as read, or where it serves many rows as the factors.
+constexpr int WEIGHT_AS = WEIGHT_DTYPE == NONE || LOOPS ? F32 : WEIGHT_DTYPE;
+using Weight = Packed<WEIGHT_AS>;
+
+// Which outputs of a row a block writes: vector v of wave w where (v*ROW_WAVES + w) % (mask + 1) is `number`.
+struct Slice { u32 mask, number; };
+
+// A row has as many blocks as a power of two up to SLICES, and the machine, allow.
+DEVICE u32 slices_of_row(int rows) {
+  u32 slices = SLICES;
+  while (slices > 1 && rows * slices > SPREAD) slices /= 2;
+  return slices;
+}
+
+template <int DTYPE> DEVICE f2 unpack(const Packed<DTYPE> &packed, int i) {
+  if constexpr (DTYPE == F32) return pair(as_float(packed.word[2 * i]), as_float(packed.word[2 * i + 1]));
+  else if constexpr (DTYPE == F16) return unpack_f16(packed.word[i]);
+  else return pair(as_float(low_up(packed.word[i])), as_float(packed.word[i] & 0xffff0000u));
+}
+
+template <int DTYPE> DEVICE void pack(Packed<DTYPE> &packed, int i, f2 value) {
+  if constexpr (DTYPE == F32) packed.word[2 * i] = as_bits(value.x), packed.word[2 * i + 1] = as_bits(value.y);
+  else if constexpr (DTYPE == F16) packed.word[i] = pack_f16(value);
+  else packed.word[i] = pack_bf16(value);
+}
+
+template <int DTYPE> DEVICE f2 round_to(f2 value) {
+  if constexpr (DTYPE == F32) return value;
+  Packed<DTYPE> packed;
+  pack<DTYPE>(packed, 0, value);
+  return unpack<DTYPE>(packed, 0);
+}
+
+// WIDE: rows are multiples of WIDE_BYTES, and every pointer is aligned to them or the machine does not mind.  Otherwise
+// element by element, which also serves the last, partial vector of a row whose length is no multiple of VECTOR.
+template <int DTYPE, bool WIDE> DEVICE Packed<DTYPE> load(const u8 *row, u32 column) {
+  Packed<DTYPE> packed;
+  const u8 *from = row + column * SIZE<DTYPE>;
+  constexpr int bytes = VECTOR * SIZE<DTYPE>;
+  if constexpr (WIDE && bytes % WIDE_BYTES == 0) {
+    UNROLL for (int i = 0; i < bytes; i += WIDE_BYTES) load_wide<WIDE_BYTES>(from + i, &packed.word[i / 4]);
+  } else if constexpr (WIDE) {
+    UNROLL for (int i = 0; i < bytes; i += 16) load16(from + i, &packed.word[i / 4]);
+  } else if constexpr (DTYPE == F32) {
+    UNROLL for (int i = 0; i < VECTOR; ++i)
+      packed.word[i] = WHOLE || column + i < HIDDEN ? ((const u32 *)from)[i] : 0;
+  } else {
+    UNROLL for (int i = 0; i < PAIRS; ++i) {
+      u32 low = WHOLE || column + 2 * i < HIDDEN ? ((const u16 *)from)[2 * i] : 0;
+      u32 high = WHOLE || column + 2 * i + 1 < HIDDEN ? ((const u16 *)from)[2 * i + 1] : 0;
+      packed.word[i] = low | high << 16;
+    }
+  }
+  return packed;
+}
+
+template <int DTYPE, bool WIDE> DEVICE void store(u8 *row, u32 column, const Packed<DTYPE> &packed) {
+  u8 *to = row + column * SIZE<DTYPE>;
+  constexpr int bytes = VECTOR * SIZE<DTYPE>;
+  if constexpr (WIDE && bytes % WIDE_BYTES == 0) {
+    UNROLL for (int i = 0; i < bytes; i += WIDE_BYTES) store_wide<WIDE_BYTES>(to + i, &packed.word[i / 4]);
+  } else if constexpr (WIDE) {
+    UNROLL for (int i = 0; i < bytes; i += 16) store16(to + i, &packed.word[i / 4]);
+  } else if constexpr (DTYPE == F32) {
+    UNROLL for (int i = 0; i < VECTOR; ++i)
+      if (WHOLE || column + i < HIDDEN) ((u32 *)to)[i] = packed.word[i];
+  } else {
+    UNROLL for (int i = 0; i < VECTOR; ++i)
+      if (WHOLE || column + i < HIDDEN) ((u16 *)to)[i] = (u16)(packed.word[i / 2] >> 16 * (i % 2));
+  }
+}
+
+// n / D correctly rounded, for n that is finite and so large that a 2^-24th of it is still a normal number, or n inf
+// or NaN: one Markstein step from the correctly rounded 1/D.
+template <int D> DEVICE float divide_by(float n) {
+  constexpr float inverse = 1.0f / D;
+  float near = n * inverse;
+  if constexpr ((D & (D - 1)) == 0) return near;
+  float exact = fma(-fma(near, (float)D, -n), inverse, near);
+  return n < INFINITE ? exact : n;
+}
+
+// 1/sqrt(total/HIDDEN + eps) with every operation rounded to nearest, as torch computes it.  Where eps is not tiny a
+// total below divide_by's range vanishes beside it whatever its last bit.
+DEVICE float inverse_rms(float total) {
+  float mean = EPS >= 0x1p-50f ? divide_by<HIDDEN>(total) : divide(total, (float)HIDDEN);
+  return reciprocal(square_root(mean + EPS));
+}
+
+#if ACT
+// What activation.h is written in.
+#define ACTIVATION DEVICE
+typedef f2 Reals;
+DEVICE Reals all(float a) { return pair(a, a); }
+DEVICE Reals plus(Reals a, Reals b) { return add2(a, b); }
+DEVICE Reals times(Reals a, Reals b) { return mul2(a, b); }
+DEVICE Reals fused(Reals a, Reals b, Reals c) { return fma2(a, b, c); }
+// a/b for b >= 1, all but correctly rounded: a*r, r near 1/b, improved once.  A sixteenth of b is inverted, since the
+// machine's own inverse is never subnormal.  Where a or b is infinite a*r is the result already: the error, NaN then,
+// is replaced by a number that changes nothing.  Written so that the sign of a zero survives.
+DEVICE Reals over(Reals a, Reals b) {
+  const f2 part = mul2(b, all(0x1p-4f));
+  const f2 r = mul2(pair(near_reciprocal(part.x), near_reciprocal(part.y)), all(0x1p-4f)), near = mul2(a, r);
+  f2 error = fma2(near, b, negated(a));
+  error = pair(smaller_number(error.x, 0x1p127f), smaller_number(error.y, 0x1p127f));
+  return fma2(negated(error), r, near);
+}
+using ::between;
+DEVICE Reals between(Reals a, float low, float high) { return pair(between(a.x, low, high), between(a.y, low, high)); }
+DEVICE float magnitude(float a) { return as_float(as_bits(a) & 0x7fffffffu); }
+DEVICE Reals magnitude(Reals a) { return pair(magnitude(a.x), magnitude(a.y)); }
+DEVICE float with_sign(float a, float b) { return as_float(as_bits(magnitude(a)) | (as_bits(b) & 0x80000000u)); }
+DEVICE Reals with_sign(Reals a, Reals b) { return pair(with_sign(a.x, b.x), with_sign(a.y, b.y)); }
+DEVICE Reals where_above(Reals a, float bound, Reals yes, Reals no) {
+  return pair(a.x > bound ? yes.x : no.x, a.y > bound ? yes.y : no.y);
+}
+DEVICE Reals exponent_from(Reals a) { return pair(as_float(as_bits(a.x) << 23), as_float(as_bits(a.y) << 23)); }
+#include "activation.h"
+#endif
+
+// 1/scale correctly rounded, by one Newton step from an approximation within an ulp.  Of all significands only that of
+// all ones can come out wrong (checked exhaustively), and amax/limit never rounds to it for an amax of 11 bits.  The
+// step is not for infinity: the caller's business.
+DEVICE float scale_reciprocal(float scale) {
+  if constexpr (!NARROW) return reciprocal(scale);
+  float near = near_reciprocal(scale);
+  return fma(fma(-scale, near, 1.0f), near, near);
+}
+
+DEVICE u32 max_u32(u32 a, u32 b) { return a > b ? a : b; }
+DEVICE u32 min_u32(u32 a, u32 b) { return a < b ? a : b; }
+
+struct Sum {
+  DEVICE u32 of(u32 a, u32 b) { return as_bits(as_float(a) + as_float(b)); }
+};
+struct Largest {
+  DEVICE u32 of(u32 a, u32 b) { return max_u32(a, b); }
+};
+
+// What the waves of a row leave for each other, filled up with zeros: up to 8 are combined by every lane, of more a lane
+// takes four, and its neighbours the others.
+constexpr int PARTS = ROW_WAVES > 16 ? 32 : ROW_WAVES > 8 ? 16 : 8;
+
+template <class Combine> DEVICE u32 over_parts(const u32 *parts) {
+  constexpr int own = PARTS > 8 ? 4 : 8;
+  const u32 *from = parts + (PARTS > 8 ? thread() * own % PARTS : 0);
+  u32 part[own];
+  UNROLL for (int i = 0; i < own; ++i) part[i] = from[i];
+  UNROLL for (int step = own / 2; step > 0; step /= 2)
+    UNROLL for (int i = 0; i < step; ++i) part[i] = Combine::of(part[i], part[i + step]);
+  if constexpr (PARTS > 8) part[0] = Combine::of(part[0], fold<1>(part[0]));
+  if constexpr (PARTS > 8) part[0] = Combine::of(part[0], fold<2>(part[0]));
+  if constexpr (PARTS > 16) part[0] = Combine::of(part[0], fold<4>(part[0]));
+  return part[0];
+}
+
+// The parts of the lanes of one row, combined.  fold<K>(v) is v in the neighbouring block of K lanes, where all lanes
+// of a block agree already.
+template <class Combine> DEVICE u32 over_row(u32 part, u32 turn) {
+  constexpr int lanes = ROW_LANES < WAVE ? ROW_LANES : WAVE;
+  if constexpr (lanes > 1) part = Combine::of(part, fold<1>(part));
+  if constexpr (lanes > 2) part = Combine::of(part, fold<2>(part));
+  if constexpr (lanes > 4) part = Combine::of(part, fold<4>(part));
+  if constexpr (lanes > 8) part = Combine::of(part, fold<8>(part));
+  if constexpr (lanes > 16) part = Combine::of(part, fold<16>(part));
+  if constexpr (lanes > 32) part = Combine::of(part, fold<32>(part));
+  if constexpr (ROW_WAVES > 1) {
+    // Two, used in turn: with one barrier a row the parts of the last row may still be read.
+    SHARED u32 partials[2][PARTS];
+    u32 *partial = partials[LOOPS ? turn % 2 : 0];
+    if (thread() % WAVE == 0) partial[wave()] = part;
+    if (PARTS > ROW_WAVES && thread() < PARTS - ROW_WAVES) partial[ROW_WAVES + thread()] = 0;
+    barrier();
+    part = over_parts<Combine>(partial);
+  }
+  return part;
+}
+
+DEVICE float row_sum(float part, u32 turn) { return as_float(over_row<Sum>(as_bits(part), turn)); }
+
+#if QUANTS > 0
+constexpr int LARGEST_GROUP = GROUP0 | GROUP1 | GROUP2 | GROUP3;  // as far as comparing with powers of two goes
+
+// A quantization as constants; lowering/kernel.py explains them.  GROUPi is 0 where the whole row is one group; floats
+// come as their bits, an INVERSE of 0 means division.
+#define SCHEME(i) \
+  struct Scheme##i { \
+    static constexpr int group = GROUP##i, length = GROUP##i ? GROUP##i : HIDDEN, groups = HIDDEN / length; \
+    static constexpr int layout = LAYOUT##i, codes = CODES##i, limit = LIMIT##i; \
+    static constexpr bool power = POWER##i, reciprocal = RECIPROCAL##i, safe = QUOTIENT##i != DIVIDED; \
+    static constexpr bool twofold = QUOTIENT##i == TWOFOLD && !power && !reciprocal; \
+    static constexpr u32 floor = FLOOR##i, ceiling = CEILING##i, scale_floor = SCALE_FLOOR##i, inverse = INVERSE##i; \
+  }
+SCHEME(0);
+#if QUANTS > 1
+SCHEME(1);
+#endif
+#if QUANTS > 2
+SCHEME(2);
+#endif
+#if QUANTS > 3
+SCHEME(3);
+#endif
+
+// Bits of max|y| over the groups of 32, 64 and 128 elements this lane's vector lies in, and over its row.  absmax hands
+// on a NaN, and since the sign is gone bits order as values do with NaN on top: from here on the maximum is an integer
+// one.
+struct Amax { u32 of32, of64, of128, of_row; };
+
+// max|y| over this lane's vector.  Where y is 16-bit and the machine compares two such at once, on the packed form.
+DEVICE float lane_amax(const Y &y) {
+#if HAS_ABSMAX16
+  if constexpr (NARROW) {
+    u32 part[PAIRS];
+    UNROLL for (int i = 0; i < PAIRS; ++i) part[i] = y.bits.word[i];
+    UNROLL for (int step = PAIRS / 2; step > 0; step /= 2)
+      UNROLL for (int i = 0; i < step; ++i) part[i] = absmax16<X_DTYPE>(part[i], part[i + step]);
+    Packed<X_DTYPE> last;
+    last.word[0] = part[0];
+    f2 both = unpack<X_DTYPE>(last, 0);
+    return absmax(both.x, both.y);
+  }
+#endif
+  float part[PAIRS];
+  UNROLL for (int i = 0; i < PAIRS; ++i) part[i] = absmax(y.value.pair[i].x, y.value.pair[i].y);
+  UNROLL for (int step = PAIRS / 2; step > 0; step /= 2)
+    UNROLL for (int i = 0; i < step; ++i) part[i] = absmax(part[i], part[i + step]);
+  return part[0];
+}
+
+DEVICE u32 amax_bits(const Y &y) { return as_bits(lane_amax(y)) & 0x7fffffffu; }
+
+DEVICE Amax group_amax(const Y &y, u32 of_row) {
+  Amax amax = {};
+  amax.of_row = of_row;
+  if constexpr (LARGEST_GROUP == 0) return amax;
+  constexpr int vectors32 = 32 / VECTOR;  // vectors in a group of 32
+  u32 bits = amax_bits(y);
+  if constexpr (vectors32 == 4) bits = max_u32(bits, fold<1>(bits));
+  amax.of32 = max_u32(bits, fold<vectors32 / 2>(bits));
+  if constexpr (LARGEST_GROUP >= 64) amax.of64 = max_u32(amax.of32, fold<vectors32>(amax.of32));
+  if constexpr (LARGEST_GROUP >= 128) amax.of128 = max_u32(amax.of64, fold<2 * vectors32>(amax.of64));
+  return amax;
+}
+
+// The next power of two not below, its exponent kept in [-126, 127]; NaN stays NaN.
+DEVICE float power_of_two_above(float scale) {
+  u32 bits = as_bits(scale), up = (bits + 0x7fffffu) & INFINITE_BITS;
+  return bits > INFINITE_BITS ? scale : as_float(min_u32(max_u32(up, 0x00800000u), 0x7f000000u));
+}
+
+// 1/scale for such a power, exactly: that of 2^127 is subnormal.
+DEVICE float inverse_power(float scale) {
+  return scale < INFINITE ? as_float(max_u32(0x7f000000u - as_bits(scale), 0x00400000u)) : scale;
+}
+
+template <class S> DEVICE float scale_of(const Amax &amax) {
+  u32 bits = S::group == 32 ? amax.of32 : S::group == 64 ? amax.of64 : S::group == 128 ? amax.of128 : amax.of_row;
+  bits = max_u32(bits, S::floor);
+  if constexpr (S::ceiling < INFINITE_BITS) bits = bits > INFINITE_BITS ? bits : min_u32(bits, S::ceiling);
+  float scale;
+  if constexpr (S::inverse != 0) scale = as_float(bits) * as_float(S::inverse);
+  else scale = S::safe ? divide_by<S::limit>(as_float(bits)) : divide(as_float(bits), (float)S::limit);
+  if constexpr (S::scale_floor != 0) scale = as_float(max_u32(as_bits(scale), S::scale_floor));
+  return S::power ? power_of_two_above(scale) : scale;
+}
+
+// What a group's values are divided by: 1/scale as r, or as r + rest; s is scale but where that is infinite.
+struct Divisor { float scale, r, rest, s; };
+
+// For TWOFOLD a scale from here on is rare; it is made smaller, and the values with it, so that no part of 1/scale is
+// subnormal.  NaN is rare too.
+constexpr float LARGE = 0x1p100f, SHRINK = 0x1p-64f;
+
+// r + rest is within 2^-43 of 1/scale, and neither is negative, so that the sign of a zero survives.
+DEVICE Divisor twofold_divisor(float scale) {
+  const float r = as_float(as_bits(near_reciprocal(scale)) - 2);  // below 1/scale
+  const float error = fma(-scale, r, 1.0f);
+  return {scale, r, fma(error, error, error) * r, scale};
+}
+
+template <class S> DEVICE Divisor divisor_of(float scale) {
+  const bool infinite = scale == INFINITE;
+  const float s = infinite ? 0.0f : scale;
+  if constexpr (S::power) return {scale, inverse_power(scale), 0.0f, s};
+  else if constexpr (S::twofold) return twofold_divisor(scale);
+  else if constexpr (S::safe) return {scale, infinite ? 0.0f : scale_reciprocal(scale), 0.0f, s};
+  else return {scale, S::reciprocal ? reciprocal(scale) : 0.0f, 0.0f, s};
+}
+
+// y/scale, or y * (1/scale) where the scheme says so.
+//
+// TWOFOLD: y*r + y*rest with one rounding at the end is within 2^-43 of y/scale, and for a y of 8 bits y/scale is
+// never that close to where float32 rounds the other way (lowering/kernel.py checks every significand of y and scale).
+//
+// CORRECTED: the quotient comes from r = RN(1/scale): t = RN(y*r) is within an ulp or so of y/scale, and
+// t - (t*scale - y)*r rounds to RN(y/scale) (Markstein's theorem, which needs r correctly rounded).  It holds while
+// nothing under- or overflows, which the floor on amax ensures for scale and r; where y is so small that the remainder
+// underflows, q is a zero either way.  Written as t - e*r with e = t*scale - y the sign of a zero survives.
+// An infinite scale means r = 0, and e must then be finite: the step uses 0 for scale, so finite y give a zero and
+// inf * 0 gives the NaN of inf/inf.
+//
+// In both |y| <= amax makes |y/scale| <= limit*(1 + 2^-22), which rounds to limit: clamping would change nothing, and
+// a NaN in the group makes scale, r and every quotient NaN.
+// DIVIDED (a tiny floor, a ceiling): the true division is carried out.
+template <class S> DEVICE f2 quotient(f2 y, const Divisor &by) {
+  f2 near = mul2(y, pair(by.r, by.r));
+  if constexpr (S::power || S::reciprocal) return near;
+  if constexpr (!S::safe) return pair(divide(y.x, by.scale), divide(y.y, by.scale));
+  if constexpr (S::twofold) return fma2(y, pair(by.r, by.r), mul2(y, pair(by.rest, by.rest)));
+  return fma2(negated(fma2(near, pair(by.s, by.s), negated(y))), pair(by.r, by.r), near);
+}
+
+// Whether quotients may lie beyond the limit: a power of two is never infinite, so there an infinite y has to be
+// clamped, unless the machine's converter does it.
+template <class S> DEVICE bool clamps(const Divisor &by) {
+  constexpr int largest = S::codes == E4M3FN ? 448 : S::codes == E4M3FNUZ ? 240 : S::codes == E5M2 ? 57344 : 0;
+  if constexpr (!S::safe) return true;
+  return S::power && !(SATURATES && S::limit == largest) && as_bits(by.scale) == 0x7f000000u;
+}
+
+// Into [-limit, limit]; NaN stays NaN, but for int8, whose code is then undefined in torch and 0 here.
+template <class S> DEVICE float clamped(float a) {
+  const float limit = S::limit, beyond = a < -limit ? -limit : a;
+  if constexpr (S::codes == INT8) return a > limit ? limit : a == a ? beyond : 0.0f;
+  return a > limit ? limit : beyond;
+}
+
+// Four codes.  Adding 1.5*2^23 leaves the integer, rounded to nearest even, in the low bits.
+template <class S> DEVICE u32 codes_of(f2 low, f2 high) {
+  if constexpr (S::codes != INT8) {
+    return pack_codes<S::codes>(low, high);
+  } else {
+    const f2 magic = pair(12582912.0f, 12582912.0f);
+    f2 a = add2(low, magic), b = add2(high, magic);
+    return low_bytes(as_bits(a.x), as_bits(a.y), as_bits(b.x), as_bits(b.y));
+  }
+}
+
+template <class S, bool CLAMPED> DEVICE void vector_codes(const Vector &y, const Divisor &by, u32 *words) {
+  UNROLL for (int i = 0; i < VECTOR / 4; ++i) {
+    f2 low = quotient<S>(y.pair[2 * i], by), high = quotient<S>(y.pair[2 * i + 1], by);
+    if constexpr (CLAMPED) {
+      low = pair(clamped<S>(low.x), clamped<S>(low.y));
+      high = pair(clamped<S>(high.x), clamped<S>(high.y));
+    }
+    words[i] = codes_of<S>(low, high);
+    // Unclamped quotients are NaN only where the scale is no number, or infinite.
+    if constexpr (S::codes == INT8 && !CLAMPED) words[i] = by.scale < INFINITE ? words[i] : 0;
+  }
+}
+
+// The codes of a vector whose scale is LARGE or no number.
+template <class S> DEVICE void rare_codes(const Vector &y, float scale, u32 *words) {
+  Vector small;
+  UNROLL for (int i = 0; i < PAIRS; ++i) small.pair[i] = mul2(y.pair[i], pair(SHRINK, SHRINK));
+  Divisor by = twofold_divisor(scale * SHRINK);
+  if (scale == INFINITE) by.r = by.rest = 0.0f;  // finite/inf is a zero, inf/inf NaN
+  vector_codes<S, false>(small, by, words);
+}
+
+// The scale of group g.  The lane of the last row also writes the pad rows, that of the last group the pad bytes.
+template <class S> DEVICE void store_scale(u8 *scales, float scale, u32 row, u32 rows, u32 g) {
+  const u32 padded = (rows + 3) & ~3u;
+  if constexpr (S::layout == UE8M0_PACKED) {
+    constexpr int pad_bytes = (4 - S::groups % 4) % 4;
+    const bool pads = pad_bytes != 0 && g == S::groups - 1;
+    u8 *bytes = scales + (u64)(g / 4) * padded * 4 + g % 4;
+    u32 code = as_bits(scale) >> 23;
+    ROLLED for (u32 r = row; r < (row == rows - 1 ? padded : row + 1); ++r, code = 0) {
+      bytes[(u64)r * 4] = (u8)code;
+      if (pads) UNROLL for (int i = 1; i <= pad_bytes; ++i) bytes[(u64)r * 4 + i] = 0;
+    }
+  } else if constexpr (S::layout == ROW) {
+    ((float *)scales)[(u64)row * S::groups + g] = scale;
+  } else if constexpr (S::layout == COLUMN) {
+    ((float *)scales)[(u64)g * rows + row] = scale;
+  } else {
+    float *line = (float *)scales + (u64)g * padded;
+    line[row] = scale;
+    if (row == rows - 1)
+      ROLLED for (u32 pad = rows; pad < padded; ++pad) line[pad] = 0.0f;
+  }
+}
+
+// One quantization of one vector.
+template <class S, bool WIDE>
+DEVICE void quantize(const Vector &y, const Amax &amax, u8 *q, u8 *scales, u32 row, u32 rows, u32 column) {
+  const float scale = scale_of<S>(amax);
+  const Divisor by = divisor_of<S>(scale);
+  u32 words[VECTOR / 4];
+  if (clamps<S>(by)) vector_codes<S, true>(y, by, words);
+  else vector_codes<S, false>(y, by, words);
+  if constexpr (S::twofold)
+    if (!(scale < LARGE)) rare_codes<S>(y, scale, words);
+  u8 *to = q + (u64)row * HIDDEN + column;
+  if constexpr (WIDE && VECTOR == 16) store16(to, words);
+  else if constexpr (WIDE) store8(to, words);
+  else UNROLL for (int i = 0; i < VECTOR; ++i) to[i] = (u8)(words[i / 4] >> 8 * (i % 4));
+  if (column % S::length == 0) store_scale<S>(scales, scale, row, rows, column / S::length);
+}
+
+// Every quantization of one vector.
+template <bool WIDE>
+DEVICE void quantize_all(const Site &site, const Y &y, const Amax &amax, u32 row, u32 column) {
+#define QUANTIZE(i) quantize<Scheme##i, WIDE>(y.value, amax, site.q[i], site.scale[i], row, site.rows, column)
+  QUANTIZE(0);
+#if QUANTS > 1
+  QUANTIZE(1);
+#endif
+#if QUANTS > 2
+  QUANTIZE(2);
+#endif
+#if QUANTS > 3
+  QUANTIZE(3);
+#endif
+}
+#endif
+
+DEVICE f2 with_offset(f2 w) { return HAS_WEIGHT_OFFSET ? add2(w, pair(WEIGHT_OFFSET, WEIGHT_OFFSET)) : w; }
+
+DEVICE f2 factor(const Weight &weight, int i) {
+  const f2 w = unpack<WEIGHT_AS>(weight, i);
+  return LOOPS ? w : with_offset(w);
+}
+
+// act(x)*up, but for the last rounding.
+DEVICE f2 gated(f2 x, f2 up) {
+#if ACT
+  x = activation(x);
+#endif
+  return mul2(ROUNDING == TWICE ? round_to<X_DTYPE>(x) : x, up);
+}
+
+// x*rstd*w, but for the last rounding.
+DEVICE f2 normed(f2 x, f2 rstd, const Weight &weight, int i) {
+  f2 value = mul2(x, rstd);
+  if constexpr (WEIGHT_DTYPE != NONE) {
+    if constexpr (ROUNDING == TWICE) value = round_to<X_DTYPE>(value);
+    value = mul2(value, factor(weight, i));
+  }
+  return value;
+}
+
+DEVICE Y produced(const Vector &x, const Packed<X_DTYPE> &x_bits, const Packed<X_DTYPE> &other_bits, f2 rstd,
+                  const Weight &weight) {
+  if constexpr (!NORM && !ACT) return {x, x_bits};
+  Y y;
+  UNROLL for (int i = 0; i < PAIRS; ++i) {
+    f2 value = ACT ? gated(x.pair[i], unpack(other_bits, i)) : normed(x.pair[i], rstd, weight, i);
+    pack(y.bits, i, value);
+    y.value.pair[i] = ROUNDS ? unpack(y.bits, i) : value;
+  }
+  return y;
+}
+
+DEVICE u32 lane_in_row() { return ROW_WAVES > 1 ? thread() : thread() % ROW_LANES; }
+
+// Of vector v of the batch that starts at column `first`.
+DEVICE u32 column_of(u32 first, int v) { return first + (v * ROW_LANES + lane_in_row()) * VECTOR; }
+
+// Whether vector v of this wave's first lane lies in the row, a scalar; and of this lane.
+DEVICE bool wave_has(u32 first, int v) {
+  return COVERED || first + (v * ROW_LANES + (ROW_WAVES > 1 ? wave() * WAVE : 0)) * VECTOR < HIDDEN;
+}
+
+DEVICE bool lane_has(u32 first, int v) {
+  return COVERED || (EVEN_WAVES ? wave_has(first, v) : column_of(first, v) < HIDDEN);
+}
+
+DEVICE bool slice_has(Slice slice, int v) {
+  return SLICES == 1 || (v * ROW_WAVES + wave() & slice.mask) == slice.number;
+}
+
+// What is read of one part of a row.
+struct Part { Packed<X_DTYPE> x[VECTORS], other[VECTORS]; };
+
+template <bool WIDE> DEVICE Part load_part(const Site &site, u32 row, u32 first) {
+  const u64 from = (u64)row * (X_PITCH * SIZE<X_DTYPE>);
+  Part part;
+  UNROLL for (int v = 0; v < VECTORS; ++v) {
+    if constexpr (!COVERED && !EVEN_WAVES) part.x[v] = part.other[v] = {};  // an idle lane adds zeros
+    if (lane_has(first, v)) {
+      part.x[v] = load<X_DTYPE, WIDE>(site.x + from, column_of(first, v));
+      if constexpr (RESIDUAL || ACT) part.other[v] = load<X_DTYPE, WIDE>(site.other + from, column_of(first, v));
+    }
+  }
+  return part;
+}
+
+// Bytes from the first row of sum or y to `row`.
+DEVICE u64 row_start(u32 row) { return (u64)row * (HIDDEN * SIZE<X_DTYPE>); }
+
+template <int DTYPE> DEVICE Weight weight_of(const Packed<DTYPE> &read) {
+  if constexpr (!LOOPS) {
+    return read;
+  } else {
+    Weight weight;
+    UNROLL for (int i = 0; i < PAIRS; ++i) pack<F32>(weight, i, kept(with_offset(unpack<DTYPE>(read, i))));
+    return weight;
+  }
+}
+
+struct Weights { Weight vector[VECTORS]; };
+
+template <bool WIDE> DEVICE Weights load_weights(const Site &site, u32 first) {
+  Weights weights;
+  if constexpr (WEIGHT_DTYPE != NONE)
+    UNROLL for (int v = 0; v < VECTORS; ++v)
+      if (lane_has(first, v))
+        weights.vector[v] = weight_of<WEIGHT_DTYPE>(load<WEIGHT_DTYPE, WIDE>(site.weight, column_of(first, v)));
+  return weights;
+}
+
+// A zero that is known once the weight is there.  x waits for it: a compiler that may begin with x reads the weight only
+// when x has arrived, and then waits a second time.
+DEVICE u32 zero_after(const Weights &weights) {
+  u32 zero = 0;
+  if constexpr (WEIGHT_DTYPE != NONE && !LOOPS)
+    UNROLL for (int v = 0; v < VECTORS; ++v)
+      UNROLL for (int i = 0; i < VECTOR * SIZE<WEIGHT_AS> / 4; i += 4)
+        if (wave_has(0, v)) zero |= zero_of(weights.vector[v].word[i]);
+  return zero;
+}
+
+template <int DTYPE> DEVICE f2 unpack_after(const Packed<DTYPE> &packed, int i, u32 zero) {
+  if constexpr (DTYPE != BF16 || LOOPS) return unpack(packed, i);
+  else return pair(as_float(packed.word[i] << (16 | zero)), as_float(packed.word[i] & (0xffff0000u | zero)));
+}
+
+// x plus the residual, which is written where it is wanted; and the sum of its squares, NORM.
+template <bool WIDE>
+DEVICE f2 summed(const Site &site, const Part &part, u32 zero, Slice slice, u32 row, bool present, u32 first,
+                 Vector *x) {
+  f2 squares = pair(0.0f, 0.0f);
+  UNROLL for (int v = 0; v < VECTORS; ++v) {
+    if (!wave_has(first, v)) continue;
+    Packed<X_DTYPE> sum;
+    UNROLL for (int i = 0; i < PAIRS; ++i) {
+      f2 value = unpack_after(part.x[v], i, zero);
+      if constexpr (RESIDUAL) {
+        value = add2(value, unpack(part.other[v], i));
+        pack(sum, i, value);
+        if constexpr (RESIDUAL == ROUNDED) value = unpack(sum, i);
+      }
+      x[v].pair[i] = LOOPS ? kept(value) : value;
+      if constexpr (NORM) squares = fma2(value, value, squares);
+    }
+    if constexpr (WRITES_SUM)
+      if (present && lane_has(first, v) && slice_has(slice, v))
+        store<X_DTYPE, WIDE>(site.sum + row_start(row), column_of(first, v), sum);
+  }
+  return squares;
+}
+
+// 1/rms of the row whose sum of squares this is a part of; one barrier where the row has several waves.
+DEVICE f2 inverse_rms_of_row(f2 squares, u32 turn) {
+  if constexpr (!NORM) return pair(1.0f, 1.0f);
+  const float factor = inverse_rms(row_sum(squares.x + squares.y, turn));
+  return pair(factor, factor);
+}
+
+// What is written of the part of `row` that starts at column `first`, but for the sum.
+template <bool WIDE>
+DEVICE void finish_part(const Site &site, const Part &part, const Vector *x, f2 rstd, const Weights &weights,
+                        Slice slice, u32 row, bool present, u32 first, u32 turn) {
+  Y y[VECTORS];
+  u32 of_row = 0;
+#if WHOLE_ROW
+  UNROLL for (int v = 0; v < VECTORS; ++v) {
+    if (!lane_has(first, v)) continue;
+    y[v] = produced(x[v], part.x[v], part.other[v], rstd, weights.vector[v]);
+    of_row = max_u32(of_row, amax_bits(y[v]));
+  }
+  of_row = over_row<Largest>(of_row, turn);
+#endif
+
+  UNROLL for (int v = 0; v < VECTORS; ++v) {
+    // A lane beyond the end of the row still takes part in its wave's folds.
+    if (!wave_has(first, v) || !slice_has(slice, v)) continue;
+    const bool stores = present && lane_has(first, v);
+    if constexpr (!WHOLE_ROW) y[v] = produced(x[v], part.x[v], part.other[v], rstd, weights.vector[v]);
+    if constexpr (WRITES_Y)
+      if (stores) store<X_DTYPE, WIDE>(site.y + row_start(row), column_of(first, v), y[v].bits);
+#if QUANTS > 0
+    const Amax amax = group_amax(y[v], of_row);
+    if (stores) quantize_all<WIDE>(site, y[v], amax, row, column_of(first, v));
+#endif
+  }
+}
+
+// Everything from what was read to what is written, for all of a row unless there are BATCHES.
+template <bool WIDE>
+DEVICE void work_on_part(const Site &site, const Part &part, const Weights &weights, Slice slice, u32 row,
+                         bool present, u32 first, u32 turn) {
+  Vector x[VECTORS];
+  const f2 squares = summed<WIDE>(site, part, zero_after(weights), slice, row, present, first, x);
+  const f2 rstd = inverse_rms_of_row(squares, turn);
+  finish_part<WIDE>(site, part, x, rstd, weights, slice, row, present, first, turn);
+}
+
+// A row that is taken in BATCHES.
+template <bool WIDE> DEVICE void row_in_batches(const Site &site, u32 row) {
+  ROLLED for (u32 first = 0; first < HIDDEN; first += VECTOR * ROW_LANES * VECTORS) {
+    const Part part = load_part<WIDE>(site, row, first);
+    const Weights weights = load_weights<WIDE>(site, first);
+    work_on_part<WIDE>(site, part, weights, {}, row, true, first, 0);
+  }
+}
+
+// The rows of this block.  With MOST_BLOCKS the next row is read before this one is worked on, and the weight once.
+template <bool WIDE> DEVICE void rows_of_block(const Site &site) {
+  constexpr u32 step = MOST_BLOCKS * ROWS;
+  const u32 slices = WIDE && SLICES > 1 ? slices_of_row(site.rows) : 1;
+  const Slice slice = {slices - 1, block() & (slices - 1)};
+  u32 row = block() / slices * ROWS + (ROW_WAVES > 1 ? 0 : wave() * (WAVE / ROW_LANES));
+  if (row >= site.rows) return;  // the whole wave; where a barrier follows, the whole block
+  if constexpr (BATCHES > 1) return row_in_batches<WIDE>(site, row);
+  const u32 lane_row = ROW_LANES >= WAVE ? 0 : thread() % WAVE / ROW_LANES;
+  bool present = ROW_LANES >= WAVE || row + lane_row < site.rows;
+  Part part = load_part<WIDE>(site, present ? row + lane_row : 0, 0);
+  const Weights weights = load_weights<WIDE>(site, 0);
+  ROLLED for (u32 turn = 0;; ++turn) {
+    const u32 next_row = row + step;
+    const bool more = LOOPS && next_row < site.rows;
+    const bool next_present = ROW_LANES >= WAVE || next_row + lane_row < site.rows;
+    Part next;
+    if (WIDE && more) next = load_part<WIDE>(site, next_present ? next_row + lane_row : 0, 0);
+    work_on_part<WIDE>(site, part, weights, slice, row + lane_row, present, 0, turn);
+    if (!more) return;
+    part = WIDE ? next : load_part<WIDE>(site, next_present ? next_row + lane_row : 0, 0);
+    row = next_row, present = next_present;
+  }
+}

@@ -1,0 +1,104 @@
+"""Whether the outputs of a kernel are what its spec says, judged against float64.
+
+Independent of how any kernel or any reference in float32 rounds: every output has to lie within the
+rounding that its dtype allows of the value computed in float64, whatever lies between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from patterns.contracts import Quantization, RowSpec
+
+# Relative error of a value rounded to bfloat16, and some for the float32 arithmetic before.
+_BF16 = 2.0**-8 * 1.1
+# Of an activation, relative to its argument: where gelu is near zero its sum cancels.
+_ACTIVATION = 2.0**-22
+# Half a step of each quantized type: relative to the value, and to the scale where steps stop shrinking.
+_HALF_STEPS = {"float8_e4m3fn": (2.0**-4, 2.0**-10), "float8_e5m2": (2.0**-3, 2.0**-17), "int8": (0.0, 0.5)}
+_ACTIVATIONS = {
+    "silu": lambda g: g * torch.sigmoid(g),
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda g: torch.nn.functional.gelu(g, approximate="tanh"),
+}
+
+
+def problems(spec: RowSpec, tensors: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong with the outputs in ``tensors``, which holds the inputs too; nothing when all is well."""
+    y, total, slack = _exact(spec, tensors)
+    found = []
+    if (
+        spec.writes_sum
+        and total is not None
+        and not torch.equal(tensors["sum"], total.to(tensors["sum"].dtype))
+    ):
+        found.append("sum: not the rounded sum")
+    if spec.writes_y and not _within(tensors["y"].double() - y, _BF16 * y.abs() + slack):
+        found.append("y: further from float64 than rounding explains")
+    for index, quantization in enumerate(spec.quantizations):
+        scale = _logical(tensors[f"scale{index}"], quantization, spec, y.shape[0])
+        if scale is None:
+            found.append(f"scale{index}: pads that are not zero")
+            continue
+        problem = _quantized_problem(y, slack, tensors[f"q{index}"], scale, quantization)
+        found += [f"{problem[0]}{index}: {problem[1]}"] if problem else []
+    return found
+
+
+def _exact(spec: RowSpec, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
+    """y and the residual sum, if there is one, in float64; and what an activation may be off by besides."""
+    x, total = tensors["x"].double(), None
+    exact = torch.zeros((), dtype=torch.float64, device=x.device)
+    if spec.gate:
+        gate, up = x.chunk(2, -1) if spec.gate.packed else (x, tensors["up"].double())
+        return _ACTIVATIONS[spec.gate.activation](gate) * up, None, _ACTIVATION * (gate * up).abs()
+    if not spec.norm:
+        return x, None, exact
+    if spec.norm.residual:
+        x = total = x + tensors["residual"].double()
+    y = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + spec.norm.eps)
+    if "weight" in tensors:
+        y = y * (tensors["weight"].double() + spec.norm.weight_offset)
+    return y, total, exact
+
+
+def _logical(scale: Tensor, quantization: Quantization, spec: RowSpec, rows: int) -> Tensor | None:
+    """Scales [T, groups] in float64; None where a pad is not zero."""
+    groups = quantization.groups(spec.hidden)
+    if quantization.layout == "row":
+        return scale.double()
+    if quantization.layout == "ue8m0_packed":
+        # [ceil(groups/4), T4] words of four bytes each: group, row
+        codes = scale.view(torch.uint8).unflatten(-1, (-1, 4)).transpose(1, 2).flatten(0, 1)
+        if codes[groups:].any() or codes[:, rows:].any():
+            return None
+        return torch.exp2(codes[:groups, :rows].double() - 127).T
+    return None if scale[:, rows:].any() else scale[:, :rows].double().T
+
+
+def _quantized_problem(
+    y: Tensor, slack: Tensor, q: Tensor, scale: Tensor, quantization: Quantization
+) -> tuple[str, str] | None:
+    groups = y.unflatten(-1, (scale.shape[-1], -1))
+    wanted = groups.abs().amax(-1).clamp(min=quantization.amax_floor) / quantization.qmax
+    if quantization.scale == "ue8m0":
+        power = torch.exp2(torch.log2(scale).round())
+        if not torch.equal(power, scale) or not _within(scale - 1.5 * wanted, (0.5 + 2 * _BF16) * wanted):
+            return "scale", "not the power of two at or above amax/qmax"
+    elif not _within(scale - wanted, _BF16 * wanted):
+        return "scale", "further from amax/qmax than rounding explains"
+    step = scale.unsqueeze(-1)
+    relative, absolute = _HALF_STEPS[quantization.dtype]
+    error = q.double().view_as(groups) * step - groups
+    slack = slack.view_as(groups) if slack.dim() else slack
+    if not _within(error, (relative + _BF16) * groups.abs() + 1.01 * absolute * step + slack):
+        return "q", "further from y than rounding explains"
+    return None
+
+
+def _within(error: Tensor, bound: Tensor) -> bool:
+    """NaN is never within."""
+    return bool((error.abs() <= bound).all())

@@ -1,0 +1,80 @@
+"""The kernel families that are tuned and timed, by name, and the sizes they are tried at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from patterns.contracts import Activation, GatedActivation, Quantization, RmsNorm, RowSpec
+
+ROWS = (1, 4, 16, 64, 128, 512, 1024, 4096, 16384)
+HIDDEN = (1536, 2048, 4096, 5120, 7168, 16384)
+
+GROUP_128 = Quantization(128)
+FOR_TMA = Quantization(128, layout="column_tma")
+MICROSCALED = Quantization(32, scale="ue8m0")
+PER_ROW_INT8 = Quantization(None, "int8")
+PACKED = Quantization(128, scale="ue8m0", layout="ue8m0_packed")
+
+
+def _gated(
+    activation: Activation, *quantizations: Quantization, packed: bool = True, dtype: str = "bfloat16"
+):
+    gate = GatedActivation(activation, packed=packed)
+    return lambda hidden: RowSpec(hidden, dtype, gate=gate, quantizations=quantizations)
+
+
+def _norm(
+    *quantizations: Quantization, residual: bool = False, writes_y: bool = False
+) -> Callable[[int], RowSpec]:
+    norm = RmsNorm(1e-6, "once", "exact" if residual else None)
+    return lambda hidden: RowSpec(
+        hidden,
+        "bfloat16",
+        norm,
+        weight_dtype="bfloat16",
+        writes_sum=residual,
+        writes_y=writes_y,
+        quantizations=quantizations,
+    )
+
+
+FAMILIES: dict[str, Callable[[int], RowSpec]] = {
+    "norm, quant": _norm(GROUP_128),
+    "norm, quant, y": _norm(GROUP_128, writes_y=True),
+    "add, norm, quant": _norm(GROUP_128, residual=True),
+    "add, norm, quant, y": _norm(FOR_TMA, residual=True, writes_y=True),
+    "norm, 2 quants": _norm(GROUP_128, MICROSCALED),
+    "norm, 3 quants": _norm(GROUP_128, MICROSCALED, PER_ROW_INT8),
+    "add, norm, 2 quants, y": _norm(GROUP_128, MICROSCALED, residual=True, writes_y=True),
+    "norm, packed quant": _norm(PACKED),
+    "silu*up, quant": _gated("silu", GROUP_128),
+    "quant": lambda hidden: RowSpec(hidden, "bfloat16", quantizations=(GROUP_128,)),
+}
+
+# What is only checked, at lengths that leave lanes idle: other schemes, activations and dtypes.
+CHECKED_HIDDEN = (384, 3200)
+CHECKED: dict[str, Callable[[int], RowSpec]] = {
+    "gelu, e5m2": _gated("gelu", Quantization(64, "float8_e5m2", layout="column_tma"), packed=False),
+    "gelu_tanh, int8": _gated("gelu_tanh", Quantization(128, "int8"), dtype="float16"),
+    "silu, whole row, packed": _gated("silu", Quantization(None), PACKED),
+    "add, norm, whole rows": _norm(Quantization(None), PER_ROW_INT8, residual=True, writes_y=True),
+    "norm, e5m2, packed": _norm(Quantization(128, "float8_e5m2"), PACKED),
+    "quant of float32": lambda hidden: RowSpec(hidden, "float32", quantizations=(GROUP_128, MICROSCALED)),
+    "twice, float16, float32 weight": lambda hidden: RowSpec(
+        hidden,
+        "float16",
+        RmsNorm(1e-6, "twice", "rounded"),
+        weight_dtype="float32",
+        writes_sum=True,
+        quantizations=(GROUP_128,),
+    ),
+    "float32 throughout": lambda hidden: RowSpec(
+        hidden,
+        "float32",
+        RmsNorm(1e-6, "none", "exact"),
+        weight_dtype="float32",
+        writes_sum=True,
+        writes_y=True,
+        quantizations=(Quantization(64, layout="column_tma"),),
+    ),
+}
