@@ -32,7 +32,6 @@ constexpr int BLOCKS = K / BLOCK;
 constexpr int WEIGHT_BYTES = BLOCK * BLOCK;
 constexpr int COLUMN_TILES = (N + BLOCK - 1) / BLOCK;
 constexpr int HALF = 64;              // rows of weights of one multiplying group
-constexpr int MOST_STAGES = 12;
 constexpr int PITCH = HALF + 4;       // floats between rows of sums: no two lanes in one bank when they write
 constexpr int BAND = 8;               // tiles of tokens whose units come before all others
 
@@ -276,8 +275,8 @@ DEVICE void finish(const Product &p, const Team &team, Ring<TOKENS> ring, Unit u
     mine[(i / 4 * 8 + lane % 4 * 2 + i % 2) * PITCH + 16 * wave + lane / 4 + i / 2 % 2 * 8] = sums[i];
   group_barrier(1 + half);
   if (team.split > 1) {
-    if (thread() % CREW < team.split) arrive_at_rank(ring.summed(half), team.base + thread() % CREW);
-    wait(ring.summed(half), round % 2);
+    if (thread() % CREW < team.split) publish_at_rank(ring.summed(half), team.base + thread() % CREW);
+    wait_for_cluster(ring.summed(half), round % 2);
   }
   const u32 rank = team.split > 1 ? team.rank : 0;
   ROLLED for (u32 item = thread() % CREW * team.split + rank; item < TOKENS * HALF / 8; item += CREW * team.split) {
@@ -299,6 +298,15 @@ DEVICE void finish(const Product &p, const Team &team, Ring<TOKENS> ring, Unit u
   }
 }
 
+// A stage may be written again: by those who write it, which are all that share weights.
+DEVICE void release(Barrier *empty, const Team &team, u32 lane) {
+  if (team.share == 1) {
+    if (lane == 0) arrive(empty);
+  } else if (lane < team.share) {
+    arrive_at_rank(empty, team.base + lane);
+  }
+}
+
 template <int TOKENS> DEVICE void consume(const Product &p, const Team &team, Ring<TOKENS> ring) {
   const u32 half = thread() / CREW - 1, lane = thread() % WAVE;
   Slot<Ring<TOKENS>::STAGES> slot;
@@ -313,7 +321,7 @@ template <int TOKENS> DEVICE void consume(const Product &p, const Team &team, Ri
       UNROLL for (int i = 0; i < TOKENS / 4; ++i) scale[i] = scales[i / 2 * 8 + lane % 4 * 2 + i % 2] * common;
       end_multiply<TOKENS>(partial);
       wave_barrier();
-      if (lane < team.share) arrive_at_rank(ring.empty(slot.stage), team.base + lane);
+      release(ring.empty(slot.stage), team, lane);
       UNROLL for (int i = 0; i < TOKENS / 2; ++i) sums[i] = fma(partial[i], scale[i / 4 * 2 + i % 2], sums[i]);
     }
     finish<TOKENS>(p, team, ring, team.unit<TOKENS>(index), round, sums);

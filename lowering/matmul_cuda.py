@@ -19,10 +19,11 @@ ANY_ROWS = 2**31 - 1
 
 _BLOCK = 128
 _THREADS = 384
+_MOST_STAGES = 12  # of the ring of blocks
 _SHARED = 227 << 10  # what a workgroup may have at most, and has: more of it is more bytes on their way
 # Workgroups that are at work at once, by the size of their clusters, which lie within one of the parts of
 # the machine that have 16 or 18 multiprocessors.
-_AT_ONCE = {"sm_90": {1: 132, 2: 132, 4: 128, 8: 128}, "sm_100": {1: 148, 2: 148, 4: 144, 8: 144}}
+_AT_ONCE = {"sm_90": {1: 132, 2: 132, 4: 120, 8: 120}, "sm_100": {1: 148, 2: 148, 4: 136, 8: 136}}
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,7 @@ def _measured(target: str) -> dict[tuple[int, int], Plans]:
     if not path.is_file():
         return {}
     found = json.loads(path.read_text(encoding="utf-8"))["products"]
-    return {
-        (item["columns"], item["depth"]): tuple(Plan(*plan) for plan in item["plans"]) for item in found
-    }
+    return {(item["columns"], item["depth"]): tuple(Plan(*plan) for plan in item["plans"]) for item in found}
 
 
 def _why_unsupported(spec: MatmulSpec, target: Target) -> str | None:
@@ -93,7 +92,7 @@ def _specialise(spec: MatmulSpec, target: Target, tile: object | None) -> Specia
     plans = tile if isinstance(tile, tuple) else choose_plans(spec, target)
     cluster = max(plan.team for plan in plans)
     listed = " ".join(f"P({', '.join(map(str, astuple(plan)))})" for plan in plans)
-    values = {**common_defines(spec), "CLUSTER": cluster, "SHARED": _SHARED}
+    values = {**common_defines(spec), "CLUSTER": cluster, "SHARED": _SHARED, "MOST_STAGES": _MOST_STAGES}
     return Specialised(
         (*texts(values), ("PLANS", listed)),
         GridRule(1, most=1, columns=_AT_ONCE[target.name][cluster]),

@@ -141,6 +141,9 @@ DEVICE void wait(Barrier *at, u32 parity) {
   while (count_of(at).phase == parity) do_some_copies(), meet();
 }
 
+DEVICE void publish_at_rank(Barrier *at, u32 rank) { arrive_at_rank(at, rank); }
+DEVICE void wait_for_cluster(Barrier *at, u32 parity) { wait(at, parity); }
+
 DEVICE const float *at_rank(const float *shared, u32 rank) { return there(shared, rank); }
 
 DEVICE void copy_bulk_to(u32 mask, u8 *to, const u8 *from, u32 bytes, Barrier *done) {
