@@ -139,6 +139,11 @@ DEVICE void copy4(float *to, const float *from, bool there) {
 // What was written by threads and copies before is seen by wgmma after.
 DEVICE void order_for_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Not before what is said to begin before it.
+DEVICE void load2(const float *shared, float *values) {
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(values[0]), "=f"(values[1]) : "r"(address_of(shared)) : "memory");
+}
+
 DEVICE void store16(u8 *to, const u32 *words) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
                ::"l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]) : "memory");
@@ -188,9 +193,12 @@ template <int COLUMNS> DEVICE void wgmma(float *d, u64 a, u64 b, bool adds) {
 }
 DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Until all are done that were committed; d is theirs.
-template <int COUNT> DEVICE void wgmma_wait(float *d) {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+// Until all are done that were committed but for the last `after`, at most 3; d, of COUNT, is theirs.
+template <int COUNT> DEVICE void wgmma_wait(float *d, int after) {
+  if (after == 0) asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  else if (after == 1) asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+  else if (after == 2) asm volatile("wgmma.wait_group.sync.aligned 2;" ::: "memory");
+  else asm volatile("wgmma.wait_group.sync.aligned 3;" ::: "memory");
   UNROLL for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 #else

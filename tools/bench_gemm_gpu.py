@@ -152,8 +152,8 @@ def spec_of(
 def checked(target: str) -> Iterator[tuple[KernelInstance, tuple[int, ...]]]:
     """Kernels that between them have everything there is, and the numbers of rows to check them with."""
     dtypes, layouts = ("bfloat16", "float16", "float32"), ("row", "column", "column_tma")
-    teams = [(1, 1), *((split, 1) for split in (2, 4, 8)), *((1, share) for share in (2, 4, 8))]
-    cases = [(tokens, *team) for tokens in TOKENS for team in teams]
+    teams = [(1, 1), *((split, 1) for split in (2, 3, 4, 6, 8)), *((1, share) for share in (2, 4, 8))]
+    cases = [(tokens, *team) for tokens in TOKENS[resolve(target).name] for team in teams]
     for number, (tokens, split, share) in enumerate(cases):
         columns, depth = (200, 2048, 129, 1032)[number % 4], (1024, 1536, 2048)[number % 3]
         spec = spec_of(columns, depth, dtypes[number % 3], number % 2 == 1, layouts[number // 3 % 3])
@@ -307,7 +307,7 @@ def check(kernel: CudaKernel, launch: Launch, given: Operands) -> tuple[float, f
     value, magnitude = exact(given)
     error = largest_error(given.tensors["out"], value, magnitude)
     for peer in peers(given):
-        return error, largest_error(peer(given), value, magnitude), peer
+        return error, largest_error(peer(given)[: launch.rows], value, magnitude), peer
     return error, None, None
 
 
@@ -335,10 +335,10 @@ def largest_error(actual: Tensor, value: Tensor, magnitude: Tensor) -> float:
 
 
 def peers(given: Operands) -> Iterator[Peer]:
-    """torch._scaled_mm with the first layout of scales that it takes."""
-    reason = ""
-    for pad_a, pad_b in itertools.product((1, 4), repeat=2):
-        peer = _peer(pad_a, pad_b)
+    """torch._scaled_mm with the first layout of scales, and the fewest rows from those given on, that it takes."""
+    rows, reason = len(given.tensors["a"]), ""
+    for least, pad_a, pad_b in itertools.product((rows, 4, 16), (1, 4), (1, 4)):
+        peer = _peer(max(rows, least), pad_a, pad_b)
         try:
             peer(given)
             torch.cuda.synchronize()
@@ -349,16 +349,22 @@ def peers(given: Operands) -> Iterator[Peer]:
     print(f"torch._scaled_mm does not take {list(given.tensors['a'].shape)}: {reason}")
 
 
-def _peer(pad_a: int, pad_b: int) -> Peer:
-    """Scales of a along columns, those of b along rows, of a length that is a multiple."""
-    laid: dict[int, tuple[Tensor, Tensor]] = {}
+def _peer(rows: int, pad_a: int, pad_b: int) -> Peer:
+    """With ``rows`` rows, scales of a along columns and those of b along rows, of a length that is a multiple."""
+    laid: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def call(given: Operands) -> Tensor:
         a = given.tensors["a"]
         if a.data_ptr() not in laid:
-            scales = _padded(given.a_scale.t(), pad_a).t(), _padded(given.tensors["b_scale"], pad_b).t()
-            laid[a.data_ptr()] = scales
-        return torch._scaled_mm(a, given.b.t(), *laid[a.data_ptr()], out_dtype=torch.bfloat16)
+            more = torch.zeros(rows - len(a), a.shape[1], device=a.device, dtype=a.dtype)
+            scales = torch.nn.functional.pad(given.a_scale, (0, 0, 0, rows - len(a)))
+            padded = _padded(scales.t(), pad_a).t(), _padded(given.tensors["b_scale"], pad_b).t()
+            laid[a.data_ptr()] = (
+                torch.cat([a.view(torch.uint8), more.view(torch.uint8)]).view(a.dtype),
+                *padded,
+            )
+        a, *padded = laid[a.data_ptr()]
+        return torch._scaled_mm(a, given.b.t(), *padded, out_dtype=torch.bfloat16)
 
     return call
 

@@ -10,7 +10,9 @@ timed.  The best go to FILE, which belongs into lowering/tuning/, as sm_90_produ
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, replace
@@ -23,13 +25,14 @@ from bench_gemm_gpu import SHAPES, kernel_of, operand_sets
 from gpu_timing import time_calls
 from kernel_launch import CudaKernel, launch_of
 
-from lowering.matmul_cuda import ANY_ROWS, TOKENS, Plan
+from lowering.kernel import KernelInstance
+from lowering.matmul_cuda import ANY_ROWS, MOST_SPLIT, TOKENS, Plan
+from lowering.matmul_cuda import AT_ONCE as AT_ONCE_ON
 from lowering.toolchain import compile_kernel
 
 ROWS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-TEAMS = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 4))  # split, share
+SIZES, AT_ONCE = TOKENS["sm_90"], AT_ONCE_ON["sm_90"]
 _BLOCK = 128
-_MOST_WORKGROUPS = 264  # of units that split K: two for each multiprocessor
 _CLEARLY = 1.02  # times as fast: below that the plan of fewer rows goes on
 
 
@@ -46,24 +49,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return pack(options) if options.command == "pack" else run(options)
 
 
-def candidates(columns: int, depth: int, rows: int) -> Iterator[Plan]:
+def clusters(columns: int) -> list[int]:
+    """Sizes of clusters that may be best: 1, 2, and those in which splitting K fills the machine."""
+    tiles = -(-columns // _BLOCK)
+    filling = {split for split in range(2, MOST_SPLIT + 1) if 80 <= tiles * split <= AT_ONCE[split]}
+    return sorted({1, 2} | filling)
+
+
+def candidates(columns: int, depth: int, rows: int, cluster: int) -> Iterator[Plan]:
     """What makes sense for so many rows, but for ``Plan.rows``."""
-    fitting = next((tokens for tokens in TOKENS if tokens >= rows), TOKENS[-1])
+    fitting = next((tokens for tokens in SIZES if tokens >= rows), SIZES[-1])
+    splits = [split for split in range(1, cluster + 1) if split in (1, 2, 4, cluster)]
     for tokens in (fitting, fitting // 2):
         units = -(-columns // _BLOCK) * -(-rows // tokens)
-        for split, share in TEAMS:
-            fills = split == 1 or (units * split <= _MOST_WORKGROUPS and split * _BLOCK <= depth)
-            if tokens in TOKENS and fills and (share - 1) * tokens < rows:
+        teams = [(split, 1) for split in splits if split == 1 or units * split <= AT_ONCE[cluster]]
+        teams += [
+            (1, share)
+            for share in (2, 4)
+            if share <= cluster and tokens == fitting and share * tokens <= rows
+        ]
+        for split, share in teams:
+            if tokens in SIZES and split * _BLOCK <= depth:
                 yield Plan(ANY_ROWS, tokens, split, share)
+
+
+def kernels(columns: int, depth: int, rows: int, cluster: int, target: str) -> dict[Plan, KernelInstance]:
+    """Each candidate's kernel; a plan for no rows makes its cluster as large as that."""
+    return {
+        plan: kernel_of(columns, depth, target, (Plan(0, plan.tokens, cluster), plan))
+        for plan in candidates(columns, depth, rows, cluster)
+    }
 
 
 def pack(options: argparse.Namespace) -> int:
     """Compile every candidate."""
     options.directory.mkdir(parents=True, exist_ok=True)
     for columns, depth in SHAPES:
-        for plan in dict.fromkeys(plan for rows in ROWS for plan in candidates(columns, depth, rows)):
-            kernel = kernel_of(columns, depth, options.target, (plan,))
-            (options.directory / f"{kernel.entry}.cubin").write_bytes(compile_kernel(kernel))
+        for cluster, rows in itertools.product(clusters(columns), ROWS):
+            for kernel in kernels(columns, depth, rows, cluster, options.target).values():
+                (options.directory / f"{kernel.entry}.cubin").write_bytes(compile_kernel(kernel))
     return 0
 
 
@@ -71,21 +95,15 @@ def run(options: argparse.Namespace) -> int:
     """Time every candidate; write the best."""
     products = []
     for columns, depth in SHAPES:
-        chosen: list[Plan] = []
-        for rows in ROWS:
-            times = measure(options, columns, depth, rows)
-            best = min(times, key=lambda plan: times[plan])
-            if (
-                chosen
-                and times.get(same := replace(chosen[-1], rows=ANY_ROWS), 1e9) <= _CLEARLY * times[best]
-            ):
-                best = same
-                chosen.pop()
-            chosen.append(replace(best, rows=rows))
-            listed = sorted((round(time, 2), astuple(plan)[1:]) for plan, time in times.items())
-            print(f"{columns} x {depth}, {rows} rows: {listed}", flush=True)
-        chosen[-1] = replace(chosen[-1], rows=ANY_ROWS)
-        products.append({"columns": columns, "depth": depth, "plans": [astuple(plan) for plan in chosen]})
+        by_cluster = {cluster: measure(options, columns, depth, cluster) for cluster in clusters(columns)}
+        cost = {
+            cluster: sum(math.log(min(times.values())) for times in found)
+            for cluster, found in by_cluster.items()
+        }
+        best = min(cost, key=lambda cluster: cost[cluster])
+        plans = choose(by_cluster[best])
+        print(f"{columns} x {depth}: clusters {cost}, {[astuple(plan) for plan in plans]}", flush=True)
+        products.append({"columns": columns, "depth": depth, "plans": [astuple(plan) for plan in plans]})
     if options.json:
         lines = ",\n  ".join(json.dumps(product) for product in products)
         gpu = json.dumps(torch.cuda.get_device_name())
@@ -93,17 +111,36 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def measure(options: argparse.Namespace, columns: int, depth: int, rows: int) -> dict[Plan, float]:
-    """Microseconds of each candidate."""
-    times, sets = {}, None
-    for plan in candidates(columns, depth, rows):
-        kernel = kernel_of(columns, depth, options.target, (plan,))
-        launch = launch_of(kernel, options.directory / f"{kernel.entry}.cubin", rows)
-        sets = sets or operand_sets(launch, kernel)
-        call = CudaKernel(launch)
-        calls = [lambda each=each, call=call, launch=launch: call(launch, each.tensors) for each in sets]
-        times[plan] = 1e6 * time_calls(calls, launch.bytes)
-    return times
+def choose(measured: Sequence[dict[Plan, float]]) -> list[Plan]:
+    """The best plan of each number of rows; that of fewer rows goes on where another is not clearly faster."""
+    chosen: list[Plan] = []
+    for rows, times in zip(ROWS, measured, strict=True):
+        best = min(times, key=lambda plan: times[plan])
+        if (
+            chosen
+            and times.get(same := replace(chosen[-1], rows=ANY_ROWS), math.inf) <= _CLEARLY * times[best]
+        ):
+            best = same
+            chosen.pop()
+        chosen.append(replace(best, rows=rows))
+    return [*chosen[:-1], replace(chosen[-1], rows=ANY_ROWS)]
+
+
+def measure(options: argparse.Namespace, columns: int, depth: int, cluster: int) -> list[dict[Plan, float]]:
+    """Microseconds of each candidate, for each of ROWS."""
+    measured = []
+    for rows in ROWS:
+        times, sets = {}, None
+        for plan, kernel in kernels(columns, depth, rows, cluster, options.target).items():
+            launch = launch_of(kernel, options.directory / f"{kernel.entry}.cubin", rows)
+            sets = sets or operand_sets(launch, kernel)
+            call = CudaKernel(launch)
+            calls = [lambda each=each, call=call, launch=launch: call(launch, each.tensors) for each in sets]
+            times[plan] = 1e6 * time_calls(calls, launch.bytes)
+        listed = sorted((round(time, 2), astuple(plan)[1:]) for plan, time in times.items())
+        print(f"{columns} x {depth}, clusters of {cluster}, {rows} rows: {listed}", flush=True)
+        measured.append(times)
+    return measured
 
 
 if __name__ == "__main__":
