@@ -69,7 +69,8 @@ struct Product {
 template <int TOKENS> struct Ring {
   static constexpr int TOKEN_BYTES = TOKENS * BLOCK;
   static constexpr int SCALES = TOKENS + 4;  // of the tokens, then that of the weights
-  static constexpr int SUMS = TOKENS * PITCH;
+  static constexpr int PASS = TOKENS < 64 ? TOKENS : 64;  // tokens whose sums lie there at once
+  static constexpr int SUMS = PASS * PITCH;
   static constexpr int STAGE = WEIGHT_BYTES + TOKEN_BYTES + 4 * SCALES + 2 * sizeof(Barrier);
   static constexpr int FIXED = 2 * 4 * SUMS + 4 * sizeof(Barrier);
   static constexpr int FITTING = (SHARED - FIXED) / STAGE;
@@ -271,23 +272,24 @@ DEVICE void store8(const Product &p, u64 token, int n, float *values) {
   }
 }
 
-// The sums of a unit, through shared memory, since neighbours in a row of the result lie in different lanes.  A team
-// that split K meets before it reads each other's, and again before these may be overwritten.
+// The sums of PASS tokens of a unit, through shared memory, since neighbours in a row of the result lie in different
+// lanes.  A team that split K meets before it reads each other's, and again before these may be overwritten.
 template <int TOKENS>
-DEVICE void finish(const Product &p, const Team &team, Ring<TOKENS> ring, Unit unit, u32 round, const float *sums) {
+DEVICE void finish(const Product &p, const Team &team, const Ring<TOKENS> &ring, Unit unit, u32 parity, const float *sums) {
+  constexpr int PASS = Ring<TOKENS>::PASS;
   const u32 half = thread() / CREW - 1, lane = thread() % WAVE, wave = thread() % CREW / WAVE;
   float *mine = ring.sums(half);
-  if (team.split > 1) wait(ring.read(half), round % 2 ^ 1);
+  if (team.split > 1) wait(ring.read(half), parity ^ 1);
   else group_barrier(1 + half);
-  UNROLL for (int i = 0; i < TOKENS / 2; ++i)
+  UNROLL for (int i = 0; i < PASS / 2; ++i)
     mine[(i / 4 * 8 + lane % 4 * 2 + i % 2) * PITCH + 16 * wave + lane / 4 + i / 2 % 2 * 8] = sums[i];
   group_barrier(1 + half);
   if (team.split > 1) {
     if (thread() % CREW < team.split) publish_at_rank(ring.summed(half), team.base + thread() % CREW);
-    wait_for_cluster(ring.summed(half), round % 2);
+    wait_for_cluster(ring.summed(half), parity);
   }
   const u32 rank = team.split > 1 ? team.rank : 0;
-  ROLLED for (u32 item = thread() % CREW * team.split + rank; item < TOKENS * HALF / 8; item += CREW * team.split) {
+  ROLLED for (u32 item = thread() % CREW * team.split + rank; item < PASS * HALF / 8; item += CREW * team.split) {
     const int token = item / 8, n = item % 8 * 8, column = unit.column_tile * BLOCK + half * HALF + n;
     if (unit.token + token >= p.rows || column >= N) continue;
     float values[8] = {};
@@ -351,13 +353,15 @@ template <int TOKENS> DEVICE void consume(const Product &p, const Team &team, Ri
   constexpr int AT_ONCE = !HAS_WGMMA || TOKENS > 64 ? 1 : TOKENS > 32 ? 2 : 4;  // as registers suffice
   static_assert(AT_ONCE <= Ring<TOKENS>::STAGES, "their stages are all in use");
   Slot<Ring<TOKENS>::STAGES> slot;
-  u32 round = 0;
-  ROLLED for (int index = team.first; index < team.units; index += team.step, ++round) {
+  u32 parity = 0;  // of the meetings of a team
+  ROLLED for (int index = team.first; index < team.units; index += team.step) {
     float sums[TOKENS / 2] = {};
     int left = team.last_block() - team.first_block();
     ROLLED for (; left >= AT_ONCE; left -= AT_ONCE) add_blocks<TOKENS, AT_ONCE>(team, ring, slot, sums);
     ROLLED for (; AT_ONCE > 1 && left > 0; --left) add_blocks<TOKENS, 1>(team, ring, slot, sums);
-    finish<TOKENS>(p, team, ring, team.unit<TOKENS>(index), round, sums);
+    Unit unit = team.unit<TOKENS>(index);
+    UNROLL for (int first = 0; first < TOKENS; first += Ring<TOKENS>::PASS, unit.token += Ring<TOKENS>::PASS, parity ^= 1)
+      finish(p, team, ring, unit, parity, sums + first / 2);
   }
 }
 

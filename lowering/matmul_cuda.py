@@ -25,7 +25,7 @@ _SHARED = 227 << 10  # what a workgroup may have at most, and has: more of it is
 # Workgroups that are at work at once, by the size of their clusters, which do not cross the machine's parts of up
 # to 18 multiprocessors: on an H200 as its driver says, on a B200 as eight parts of 18 would have it.
 AT_ONCE = {
-    "sm_90": {1: 132, 2: 132, 3: 129, 4: 120, 5: 115, 6: 120, 7: 105, 8: 120},
+    "sm_90": {1: 132, 2: 132, 3: 117, 4: 120, 5: 110, 6: 102, 7: 105, 8: 120},
     "sm_100": {1: 148, 2: 148, 3: 144, 4: 128, 5: 120, 6: 144, 7: 112, 8: 128},
 }
 
