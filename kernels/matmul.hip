@@ -6,6 +6,7 @@
 //               from global memory in the very registers they are multiplied in; the waves' sums meet in LDS.
 //   many rows   a workgroup multiplies ROWS rows by COLUMNS columns, each wave all the rows by its columns; a goes
 //               through LDS, a block ahead, b straight to registers, a block ahead.
+// There are as many workgroups as are at work at once, and each takes one such unit after another.
 //
 // The rows of b are the rows of a matrix instruction, the rows of a its columns: a lane then holds 4 neighbours in a row
 // of the result, and one scale is all it needs.  Where k lies does not matter as long as a and b agree: a lane multiplies
@@ -36,7 +37,7 @@ typedef _Float16 f16x2 __attribute__((ext_vector_type(2)));
   extern "C" __attribute__((global, amdgpu_flat_work_group_size(THREADS, THREADS), amdgpu_waves_per_eu(2, 2))) void name
 
 enum { BF16 = 1, F16 = 2, F32 = 3 };       // OUT_DTYPE
-enum { IN_ROWS = 0, IN_COLUMNS = 1 };      // A_SCALE_LAYOUT
+enum { IN_ROWS = 0, COLUMN_TMA = 1 };      // A_SCALE_LAYOUT; others are columns of `rows`
 
 constexpr u32 WAVE = 64, SIDE = 16, BLOCK = 128;  // lanes; rows and columns of a matrix instruction; the k of a scale
 constexpr u32 BLOCKS = K / BLOCK, B_TILES = (N + SIDE - 1) / SIDE;
@@ -93,13 +94,14 @@ DEVICE u32 quarter() { return lane() / SIDE; }
 // Beyond the last row or tile there is the last: nobody stores what comes of it.
 struct Operands {
   Buffer a, b, a_scale, b_scale;
-  u32 tile, rows, last_row;
+  u32 tile, last_row;
+  u32 scales;  // bytes between columns of scales, where they are columns
 };
 
 DEVICE Operands operands(const Product &p, u32 first, u32 tile) {
   return {buffer(p.a + (u64)first * K), buffer(p.b + (u64)tile * (SIDE * K)),
           buffer(p.a_scale + (A_SCALE_LAYOUT == IN_ROWS ? (u64)first * BLOCKS : first)), buffer(p.b_scale),
-          tile, p.rows, p.rows - 1 - first};
+          tile, p.rows - 1 - first, (A_SCALE_LAYOUT == COLUMN_TMA ? (p.rows + 3) / 4 * 4 : p.rows) * 4};
 }
 
 // 16 bytes of a row of a from `k` on in a block.
@@ -116,7 +118,7 @@ DEVICE Fragment load_b(const Operands &from, u32 tile, u32 block) {
 DEVICE float load_a_scale(const Operands &from, u32 row, u32 block) {
   const u32 here = least(row, from.last_row);
   if constexpr (A_SCALE_LAYOUT == IN_ROWS) return load_float(from.a_scale, here * (BLOCKS * 4), block * 4);
-  else return load_float(from.a_scale, here * 4, block * from.rows * 4);
+  else return load_float(from.a_scale, here * 4, block * from.scales);
 }
 
 DEVICE float load_b_scale(const Operands &from, u32 tile, u32 block) {
@@ -172,7 +174,7 @@ DEVICE void store_one(u8 *to, u32 index, float x) {
 DEVICE void store(const Product &p, u32 row, u32 column, f4 sums) {
   constexpr u32 BYTES = OUT_DTYPE == F32 ? 4 : 2;
   if (row >= p.rows || column >= N) return;
-  if constexpr (BIAS)
+  if constexpr (HAS_BIAS)
     UNROLL for (u32 i = 0; i < 4; ++i) sums[i] += element(p.bias, least(column + i, N - 1));
   u8 *to = p.out + ((u64)row * N + column) * BYTES;
   if (N % 4 == 0 || column + 4 <= N) {
@@ -333,20 +335,21 @@ DEVICE void product(const Product &p) {
     f4 sums[WAVES * FEW_TILES * WAVE];
   };
   SHARED Lds lds;
-  if (p.rows == 0) return;
-  const u32 group = __builtin_amdgcn_workgroup_id_x();
-  if (p.rows > FEW_ROWS) {
-    constexpr u32 ACROSS = (N + COLUMNS - 1) / COLUMNS;
-    many_rows(p, group / ACROSS * ROWS, group % ACROSS * (COLUMNS / SIDE), lds.stages);
-    return;
+  constexpr u32 ACROSS = (N + COLUMNS - 1) / COLUMNS;
+  const bool few = p.rows <= FEW_ROWS;
+  const u32 across = few ? B_TILES : ACROSS, rows = few ? FEW_TILES * SIDE : ROWS;
+  const u32 units = (p.rows + rows - 1) / rows * across;
+  ROLLED for (u32 unit = __builtin_amdgcn_workgroup_id_x(); unit < units; unit += WORKGROUPS) {
+    const u32 first = unit / across * rows, left = p.rows - first, column = unit % across;
+    if (!few) many_rows(p, first, column * (COLUMNS / SIDE), lds.stages);
+    else if (left <= SIDE) few_rows<1, depth(4)>(p, first, column, lds.sums);
+    else if (left <= 2 * SIDE) few_rows<2, depth(3)>(p, first, column, lds.sums);
+    else few_rows<FEW_TILES, depth(2)>(p, first, column, lds.sums);
+    barrier();
   }
-  const u32 first = group / B_TILES * (FEW_TILES * SIDE), tile = group % B_TILES, left = p.rows - first;
-  if (left <= SIDE) few_rows<1, depth(4)>(p, first, tile, lds.sums);
-  else if (left <= 2 * SIDE) few_rows<2, depth(3)>(p, first, tile, lds.sums);
-  else few_rows<4, depth(2)>(p, first, tile, lds.sums);
 }
 
-#if BIAS
+#if HAS_BIAS
 KERNEL(ENTRY)(const u8 *__restrict a, const u8 *__restrict b, const float *__restrict a_scale,
               const float *__restrict b_scale, const u8 *__restrict bias, u8 *__restrict out, u32 rows) {
   product({a, b, a_scale, b_scale, bias, out, rows});
