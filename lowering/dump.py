@@ -18,7 +18,8 @@ def dump_kernels(dispatched: Dispatched, directory: Path) -> None:
 
     Launches are in execution order, with grid, shapes and constants for the example arguments; where
     a row count is not known (a model from MLIR with dynamic sizes) those are null.  ``grid_rule`` says what
-    the grid is for any other number of rows.
+    the grid is for any other number of rows.  Of a binding with ``columns`` [first, end) the kernel touches no
+    others.
     """
     directory.mkdir(parents=True, exist_ok=True)
     for entry, kernel in dispatched.kernels.items():
@@ -47,6 +48,7 @@ def _describe(launch: Launch) -> dict[str, Any]:
                 "dtype": binding.dtype,
                 "shape": None if rows is None else list(kernel.shape(binding, rows)),
                 "access": binding.access,
+                "columns": binding.columns,
             }
             for binding in kernel.bindings
         ],

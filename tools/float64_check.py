@@ -50,15 +50,16 @@ def problems(spec: RowSpec, tensors: Mapping[str, Tensor]) -> list[str]:
 
 def _exact(spec: RowSpec, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
     """y and the residual sum, if there is one, in float64; and what an activation may be off by besides."""
-    x, total = tensors["x"].double(), None
+    x, total = tensors["x"][:, spec.columns("x")].double(), None
+    other = next((tensors[name][:, spec.columns(name)] for name in ("up", "residual") if name in tensors), None)
     exact = torch.zeros((), dtype=torch.float64, device=x.device)
     if spec.gate:
-        gate, up = x.chunk(2, -1) if spec.gate.packed else (x, tensors["up"].double())
+        gate, up = x.chunk(2, -1) if spec.gate.packed else (x, other.double())
         return _ACTIVATIONS[spec.gate.activation](gate) * up, None, _ACTIVATION * (gate * up).abs()
     if not spec.norm:
         return x, None, exact
     if spec.norm.residual:
-        x = total = x + tensors["residual"].double()
+        x = total = x + other.double()
     y = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + spec.norm.eps)
     if "weight" in tensors:
         y = y * (tensors["weight"].double() + spec.norm.weight_offset)
