@@ -18,8 +18,8 @@ def dump_kernels(dispatched: Dispatched, directory: Path) -> None:
 
     Launches are in execution order, with grid, shapes and constants for the example arguments; where
     a row count is not known (a model from MLIR with dynamic sizes) those are null.  ``grid_rule`` says what
-    the grid is for any other number of rows.  Of a binding with ``columns`` [first, end) the kernel touches no
-    others.
+    the grid is for any other number of rows.  Of a binding with ``columns`` [first, end) only those are
+    touched.
     """
     directory.mkdir(parents=True, exist_ok=True)
     for entry, kernel in dispatched.kernels.items():

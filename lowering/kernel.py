@@ -241,7 +241,11 @@ def _why_not_windows(spec: RowSpec) -> str | None:
         columns, pitch = spec.columns(name), spec.pitch(name)
         if not 0 <= columns.start <= columns.stop <= pitch:
             return f"Columns {columns.start} to {columns.stop} do not lie in rows of {pitch} elements."
-    if spec.other_window and not (spec.norm and spec.norm.residual) and not (spec.gate and not spec.gate.packed):
+    if (
+        spec.other_window
+        and not (spec.norm and spec.norm.residual)
+        and not (spec.gate and not spec.gate.packed)
+    ):
         return "The row kernel has a second window only where it has a second input."
     return None
 

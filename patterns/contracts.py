@@ -161,7 +161,7 @@ def in_words(contract: Contract) -> str:
 
 @dataclass(frozen=True)
 class Window:
-    """Where the rows of an input lie: in those of a wider tensor [T, ``pitch``], from column ``offset`` on."""
+    """Where the rows of an input lie: in those of a tensor [T, ``pitch``], from column ``offset`` on."""
 
     pitch: int
     offset: int
@@ -174,8 +174,8 @@ class RowSpec:
     The producer of y is ``norm``, ``gate`` or, with neither, x itself.
     Reads x (gate and up in one tensor [T, 2*hidden] if the gate is packed), then up if it is not, then
     residual if the norm has one, then weight (``weight_dtype`` not None).  With a window an input's rows are
-    part of those of a wider tensor, which is what the kernel is given: ``x_window`` that of x, ``other_window``
-    that of up or the residual.
+    part of those of a wider tensor, which is what the kernel is given: ``x_window`` that of x,
+    ``other_window`` that of up or the residual.
     Writes, in this order: the residual sum (``writes_sum``), y rounded to ``dtype`` (``writes_y``), and q and
     scale of every quantization.
     """

@@ -1,7 +1,7 @@
 """Inputs whose rows are part of wider ones, as after a split: a kernel reads them where they are.
 
-A slice of the last axis is a copy for whatever needs dense rows.  A row kernel needs none: it is given the wider
-tensor and the window.  Views between the slice and the kernel may regroup the other axes.
+A slice of the last axis is a copy for whatever needs dense rows.  A row kernel needs none: it is given the
+wider tensor and the window.  Views between the slice and the kernel may regroup the other axes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _regroups_rows(view: ir.Operation) -> bool:
 
 
 def _regrouped(wide: ir.Value, passed: list[ir.Operation]) -> ir.Value:
-    """``wide`` with its leading axes as the views ``passed``, the last one first, leave those of its window."""
+    """``wide`` with its leading axes as the views ``passed``, from the last on, leave those of its window."""
     for view in reversed(passed):
         before, after = torch_ir.tensor_type(wide), torch_ir.tensor_type(view.result)
         example = torch_ir.example_shape(view.result)
