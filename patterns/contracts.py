@@ -154,7 +154,14 @@ class GroupedTopk:
     eps: float = 0.0
 
 
-Contract = RmsNorm | GatedActivation | Quantization | GroupedTopk
+@dataclass(frozen=True)
+class BlockScaledMatmul:
+    """The product that ``MatmulSpec`` writes down, of a b whose bytes the model gives in ``b_layout``."""
+
+    b_layout: WeightLayout = "row"
+
+
+Contract = RmsNorm | GatedActivation | Quantization | GroupedTopk | BlockScaledMatmul
 
 
 def in_words(contract: Contract) -> str:
