@@ -36,8 +36,8 @@ class Statistics:
     """What a launch executed.
 
     ``instructions`` counts, by operation, what waves executed; ``lanes`` the active lanes of those.
-    ``by_work`` sums the former by kind of work (native.WORKS).  ``bank_conflicts`` are the turns that lanes lost
-    to each other at LDS banks, by operation (native/banks.c).  Bytes are those of global memory.
+    ``by_work`` sums the former by kind of work (native.WORKS).  ``bank_conflicts`` are the turns that lanes
+    lost to each other at LDS banks, by operation (native/banks.c).  Bytes are those of global memory.
     """
 
     instructions: dict[str, int] = field(repr=False)
