@@ -133,7 +133,7 @@ def _costs(kernel: KernelInstance, contracts: Sequence[Contract | None], rows: i
         return [Cost(None, int(number == 0)) for number in range(len(contracts))]
     written: dict[Contract | None, int] = defaultdict(int)
     for binding in kernel.bindings:
-        size = math.prod(kernel.shape(binding, rows)) * torch_ir.element_bytes(binding.dtype)
+        size = kernel.elements(binding, rows) * torch_ir.element_bytes(binding.dtype)
         written[binding.quantization] += size
     everything_else = written.pop(None, 0)
     shares = [written.pop(contract, 0) for contract in contracts]
