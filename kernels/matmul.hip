@@ -21,7 +21,7 @@ typedef unsigned long long u64;
 typedef float f2 __attribute__((ext_vector_type(2)));
 typedef float f4 __attribute__((ext_vector_type(4)));
 typedef int i4 __attribute__((ext_vector_type(4)));
-typedef int i8v __attribute__((ext_vector_type(8)));
+typedef int i8 __attribute__((ext_vector_type(8)));
 typedef u32 u2 __attribute__((ext_vector_type(2)));
 typedef u32 u4 __attribute__((ext_vector_type(4)));
 typedef u32 loose_u2 __attribute__((ext_vector_type(2), aligned(1)));
@@ -85,8 +85,10 @@ DEVICE float load_float(Buffer from, u32 of_lane, u32 shared) {
 // A lane's part of 16 rows by a block: 16 bytes in either half of the block.
 struct Fragment {
   u4 half[2];
-  __attribute__((device, always_inline)) i8v words() const { return __builtin_shufflevector((i4)half[0], (i4)half[1], 0, 1, 2, 3, 4, 5, 6, 7); }
 };
+DEVICE i8 words(const Fragment &part) {
+  return __builtin_shufflevector((i4)part.half[0], (i4)part.half[1], 0, 1, 2, 3, 4, 5, 6, 7);
+}
 
 // Lane i has row i % 16 of the operand, and of each half of the block the quarter i / 16.
 DEVICE u32 place() { return lane() % SIDE; }
@@ -131,10 +133,10 @@ DEVICE float load_b_scale(const Operands &from, u32 tile, u32 block) {
 DEVICE f4 multiply(const Fragment &b, const Fragment &a) {
   const f4 zero = {0, 0, 0, 0};
 #ifdef __gfx950__
-  return __builtin_amdgcn_mfma_scale_f32_16x16x128_f8f6f4(b.words(), a.words(), zero, 0, 0, 0, 0, 0, 0);
+  return __builtin_amdgcn_mfma_scale_f32_16x16x128_f8f6f4(words(b), words(a), zero, 0, 0, 0, 0, 0, 0);
 #else
   typedef long i64x4 __attribute__((ext_vector_type(4)));
-  const i64x4 x = __builtin_bit_cast(i64x4, b.words()), y = __builtin_bit_cast(i64x4, a.words());
+  const i64x4 x = __builtin_bit_cast(i64x4, words(b)), y = __builtin_bit_cast(i64x4, words(a));
   f4 sums = zero;
   UNROLL for (u32 i = 0; i < 4; ++i) sums = __builtin_amdgcn_mfma_f32_16x16x32_fp8_fp8(x[i], y[i], sums, 0, 0, 0);
   return sums;
@@ -233,9 +235,10 @@ template <u32 TILES, u32 RING> DEVICE void few_rows(const Product &p, u32 first,
   UNROLL for (u32 i = 0; i < RING && i < COUNT; ++i) parts[i] = load_part<TILES>(from, block_of(i));
   in_rounds<COUNT, RING>([&](u32 i, u32 slot, u32 left) {
     const Part<TILES> &part = parts[slot];
-    const float b_scale = counts(i) ? part.b_scale : 0;
-    UNROLL for (u32 t = 0; t < TILES; ++t)
-      sums[t] = add_scaled(sums[t], multiply(part.b, part.a[t]), pair_of(part.a_scale[t] * b_scale));
+    UNROLL for (u32 t = 0; t < TILES; ++t) {
+      const float scale = counts(i) ? part.a_scale[t] * part.b_scale : 0;
+      sums[t] = add_scaled(sums[t], multiply(part.b, part.a[t]), pair_of(scale));
+    }
     if (left > RING) parts[slot] = load_part<TILES>(from, block_of(i + RING));
   });
   UNROLL for (u32 t = 0; t < TILES; ++t) lds[(wave() * TILES + t) * WAVE + lane()] = sums[t];
