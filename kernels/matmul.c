@@ -1,5 +1,6 @@
 // The block-scaled product on CPUs: out[m, n] = the sum over the groups g of K of a_scale[m, g] * b_scale[n / GROUP, g]
-// times the product of group g of row m of a and row n of b; a [rows, K] and b [N, K] of 8-bit floats.
+// times the product of group g of row m of a and row n of b, plus bias[n] if HAS_BIAS; a [rows, K] and b [N, K] of
+// 8-bit floats.  The scales of a are [rows, GROUPS] or, in columns, [GROUPS, rows or rows rounded up to 4].
 //
 //   few rows    lanes are places along K: BATCH rows of b stream past one row of a.
 //   many rows   lanes are columns: a tile of COLUMNS rows of b is decoded and transposed, a chunk of K at a time, and
@@ -27,8 +28,11 @@
 #define BATCH 4
 #endif
 
+enum { ROW = 0, COLUMN_TMA = 1, COLUMN = 2 };
+
 #define MIN2(a, b) ((a) < (b) ? (a) : (b))
 #define GROUPS (K / GROUP)
+#define SCALE_STEP (A_SCALE_LAYOUT == ROW ? GROUPS : 1)  // from a scale of a to the one of the next row
 #define CHUNK MIN2(GROUP, 32 * DEPTH)  // elements along K of a decoded tile
 #define STEPS (CHUNK / DEPTH)
 #define LOAD MIN2(CHUNK, 4 * LANES)    // codes that are loaded at once along K
@@ -58,11 +62,23 @@ INLINE Words load_codes(const u8 *from) {
 
 // -- many rows -----------------------------------------------------------------------------------------------------
 
+#if OUT_DTYPE == F32
+typedef float Out;
+#else
+typedef u16 Out;
+#endif
+
 typedef struct {
   const u8 *a, *b;
   const float *a_scale, *b_scale;
-  void *out;
+  i64 scale_column;  // elements from a scale of a to the one of the next group
+  const Out *bias;
+  Out *out;
 } Product;
+
+INLINE const float *scale_of(const Product *p, i64 row, i64 group) {
+  return p->a_scale + row * SCALE_STEP + group * (A_SCALE_LAYOUT == ROW ? 1 : p->scale_column);
+}
 
 // Tiles along a chunk of K, decoded: stripes of WIDTH vectors of columns, and a panel of rows of a.
 typedef struct {
@@ -133,7 +149,7 @@ INLINE void multiply_panel(const Left *left, int rows, const Words (*right)[WIDT
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) {
     Floats *to = sums + i * VECTORS;
-    const Eight scale = a_scale[i * GROUPS] * *(const LooseEight *)b_scale;
+    const Eight scale = a_scale[i * (i64)SCALE_STEP] * *(const LooseEight *)b_scale;
 #pragma GCC unroll 8
     for (int v = 0; v < WIDTH; ++v) to[v] = add_product(to[v], sum[i][v], all(scale[v]));
   }
@@ -170,11 +186,26 @@ INLINE void multiply_rows(int rows, const Left *left, const Right *right, const 
 
 // -- results -------------------------------------------------------------------------------------------------------
 
-#if OUT_DTYPE == F32
-typedef float Out;
-#else
-typedef u16 Out;
+// The biases of `count` columns from n on, zeros after them.
+INLINE Floats load_bias(const Product *p, i64 n, int count) {
+  Floats bias = {0};
+#if HAS_BIAS && OUT_DTYPE == F32
+  for (int i = 0; i < LANES && i < count; ++i) bias[i] = p->bias[n + i];
+#elif HAS_BIAS
+  Halves halves = {0};
+  for (int i = 0; i < LANES && i < count; ++i) halves[i] = p->bias[n + i];
+  Words words = __builtin_convertvector(halves, Words);
+  bias = OUT_DTYPE == BF16 ? floats_of(words << 16) : f16_to_floats(words);
 #endif
+  return bias;
+}
+
+// The biases of a tile's columns.
+INLINE void load_biases(const Product *p, i64 first, Floats *biases) {
+  for (int v = 0; v < VECTORS; ++v) biases[v] = load_bias(p, first + v * LANES, least(LANES, N - first - v * LANES));
+}
+
+INLINE Floats biased(Floats sums, Floats bias) { return HAS_BIAS ? sums + bias : sums; }
 
 INLINE void store_out(Out *to, Floats sums, int count) {
 #if OUT_DTYPE == F32
@@ -207,14 +238,17 @@ INLINE void many_rows(const Product *p, i64 row, int rows, i64 first) {
     for (int i = 0; i < rows; i += PANEL) {
       const int count = least(PANEL, rows - i);
       decode_left(p, row + i, count, k, &a_decoder, &left);
-      multiply_rows(count, &left, &right[chunk % 2], p->a_scale + (row + i) * GROUPS + group, b_scale, sums[i]);
+      multiply_rows(count, &left, &right[chunk % 2], scale_of(p, row + i, group), b_scale, sums[i]);
       for (; next < VECTORS && next * rows < VECTORS * (i + count); ++next)
         decode_right(b_rows, k + CHUNK, next, &b_decoder, &right[(chunk + 1) % 2]);
     }
   }
+  Floats biases[VECTORS];
+  load_biases(p, first, biases);
   for (int i = 0; i < rows; ++i)
     for (int v = 0; v < VECTORS; ++v)
-      store_out((Out *)p->out + (row + i) * N + first + v * LANES, sums[i][v], least(LANES, N - first - v * LANES));
+      store_out(p->out + (row + i) * N + first + v * LANES, biased(sums[i][v], biases[v]),
+                least(LANES, N - first - v * LANES));
 }
 
 // -- few rows ------------------------------------------------------------------------------------------------------
@@ -223,7 +257,7 @@ INLINE void many_rows(const Product *p, i64 row, int rows, i64 first) {
 INLINE void one_row_batch(const Product *p, i64 row, i64 n, const Decoder *a_decoder, const Decoder *b_decoder,
                           float *results) {
   const u8 *a = p->a + row * K, *rows[BATCH];
-  const float *a_scale = p->a_scale + row * GROUPS, *b_scale = p->b_scale + (n < N ? n : N - 1) / GROUP * GROUPS;
+  const float *b_scale = p->b_scale + (n < N ? n : N - 1) / GROUP * GROUPS;
   rows_of(p->b, n, BATCH, rows);
   Floats sums[BATCH] = {{0}};
   for (i64 group = 0; group < GROUPS; ++group) {
@@ -240,7 +274,7 @@ INLINE void one_row_batch(const Product *p, i64 row, i64 n, const Decoder *a_dec
         for (int part = 0; part < PARTS; ++part) partial[i] = multiply_add(partial[i], left[part], right[part]);
       }
     }
-    const Floats scale = all(a_scale[group] * b_scale[group]);
+    const Floats scale = all(*scale_of(p, row, group) * b_scale[group]);
 #pragma GCC unroll 8
     for (int i = 0; i < BATCH; ++i) sums[i] = add_product(sums[i], partial[i], scale);
   }
@@ -250,21 +284,33 @@ INLINE void one_row_batch(const Product *p, i64 row, i64 n, const Decoder *a_dec
 INLINE void few_rows(const Product *p, i64 row, int rows, i64 first) {
   const Decoder a_decoder = decoder_of(A_CODES), b_decoder = decoder_of(B_CODES);
   const int columns = least(COLUMNS, N - first);
+  Floats biases[VECTORS];
+  load_biases(p, first, biases);
   for (int i = 0; i < rows; ++i) {
     union { float each[COLUMNS]; Floats vectors[VECTORS]; } results;
     for (int n = 0; n < columns; n += BATCH)
       one_row_batch(p, row + i, first + n, &a_decoder, &b_decoder, results.each + n);
     for (int v = 0; v * LANES < columns; ++v)
-      store_out((Out *)p->out + (row + i) * N + first + v * LANES, results.vectors[v], columns - v * LANES);
+      store_out(p->out + (row + i) * N + first + v * LANES, biased(results.vectors[v], biases[v]),
+                columns - v * LANES);
   }
 }
 
 // -- the entry -----------------------------------------------------------------------------------------------------
 
+#if HAS_BIAS
+#define BIAS_BINDING BINDING(const Out, bias),
+#define BIAS bias + bias_offset
+#else
+#define BIAS_BINDING
+#define BIAS 0
+#endif
+
 void ENTRY(BINDING(const u8, a), BINDING(const u8, b), BINDING(const float, a_scale), BINDING(const float, b_scale),
-           BINDING(Out, out), i32 rows, i32 workgroup) {
+           BIAS_BINDING BINDING(Out, out), i32 rows, i32 workgroup) {
+  const i64 scale_column = A_SCALE_LAYOUT == COLUMN_TMA ? ((i64)rows + 3) / 4 * 4 : rows;
   const Product product = {a + a_offset, b + b_offset, a_scale + a_scale_offset, b_scale + b_scale_offset,
-                           out + out_offset};
+                           scale_column, BIAS, out + out_offset};
   const i64 tiles = (N + COLUMNS - 1) / COLUMNS, row = workgroup / tiles * ROWS, first = workgroup % tiles * COLUMNS;
   const int count = least(ROWS, rows - row);
   FloatMode mode = enter_ieee();

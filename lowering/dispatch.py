@@ -26,7 +26,7 @@ from patterns.sites import Cost, Ledger
 from . import abi, matmul_kernel, toolchain, topk_kernel
 from . import kernel as row_kernel
 from .devices import executable_target
-from .kernel import Binding, KernelInstance
+from .kernel import Access, Binding, KernelInstance
 from .targets import Target
 
 
@@ -102,7 +102,7 @@ def dispatch(
             done.kernels[kernel.entry] = kernel
             _define(module, kernel, done.objects[kernel.entry], directory)
         done.launches.append(Launch(kernel, rows))
-        done.physical_scales += _call(op, kernel)
+        _call(op, kernel, done.physical_scales)
     torch_ir.erase_dead(torch_ir.block_of(function))
     return done
 
@@ -164,15 +164,16 @@ def _example_rows(op: ir.Operation, kernel: KernelInstance) -> int | None:
     return 1 if type_ is not None and len(type_.shape) == 1 else None
 
 
-def _call(op: ir.Operation, kernel: KernelInstance) -> list[PhysicalScale]:
-    """Replace ``op`` by a call: leading axes collapsed to rows before, restored after."""
+def _call(op: ir.Operation, kernel: KernelInstance, physical: list[PhysicalScale]) -> None:
+    """Replace ``op`` by a call: leading axes collapsed to rows before, restored after.
+
+    ``physical`` are the scales that kernels before this one have written, to which its own are added.
+    """
     writes = [binding for binding in kernel.bindings if binding.access == "write"]
-    physical = []
     with ir.InsertionPoint(op), op.location:
         reads = [binding for binding in kernel.bindings if binding.access == "read"]
         arguments = [
-            _collapse(torch_ir.to_builtin(operand)) if binding.has_rows else torch_ir.to_builtin(operand)
-            for binding, operand in zip(reads, op.operands, strict=True)
+            _argument(binding, operand, physical) for binding, operand in zip(reads, op.operands, strict=True)
         ]
         call = func.CallOp([_tensor_type(binding) for binding in writes], _function_name(kernel), arguments)
         for binding, result, old in zip(writes, call.results, op.results, strict=True):
@@ -183,7 +184,15 @@ def _call(op: ir.Operation, kernel: KernelInstance) -> list[PhysicalScale]:
                 physical.append(PhysicalScale(new, result, binding.layout))
             old.replace_all_uses_with(new)
     op.erase()
-    return physical
+
+
+def _argument(binding: Binding, operand: ir.Value, physical: Sequence[PhysicalScale]) -> ir.Value:
+    """What the kernel is given for ``operand``: a scale in columns as the buffer a kernel has written."""
+    if binding.layout != "row":
+        source = views.same_rows(operand)
+        return next(s.buffer for s in physical if (s.logical, s.layout) == (source, binding.layout))
+    value = torch_ir.to_builtin(operand)
+    return _collapse(value) if binding.has_rows else value
 
 
 def return_physical_scales(function: ir.Operation, scales: Sequence[PhysicalScale]) -> dict[int, ScaleLayout]:
@@ -196,7 +205,7 @@ def return_physical_scales(function: ir.Operation, scales: Sequence[PhysicalScal
     terminator = list(torch_ir.block_of(function).operations)[-1].operation
     changed: dict[int, ScaleLayout] = {}
     for number, value in enumerate(terminator.operands):
-        scale = by_value.get(_same_rows(value))
+        scale = by_value.get(views.same_rows(value))
         logical = torch_ir.tensor_type(value)
         if scale is not None and logical is not None:
             rows = ir.RankedTensorType(scale.buffer.type).shape[0]
@@ -209,18 +218,6 @@ def return_physical_scales(function: ir.Operation, scales: Sequence[PhysicalScal
         results = [operand.type for operand in terminator.operands]
         function.attributes["function_type"] = ir.TypeAttr.get(ir.FunctionType.get(inputs, results))
     return changed
-
-
-def _same_rows(value: ir.Value) -> ir.Value:
-    """What ``value`` is a view of, as far as views only regroup leading axes."""
-    view = torch_ir.producer(value)
-    while view is not None and views.is_flat_view(view):
-        before, after = torch_ir.tensor_type(view.operands[0]), torch_ir.tensor_type(view.result)
-        if before is None or after is None or before.shape[-1:] != after.shape[-1:]:
-            break
-        value = view.operands[0]
-        view = torch_ir.producer(value)
-    return value
 
 
 def _tensor_type(binding: Binding) -> ir.RankedTensorType:
@@ -351,16 +348,21 @@ def _define(module: ir.Module, kernel: KernelInstance, data: bytes, directory: P
                 func.ReturnOp(_extern_dispatch(kernel, data, arguments, rows, writes))
 
 
-def _dynamic_sizes(kernel: KernelInstance, rows: ir.Value) -> list[ir.Value]:
-    """The run-time sizes of the results, in order: T rows, or T rounded up to 4."""
+def _dynamic_sizes(kernel: KernelInstance, rows: ir.Value, access: Access) -> list[ir.Value]:
+    """The run-time sizes of the operands or of the results, in order."""
+    bindings = (binding for binding in kernel.bindings if binding.access == access)
+    return [size for binding in bindings for size in _sizes(binding, rows)]
+
+
+def _sizes(binding: Binding, rows: ir.Value) -> list[ir.Value]:
+    """The run-time sizes of a tensor: T rows, or T rounded up to 4."""
     sizes = []
-    for binding in kernel.bindings:
-        for dim in binding.shape if binding.access == "write" else ():
-            if dim == "T":
-                sizes.append(rows)
-            elif dim == "T4":
-                up = arith.AddIOp(rows, _index(3)).result
-                sizes.append(arith.MulIOp(arith.DivUIOp(up, _index(4)).result, _index(4)).result)
+    for dim in binding.shape:
+        if dim == "T":
+            sizes.append(rows)
+        elif dim == "T4":
+            up = arith.AddIOp(rows, _index(3)).result
+            sizes.append(arith.MulIOp(arith.DivUIOp(up, _index(4)).result, _index(4)).result)
     return sizes
 
 
@@ -369,15 +371,14 @@ def _extern_dispatch(
 ) -> Sequence[ir.Value]:
     i32 = ir.IntegerType.get_signless(32)
     rows32 = arith.IndexCastUIOp(i32, rows).result
-    dims = [rows for binding in kernel.bindings if binding.access == "read" and binding.has_rows]
     x, y, z = kernel.block
     op = hal.DispatchExternOp(
         writes,
         kernel.entry,
         [rows],
         [rows32, *arguments],
-        dims,
-        _dynamic_sizes(kernel, rows),
+        _dynamic_sizes(kernel, rows, "read"),
+        _dynamic_sizes(kernel, rows, "write"),
         _pipeline_layout(kernel),
         [executable_target(kernel.target)],
         ir.ArrayAttr.get([ir.IntegerAttr.get(ir.IndexType.get(), 0)]),
@@ -441,14 +442,13 @@ def _flow_dispatch(
     kernel: KernelInstance, arguments: list[ir.Value], rows: ir.Value, writes: list[ir.Type]
 ) -> Sequence[ir.Value]:
     symbol = ir.SymbolRefAttr.get([_executable_name(kernel), _workgroup_name(kernel)])
-    dims = [rows for binding in kernel.bindings if binding.access == "read" and binding.has_rows]
     return flow.DispatchOp(
         writes,
         [rows],
         ir.ArrayAttr.get([symbol]),
         [*arguments, rows],
-        dims,
-        _dynamic_sizes(kernel, rows),
+        _dynamic_sizes(kernel, rows, "read"),
+        _dynamic_sizes(kernel, rows, "write"),
     ).operation.results
 
 
@@ -517,15 +517,11 @@ def _pointer_and_offset(binding: Binding, argument: ir.Value, rows: ir.Value) ->
     i64 = ir.IntegerType.get_signless(64)
     dynamic = ir.ShapedType.get_dynamic_size()
     shape = [dim if isinstance(dim, int) else dynamic for dim in binding.shape]
-    sizes = []
-    for dim in binding.shape:
-        if dim == "T":
-            sizes.append(rows)
-        elif dim == "T4":
-            up = arith.AddIOp(rows, _index(3)).result
-            sizes.append(arith.MulIOp(arith.DivUIOp(up, _index(4)).result, _index(4)).result)
     view = stream.BindingSubspanOp(
-        ir.MemRefType.get(shape, torch_ir.element_type(binding.dtype)), argument, _index(0), sizes
+        ir.MemRefType.get(shape, torch_ir.element_type(binding.dtype)),
+        argument,
+        _index(0),
+        _sizes(binding, rows),
     ).result
     element = torch_ir.element_type(binding.dtype)
     rank = len(shape)

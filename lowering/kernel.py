@@ -58,9 +58,9 @@ class Binding:
 
     ``shape`` holds ints and the symbols ``T`` (rows) and ``T4`` (rows rounded up to 4).  Scales have their
     physical shape: [T, Gn] in ``row`` layout, [Gn, T] in ``column``, [Gn, T4] in ``column_tma``, and in
-    ``ue8m0_packed`` int32 [ceil(Gn/4), T4], four exponents in each.  ``quantization`` is the one whose values
-    or scales these are.  ``columns`` are the first column that the kernel touches and the one after the last,
-    where that is a part of each row.
+    ``ue8m0_packed`` int32 [ceil(Gn/4), T4], four exponents in each; ``layout`` says which.  ``quantization``
+    is the one whose values or scales these are.  ``columns`` are the first column that the kernel touches and
+    the one after the last, where that is a part of each row.
     """
 
     name: str
@@ -68,17 +68,13 @@ class Binding:
     shape: tuple[Dimension, ...]
     access: Access
     quantization: Quantization | None = None
+    layout: ScaleLayout = "row"
     columns: tuple[int, int] | None = None
 
     @property
     def has_rows(self) -> bool:
         """Whether it has a row for each of the dispatch's, unlike a weight."""
         return len(self.shape) == 2 and self.shape[0] == "T"
-
-    @property
-    def layout(self) -> ScaleLayout:
-        """How the tensor lies in memory, as torch's strides would say it."""
-        return self.quantization.layout if self.quantization and self.name.startswith("scale") else "row"
 
 
 @dataclass(frozen=True)
@@ -185,7 +181,7 @@ def _scale_binding(name: str, quantization: Quantization, hidden: int) -> Bindin
         "ue8m0_packed": (-(-groups // 4), "T4"),
     }
     dtype = "int32" if quantization.layout == "ue8m0_packed" else "float32"
-    return Binding(name, dtype, shapes[quantization.layout], "write", quantization)
+    return Binding(name, dtype, shapes[quantization.layout], "write", quantization, quantization.layout)
 
 
 def _why_not_dtypes(spec: RowSpec) -> str | None:

@@ -1,100 +1,109 @@
-"""From a MatmulSpec and a target to a kernel instance: the block-scaled product of ``kernels/matmul.c``.
+"""From a MatmulSpec and a target to a kernel instance: the block-scaled product of ``kernels/matmul.*``.
 
-What that kernel supports is decided here and nowhere else: ``why_unsupported`` says it in a sentence that the
-fusion can act on, ``instance`` raises the same sentence.
+What that kernel family supports is decided here and in the variant of the target's backend:
+``why_unsupported`` says it in a sentence that the fusion can act on, ``instance`` raises the same sentence.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from patterns.contracts import DEPTH_MULTIPLE, MatmulSpec, ScaleLayout, WeightLayout, stored_rows
 
-from patterns.contracts import MatmulSpec
-
+from . import matmul_cpu, matmul_cuda, matmul_hip
 from .errors import CompileError
-from .kernel import Binding, KernelInstance, digest
-from .mapping import GROUPS, GridRule
-from .targets import Target
+from .kernel import Binding, Dimension, KernelInstance, digest
+from .matmul_variant import DTYPE_CODES, FLOAT8_CODES, Variant
+from .targets import Backend, Target
 
-_CODES = {"bfloat16": 1, "float16": 2, "float32": 3}
+_VARIANTS: dict[Backend, Variant] = {
+    "cpu": matmul_cpu.VARIANT,
+    "cuda": matmul_cuda.VARIANT,
+    "hip": matmul_hip.VARIANT,
+}
 _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
-_FLOAT8_CODES = {"float8_e4m3fn": 0, "float8_e4m3fnuz": 1}
-
-
-@dataclass(frozen=True)
-class ProductTile:
-    """What one workgroup computes: ``rows`` x ``columns`` of the result.
-
-    Up to ``few_rows`` rows the weights stream past one row after another; with more, a tile of them is
-    decoded and multiplied with all rows.  96 columns are whole panels of every vector width; rows * columns
-    sums lie on the stack of a worker, which has 128 KiB.
-    """
-
-    rows: int = 128
-    columns: int = 96
-    few_rows: int = 1
 
 
 def why_unsupported(spec: MatmulSpec, target: Target) -> str | None:
     """A sentence saying why no kernel computes ``spec`` on ``target``, or None if one does."""
-    if target.backend != "cpu":
-        return f"The product kernel is written for the cpu, not for {target.name}."
+    variant = _VARIANTS.get(target.backend)
+    if variant is None:
+        return f"The product kernel is written for the {', '.join(_VARIANTS)}, not for {target.name}."
+    return _why_not_types(spec) or _why_not_layouts(spec, target) or variant.why_unsupported(spec, target)
+
+
+def _why_not_types(spec: MatmulSpec) -> str | None:
     for name, dtype in (("a", spec.a_dtype), ("b", spec.b_dtype)):
-        if dtype not in _FLOAT8_CODES:
-            return f"The product kernel takes {name} of {' or '.join(_FLOAT8_CODES)}, not {dtype}."
-    if spec.dtype not in _CODES:
-        return f"The product kernel writes {', '.join(_CODES)}, not {spec.dtype}."
-    if spec.group not in GROUPS:
-        return f"The product kernel knows groups of {', '.join(map(str, GROUPS))}, not {spec.group}."
+        if dtype not in FLOAT8_CODES:
+            return f"The product kernel takes {name} of {' or '.join(FLOAT8_CODES)}, not {dtype}."
+    if spec.dtype not in DTYPE_CODES:
+        return f"The product kernel writes {', '.join(DTYPE_CODES)}, not {spec.dtype}."
     if spec.columns < 1:
         return "The product has no columns."
     return None
 
 
-def instance(spec: MatmulSpec, target: Target, tile: ProductTile | None = None) -> KernelInstance:
-    """The kernel for ``spec`` on ``target``; ``tile`` overrides the default (for tuning).
+def _why_not_layouts(spec: MatmulSpec, target: Target) -> str | None:
+    weights, scales = weight_layouts(target), scale_layouts(target)
+    if spec.b_layout not in weights:
+        return f"The product kernel of {target.name} reads b in {' or '.join(weights)}, not {spec.b_layout}."
+    multiple = DEPTH_MULTIPLE[spec.b_layout]
+    if spec.depth % multiple:
+        return f"The layout {spec.b_layout} has rows of whole {multiple} elements, not of {spec.depth}."
+    if spec.a_scale_layout not in scales:
+        asked = spec.a_scale_layout
+        return f"The product kernel of {target.name} reads a_scale in {' or '.join(scales)}, not {asked}."
+    return None
+
+
+def weight_layouts(target: Target) -> tuple[WeightLayout, ...]:
+    """The layouts of b that some kernel of ``target`` reads, the fastest first."""
+    variant = _VARIANTS.get(target.backend)
+    return variant.weight_layouts if variant else ()
+
+
+def scale_layouts(target: Target) -> tuple[ScaleLayout, ...]:
+    """The layouts of the scales of a that some kernel of ``target`` reads, the fastest first."""
+    variant = _VARIANTS.get(target.backend)
+    return variant.scale_layouts if variant else ()
+
+
+def instance(spec: MatmulSpec, target: Target, tile: object | None = None) -> KernelInstance:
+    """The kernel for ``spec`` on ``target``; ``tile``, of the variant's kind, overrides the default.
 
     Raises CompileError with ``why_unsupported``'s sentence.
     """
     if reason := why_unsupported(spec, target):
         raise CompileError(reason)
-    tile = tile or ProductTile()
-    defines = _defines(spec, tile)
+    variant = _VARIANTS[target.backend]
+    special = variant.specialise(spec, target, tile)
     stem = f"matmul{spec.group}_{_SHORT[spec.dtype]}_n{spec.columns}_k{spec.depth}"
-    entry = f"{stem}_{digest(defines)}"
+    entry = f"{stem}_{digest(special.defines)}"
     return KernelInstance(
         entry=entry,
         target=target,
         spec=spec,
-        source="matmul.c",
-        defines=(("ENTRY", entry), *defines),
+        source=variant.source,
+        defines=(("ENTRY", entry), *special.defines),
         bindings=bindings(spec),
-        block=(1, 1, 1),
-        grid_rule=GridRule(tile.rows, columns=-(-spec.columns // tile.columns)),
+        block=(special.threads, 1, 1),
+        grid_rule=special.grid_rule,
+        dynamic_shared=special.dynamic_shared,
     )
 
 
 def bindings(spec: MatmulSpec) -> tuple[Binding, ...]:
-    """The tensors of ``spec`` in dispatch order."""
+    """The tensors of ``spec`` in dispatch order: a, b, a_scale, b_scale, bias if there is one; out."""
     groups = spec.depth // spec.group
-    return (
-        Binding("a", spec.a_dtype, ("T", spec.depth), "read"),
-        Binding("b", spec.b_dtype, (spec.columns, spec.depth), "read"),
-        Binding("a_scale", "float32", ("T", groups), "read"),
-        Binding("b_scale", "float32", (-(-spec.columns // spec.group), groups), "read"),
-        Binding("out", spec.dtype, ("T", spec.columns), "write"),
-    )
-
-
-def _defines(spec: MatmulSpec, tile: ProductTile) -> tuple[tuple[str, str], ...]:
-    values = {
-        "N": spec.columns,
-        "K": spec.depth,
-        "GROUP": spec.group,
-        "A_CODES": _FLOAT8_CODES[spec.a_dtype],
-        "B_CODES": _FLOAT8_CODES[spec.b_dtype],
-        "OUT_DTYPE": _CODES[spec.dtype],
-        "ROWS": tile.rows,
-        "COLUMNS": tile.columns,
-        "FEW_ROWS": tile.few_rows,
+    scales: dict[ScaleLayout, tuple[Dimension, ...]] = {
+        "row": ("T", groups),
+        "column": (groups, "T"),
+        "column_tma": (groups, "T4"),
     }
-    return tuple((name, str(value)) for name, value in values.items())
+    read = [
+        Binding("a", spec.a_dtype, ("T", spec.depth), "read"),
+        Binding("b", spec.b_dtype, (stored_rows(spec.columns, spec.b_layout), spec.depth), "read"),
+        Binding("a_scale", "float32", scales[spec.a_scale_layout], "read", layout=spec.a_scale_layout),
+        Binding("b_scale", "float32", (-(-spec.columns // spec.group), groups), "read"),
+    ]
+    if spec.bias:
+        read.append(Binding("bias", spec.dtype, (spec.columns,), "read"))
+    return (*read, Binding("out", spec.dtype, ("T", spec.columns), "write"))

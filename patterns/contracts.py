@@ -16,7 +16,17 @@ Residual = Literal["exact", "rounded"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 ScaleEncoding = Literal["float32", "ue8m0"]
 ScaleLayout = Literal["row", "column", "column_tma", "ue8m0_packed"]
+WeightLayout = Literal["row", "shuffled_16x16", "swizzled_128"]
 Division = Literal["true", "reciprocal"]
+
+# How the bytes of a weight [N, K] of 8-bit floats lie in memory.  Rows of zeros are added up to a multiple of
+# ROW_MULTIPLE, K is a multiple of DEPTH_MULTIPLE, and element (n, k) is at
+#   row              n*K + k, as in a checkpoint
+#   shuffled_16x16   (n/16)*16*K + (k/16)*256 + (n%16)*16 + k%16: AITER's shuffle_weight(w, (16, 16))
+#   swizzled_128     (n/128)*128*K + (k/128)*16384 + (n%128)*128 + (((k%128)/16) ^ (n%8))*16 + k%16: tiles of
+#                    128 x 128, each in one piece, its 16-byte chunks where wgmma's 128-byte swizzle has them
+ROW_MULTIPLE: dict[WeightLayout, int] = {"row": 1, "shuffled_16x16": 16, "swizzled_128": 128}
+DEPTH_MULTIPLE: dict[WeightLayout, int] = {"row": 1, "shuffled_16x16": 32, "swizzled_128": 128}
 
 LARGEST_FINITE = {
     "float8_e4m3fn": 448.0,
@@ -144,7 +154,14 @@ class GroupedTopk:
     eps: float = 0.0
 
 
-Contract = RmsNorm | GatedActivation | Quantization | GroupedTopk
+@dataclass(frozen=True)
+class BlockScaledMatmul:
+    """The product that ``MatmulSpec`` writes down, of a b whose bytes the model gives in ``b_layout``."""
+
+    b_layout: WeightLayout = "row"
+
+
+Contract = RmsNorm | GatedActivation | Quantization | GroupedTopk | BlockScaledMatmul
 
 
 def in_words(contract: Contract) -> str:
@@ -230,13 +247,17 @@ class MatmulSpec:
     """One block-scaled product: what a kernel reads and writes.
 
     Reads a [T, depth] in ``a_dtype``, b [columns, depth] in ``b_dtype``, float32 scales of a
-    [T, depth/group] and of b [ceil(columns/group), depth/group].  Writes out [T, columns] in ``dtype``:
+    [T, depth/group] and of b [ceil(columns/group), depth/group], then bias [columns] in ``dtype`` if it has
+    one.  Writes out [T, columns] in ``dtype``:
 
-        out[m, n] = sum over groups g of a_scale[m, g] * b_scale[n/group, g] * (a[m, g] . b[n, g])
+        out[m, n] = sum over groups g of a_scale[m, g] * b_scale[n/group, g] * (a[m, g] . b[n, g]) + bias[n]
 
-    accumulated in float32 in an order of the kernel's own, a block's products before they are scaled,
-    and rounded once.  Where a scale is infinite the reference gives NaN for a code of 0 and the kernel for a
-    block that sums up to 0; both give no finite number.
+    accumulated in float32 in an order of the kernel's own, a block's products before they are scaled, the
+    bias added last, and rounded once.  Where a scale is infinite the reference gives NaN for a code of 0 and
+    the kernel for a block that sums up to 0; both give no finite number.
+
+    ``b_layout`` is how the bytes of b lie in memory, padding included; ``a_scale_layout`` how the scales of a
+    do, one of those that ``Quantization`` describes but for ``ue8m0_packed``.
     """
 
     columns: int
@@ -245,9 +266,17 @@ class MatmulSpec:
     a_dtype: str
     b_dtype: str
     dtype: str
+    bias: bool = False
+    b_layout: WeightLayout = "row"
+    a_scale_layout: ScaleLayout = "row"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def stored_rows(columns: int, layout: WeightLayout) -> int:
+    """The rows of a weight [columns, K] in ``layout``, padding included."""
+    return -(-columns // ROW_MULTIPLE[layout]) * ROW_MULTIPLE[layout]
 
 
 class Spec(Protocol):

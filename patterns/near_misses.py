@@ -1,8 +1,9 @@
 """What looks like a norm or a quantization and is none that a kernel computes, and why not.
 
 Recognisers take what they can prove.  These look at what is left for the one operation that gives such a
-spelling away, a reciprocal root of a mean of squares or a cast to 8 bits of a quotient, and say what would
-have to change; so nothing that looks like a site is passed over in silence.
+spelling away (a reciprocal root of a mean of squares, a cast to 8 bits of a quotient, scores gathered by the
+largest of their biased values) and say what would have to change; so nothing that looks like a site is passed
+over in silence.
 """
 
 from __future__ import annotations
@@ -196,4 +197,56 @@ def _short(op: ir.Operation) -> str:
     return torch_ir.op_name(op).removeprefix("torch.")
 
 
-SUSPICIONS: tuple[Suspicion, ...] = (UnmatchedNorm(), UnmatchedQuantization(), *named_ops.SUSPICIONS)
+_SCORES = ("torch.aten.sigmoid", "torch.aten._softmax", "torch.aten.softmax.int")
+_ROUTING = "write it like torch.ops.lowering.grouped_topk, or call that"
+
+
+class UnmatchedRouting:
+    """Scores gathered by the largest of their biased values that are part of no grouped top-k routing."""
+
+    roots = ("torch.aten.gather",)
+
+    def why_not(self, op: ir.Operation) -> NearMiss | None:
+        scores, chosen = _as_computed(op.operands[0]), torch_ir.producer(op.operands[2])
+        if scores is None or scores.name not in _SCORES or chosen is None or chosen.name != "torch.aten.topk":
+            return None
+        if not _adds_to(scores, chosen.operands[0]):
+            return None
+        return NearMiss("grouped_topk", _why_no_routing(op, scores))
+
+
+def _as_computed(value: ir.Value) -> ir.Operation | None:
+    """What computed ``value``, seen through casts and views."""
+    op = torch_ir.producer(value)
+    while op is not None and op.name in (_CAST, *_RESHAPES):
+        op = torch_ir.producer(op.operands[0])
+    return op
+
+
+def _adds_to(scores: ir.Operation, choices: ir.Value) -> bool:
+    """Whether ``choices`` are ``scores`` and something added, some of them perhaps masked."""
+    op = _as_computed(choices)
+    if op is not None and op.name == "torch.aten.where.self":
+        return any(_adds_to(scores, value) for value in list(op.operands)[1:])
+    if op is None or op.name != "torch.aten.add.Tensor":
+        return False
+    return any(_as_computed(value) == scores for value in list(op.operands)[:2])
+
+
+def _why_no_routing(gathered: ir.Operation, scores: ir.Operation) -> str:
+    if scores.name != "torch.aten.sigmoid":
+        return f"its scores are a softmax, and the routing kernel's are a sigmoid; {_ROUTING}"
+    dtype = torch_ir.dtype_of(scores.result)
+    if dtype != "float32":
+        return f"its scores are rounded to {dtype} before the bias is added; widen the gating with .float()"
+    if torch_ir.dtype_of(gathered.result) != "float32":
+        return f"its weights are rounded to {torch_ir.dtype_of(gathered.result)}; gather float32 scores"
+    return f"its groups, mask or top-k are not those of the routing kernel; {_ROUTING}"
+
+
+SUSPICIONS: tuple[Suspicion, ...] = (
+    UnmatchedNorm(),
+    UnmatchedQuantization(),
+    UnmatchedRouting(),
+    *named_ops.SUSPICIONS,
+)

@@ -19,8 +19,9 @@ import lowering
 from lowering import abi, toolchain
 from lowering.errors import CompileError
 from lowering.kernel import KernelInstance
-from lowering.matmul_kernel import ProductTile, instance, why_unsupported
-from lowering.ops import block_scaled_matmul_reference
+from lowering.matmul_cpu import ProductTile
+from lowering.matmul_kernel import instance, why_unsupported
+from lowering.ops import block_scaled_matmul_reference, to_physical
 from lowering.targets import Target, resolve
 from patterns.contracts import MatmulSpec
 
@@ -45,8 +46,10 @@ def variant(arch: str) -> Target:
     return dataclasses.replace(CPU, arch=arch)
 
 
-def spec(columns: int, depth: int, group: int, dtype: str = "float32", a="float8_e4m3fn", b="float8_e4m3fn"):
-    return MatmulSpec(columns, depth, group, a, b, dtype)
+def spec(
+    columns: int, depth: int, group: int, dtype: str = "float32", a="float8_e4m3fn", b="float8_e4m3fn", **more
+):
+    return MatmulSpec(columns, depth, group, a, b, dtype, **more)
 
 
 @pytest.fixture(scope="session")
@@ -81,30 +84,39 @@ def operands(case: MatmulSpec, rows: int, seed: int = 0) -> list[torch.Tensor]:
         )
 
     groups = case.depth // case.group
+    bias = torch.randn(case.columns, generator=generator).to(getattr(torch, case.dtype))
     return [
         codes(rows, case.depth, dtype=case.a_dtype),
         codes(case.columns, case.depth, dtype=case.b_dtype),
         scales(rows, groups),
         scales(-(-case.columns // case.group), groups),
+        *([bias] if case.bias else []),
     ]
+
+
+def in_memory(case: MatmulSpec, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The operands as the kernel is given them."""
+    a, b, a_scale, *rest = tensors
+    return [a, b, to_physical(a_scale, case.a_scale_layout).contiguous(), *rest]
 
 
 def exact(case: MatmulSpec, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """The product in float64, and the sum of the magnitudes of its terms."""
-    a, b, a_scale, b_scale = (tensor.double() for tensor in tensors)
+    a, b, a_scale, b_scale, *bias = (tensor.double() for tensor in tensors)
     a = a * a_scale.repeat_interleave(case.group, -1)
     b = b * b_scale.repeat_interleave(case.group, 0)[: case.columns].repeat_interleave(case.group, -1)
-    return a @ b.T, a.abs() @ b.abs().T
+    value, magnitude = a @ b.T, a.abs() @ b.abs().T
+    return (value + bias[0], magnitude + bias[0].abs()) if bias else (value, magnitude)
 
 
 def bound(case: MatmulSpec, value: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
     """How far from ``value`` a result may be.
 
     Products of codes are exact in float32, so a term passes through at most one addition for each element
-    of its group and for each group, and four roundings for the scales and the lanes' sum; each is off by
-    2^-24 of a partial sum no larger than ``magnitude``.  Then comes one rounding to the result's dtype.
+    of its group and for each group, and five roundings for the scales, the lanes' sum and the bias; each is
+    off by 2^-24 of a partial sum no larger than ``magnitude``.  Then comes one rounding to its dtype.
     """
-    accumulated = (case.group + case.depth // case.group + 8) * 2.0**-24 * magnitude
+    accumulated = (case.group + case.depth // case.group + 9) * 2.0**-24 * magnitude
     half = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}[case.dtype]
     return accumulated + half * (value.abs() + accumulated) + 2.0**-25
 
@@ -125,6 +137,9 @@ CASES = {
     "one_column": spec(1, 32, 32),
     "fnuz": spec(70, 128, 64, "float16", "float8_e4m3fnuz", "float8_e4m3fnuz"),
     "mixed": spec(33, 256, 128, "float32", "float8_e4m3fn", "float8_e4m3fnuz"),
+    "bias": spec(200, 192, 64, bias=True),
+    "bias_bf16_columns": spec(131, 256, 128, "bfloat16", bias=True, a_scale_layout="column"),
+    "bias_f16_columns_of_fours": spec(97, 96, 32, "float16", bias=True, a_scale_layout="column_tma"),
 }
 ROWS = (0, 1, 2, 3, 17, 64, 129)
 
@@ -137,7 +152,7 @@ def test_kernel_is_within_the_bound(name: str, arch: str, launcher) -> None:
     kernel = instance(case, variant(arch))
     for shift, rows in enumerate(ROWS):
         tensors = operands(case, rows, seed=rows)
-        (actual,) = run(kernel, launcher(kernel), tensors, rows, shift)
+        (actual,) = run(kernel, launcher(kernel), in_memory(case, tensors), rows, shift)
         assert_product(case, actual, tensors)
 
 
@@ -246,6 +261,12 @@ def test_the_object_takes_what_is_passed() -> None:
         ),
         (spec(64, 64, 64, "float64"), "cpu", "writes bfloat16, float16, float32, not float64"),
         (spec(0, 64, 64), "cpu", "has no columns"),
+        (spec(64, 64, 64, b_layout="swizzled_128"), "cpu", "of cpu reads b in row, not swizzled_128"),
+        (
+            spec(64, 64, 64, a_scale_layout="ue8m0_packed"),
+            "cpu",
+            "reads a_scale in row or column_tma or column, not ue8m0_packed",
+        ),
     ],
 )
 def test_what_the_kernel_does_not_do_has_a_reason(case: MatmulSpec, target: str, reason: str) -> None:

@@ -244,19 +244,30 @@ def test_written_out_by_serving_stacks(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "reason"),
     [
-        {"sigmoid": lambda gating: torch.sigmoid(gating.bfloat16()).float()},
-        {"sigmoid": lambda gating: torch.softmax(gating, dim=-1)},
-        {"fill": 0.0},
+        ({"sigmoid": lambda gating: torch.sigmoid(gating.bfloat16()).float()}, "rounded to bfloat16 before"),
+        ({"sigmoid": lambda gating: torch.softmax(gating, dim=-1)}, "its scores are a softmax"),
+        ({"fill": 0.0}, "its groups, mask or top-k are not those of the routing kernel"),
     ],
     ids=["scores rounded", "softmax", "dropped groups at zero"],
 )
-def test_nearly_this_routing_is_left_alone(options: dict[str, Any]) -> None:
-    report = lowering.explain(
-        Router(lambda gating, bias: written_out(gating, bias, **options)), (torch.randn(9, 64),)
-    )
-    assert report.sites == ()
+def test_nearly_this_routing_is_left_alone_and_named(options: dict[str, Any], reason: str) -> None:
+    model = Router(lambda gating, bias: written_out(gating, bias, **options))
+    (site,) = lowering.explain(model, (torch.randn(9, 64),)).sites
+    assert (site.op, site.status) == ("grouped_topk", "unfused")
+    assert site.reason is not None and reason in site.reason
+    assert "test_topk_spellings.py" in site.location
+
+
+def test_a_choice_without_a_bias_is_no_routing() -> None:
+    """The largest scores, gathered: what any mixture of experts does."""
+
+    def largest(gating: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        scores = torch.sigmoid(gating)
+        return scores.gather(1, scores.topk(6, dim=-1)[1])
+
+    assert lowering.explain(Router(largest), (torch.randn(9, 64),)).sites == ()
 
 
 # -- left to IREE, and reported -----------------------------------------------------------------------

@@ -39,10 +39,11 @@ _PLAIN_SHARED = 48 << 10
 
 @dataclass(frozen=True)
 class Binding:
-    """One tensor of a launch."""
+    """One tensor of a launch; ``dims`` is its shape for any number of rows T, rounded up to 4 in T4."""
 
     name: str
     dtype: torch.dtype
+    dims: tuple[int | str, ...]
     shape: tuple[int, ...]
     access: str
     columns: tuple[int, int] | None = None
@@ -53,6 +54,11 @@ class Binding:
         *leading, last = self.shape
         first, end = self.columns or (0, last)
         return math.prod(leading) * (end - first) * self.dtype.itemsize
+
+    def resized(self, rows: int) -> Binding:
+        """The same tensor for another number of rows."""
+        sizes = {"T": rows, "T4": (rows + 3) // 4 * 4}
+        return replace(self, shape=tuple(d if isinstance(d, int) else sizes[d] for d in self.dims))
 
 
 @dataclass(frozen=True)
@@ -81,25 +87,8 @@ class Launch:
     def resized(self, rows: int) -> Launch:
         """The same kernel over another number of rows."""
         grid = (self.grid_rule.workgroups(rows), *self.grid[1:])
-        old, new = (self.rows, _padded(self.rows)), (rows, _padded(rows))
-        bindings = tuple(_resized(binding, old, new) for binding in self.bindings)
+        bindings = tuple(binding.resized(rows) for binding in self.bindings)
         return replace(self, grid=grid, bindings=bindings, constants=(rows, *self.constants[1:]))
-
-
-def _padded(rows: int) -> int:
-    return (rows + 3) // 4 * 4
-
-
-def _resized(binding: Binding, old: tuple[int, int], new: tuple[int, int]) -> Binding:
-    """Rows come first, except in a scale [groups, rows rounded up to 4]; a vector has none."""
-    if len(binding.shape) == 1:
-        return binding
-    first, last = binding.shape
-    if first == old[0]:
-        return replace(binding, shape=(new[0], last))
-    if last != old[1]:
-        raise RunError(f"binding {binding.name} {list(binding.shape)} does not follow from {old[0]} rows")
-    return replace(binding, shape=(first, new[1]))
 
 
 def read_launches(directory: Path) -> list[Launch]:
@@ -129,6 +118,7 @@ def _launch(item: Mapping[str, Any], directory: Path) -> Launch:
             Binding(
                 b["name"],
                 getattr(torch, b["dtype"]),
+                tuple(b["dims"]),
                 tuple(b["shape"]),
                 b["access"],
                 tuple(b["columns"]) if b["columns"] else None,
@@ -155,7 +145,7 @@ def launch_of(kernel: KernelInstance, path: Path, rows: int) -> Launch:
         block=kernel.block,
         dynamic_shared=kernel.dynamic_shared,
         bindings=tuple(
-            Binding(b.name, getattr(torch, b.dtype), kernel.shape(b, rows), b.access, b.columns)
+            Binding(b.name, getattr(torch, b.dtype), b.shape, kernel.shape(b, rows), b.access, b.columns)
             for b in kernel.bindings
         ),
         constants=(rows,),
