@@ -34,6 +34,7 @@ from .folding import fold
 from .fuse import fuse
 from .importer import Program, import_module, parse_module
 from .kernel import hardware_floats
+from .layout import check, lay_out
 from .normalize import normalize
 from .raising import RECOGNISERS, raise_function
 from .report import Change, Report, Site
@@ -186,6 +187,7 @@ class _Pipeline:
             ("raise", lambda: raise_function(function, ledger, self.recognisers)),
             ("sink", lambda: sink_views(function)),
             ("fuse", lambda: fuse(function, ledger, supported(self.target))),
+            ("layout", lambda: lay_out(function, ledger, self.target)),
             ("fold", lambda: fold(program)),
         ]
         if self.fp8 == "native":
@@ -203,6 +205,7 @@ class _Pipeline:
         """Step 6, in place: kernels for the fused rows, plain operations for what is left."""
         function = program.main()
         self.start("dispatch", f"{len(ledger.records)} sites")
+        check(function)
         dispatched = dispatch(
             program.module,
             function,
@@ -301,7 +304,7 @@ def _bytes(invocation: Invocation) -> bytes:
 
 def _report(target: Target, ledger: Ledger, dispatches: int, program: Program) -> Report:
     sites = tuple(map(_site, ledger.records))
-    return Report(target.name, sites, dispatches, ledger.timing, program.folded)
+    return Report(target.name, sites, dispatches, ledger.timing, program.folded, tuple(ledger.remarks))
 
 
 def _site(record: SiteRecord) -> Site:

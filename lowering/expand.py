@@ -123,16 +123,20 @@ def _reference(op: ir.Operation) -> tuple[Any, Callable[..., Any]] | None:
     if name == canonical.GROUPED_TOPK:
         return _routing_reference(op)
     if name == canonical.BLOCK_SCALED_MATMUL:
-        result = torch_ir.tensor_type(op.results[0])
+        result, layout = torch_ir.tensor_type(op.results[0]), canonical.product_contract(op).b_layout
         assert result is not None
         dtype = getattr(torch, result.dtype)
 
         def block_scaled_matmul(
-            a: torch.Tensor, b: torch.Tensor, a_scale: torch.Tensor, b_scale: torch.Tensor
+            a: torch.Tensor,
+            b: torch.Tensor,
+            a_scale: torch.Tensor,
+            b_scale: torch.Tensor,
+            bias: torch.Tensor | None = None,
         ) -> torch.Tensor:
-            return ops.block_scaled_matmul_reference(a, b, a_scale, b_scale, dtype)
+            return ops.block_scaled_matmul_reference(a, b, a_scale, b_scale, dtype, bias, layout)
 
-        return dtype, block_scaled_matmul
+        return (dtype, layout), block_scaled_matmul
     return None
 
 

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from patterns.contracts import DEPTH_MULTIPLE, MatmulSpec, ScaleLayout, WeightLayout, stored_rows
 
-from . import matmul_cpu
+from . import matmul_cpu, matmul_cuda, matmul_hip
 from .errors import CompileError
 from .kernel import Binding, Dimension, KernelInstance, digest
 from .matmul_variant import DTYPE_CODES, FLOAT8_CODES, Variant
 from .targets import Backend, Target
 
-_VARIANTS: dict[Backend, Variant] = {"cpu": matmul_cpu.VARIANT}
+_VARIANTS: dict[Backend, Variant] = {
+    "cpu": matmul_cpu.VARIANT,
+    "cuda": matmul_cuda.VARIANT,
+    "hip": matmul_hip.VARIANT,
+}
 _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 

@@ -308,6 +308,11 @@ def make_bool(value: bool) -> ir.Value:
     return _constant("torch.constant.bool", "!torch.bool", ir.BoolAttr.get(value))
 
 
+def make_str(value: str) -> ir.Value:
+    """A torch string constant."""
+    return _constant("torch.constant.str", "!torch.str", ir.StringAttr.get(value))
+
+
 def make_none() -> ir.Value:
     """The torch none constant."""
     return ir.Operation.create("torch.constant.none", results=[ir.Type.parse("!torch.none")]).result

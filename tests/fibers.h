@@ -5,6 +5,10 @@
 #include <ucontext.h>
 #include <vector>
 
+#ifndef STACK_BYTES
+#define STACK_BYTES (256 * 1024)
+#endif
+
 static uint32_t current_block, current_thread;
 static std::vector<ucontext_t> fibers;
 static std::vector<uint32_t> slots;
@@ -27,7 +31,7 @@ static void fiber() {
 }
 
 static void run_blocks(uint32_t blocks, uint32_t threads, void (*body)()) {
-  const size_t stack = 256 * 1024;
+  const size_t stack = STACK_BYTES;
   std::vector<char> stacks(stack * threads);
   thread_body = body;
   fibers.resize(threads), slots.resize(threads);

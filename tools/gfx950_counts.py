@@ -107,8 +107,9 @@ class Counts:
 
     def compulsory_bytes(self, rows: int) -> int:
         """Every tensor once."""
-        sizes = [(b, self.kernel.shape(b, rows)) for b in self.kernel.bindings]
-        return sum(getattr(torch, b.dtype).itemsize * torch.Size(shape).numel() for b, shape in sizes)
+        return sum(
+            self.kernel.elements(b, rows) * getattr(torch, b.dtype).itemsize for b in self.kernel.bindings
+        )
 
 
 def count(spec: RowSpec) -> Counts:

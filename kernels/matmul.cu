@@ -1,0 +1,380 @@
+// The block-scaled product on NVIDIA GPUs: out[m, n] = bias[n] + the sum over the blocks g of 128 codes along K of
+// a_scale[m, g] * b_scale[n / 128, g] times the product of block g of row m of a and row n of b.
+//
+// Weights come in tiles of 128 rows x 128 codes, each contiguous and swizzled, so one bulk copy brings a tile that a
+// matrix product can read.  They are the left operand, 128 rows of the result's columns, and TOKENS rows of a are the
+// right one: few tokens cost no idle rows.
+//
+//   thread groups  one of 128 threads copies blocks of both operands and their scales into the stages of a ring; two
+//                  multiply, 64 rows of the weights each, scale what a block sums up to, and add it.
+//   units          128 columns x TOKENS rows of the result.  As many workgroups as the machine holds go through them,
+//                  and copies run ahead from one unit into the next.
+//   teams          neighbours in a cluster, of one unit each, that `share` weights: each copies a part of a tile to
+//                  all; or of one unit, that `split` K and add up their sums in the order of their ranks.
+//
+// Which plan (TOKENS, split, share) serves how many rows is said by PLANS, a list of P(up to rows, tokens, split,
+// share); like all other macros that specialise this file it comes from lowering/matmul_kernel.py.
+
+#define THREADS 384
+#include "mma.h"
+
+#define BF16 1
+#define F16 2
+#define F32 3
+#define ROW 0
+#define COLUMN_TMA 1
+#define COLUMN 2
+
+constexpr int CREW = 128;            // threads that work together
+constexpr int BLOCK = GROUP;          // codes along K under one scale, and rows of weights
+static_assert(BLOCK == 128, "a block is a row of shared memory");
+constexpr int BLOCKS = K / BLOCK;
+constexpr int WEIGHT_BYTES = BLOCK * BLOCK;
+constexpr int COLUMN_TILES = (N + BLOCK - 1) / BLOCK;
+constexpr int HALF = 64;              // rows of weights of one multiplying group
+constexpr int MOST_STAGES = 12;
+constexpr int PITCH = HALF + 4;       // floats between rows of sums: no two lanes in one bank when they write
+constexpr int BAND = 8;               // tiles of tokens whose units come before all others
+
+struct Plan {
+  int tokens, split, share;
+};
+
+DEVICE constexpr Plan plan_of(int rows) {
+#define P(up_to, tokens, split, share) \
+  if (rows <= up_to) return {tokens, split, share};
+  PLANS
+#undef P
+  return {};
+}
+
+DEVICE constexpr bool is_used(int size) {
+#define P(up_to, tokens, split, share) \
+  if (size == tokens) return true;
+  PLANS
+#undef P
+  return false;
+}
+
+struct Product {
+  const u8 *a, *b;
+  const float *a_scale, *b_scale;
+  const u8 *bias;
+  u8 *out;
+  int rows;
+
+  METHOD bool aligned() const { return (u64)a % 16 == 0; }
+};
+
+// Where what lies in shared memory.
+template <int TOKENS> struct Ring {
+  static constexpr int TOKEN_BYTES = TOKENS * BLOCK;
+  static constexpr int SCALES = TOKENS + 4;  // of the tokens, then that of the weights
+  static constexpr int SUMS = TOKENS * PITCH;
+  static constexpr int STAGE = WEIGHT_BYTES + TOKEN_BYTES + 4 * SCALES + 2 * sizeof(Barrier);
+  static constexpr int FIXED = 2 * 4 * SUMS + 4 * sizeof(Barrier);
+  static constexpr int FITTING = (SHARED - FIXED) / STAGE;
+  static constexpr int STAGES = FITTING < MOST_STAGES ? FITTING : MOST_STAGES;
+  static_assert(STAGES >= 2, "the copies need to run ahead");
+
+  u8 *memory;
+
+  METHOD u8 *weights(u32 stage) const { return memory + stage * WEIGHT_BYTES; }
+  METHOD u8 *tokens(u32 stage) const { return weights(STAGES) + stage * TOKEN_BYTES; }
+  METHOD float *scales(u32 stage) const { return (float *)tokens(STAGES) + stage * SCALES; }
+  METHOD float *sums(u32 half) const { return scales(STAGES) + half * SUMS; }
+  METHOD Barrier *full(u32 stage) const { return (Barrier *)sums(2) + stage; }
+  METHOD Barrier *empty(u32 stage) const { return full(STAGES) + stage; }
+  METHOD Barrier *summed(u32 half) const { return empty(STAGES) + half; }
+  METHOD Barrier *read(u32 half) const { return summed(2) + half; }
+};
+
+// Goes around the ring; the parity changes with every round.
+template <int STAGES> struct Slot {
+  u32 stage = 0, parity = 0;
+  METHOD void next() {
+    if (++stage == STAGES) stage = 0, parity ^= 1;
+  }
+};
+
+struct alignas(16) Four {
+  float x, y, z, w;
+};
+
+struct Unit {
+  int column_tile, token;  // of the result: which 128 columns, and the first row
+};
+
+// This workgroup's part in the whole.
+struct Team {
+  int split, share;
+  u32 rank, base;    // among its team, and of the team's first in the cluster
+  int first, units;  // units are first, first + step ..
+  int step;
+  int token_groups;
+
+  template <int TOKENS> static METHOD Team of(Plan plan, int rows) {
+    const u32 size = plan.split > plan.share ? plan.split : plan.share;
+    const int tiles = (rows + TOKENS - 1) / TOKENS, groups = (tiles + plan.share - 1) / plan.share;
+    return {plan.split, plan.share, block() % size, block() % CLUSTER / size * size,
+            (int)(block() / size), groups * COLUMN_TILES, (int)(blocks() / size), groups};
+  }
+  // Bands of tokens that the L2 holds meet all weights, one tile of these after another.
+  template <int TOKENS> METHOD Unit unit(int index) const {
+    const int band = index / (BAND * COLUMN_TILES), place = index % (BAND * COLUMN_TILES);
+    const int left = token_groups - band * BAND, width = left < BAND ? left : BAND;
+    const int group = band * BAND + place % width;
+    return {place / width, (group * share + (share > 1 ? (int)rank : 0)) * TOKENS};
+  }
+  METHOD int first_block() const { return split > 1 ? rank * BLOCKS / split : 0; }
+  METHOD int last_block() const { return split > 1 ? (rank + 1) * BLOCKS / split : BLOCKS; }
+};
+
+// -- the group that copies -------------------------------------------------------------------------------------------
+
+DEVICE const float *token_scale(const Product &p, int token, int block) {
+#if A_SCALE_LAYOUT == ROW
+  return p.a_scale + (u64)token * BLOCKS + block;
+#elif A_SCALE_LAYOUT == COLUMN
+  return p.a_scale + (u64)block * p.rows + token;
+#else
+  return p.a_scale + (u64)block * ((p.rows + 3) / 4 * 4) + token;
+#endif
+}
+
+// What starts at no multiple of 16 goes through registers.
+DEVICE void copy_unaligned(u8 *to, const u8 *from, bool there) {
+  for (int i = 0; i < 16; ++i) to[i] = there ? from[i] : 0;
+}
+
+template <int TOKENS> DEVICE void copy_tokens(const Product &p, int token, int block, bool aligned, u8 *to) {
+  constexpr int CHUNKS = BLOCK / 16, STEP = CREW / CHUNKS;
+  const int chunk = thread() % CHUNKS, row = thread() / CHUNKS;
+  const u8 *from = p.a + (u64)(token + row) * K + block * BLOCK + chunk * 16;
+  to += row * BLOCK + (chunk ^ row % 8) * 16;
+  UNROLL for (int i = 0; i < TOKENS; i += STEP) {
+    if (i + row >= TOKENS) break;
+    const bool there = token + row + i < p.rows;
+    const u8 *source = there ? from + (u64)i * K : p.a;
+    if (aligned) copy16(to + i * BLOCK, source, there);
+    else copy_unaligned(to + i * BLOCK, source, there);
+  }
+}
+
+DEVICE void copy_weights(const Product &p, const Team &team, int column_tile, int block, u8 *to, Barrier *done) {
+  const u8 *from = p.b + ((u64)column_tile * BLOCKS + block) * WEIGHT_BYTES;
+  arrive_expecting(done, WEIGHT_BYTES);
+  if (team.share == 1) {
+    copy_bulk(to, from, WEIGHT_BYTES, done);
+  } else {
+    const u32 part = WEIGHT_BYTES / team.share, start = team.rank * part;
+    copy_bulk_to(((1u << team.share) - 1) << team.base, to + start, from + start, part, done);
+  }
+}
+
+template <int TOKENS> DEVICE void produce(const Product &p, const Team &team, Ring<TOKENS> ring) {
+  const bool aligned = p.aligned();
+  Slot<Ring<TOKENS>::STAGES> slot;
+  ROLLED for (int index = team.first; index < team.units; index += team.step) {
+    const Unit unit = team.unit<TOKENS>(index);
+    ROLLED for (int block = team.first_block(); block < team.last_block(); ++block, slot.next()) {
+      Barrier *full = ring.full(slot.stage);
+      wait(ring.empty(slot.stage), slot.parity ^ 1);
+      if (thread() == 0) copy_weights(p, team, unit.column_tile, block, ring.weights(slot.stage), full);
+      copy_tokens<TOKENS>(p, unit.token, block, aligned, ring.tokens(slot.stage));
+      float *scales = ring.scales(slot.stage);
+      const int token = unit.token + thread();
+      if (thread() < TOKENS) {
+        const bool there = token < p.rows;
+        copy4(scales + thread(), token_scale(p, there ? token : 0, block), there);
+      }
+      if (thread() == CREW - 1) copy4(scales + TOKENS, p.b_scale + unit.column_tile * BLOCKS + block, true);
+      arrive_after_copies(full);
+      if (!aligned) arrive(full);
+    }
+  }
+}
+
+// -- the groups that multiply ----------------------------------------------------------------------------------------
+
+// partial = this thread's part of 64 rows of weights times TOKENS rows of tokens, both of one block.
+#if HAS_WGMMA
+template <int TOKENS> DEVICE void begin_multiply(float *partial, const u8 *weights, const u8 *tokens) {
+  const u64 a = descriptor(weights), b = descriptor(tokens);
+  order_for_wgmma();
+  wgmma_begin();
+  UNROLL for (int k = 0; k < BLOCK / 32; ++k) wgmma<TOKENS>(partial, a + 2 * k, b + 2 * k, k > 0);
+  wgmma_commit();
+}
+template <int TOKENS> DEVICE void end_multiply(float *partial) { wgmma_wait<TOKENS / 2>(partial); }
+#else
+DEVICE const u8 *chunk_of(const u8 *tile, int row, int chunk) { return tile + row * BLOCK + (chunk ^ row % 8) * 16; }
+
+template <int TOKENS> DEVICE void begin_multiply(float *partial, const u8 *weights, const u8 *tokens) {
+  const int lane = thread() % WAVE, wave = thread() % CREW / WAVE;
+  UNROLL for (int i = 0; i < TOKENS / 2; ++i) partial[i] = 0;
+  UNROLL for (int k = 0; k < BLOCK / 16; k += 4) {
+    u32 a[2][4];
+    UNROLL for (int i = 0; i < 2; ++i)
+      load_matrices(chunk_of(weights, 16 * wave + lane % 16, k + 2 * i + lane / 16), a[i]);
+    UNROLL for (int j = 0; j < TOKENS / 8; ++j) {
+      u32 b[4];
+      load_matrices(chunk_of(tokens, 8 * j + lane % 8, k + lane / 8), b);
+      multiply_add(partial + 4 * j, a[0], b);
+      multiply_add(partial + 4 * j, a[1], b + 2);
+    }
+  }
+}
+template <int TOKENS> DEVICE void end_multiply(float *) {}
+#endif
+
+DEVICE float bias_at(const Product &p, int n) {
+#if HAS_BIAS && OUT_DTYPE == F32
+  return ((const float *)p.bias)[n];
+#elif HAS_BIAS && OUT_DTYPE == F16
+  return f16_value(((const u16 *)p.bias)[n]);
+#elif HAS_BIAS
+  return bf16_value(((const u16 *)p.bias)[n]);
+#else
+  return 0;
+#endif
+}
+
+// Eight neighbours in a row of the result, of which `count` are there.
+DEVICE void store8(const Product &p, u64 token, int n, float *values) {
+  constexpr int BYTES = OUT_DTYPE == F32 ? 4 : 2;
+  u8 *to = p.out + (token * N + n) * BYTES;
+  const int count = N - n < 8 ? N - n : 8;
+  u32 words[2 * BYTES];
+  UNROLL for (int i = 0; i < 8; ++i) values[i] = HAS_BIAS && i < count ? values[i] + bias_at(p, n + i) : values[i];
+#if OUT_DTYPE == F32
+  UNROLL for (int i = 0; i < 8; ++i) words[i] = as_bits(values[i]);
+#else
+  UNROLL for (int i = 0; i < 4; ++i)
+    words[i] = OUT_DTYPE == BF16 ? pack_bf16(values[2 * i], values[2 * i + 1]) : pack_f16(values[2 * i], values[2 * i + 1]);
+#endif
+  if (count == 8 && (u64)to % 16 == 0) {
+    UNROLL for (int i = 0; i < 2 * BYTES; i += 4) store16(to + 4 * i, words + i);
+  } else {
+    UNROLL for (int i = 0; i < 8; ++i) {
+      if (i >= count) break;
+      if (OUT_DTYPE == F32) ((u32 *)to)[i] = words[i];
+      else ((u16 *)to)[i] = words[i / 2] >> 16 * (i % 2);
+    }
+  }
+}
+
+// The sums of a unit, through shared memory, since neighbours in a row of the result lie in different lanes.  A team
+// that split K meets before it reads each other's, and again before these may be overwritten.
+template <int TOKENS>
+DEVICE void finish(const Product &p, const Team &team, Ring<TOKENS> ring, Unit unit, u32 round, const float *sums) {
+  const u32 half = thread() / CREW - 1, lane = thread() % WAVE, wave = thread() % CREW / WAVE;
+  float *mine = ring.sums(half);
+  if (team.split > 1) wait(ring.read(half), round % 2 ^ 1);
+  else group_barrier(1 + half);
+  UNROLL for (int i = 0; i < TOKENS / 2; ++i)
+    mine[(i / 4 * 8 + lane % 4 * 2 + i % 2) * PITCH + 16 * wave + lane / 4 + i / 2 % 2 * 8] = sums[i];
+  group_barrier(1 + half);
+  if (team.split > 1) {
+    if (thread() % CREW < team.split) arrive_at_rank(ring.summed(half), team.base + thread() % CREW);
+    wait(ring.summed(half), round % 2);
+  }
+  const u32 rank = team.split > 1 ? team.rank : 0;
+  ROLLED for (u32 item = thread() % CREW * team.split + rank; item < TOKENS * HALF / 8; item += CREW * team.split) {
+    const int token = item / 8, n = item % 8 * 8, column = unit.column_tile * BLOCK + half * HALF + n;
+    if (unit.token + token >= p.rows || column >= N) continue;
+    float values[8] = {};
+    for (int r = 0; r < team.split; ++r) {
+      const float *from = team.split > 1 ? at_rank(mine, team.base + r) : mine;
+      UNROLL for (int i = 0; i < 8; i += 4) {
+        const Four four = *(const Four *)(from + token * PITCH + n + i);
+        values[i] += four.x, values[i + 1] += four.y, values[i + 2] += four.z, values[i + 3] += four.w;
+      }
+    }
+    store8(p, unit.token + token, column, values);
+  }
+  if (team.split > 1) {
+    group_barrier(1 + half);
+    if (thread() % CREW < team.split) arrive_at_rank(ring.read(half), team.base + thread() % CREW);
+  }
+}
+
+template <int TOKENS> DEVICE void consume(const Product &p, const Team &team, Ring<TOKENS> ring) {
+  const u32 half = thread() / CREW - 1, lane = thread() % WAVE;
+  Slot<Ring<TOKENS>::STAGES> slot;
+  u32 round = 0;
+  ROLLED for (int index = team.first; index < team.units; index += team.step, ++round) {
+    float sums[TOKENS / 2] = {};
+    ROLLED for (int block = team.first_block(); block < team.last_block(); ++block, slot.next()) {
+      float partial[TOKENS / 2], scale[TOKENS / 4];
+      wait(ring.full(slot.stage), slot.parity);
+      begin_multiply<TOKENS>(partial, ring.weights(slot.stage) + half * HALF * BLOCK, ring.tokens(slot.stage));
+      const float *scales = ring.scales(slot.stage), common = scales[TOKENS];
+      UNROLL for (int i = 0; i < TOKENS / 4; ++i) scale[i] = scales[i / 2 * 8 + lane % 4 * 2 + i % 2] * common;
+      end_multiply<TOKENS>(partial);
+      wave_barrier();
+      if (lane < team.share) arrive_at_rank(ring.empty(slot.stage), team.base + lane);
+      UNROLL for (int i = 0; i < TOKENS / 2; ++i) sums[i] = fma(partial[i], scale[i / 4 * 2 + i % 2], sums[i]);
+    }
+    finish<TOKENS>(p, team, ring, team.unit<TOKENS>(index), round, sums);
+  }
+}
+
+// -- the entry -----------------------------------------------------------------------------------------------------
+
+template <int TOKENS> DEVICE void make_barriers(const Product &p, const Team &team, Ring<TOKENS> ring) {
+  for (int stage = 0; stage < Ring<TOKENS>::STAGES; ++stage) {
+    barrier_init(ring.full(stage), CREW * (p.aligned() ? 1 : 2) + 1);
+    barrier_init(ring.empty(stage), 2 * CREW / WAVE * team.share);
+  }
+  for (u32 half = 0; half < 2; ++half)
+    barrier_init(ring.summed(half), team.split), barrier_init(ring.read(half), team.split);
+  barriers_made();
+}
+
+// The others' barriers are there.
+DEVICE void meet_cluster() {
+  if constexpr (CLUSTER > 1) cluster_wait();
+}
+
+template <int TOKENS> DEVICE void run(const Product &p, Plan plan) {
+  const Ring<TOKENS> ring = {shared_memory()};
+  const Team team = Team::of<TOKENS>(plan, p.rows);
+  if (thread() == 0) make_barriers(p, team, ring);
+  barrier();
+  if constexpr (CLUSTER > 1) cluster_arrive();
+  if (thread() < CREW) {
+    give_registers<40>();
+    if (team.share > 1) meet_cluster();  // else it need not wait for anyone
+    produce<TOKENS>(p, team, ring);
+    if (team.share == 1) meet_cluster();
+  } else {
+    take_registers<232>();
+    meet_cluster();
+    consume<TOKENS>(p, team, ring);
+  }
+  // Shared memory stays until nobody reads or writes it any more.
+  if constexpr (CLUSTER > 1) cluster_arrive(), cluster_wait();
+}
+
+KERNEL(ENTRY)(const u8 *a, const u8 *b, const float *a_scale, const float *b_scale,
+#if HAS_BIAS
+              const u8 *bias,
+#endif
+              u8 *out, int rows) {
+#if !HAS_BIAS
+  const u8 *bias = nullptr;
+#endif
+  if (rows <= 0) return;
+  const Product product = {a, b, a_scale, b_scale, bias, out, rows};
+  const Plan plan = plan_of(rows);
+#define SIZE(size) \
+  if constexpr (is_used(size)) { \
+    if (plan.tokens == size) run<size>(product, plan); \
+  }
+  SIZE(8)
+  SIZE(16)
+  SIZE(32)
+  SIZE(64)
+  SIZE(128)
+}
