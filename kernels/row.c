@@ -112,7 +112,7 @@ INLINE void store_codes(u8 *to, Words even, Words odd) {
 #endif
 }
 
-// `up` and the residual have an element where x has it; of a packed gate and up x is the first half of a row.
+// x, up and the residual point to their first row, or to the one that is worked on.
 typedef struct {
   const void *x, *up, *residual, *weight;
   void *sum, *y, *scale[4];
@@ -120,7 +120,19 @@ typedef struct {
   i32 rows;
 } Site;
 
-#define X_PITCH (GATE_PACKED ? 2 * (i64)HIDDEN : HIDDEN)  // elements from one row of x to the next
+#define SIZE(dtype) ((dtype) == F32 ? 4 : 2)
+
+// The site with what is read of it at its inputs' row `row`.
+INLINE Site at_row(const Site *site, i64 row) {
+  Site moved = *site;
+  moved.x = (const u8 *)site->x + row * ((i64)X_PITCH * SIZE(X_DTYPE));
+#if ACT
+  moved.up = (const u8 *)site->up + row * ((i64)OTHER_PITCH * SIZE(X_DTYPE));
+#elif RESIDUAL
+  moved.residual = (const u8 *)site->residual + row * ((i64)OTHER_PITCH * SIZE(X_DTYPE));
+#endif
+  return moved;
+}
 
 #if ACT
 // What activation.h is written in.
@@ -144,11 +156,11 @@ INLINE Reals exponent_from(Reals a) { return floats_of(bits_of(a) << 23); }
 #include "activation.h"
 #endif
 
-// float32 of x, with the residual added, from an element of the whole tensor on.
-INLINE Pair input(const Site *site, i64 at) {
-  Pair p = load(site->x, at, X_DTYPE);
+// float32 of x, with the residual added, from a column on.
+INLINE Pair input(const Site *site, i64 column) {
+  Pair p = load(site->x, column, X_DTYPE);
 #if RESIDUAL
-  Pair r = load(site->residual, at, X_DTYPE);
+  Pair r = load(site->residual, column, X_DTYPE);
   p.even += r.even;
   p.odd += r.odd;
 #if RESIDUAL == ROUNDED
@@ -176,11 +188,11 @@ INLINE Pair normed(const Site *site, Pair p, float rstd, i64 column) {
 }
 
 #if ACT
-INLINE Pair gated(const Site *site, Pair p, i64 at) {
+INLINE Pair gated(const Site *site, Pair p, i64 column) {
   p.even = activation(p.even);
   p.odd = activation(p.odd);
   if (ROUNDING == TWICE) p = rounded_pair(X_DTYPE, p);
-  Pair up = load(site->up, at, X_DTYPE);
+  Pair up = load(site->up, column, X_DTYPE);
   p.even *= up.even;
   p.odd *= up.odd;
   return ROUNDING ? rounded_pair(X_DTYPE, p) : p;
@@ -188,9 +200,9 @@ INLINE Pair gated(const Site *site, Pair p, i64 at) {
 #endif
 
 // y of one step, from its input.
-INLINE Pair produced(const Site *site, Pair p, float rstd, i64 at, i64 column) {
+INLINE Pair produced(const Site *site, Pair p, float rstd, i64 column) {
 #if ACT
-  return gated(site, p, at);
+  return gated(site, p, column);
 #elif NORM
   return normed(site, p, rstd, column);
 #else
@@ -325,18 +337,18 @@ INLINE void quantize(const Site *site, int which, Scheme scheme, const Pair *y, 
 }
 #endif
 
-INLINE float row_rstd(const Site *site, i64 start) {
+INLINE float row_rstd(const Site *site) {
 #if NORM
   Floats squares[4] = {{0}, {0}, {0}, {0}};
   for (i64 column = 0; column + 2 * STEP <= HIDDEN; column += 2 * STEP) {
-    Pair a = input(site, start + column), b = input(site, start + column + STEP);
+    Pair a = input(site, column), b = input(site, column + STEP);
     squares[0] = fma(a.even, a.even, squares[0]);
     squares[1] = fma(a.odd, a.odd, squares[1]);
     squares[2] = fma(b.even, b.even, squares[2]);
     squares[3] = fma(b.odd, b.odd, squares[3]);
   }
 #if HIDDEN / STEP % 2
-  Pair last = input(site, start + HIDDEN / STEP * STEP - STEP);
+  Pair last = input(site, HIDDEN / STEP * STEP - STEP);
   squares[0] = fma(last.even, last.even, squares[0]);
   squares[1] = fma(last.odd, last.odd, squares[1]);
 #endif
@@ -356,11 +368,9 @@ INLINE void copy(void *to, const void *from, i64 bytes) {
 // The last TAIL elements of a row in buffers of STEP elements, zero beyond the end.
 typedef struct { float x[STEP], up[STEP], residual[STEP], weight[STEP], sum[STEP], y[STEP]; } Tail;
 
-#define SIZE(dtype) ((dtype) == F32 ? 4 : 2)
-
-INLINE Site tail_of(const Site *site, i64 start, Tail *tail) {
+INLINE Site tail_of(const Site *site, Tail *tail) {
   Site local = {0};
-  const i64 at = start + HIDDEN - TAIL;
+  const i64 at = HIDDEN - TAIL;
   for (int i = 0; i < STEP; ++i) tail->x[i] = tail->up[i] = tail->residual[i] = tail->weight[i] = 0.0f;
   copy(tail->x, (const u8 *)site->x + at * SIZE(X_DTYPE), TAIL * SIZE(X_DTYPE));
 #if ACT
@@ -370,7 +380,7 @@ INLINE Site tail_of(const Site *site, i64 start, Tail *tail) {
   copy(tail->residual, (const u8 *)site->residual + at * SIZE(X_DTYPE), TAIL * SIZE(X_DTYPE));
 #endif
 #if WEIGHT_DTYPE
-  copy(tail->weight, (const u8 *)site->weight + (HIDDEN - TAIL) * SIZE(WEIGHT_DTYPE), TAIL * SIZE(WEIGHT_DTYPE));
+  copy(tail->weight, (const u8 *)site->weight + at * SIZE(WEIGHT_DTYPE), TAIL * SIZE(WEIGHT_DTYPE));
 #endif
   local.x = tail->x, local.up = tail->up, local.residual = tail->residual, local.weight = tail->weight;
   local.sum = tail->sum, local.y = tail->y;
@@ -378,26 +388,26 @@ INLINE Site tail_of(const Site *site, i64 start, Tail *tail) {
 }
 #endif
 
-// One step of the last pass: the sum (round(x + residual), whichever of the two `input` returns) and y.  `from` is
-// where it starts in x, `to` in the outputs.
-INLINE void step(const Site *site, i64 from, i64 to, i64 column, float rstd, Pair *y) {
-  Pair p = input(site, from);
+// One step of the last pass: the sum (round(x + residual), whichever of the two `input` returns) and y.  `to` is where
+// it starts in the outputs.
+INLINE void step(const Site *site, i64 column, i64 to, float rstd, Pair *y) {
+  Pair p = input(site, column);
 #if WRITES_SUM
   store(site->sum, to, X_DTYPE, p);
 #endif
-  *y = produced(site, p, rstd, from, column);
+  *y = produced(site, p, rstd, column);
 #if WRITES_Y
   store(site->y, to, X_DTYPE, *y);
 #endif
 }
 
 // Bits of max|y| over the row.
-INLINE u32 row_amax(const Site *site, i64 from, float rstd) {
+INLINE u32 row_amax(const Site *site, float rstd) {
   u32 amax = 0;
 #if WHOLE_ROW
   Words magnitude = {0};
   for (i64 column = 0; column < HIDDEN; column += STEP) {
-    Pair y = produced(site, input(site, from + column), rstd, from + column, column);
+    Pair y = produced(site, input(site, column), rstd, column);
     magnitude = larger(magnitude, larger(bits_of(y.even) & 0x7fffffffu, bits_of(y.odd) & 0x7fffffffu));
   }
   amax = lane_max(magnitude);
@@ -405,12 +415,13 @@ INLINE u32 row_amax(const Site *site, i64 from, float rstd) {
   return amax;
 }
 
-INLINE void one_row(const Site *site, i64 row) {
-  const i64 from = row * X_PITCH, to = row * HIDDEN;
-  float rstd = row_rstd(site, from);
+INLINE void one_row(const Site *first, i64 row) {
+  const Site moved = at_row(first, row), *site = &moved;
+  const i64 to = row * HIDDEN;
+  float rstd = row_rstd(site);
 #if TAIL
   Tail tail;
-  Site local = tail_of(site, from, &tail);
+  Site local = tail_of(site, &tail);
 #if NORM
   Pair rest = input(&local, 0);
   rstd += lane_sum(fma(rest.even, rest.even, rest.odd * rest.odd));
@@ -420,12 +431,12 @@ INLINE void one_row(const Site *site, i64 row) {
   rstd = inverse_rms(rstd);
 #endif
 #if QUANTS
-  const u32 amax = row_amax(site, from, rstd);
+  const u32 amax = row_amax(site, rstd);
   for (i64 column = 0; column < HIDDEN; column += BLOCK) {
     Pair y[PAIRS];
     for (int i = 0; i < PAIRS; ++i) {
       const i64 at = column + i * STEP;
-      step(site, from + at, to + at, at, rstd, &y[i]);
+      step(site, at, to + at, rstd, &y[i]);
     }
     quantize(site, 0, SCHEME(0), y, amax, row, column);
 #if QUANTS > 1
@@ -441,9 +452,9 @@ INLINE void one_row(const Site *site, i64 row) {
 #else
   Pair y;
   for (i64 column = 0; column + STEP <= HIDDEN; column += STEP)
-    step(site, from + column, to + column, column, rstd, &y);
+    step(site, column, to + column, rstd, &y);
 #if TAIL
-  step(&local, 0, 0, 0, rstd, &y);
+  step(&local, 0, 0, rstd, &y);
 #if WRITES_SUM
   copy((u8 *)site->sum + (to + HIDDEN - TAIL) * SIZE(X_DTYPE), tail.sum, TAIL * SIZE(X_DTYPE));
 #endif
@@ -498,14 +509,13 @@ void ENTRY(BINDING(const X, x)
                , i32 rows, i32 workgroup) {
   Site site = {0};
   site.rows = rows;
-  site.x = x + x_offset;
+  site.x = x + x_offset + X_OFFSET;
 #if ACT && GATE_PACKED
-  site.up = x + x_offset + HIDDEN;
+  site.up = x + x_offset + OTHER_OFFSET;
 #elif ACT
-  site.up = up + up_offset;
-#endif
-#if RESIDUAL
-  site.residual = residual + residual_offset;
+  site.up = up + up_offset + OTHER_OFFSET;
+#elif RESIDUAL
+  site.residual = residual + residual_offset + OTHER_OFFSET;
 #endif
 #if WEIGHT_DTYPE
   site.weight = weight + weight_offset;

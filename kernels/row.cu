@@ -163,7 +163,10 @@ constexpr int WIDEST = 16;
 #endif
 
 template <int BYTES> DEVICE void load_wide(const u8 *from, u32 *words) {
-  if constexpr (BYTES == 16) load16(from, words);
+  if constexpr (BYTES == 4) asm volatile("ld.global.b32 %0, [%1];" : "=r"(words[0]) : "l"(from));
+  else if constexpr (BYTES == 8)
+    asm volatile("ld.global.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(from));
+  else if constexpr (BYTES == 16) load16(from, words);
   else
     asm volatile("ld.global.v8.b32 {%0, %1, %2, %3, %4, %5, %6, %7}, [%8];"
         : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]), "=r"(words[4]), "=r"(words[5]),

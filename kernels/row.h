@@ -13,14 +13,18 @@ enum { NO_ACT = 0, SILU = 1, GELU = 2, GELU_TANH = 3 };    // ACT
 enum { ROW = 0, COLUMN_TMA = 1, COLUMN = 2, UE8M0_PACKED = 3 };  // LAYOUTi
 enum { DIVIDED = 0, CORRECTED = 1, TWOFOLD = 2 };          // QUOTIENTi
 
-constexpr int X_PITCH = GATE_PACKED ? 2 * HIDDEN : HIDDEN;  // elements from one row of x to the next
 template <int DTYPE> constexpr int SIZE = DTYPE == F32 ? 4 : 2;  // bytes
 // The widest access of the machine that rows are a multiple of.
 constexpr int WIDE_BYTES = HIDDEN * SIZE<X_DTYPE> % WIDEST == 0 ? WIDEST : 16;
+// The widest that every row of an input is aligned to, if its tensor is: the lowest bit of where they start.
+template <int STARTS> constexpr int ROW_BYTES =
+    ANY_ALIGNMENT || STARTS % WIDE_BYTES == 0 ? WIDE_BYTES : STARTS & -STARTS;
+constexpr int X_BYTES = ROW_BYTES<(X_PITCH | X_OFFSET) * SIZE<X_DTYPE>>;
+constexpr int OTHER_BYTES = ROW_BYTES<(OTHER_PITCH | OTHER_OFFSET) * SIZE<X_DTYPE>>;
 constexpr u32 INFINITE_BITS = 0x7f800000u;
 #define INFINITE as_float(INFINITE_BITS)
 
-// `other` is the residual or up; a row of it starts where that of x does.
+// `x` and `other`, the residual or up, point to their first row; the next are X_PITCH and OTHER_PITCH elements on.
 struct Site {
   const u8 *x, *other, *weight;
   u8 *sum, *y;
@@ -92,16 +96,15 @@ KERNEL(ENTRY)(const u8 *x
 #endif
               , int rows) {
   Site site = {};
-  site.x = x;
+  site.x = x + X_OFFSET * SIZE<X_DTYPE>;
   site.rows = rows;
-  u64 bits = address(x);
+  u64 bits = 0;  // of the addresses of what is dense
 #if ACT && GATE_PACKED
-  site.other = x + (long long)HIDDEN * SIZE<X_DTYPE>;
+  site.other = x + OTHER_OFFSET * SIZE<X_DTYPE>;
 #elif ACT
-  site.other = up, bits |= address(up);
-#endif
-#if RESIDUAL
-  site.other = residual, bits |= address(residual);
+  site.other = up + OTHER_OFFSET * SIZE<X_DTYPE>;
+#elif RESIDUAL
+  site.other = residual + OTHER_OFFSET * SIZE<X_DTYPE>;
 #endif
 #if WEIGHT_DTYPE
   site.weight = weight, bits |= address(weight);
@@ -126,7 +129,8 @@ KERNEL(ENTRY)(const u8 *x
 #endif
   // Pointers are only sure to be aligned to their element: a view may start anywhere.
   constexpr bool wide_rows = many::WHOLE && HIDDEN * SIZE<X_DTYPE> % WIDE_BYTES == 0;
-  const bool wide = wide_rows && (ANY_ALIGNMENT || bits % WIDE_BYTES == 0);
+  const bool aligned = (bits % WIDE_BYTES | address(site.x) % X_BYTES | address(site.other) % OTHER_BYTES) == 0;
+  const bool wide = wide_rows && (ANY_ALIGNMENT || aligned);
 #if FEW_ROWS
   if (wide && rows <= FEW_ROWS) return few::rows_of_block<wide_rows>(site);
 #endif

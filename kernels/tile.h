@@ -68,16 +68,15 @@ template <int DTYPE> DEVICE f2 round_to(f2 value) {
   return unpack<DTYPE>(packed, 0);
 }
 
-// WIDE: rows are multiples of WIDE_BYTES, and every pointer is aligned to them or the machine does not mind.  Otherwise
-// element by element, which also serves the last, partial vector of a row whose length is no multiple of VECTOR.
-template <int DTYPE, bool WIDE> DEVICE Packed<DTYPE> load(const u8 *row, u32 column) {
+// A vector in accesses of ALIGNED bytes, which every row is aligned to (or the machine does not mind), as far as a vector
+// has so many.  Otherwise element by element, which also serves the last, partial vector of a row whose length is no
+// multiple of VECTOR.
+template <int DTYPE, int ALIGNED> DEVICE Packed<DTYPE> load(const u8 *row, u32 column) {
   Packed<DTYPE> packed;
   const u8 *from = row + column * SIZE<DTYPE>;
-  constexpr int bytes = VECTOR * SIZE<DTYPE>;
-  if constexpr (WIDE && bytes % WIDE_BYTES == 0) {
-    UNROLL for (int i = 0; i < bytes; i += WIDE_BYTES) load_wide<WIDE_BYTES>(from + i, &packed.word[i / 4]);
-  } else if constexpr (WIDE) {
-    UNROLL for (int i = 0; i < bytes; i += 16) load16(from + i, &packed.word[i / 4]);
+  constexpr int bytes = VECTOR * SIZE<DTYPE>, each = bytes < ALIGNED ? bytes : ALIGNED;
+  if constexpr (each >= 4) {
+    UNROLL for (int i = 0; i < bytes; i += each) load_wide<each>(from + i, &packed.word[i / 4]);
   } else if constexpr (DTYPE == F32) {
     UNROLL for (int i = 0; i < VECTOR; ++i)
       packed.word[i] = WHOLE || column + i < HIDDEN ? ((const u32 *)from)[i] : 0;
@@ -91,6 +90,7 @@ template <int DTYPE, bool WIDE> DEVICE Packed<DTYPE> load(const u8 *row, u32 col
   return packed;
 }
 
+// WIDE: rows are multiples of WIDE_BYTES, and every pointer is aligned to them or the machine does not mind.
 template <int DTYPE, bool WIDE> DEVICE void store(u8 *row, u32 column, const Packed<DTYPE> &packed) {
   u8 *to = row + column * SIZE<DTYPE>;
   constexpr int bytes = VECTOR * SIZE<DTYPE>;
@@ -396,17 +396,20 @@ template <class S> DEVICE void rare_codes(const Vector &y, float scale, u32 *wor
   vector_codes<S, false>(small, by, words);
 }
 
-// The scale of group g.  The lane of the last row also writes the pad rows, that of the last group the pad bytes.
+// The scale of group g.  The lane of the last row also writes the pad rows, that of the last group the pad bytes; not in
+// a loop, which makes a single row a twentieth slower.
 template <class S> DEVICE void store_scale(u8 *scales, float scale, u32 row, u32 rows, u32 g) {
   const u32 padded = (rows + 3) & ~3u;
   if constexpr (S::layout == UE8M0_PACKED) {
     constexpr int pad_bytes = (4 - S::groups % 4) % 4;
     const bool pads = pad_bytes != 0 && g == S::groups - 1;
-    u8 *bytes = scales + (u64)(g / 4) * padded * 4 + g % 4;
-    u32 code = as_bits(scale) >> 23;
-    ROLLED for (u32 r = row; r < (row == rows - 1 ? padded : row + 1); ++r, code = 0) {
-      bytes[(u64)r * 4] = (u8)code;
-      if (pads) UNROLL for (int i = 1; i <= pad_bytes; ++i) bytes[(u64)r * 4 + i] = 0;
+    u8 *bytes = scales + ((u64)(g / 4) * padded + row) * 4 + g % 4;
+    bytes[0] = (u8)(as_bits(scale) >> 23);
+    if (pads) UNROLL for (int i = 1; i <= pad_bytes; ++i) bytes[i] = 0;
+    if (row == rows - 1) UNROLL for (int r = 1; r < 4; ++r) {
+      if (row + r >= padded) break;
+      bytes[r * 4] = 0;
+      if (pads) UNROLL for (int i = 1; i <= pad_bytes; ++i) bytes[r * 4 + i] = 0;
     }
   } else if constexpr (S::layout == ROW) {
     ((float *)scales)[(u64)row * S::groups + g] = scale;
@@ -415,8 +418,8 @@ template <class S> DEVICE void store_scale(u8 *scales, float scale, u32 row, u32
   } else {
     float *line = (float *)scales + (u64)g * padded;
     line[row] = scale;
-    if (row == rows - 1)
-      ROLLED for (u32 pad = rows; pad < padded; ++pad) line[pad] = 0.0f;
+    if (row == rows - 1) UNROLL for (u32 i = 1; i < 4; ++i)
+      if (row + i < padded) line[row + i] = 0.0f;
   }
 }
 
@@ -513,13 +516,14 @@ DEVICE bool slice_has(Slice slice, int v) {
 struct Part { Packed<X_DTYPE> x[VECTORS], other[VECTORS]; };
 
 template <bool WIDE> DEVICE Part load_part(const Site &site, u32 row, u32 first) {
-  const u64 from = (u64)row * (X_PITCH * SIZE<X_DTYPE>);
+  const u8 *x = site.x + (u64)row * (X_PITCH * SIZE<X_DTYPE>);
+  const u8 *other = site.other + (u64)row * (OTHER_PITCH * SIZE<X_DTYPE>);
   Part part;
   UNROLL for (int v = 0; v < VECTORS; ++v) {
     if constexpr (!COVERED && !EVEN_WAVES) part.x[v] = part.other[v] = {};  // an idle lane adds zeros
     if (lane_has(first, v)) {
-      part.x[v] = load<X_DTYPE, WIDE>(site.x + from, column_of(first, v));
-      if constexpr (RESIDUAL || ACT) part.other[v] = load<X_DTYPE, WIDE>(site.other + from, column_of(first, v));
+      part.x[v] = load<X_DTYPE, WIDE ? X_BYTES : 0>(x, column_of(first, v));
+      if constexpr (RESIDUAL || ACT) part.other[v] = load<X_DTYPE, WIDE ? OTHER_BYTES : 0>(other, column_of(first, v));
     }
   }
   return part;
@@ -545,7 +549,8 @@ template <bool WIDE> DEVICE Weights load_weights(const Site &site, u32 first) {
   if constexpr (WEIGHT_DTYPE != NONE)
     UNROLL for (int v = 0; v < VECTORS; ++v)
       if (lane_has(first, v))
-        weights.vector[v] = weight_of<WEIGHT_DTYPE>(load<WEIGHT_DTYPE, WIDE>(site.weight, column_of(first, v)));
+        weights.vector[v] =
+            weight_of<WEIGHT_DTYPE>(load<WEIGHT_DTYPE, WIDE ? WIDE_BYTES : 0>(site.weight, column_of(first, v)));
   return weights;
 }
 

@@ -133,7 +133,7 @@ def _costs(kernel: KernelInstance, contracts: Sequence[Contract | None], rows: i
         return [Cost(None, int(number == 0)) for number in range(len(contracts))]
     written: dict[Contract | None, int] = defaultdict(int)
     for binding in kernel.bindings:
-        size = math.prod(kernel.shape(binding, rows)) * torch_ir.element_bytes(binding.dtype)
+        size = kernel.elements(binding, rows) * torch_ir.element_bytes(binding.dtype)
         written[binding.quantization] += size
     everything_else = written.pop(None, 0)
     shares = [written.pop(contract, 0) for contract in contracts]
@@ -189,7 +189,7 @@ def _call(op: ir.Operation, kernel: KernelInstance, physical: list[PhysicalScale
 def _argument(binding: Binding, operand: ir.Value, physical: Sequence[PhysicalScale]) -> ir.Value:
     """What the kernel is given for ``operand``: a scale in columns as the buffer a kernel has written."""
     if binding.layout != "row":
-        source = _same_rows(operand)
+        source = views.same_rows(operand)
         return next(s.buffer for s in physical if (s.logical, s.layout) == (source, binding.layout))
     value = torch_ir.to_builtin(operand)
     return _collapse(value) if binding.has_rows else value
@@ -205,7 +205,7 @@ def return_physical_scales(function: ir.Operation, scales: Sequence[PhysicalScal
     terminator = list(torch_ir.block_of(function).operations)[-1].operation
     changed: dict[int, ScaleLayout] = {}
     for number, value in enumerate(terminator.operands):
-        scale = by_value.get(_same_rows(value))
+        scale = by_value.get(views.same_rows(value))
         logical = torch_ir.tensor_type(value)
         if scale is not None and logical is not None:
             rows = ir.RankedTensorType(scale.buffer.type).shape[0]
@@ -218,18 +218,6 @@ def return_physical_scales(function: ir.Operation, scales: Sequence[PhysicalScal
         results = [operand.type for operand in terminator.operands]
         function.attributes["function_type"] = ir.TypeAttr.get(ir.FunctionType.get(inputs, results))
     return changed
-
-
-def _same_rows(value: ir.Value) -> ir.Value:
-    """What ``value`` is a view of, as far as views only regroup leading axes."""
-    view = torch_ir.producer(value)
-    while view is not None and views.is_flat_view(view):
-        before, after = torch_ir.tensor_type(view.operands[0]), torch_ir.tensor_type(view.result)
-        if before is None or after is None or before.shape[-1:] != after.shape[-1:]:
-            break
-        value = view.operands[0]
-        view = torch_ir.producer(value)
-    return value
 
 
 def _tensor_type(binding: Binding) -> ir.RankedTensorType:

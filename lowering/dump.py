@@ -19,7 +19,7 @@ def dump_kernels(dispatched: Dispatched, directory: Path) -> None:
     Launches are in execution order, with grid, shapes and constants for the example arguments; where
     a row count is not known (a model from MLIR with dynamic sizes) those are null.  ``grid_rule`` and each
     binding's ``dims``, where T is the number of rows and T4 that rounded up to a multiple of 4, say what they
-    are for any other number of rows.
+    are for any other number of rows.  Of a binding with ``columns`` [first, end) only those are touched.
     """
     directory.mkdir(parents=True, exist_ok=True)
     for entry, kernel in dispatched.kernels.items():
@@ -49,6 +49,7 @@ def _describe(launch: Launch) -> dict[str, Any]:
                 "dims": list(binding.shape),
                 "shape": None if rows is None else list(kernel.shape(binding, rows)),
                 "access": binding.access,
+                "columns": binding.columns,
             }
             for binding in kernel.bindings
         ],

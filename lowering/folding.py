@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from iree.compiler import ir
 
-from patterns import torch_ir
+from patterns import torch_ir, weight_layouts
 
 from .importer import Program, declare_parameter, is_storable, read_parameter
 from .recipes import WORKING, Call, Recipe, Source, traced
@@ -206,9 +206,9 @@ def _choose(read: Iterable[Recipe]) -> list[Recipe]:
 
     Values of common parameters stand together: they are stored if they take no more room than the parameters
     that are dropped for it, so neither the archive nor what a call reads grows.  ``SMALL`` values are
-    stored in any case.  What is refused is left to the program, from the largest on, and its operands
-    are then looked at the same way.  A broadcast or a dequantized weight thus stays as it was
-    written, and a transposed scale below it is stored.
+    stored in any case, and so are weights that are shuffled for a kernel.  What is refused is left to the
+    program, from the largest on, and its operands are then looked at the same way.  A broadcast or a
+    dequantized weight thus stays as it was written, and a transposed scale below it is stored.
     """
     refused: set[Recipe] = set()
     while True:
@@ -259,7 +259,7 @@ def _groups(candidates: Iterable[Recipe], kept: Collection[Source]) -> list[list
 
 def _excess(group: Iterable[Recipe], kept: Collection[Source]) -> Recipe | None:
     """The largest of the values that together take more room than the parameters dropped for them."""
-    large = [recipe for recipe in group if not _is_small(recipe)]
+    large = [recipe for recipe in group if not _is_small(recipe) and _layout(recipe) == "row"]
     dropped = {source for recipe in large for source in recipe.sources()}.difference(kept)
     if sum(recipe.nbytes for recipe in large) <= sum(source.tensor.nbytes for source in dropped):
         return None
@@ -274,6 +274,13 @@ def _is_small(recipe: Recipe) -> bool:
     return recipe.nbytes <= SMALL and not (is_quantized and widened)
 
 
+def _layout(recipe: Recipe) -> str:
+    """The layout of a value's bytes: what is shuffled is what a kernel reads."""
+    call = recipe.origin
+    shuffled = isinstance(call, Call) and call.op == torch.ops.lowering.shuffle_weight.default
+    return call.args[1] if shuffled else "row"  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _can_be_stored(recipe: Recipe) -> bool:
     """Whether the value is worth a parameter of its own, and can be one."""
     call = recipe.origin
@@ -281,6 +288,8 @@ def _can_be_stored(recipe: Recipe) -> bool:
     sources = recipe.sources()
     if not is_storable(recipe.dtype) or _is_free(call, recipe.meta):
         return False
+    if _layout(recipe) != "row":
+        return True
     if recipe.meta.numel() <= 1 and not any(source.name for source in sources):
         return False  # IREE folds scalars itself, and embeds them in the code
     largest = max(recipe.nbytes, *(source.tensor.nbytes for source in sources), 0)
@@ -324,6 +333,9 @@ def _substitute(program: Program, block: ir.Block, trace: _Trace, names: Mapping
         declare_parameter(program.module.operation, name, recipe.meta)
         with ir.InsertionPoint.at_block_begin(block), ir.Location.unknown():
             loads[recipe] = read_parameter(name, recipe.meta)
+        load = weight_layouts.parameter(loads[recipe])
+        if load is not None:
+            weight_layouts.note(load, _layout(recipe))
     for value, recipe in trace.recipes.items():
         if recipe in loads:
             value.replace_all_uses_with(loads[recipe])

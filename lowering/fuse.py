@@ -5,7 +5,6 @@ from __future__ import annotations
 from iree.compiler import ir
 
 from patterns import canonical, torch_ir
-from patterns.matmul_fusion import fuse_product
 from patterns.row_fusion import Support, fuse_plain, fuse_producer
 from patterns.sites import Ledger
 from patterns.topk_fusion import fuse_routing
@@ -15,15 +14,13 @@ def fuse(function: ir.Operation, ledger: Ledger, support: Support) -> None:
     """Fuse every site of ``function`` in place; ``support`` says why a spec has no kernel, or None.
 
     Producers come first: what is quantized behind them is theirs.  Every site's fate is in ``ledger``.
-    Block-scaled products are no sites; they become kernels where there is one.
+    Block-scaled products are no sites; ``layout`` gives them to kernels.
     """
     block = torch_ir.block_of(function)
     for producer in _ops(block, *canonical.PRODUCERS):
         fuse_producer(producer, ledger, support)
     for value in _quantized(block):
         fuse_plain(value, ledger, support)
-    for product in _ops(block, canonical.BLOCK_SCALED_MATMUL):
-        fuse_product(product, support)
     for routing in _ops(block, canonical.GROUPED_TOPK):
         fuse_routing(routing, ledger, support)
     torch_ir.erase_dead(block)

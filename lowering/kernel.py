@@ -59,7 +59,8 @@ class Binding:
     ``shape`` holds ints and the symbols ``T`` (rows) and ``T4`` (rows rounded up to 4).  Scales have their
     physical shape: [T, Gn] in ``row`` layout, [Gn, T] in ``column``, [Gn, T4] in ``column_tma``, and in
     ``ue8m0_packed`` int32 [ceil(Gn/4), T4], four exponents in each; ``layout`` says which.  ``quantization``
-    is the one whose values or scales these are.
+    is the one whose values or scales these are.  ``columns`` are the first column that the kernel touches and
+    the one after the last, where that is a part of each row.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Binding:
     access: Access
     quantization: Quantization | None = None
     layout: ScaleLayout = "row"
+    columns: tuple[int, int] | None = None
 
     @property
     def has_rows(self) -> bool:
@@ -102,11 +104,17 @@ class KernelInstance:
         sizes = {"T": rows, "T4": (rows + 3) // 4 * 4}
         return tuple(d if isinstance(d, int) else sizes[d] for d in binding.shape)
 
+    def elements(self, binding: Binding, rows: int) -> int:
+        """How many elements of ``binding`` the kernel touches."""
+        *leading, last = self.shape(binding, rows)
+        first, end = binding.columns or (0, last)
+        return math.prod(leading) * (end - first)
+
 
 def why_unsupported(spec: RowSpec, target: Target) -> str | None:
     """A sentence saying why the row kernel cannot do ``spec`` on ``target``, or None if it can."""
     reasons = [_why_not_dtypes(spec), _why_not_gate(spec), _why_not_norm(spec), _why_not_hidden(spec, target)]
-    reasons += _why_not_quants(spec, target)
+    reasons += [*_why_not_quants(spec, target), _why_not_windows(spec)]
     return next((reason for reason in reasons if reason), None)
 
 
@@ -141,12 +149,11 @@ def instance(spec: RowSpec, target: Target, mapping: Mapping | None = None) -> K
 def bindings(spec: RowSpec) -> tuple[Binding, ...]:
     """The tensors of ``spec`` in dispatch order: x, up, residual, weight; sum, y, every q and scale."""
     row: tuple[Dimension, ...] = ("T", spec.hidden)
-    packed = spec.gate is not None and spec.gate.packed
-    out = [Binding("x", spec.dtype, ("T", 2 * spec.hidden) if packed else row, "read")]
-    if spec.gate and not packed:
-        out.append(Binding("up", spec.dtype, row, "read"))
+    out = [_input_binding("x", spec)]
+    if spec.gate and not spec.gate.packed:
+        out.append(_input_binding("up", spec))
     if spec.norm and spec.norm.residual:
-        out.append(Binding("residual", spec.dtype, row, "read"))
+        out.append(_input_binding("residual", spec))
     if spec.weight_dtype:
         out.append(Binding("weight", spec.weight_dtype, (spec.hidden,), "read"))
     if spec.writes_sum:
@@ -157,6 +164,12 @@ def bindings(spec: RowSpec) -> tuple[Binding, ...]:
         out.append(Binding(f"q{i}", quantization.dtype, row, "write", quantization))
         out.append(_scale_binding(f"scale{i}", quantization, spec.hidden))
     return tuple(out)
+
+
+def _input_binding(name: str, spec: RowSpec) -> Binding:
+    pitch, columns = spec.pitch(name), spec.columns(name)
+    part = (columns.start, columns.stop) if pitch > columns.stop - columns.start else None
+    return Binding(name, spec.dtype, ("T", pitch), "read", columns=part)
 
 
 def _scale_binding(name: str, quantization: Quantization, hidden: int) -> Binding:
@@ -216,6 +229,20 @@ def _why_not_hidden(spec: RowSpec, target: Target) -> str | None:
     if spec.hidden > MAX_HIDDEN and target.backend != "cpu" and needs_whole_row(spec):
         limit = f"rows of up to {MAX_HIDDEN} elements where a norm or a scale depends on all of them"
         return f"On {target.name} the row kernel takes {limit}, not {spec.hidden}."
+    return None
+
+
+def _why_not_windows(spec: RowSpec) -> str | None:
+    for name in ("x", "other"):
+        columns, pitch = spec.columns(name), spec.pitch(name)
+        if not 0 <= columns.start <= columns.stop <= pitch:
+            return f"Columns {columns.start} to {columns.stop} do not lie in rows of {pitch} elements."
+    if (
+        spec.other_window
+        and not (spec.norm and spec.norm.residual)
+        and not (spec.gate and not spec.gate.packed)
+    ):
+        return "The row kernel has a second window only where it has a second input."
     return None
 
 
@@ -290,6 +317,7 @@ def _listed(names: Iterable[str]) -> str:
 def _defines(spec: RowSpec) -> tuple[tuple[str, str], ...]:
     norm, gate = spec.norm, spec.gate
     producer = norm or gate
+    packed = gate is not None and gate.packed
     offset = norm.weight_offset if norm else 0.0
     values: dict[str, int | str] = {
         "HIDDEN": spec.hidden,
@@ -303,7 +331,11 @@ def _defines(spec: RowSpec) -> tuple[tuple[str, str], ...]:
         "ROUNDING": _ROUNDINGS[producer.rounding] if producer else 0,
         "RESIDUAL": _RESIDUALS[norm.residual] if norm else 0,
         "ACT": _ACTIVATIONS[gate.activation] if gate else 0,
-        "GATE_PACKED": int(gate is not None and gate.packed),
+        "GATE_PACKED": int(packed),
+        "X_PITCH": spec.pitch("x"),
+        "X_OFFSET": spec.columns("x").start,
+        "OTHER_PITCH": spec.pitch("x" if packed else "other"),
+        "OTHER_OFFSET": spec.columns("x").start + spec.hidden if packed else spec.columns("other").start,
         "WRITES_SUM": int(spec.writes_sum),
         "WRITES_Y": int(spec.writes_y),
         "QUANTS": len(spec.quantizations),
@@ -449,7 +481,8 @@ def _stem(spec: RowSpec) -> str:
     if spec.gate:
         parts.append(f"{spec.gate.activation}_mul")
     parts += [_quant_stem(quantization) for quantization in spec.quantizations]
-    return "_".join([*(parts or ["copy"]), _SHORT[spec.dtype], f"h{spec.hidden}"])
+    within = ["window"] if spec.x_window or spec.other_window else []
+    return "_".join([*(parts or ["copy"]), _SHORT[spec.dtype], f"h{spec.hidden}", *within])
 
 
 def _quant_stem(quantization: Quantization) -> str:

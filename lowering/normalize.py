@@ -138,14 +138,16 @@ def _split_to_slices(unpack: ir.Operation) -> None:
     source, sizes, axis = split.operands[0], torch_ir.constant(split.operands[1]), split.operands[2]
     if sizes is torch_ir.NOT_CONSTANT:
         return
-    start = 0
+    example, start = torch_ir.example_shape(source), 0
     for size, part in zip(sizes, unpack.results, strict=True):
         type_ = torch_ir.tensor_type(part)
         assert type_ is not None
         with ir.InsertionPoint(unpack), unpack.location:
             bounds = [torch_ir.make_int(value) for value in (start, start + size, 1)]
             piece = torch_ir.make("torch.aten.slice.Tensor", type_, [source, axis, *bounds])
-        torch_ir.set_example(piece.owner.operation, [torch_ir.example_shape(part)])
+        if example is not None:  # the parts of a list have none of their own
+            place = torch_ir.constant(axis) % len(example)
+            torch_ir.set_example(piece.owner.operation, [(*example[:place], size, *example[place + 1 :])])
         part.replace_all_uses_with(piece)
         start += size
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from iree.compiler import ir
 
 from patterns import (
+    block_scaled_matmul,
     canonical,
     gated_activation,
     group_quant,
@@ -30,6 +31,7 @@ RECOGNISERS: tuple[Recogniser, ...] = (
     *rms_norm.RECOGNISERS,
     *gated_activation.RECOGNISERS,
     *group_quant.RECOGNISERS,
+    *block_scaled_matmul.RECOGNISERS,
 )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
 from patterns.contracts import Contract, GatedActivation, GroupedTopk, Quantization, RmsNorm, in_words
-from patterns.sites import Timing
+from patterns.sites import Remark, Timing
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -116,8 +116,9 @@ class Report:
     """Every site of one compilation, in the order of the program.
 
     ``dispatches`` counts the custom kernel launches of one call; what IREE generates itself is not
-    counted, since IREE decides about it after the report is made.  ``timing`` is what finding and
-    fusing took; it differs from run to run and is not part of what is written.
+    counted, since IREE decides about it after the report is made.  ``remarks`` are on operations that are no
+    sites, such as a product that no kernel computes.  ``timing`` is what finding and fusing took; it differs
+    from run to run and is not part of what is written.
     """
 
     target: str
@@ -125,10 +126,11 @@ class Report:
     dispatches: int = 0
     timing: Timing | None = field(default=None, compare=False)
     folded: tuple[Folded, ...] = ()
+    remarks: tuple[Remark, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sites", tuple(self.sites))
-        object.__setattr__(self, "folded", tuple(self.folded))
+        for name in ("sites", "folded", "remarks"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @property
     def fused(self) -> tuple[Site, ...]:
@@ -154,12 +156,13 @@ class Report:
         return {"fused": len(self.fused), "unfused": len(self.unfused), "dispatches": self.dispatches}
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values: target, sites, summary, folded."""
+        """The report as plain values: target, sites, summary, folded, remarks."""
         return {
             "target": self.target,
             "sites": [{**asdict(site), "contract": _contract(site)} for site in self.sites],
             "summary": self.summary(),
             "folded": [asdict(value) for value in self.folded],
+            "remarks": [asdict(remark) for remark in self.remarks],
         }
 
     def to_json(self) -> str:
@@ -172,7 +175,8 @@ class Report:
         data = json.loads(text)
         sites = tuple(map(_site, data["sites"]))
         folded = tuple(map(_folded, data["folded"]))
-        return cls(data["target"], sites, data["summary"]["dispatches"], folded=folded)
+        remarks = tuple(Remark(**remark) for remark in data["remarks"])
+        return cls(data["target"], sites, data["summary"]["dispatches"], folded=folded, remarks=remarks)
 
     def to_html(self) -> str:
         """The report as one self-contained page: no script, style or font comes from elsewhere."""
@@ -280,6 +284,11 @@ def _folding(report: Report) -> str:
     return f"{values} computed once: {saved} less to read and write per call, {_traffic(stored)} stored"
 
 
+def _remarked(report: Report) -> list[tuple[Remark, int]]:
+    """Equal remarks once with their number."""
+    return list(Counter(report.remarks).items())
+
+
 def _totals(report: Report) -> list[str]:
     """What is said beside the headline: the target, the launches of one call, and what fusion changed."""
     launches, traffic = report.launches(), report.traffic()
@@ -324,6 +333,10 @@ def _terminal_table(report: Report) -> RenderableType:
     title = Text.assemble((_headline(report), "bold"), "".join(f"  ·  {part}" for part in _totals(report)))
     if folding := _folding(report):
         title = Group(title, Text(folding, "dim"))
+    for remark, count in _remarked(report):
+        times = f" ({count} times)" if count > 1 else ""
+        line = f"{remark.op} at {_short(remark.location, 1)}{times}: {remark.text}"
+        title = Group(title, Text(line, "yellow"))
     if not report.sites:
         return title
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -419,6 +432,8 @@ def _page(report: Report) -> str:
         sections.append(_section("Left unfused", report.unfused, last_column="reason"))
     for kernel, sites in _by_kernel(report.fused).items():
         sections.append(_section(kernel, sites, last_column="pattern"))
+    if report.remarks:
+        sections.append(_remarks_section(report))
     if report.folded:
         sections.append(_folded_section(report))
     controls = _CONTROLS if report.sites else ""
@@ -491,6 +506,20 @@ def _row(site: Site, count: int, last_column: str) -> str:
         f'<td class="contract"><code>{html.escape(contract)}</code></td>'
         f'<td>{html.escape(last or "")}{note}</td><td class="bytes">{_traffic(site.bytes)}</td>'
         f'<td class="is"><span class="pill">{site.status}</span></td></tr>'
+    )
+
+
+def _remarks_section(report: Report) -> str:
+    """Not one of the filtered sections: its rows are no sites."""
+    rows = "\n".join(
+        f'<tr><td class="n">{count}</td><td class="op"><code>{html.escape(remark.op)}</code></td>'
+        f'<td class="at">{_source(remark.location)}</td><td>{html.escape(remark.text)}</td></tr>'
+        for remark, count in _remarked(report)
+    )
+    heads = '<th class="n"></th><th>operation</th><th>source</th><th>remark</th>'
+    return (
+        f'<aside><h2>Remarks</h2>\n<div class="wrap"><table><thead><tr>{heads}</tr></thead>'
+        f"<tbody>\n{rows}\n</tbody></table></div></aside>"
     )
 
 

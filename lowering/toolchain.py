@@ -38,6 +38,7 @@ _HEADERS = {
     "row.c": ("cpu.h", "vectors.h", "activation.h"),
     "matmul.c": ("cpu.h", "vectors.h", "float8.h"),
     "matmul.cu": ("mma.h",),
+    "matmul.hip": (),
     "topk.cu": ("topk.h", "sigmoid.h"),
     "topk.hip": ("topk.h", "sigmoid.h"),
     "topk.c": ("cpu.h", "sigmoid.h"),

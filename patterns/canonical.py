@@ -6,14 +6,14 @@ the frozen values of ``patterns.contracts``:
 ``vmfuse.rms_norm``              x, [residual], [weight] -> y, [sum]        contract: RmsNorm
 ``vmfuse.gated_activation``      gate_up (packed) or gate, up -> y          contract: GatedActivation
 ``vmfuse.group_quant``           x -> q, scale                             contract: Quantization
-``vmfuse.block_scaled_matmul``   a, b, a_scale, b_scale -> out
+``vmfuse.block_scaled_matmul``   a, b, a_scale, b_scale, [bias] -> out      contract: BlockScaledMatmul
 ``vmfuse.grouped_topk``          gating, bias -> weights, ids              contract: GroupedTopk
 
 and those that a kernel computes, made of them by the fusion:
 
 ``vmfuse.row``                   x, [up], [residual], [weight] -> [sum], [y], (q, scale)*   spec: RowSpec
 ``vmfuse.topk``                  gating, bias -> weights, ids                               spec: TopkSpec
-``vmfuse.matmul``                a, b, a_scale, b_scale -> out                              spec: MatmulSpec
+``vmfuse.matmul``                a, b, a_scale, b_scale, [bias] -> out                      spec: MatmulSpec
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from iree.compiler import ir
 
 from . import torch_ir
 from .contracts import (
+    BlockScaledMatmul,
     Contract,
     GatedActivation,
     GroupedTopk,
@@ -160,6 +161,7 @@ def contract(op: ir.Operation) -> Contract:
         GATED_ACTIVATION: GatedActivation,
         GROUP_QUANT: Quantization,
         GROUPED_TOPK: GroupedTopk,
+        BLOCK_SCALED_MATMUL: BlockScaledMatmul,
     }
     return from_attribute(kinds[torch_ir.op_name(op)], op.attributes["contract"])
 
@@ -167,6 +169,11 @@ def contract(op: ir.Operation) -> Contract:
 def routing_contract(op: ir.Operation) -> GroupedTopk:
     """What a ``vmfuse.grouped_topk`` computes."""
     return from_attribute(GroupedTopk, op.attributes["contract"])
+
+
+def product_contract(op: ir.Operation) -> BlockScaledMatmul:
+    """What a ``vmfuse.block_scaled_matmul`` computes."""
+    return from_attribute(BlockScaledMatmul, op.attributes["contract"])
 
 
 def spec(op: ir.Operation) -> Spec | None:

@@ -154,7 +154,14 @@ class GroupedTopk:
     eps: float = 0.0
 
 
-Contract = RmsNorm | GatedActivation | Quantization | GroupedTopk
+@dataclass(frozen=True)
+class BlockScaledMatmul:
+    """The product that ``MatmulSpec`` writes down, of a b whose bytes the model gives in ``b_layout``."""
+
+    b_layout: WeightLayout = "row"
+
+
+Contract = RmsNorm | GatedActivation | Quantization | GroupedTopk | BlockScaledMatmul
 
 
 def in_words(contract: Contract) -> str:
@@ -170,12 +177,22 @@ def in_words(contract: Contract) -> str:
 
 
 @dataclass(frozen=True)
+class Window:
+    """Where the rows of an input lie: in those of a tensor [T, ``pitch``], from column ``offset`` on."""
+
+    pitch: int
+    offset: int
+
+
+@dataclass(frozen=True)
 class RowSpec:
     """One fused site: what a kernel reads, computes and writes for each row of [T, hidden].
 
     The producer of y is ``norm``, ``gate`` or, with neither, x itself.
     Reads x (gate and up in one tensor [T, 2*hidden] if the gate is packed), then up if it is not, then
-    residual if the norm has one, then weight (``weight_dtype`` not None).
+    residual if the norm has one, then weight (``weight_dtype`` not None).  With a window an input's rows are
+    part of those of a wider tensor, which is what the kernel is given: ``x_window`` that of x,
+    ``other_window`` that of up or the residual.
     Writes, in this order: the residual sum (``writes_sum``), y rounded to ``dtype`` (``writes_y``), and q and
     scale of every quantization.
     """
@@ -188,6 +205,20 @@ class RowSpec:
     writes_sum: bool = False
     writes_y: bool = False
     quantizations: tuple[Quantization, ...] = ()
+    x_window: Window | None = None
+    other_window: Window | None = None
+
+    def columns(self, name: str) -> slice:
+        """The columns of the input ``name`` (x, up or residual) that the kernel reads, from the first on."""
+        window = self.x_window if name == "x" else self.other_window
+        first = window.offset if window else 0
+        packed = name == "x" and self.gate is not None and self.gate.packed
+        return slice(first, first + (2 * self.hidden if packed else self.hidden))
+
+    def pitch(self, name: str) -> int:
+        """Elements from one row of the input ``name`` to the next."""
+        window = self.x_window if name == "x" else self.other_window
+        return window.pitch if window else self.columns(name).stop
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -82,7 +82,7 @@ def _undoes(user: ir.Operation, codes: list[ir.Value], scales: list[ir.Value]) -
     """Whether ``user`` multiplies codes by their scales, and so sees neither."""
     operands = list(user.operands)
     if torch_ir.op_name(user) == canonical.BLOCK_SCALED_MATMUL:
-        a, b, a_scale, b_scale = operands
+        a, b, a_scale, b_scale, *_ = operands
         return a in codes and a_scale in scales and b not in codes and b_scale not in scales
     if user.name == "torch.aten.mul.Tensor":
         first, second = operands

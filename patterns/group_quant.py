@@ -1,4 +1,4 @@
-"""Group quantization written out, raised to ``vmfuse.group_quant``, and the product that reads it."""
+"""Group quantization written out, raised to ``vmfuse.group_quant``."""
 
 from __future__ import annotations
 
@@ -271,13 +271,4 @@ def _objections(found: Bindings, contract: Quantization) -> Iterator[str]:
         yield f"where the scale is bounded, or vanishes, values may exceed {limit:g}; clamp them to it"
 
 
-class LoweringBlockScaledMatmul:
-    """``torch.ops.lowering.block_scaled_matmul(a, b, a_scale, b_scale, out_dtype)``."""
-
-    roots = ("torch.lowering.block_scaled_matmul",)
-
-    def recognise(self, op: ir.Operation) -> Raised | None:
-        return Raised(canonical.BLOCK_SCALED_MATMUL, None, list(op.operands)[:4], list(op.results))
-
-
-RECOGNISERS = (DecomposedGroupQuant(), LoweringBlockScaledMatmul())
+RECOGNISERS = (DecomposedGroupQuant(),)

@@ -1,43 +1,183 @@
-"""A block-scaled product becomes ``vmfuse.matmul``, a kernel's operation, where the target has a kernel.
+"""A block-scaled product becomes ``vmfuse.matmul``, a kernel's operation, in layouts that the kernel reads.
 
-Nothing fuses into it and it is no site of the report: where there is no kernel, it is lowered as the plain
-operations it stands for.
+Nothing fuses into it and it is no site of the report.  A weight that depends on parameters alone is shuffled
+to the kernel's layout by an operation, which folding then does once; scales that only products read are
+written by their kernel the way the product's kernel reads them.  Where there is no kernel, the product is
+lowered as the plain operations it stands for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
 from iree.compiler import ir
 
-from . import canonical, torch_ir
-from .contracts import MatmulSpec
+from . import canonical, torch_ir, views, weight_layouts
+from .contracts import MatmulSpec, Quantization, RowSpec, ScaleLayout, WeightLayout
 from .row_fusion import Support
+from .sites import Ledger
 
 
-def fuse_product(op: ir.Operation, support: Support) -> None:
-    """Replace a ``vmfuse.block_scaled_matmul`` by a ``vmfuse.matmul`` if ``support`` has no objection."""
-    spec = _spec(op)
-    if spec is None or support(spec) is not None:
+@dataclass(frozen=True)
+class Reads:
+    """The layouts that the product kernel of ``target`` may read, the fastest first.
+
+    ``support`` says why there is no kernel for a spec, or None.
+    """
+
+    target: str
+    weights: Sequence[WeightLayout]
+    scales: Sequence[ScaleLayout]
+    support: Support
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """A scale that a row kernel writes: of quantization ``number`` of ``row``.
+
+    ``is_free``: only products read it, and its layout is still to be chosen.
+    """
+
+    row: ir.Operation
+    spec: RowSpec
+    number: int
+    is_free: bool
+
+    @property
+    def quantization(self) -> Quantization:
+        return self.spec.quantizations[self.number]
+
+
+def fuse_product(op: ir.Operation, reads: Reads, ledger: Ledger, *, is_parameter: bool) -> str | None:
+    """Replace a ``vmfuse.block_scaled_matmul`` by a ``vmfuse.matmul``, or say why it has no kernel.
+
+    ``is_parameter``: b depends on parameters alone.  A product without a kernel reads its weight in ``row``.
+    """
+    spec, scale = _spec(op), _scale(op.operands[2])
+    if isinstance(spec, str):
+        refusals = [spec]
+    else:
+        refusals = []
+        for wanted in _candidates(spec, scale, reads, is_parameter):
+            row = None if scale is None else _written_as(scale, wanted.a_scale_layout)
+            refusal = reads.support(wanted) or (row and reads.support(row))
+            if refusal is None:
+                _write_scale(scale, row, ledger)
+                _replace(op, spec, wanted)
+                return None
+            refusals.append(refusal)
+        if not is_parameter:
+            refusals[0] += " It is no parameter, which could be shuffled when compiling."
+    _read_in_rows(op)
+    return refusals[0]
+
+
+def _spec(op: ir.Operation) -> MatmulSpec | str:
+    """What the product computes; a sentence if its sizes are not known or do not fit each other."""
+    a, b, a_scale, b_scale, *rest = (torch_ir.tensor_type(value) for value in (*op.operands, *op.results))
+    out = rest[-1]
+    if not (a and b and a_scale and b_scale and out) or not (a.shape and a_scale.shape) or len(b.shape) != 2:
+        return "The rank of an operand is not known."
+    columns, depth = b.shape
+    groups = a_scale.shape[-1]
+    if columns is None or not depth or not groups:
+        return "A size of its weight or scales is unknown until run time; a kernel is made for one size."
+    group = depth // groups
+    if a.shape[-1] != depth or depth % groups or b_scale.shape != (-(-columns // group), groups):
+        return f"Its operands do not fit each other: a {a}, b {b}, a_scale {a_scale}, b_scale {b_scale}."
+    layout = canonical.product_contract(op).b_layout
+    return MatmulSpec(columns, depth, group, a.dtype, b.dtype, out.dtype, len(rest) == 2, layout)
+
+
+def _candidates(
+    spec: MatmulSpec, scale: _Scale | None, reads: Reads, is_parameter: bool
+) -> Iterator[MatmulSpec]:
+    """The ways in which the product may read its operands, the best first; at least one."""
+    given = spec.b_layout != "row" or not is_parameter
+    for weight in [spec.b_layout] if given else reads.weights or ["row"]:
+        for layout in _scale_layouts(scale, reads):
+            yield replace(spec, b_layout=weight, a_scale_layout=layout)
+
+
+def _scale_layouts(scale: _Scale | None, reads: Reads) -> list[ScaleLayout]:
+    """How the scales of a may lie when the product reads them, the best first.
+
+    What no row kernel writes is a tensor of the program, in rows.  The layout that the model asked for stays
+    if the kernel reads it, and so does one that something else reads.
+    """
+    if scale is None:
+        return ["row"]
+    order: list[ScaleLayout] = []
+    if scale.quantization.layout != "row" or not scale.is_free:
+        order.append(scale.quantization.layout)
+    if scale.is_free:
+        order += reads.scales
+    return list(dict.fromkeys([*order, "row"]))
+
+
+def _written_as(scale: _Scale, layout: ScaleLayout) -> RowSpec:
+    """What the row kernel does when the product reads its scale in ``layout``."""
+    quantizations = list(scale.spec.quantizations)
+    if scale.is_free:
+        quantizations[scale.number] = replace(quantizations[scale.number], layout=layout)
+    return replace(scale.spec, quantizations=tuple(quantizations))
+
+
+def _write_scale(scale: _Scale | None, row: RowSpec | None, ledger: Ledger) -> None:
+    """Let the kernel that writes ``scale`` be the one of ``row``."""
+    if scale is None or row is None:
         return
+    for site in canonical.sites_of(scale.row):
+        if ledger.records[site].contract == scale.quantization:
+            ledger.records[site].contract = row.quantizations[scale.number]
+    scale.row.attributes["spec"] = canonical.to_attribute(row)
+
+
+def _replace(op: ir.Operation, spec: MatmulSpec, wanted: MatmulSpec) -> None:
     result = torch_ir.tensor_type(op.results[0])
     assert result is not None
-    attributes = {"spec": canonical.to_attribute(spec), canonical.SITES: ir.ArrayAttr.get([])}
+    operands = list(op.operands)
     with ir.InsertionPoint(op), op.location:
-        product = canonical.create(canonical.MATMUL, list(op.operands), [result], **attributes)
+        if wanted.b_layout != spec.b_layout:
+            operands[1] = weight_layouts.shuffle(operands[1], wanted.b_layout)
+        attributes = {"spec": canonical.to_attribute(wanted), canonical.SITES: ir.ArrayAttr.get([])}
+        product = canonical.create(canonical.MATMUL, operands, [result], **attributes)
         torch_ir.set_example(product, [torch_ir.example_shape(op.results[0])])
     op.results[0].replace_all_uses_with(product.results[0])
     op.erase()
 
 
-def _spec(op: ir.Operation) -> MatmulSpec | None:
-    """What the product computes; None if its sizes are not known or do not fit each other."""
-    a, b, a_scale, b_scale, out = (torch_ir.tensor_type(value) for value in (*op.operands, *op.results))
-    if not (a and b and a_scale and b_scale and out) or not (a.shape and a_scale.shape) or len(b.shape) != 2:
+def _read_in_rows(op: ir.Operation) -> None:
+    """Let a product without a kernel read its weight as it was before it was shuffled."""
+    contract = canonical.product_contract(op)
+    if contract.b_layout != "row":
+        with ir.InsertionPoint(op), op.location:
+            op.operands[1] = weight_layouts.unshuffle(op.operands[1], contract.b_layout)
+        op.attributes["contract"] = canonical.to_attribute(replace(contract, b_layout="row"))
+
+
+def _scale(value: ir.Value) -> _Scale | None:
+    """The quantization whose scale ``value`` is, if a row kernel writes it."""
+    source = views.same_rows(value)
+    row = torch_ir.producer(source)
+    if row is None or torch_ir.op_name(row) != canonical.ROW:
         return None
-    columns, depth = b.shape
-    groups = a_scale.shape[-1]
-    if columns is None or not depth or not groups or a.shape[-1] != depth or depth % groups:
+    spec = canonical.from_attribute(RowSpec, row.attributes["spec"])
+    number = ir.OpResult(source).result_number - spec.writes_sum - spec.writes_y
+    if number < 0 or not number % 2:
         return None
-    group = depth // groups
-    if b_scale.shape != (-(-columns // group), groups):
-        return None
-    return MatmulSpec(columns, depth, group, a.dtype, b.dtype, out.dtype)
+    return _Scale(row, spec, number // 2, _is_free(source))
+
+
+def _is_free(scale: ir.Value) -> bool:
+    """Whether products alone read ``scale``, as scales of a, and none of them has a kernel yet."""
+    return all(
+        (views.keeps_rows(user) and _is_free(user.result))
+        or (torch_ir.op_name(user) == canonical.BLOCK_SCALED_MATMUL and _reads_as_scale(user, scale))
+        for user in torch_ir.users(scale)
+    )
+
+
+def _reads_as_scale(product: ir.Operation, scale: ir.Value) -> bool:
+    return [number for number, operand in enumerate(product.operands) if operand == scale] == [2]

@@ -15,6 +15,7 @@ from iree.compiler import ir
 from . import canonical, torch_ir
 from .contracts import GatedActivation, Quantization, RmsNorm, RowSpec, Spec
 from .sites import Ledger
+from .windows import wider
 
 # Says why no kernel exists for a spec, or None when one does: the target answers this, not the pattern.
 Support = Callable[[Spec], str | None]
@@ -186,6 +187,7 @@ def _replace(
     quants: list[ir.Operation],
     ledger: Ledger,
 ) -> None:
+    inputs, spec = _in_place(inputs, spec)
     row = _create(inputs, value, spec, [op for op in (producer, *quants) if op is not None])
     results = iter(row.results)
     if spec.writes_sum:
@@ -205,6 +207,17 @@ def _replace(
         replaced.insert(0, add)
     for op in reversed(replaced):
         op.erase()
+
+
+def _in_place(inputs: Inputs, spec: RowSpec) -> tuple[Inputs, RowSpec]:
+    """The same rows, read where they lie in wider tensors."""
+    x = wider(inputs.x)
+    inputs, spec = replace(inputs, x=x.tensor), replace(spec, x_window=x.window)
+    for name, value in (("up", inputs.up), ("residual", inputs.residual)):
+        if value is not None:
+            other = wider(value)
+            inputs, spec = replace(inputs, **{name: other.tensor}), replace(spec, other_window=other.window)
+    return inputs, spec
 
 
 def _create(inputs: Inputs, value: ir.Value, spec: RowSpec, sites: list[ir.Operation]) -> ir.Operation:

@@ -56,6 +56,15 @@ class SiteRecord:
         return self.reason is None
 
 
+@dataclass(frozen=True)
+class Remark:
+    """What a reader must know of an operation that is no site."""
+
+    op: str
+    location: str
+    text: str
+
+
 @dataclass
 class Tally:
     """How often a pattern was tried, how often it matched, and the seconds it took."""
@@ -88,9 +97,10 @@ class Timing:
 
 @dataclass
 class Ledger:
-    """All sites of one program, by number; and what it took to find them."""
+    """All sites of one program, by number; remarks on what is none; and what it took to find them."""
 
     records: list[SiteRecord] = field(default_factory=list)
+    remarks: list[Remark] = field(default_factory=list)
     timing: Timing = field(default_factory=Timing, compare=False)
 
     def add(
@@ -104,6 +114,9 @@ class Ledger:
         """An operation that is no site of its own, and cost this much, became part of ``site``."""
         self.records[site].contract = contract
         self.records[site].before += cost
+
+    def remark(self, op: str, location: str, text: str) -> None:
+        self.remarks.append(Remark(op, location, text))
 
     def note(self, site: int, note: str) -> None:
         self.records[site].note = note

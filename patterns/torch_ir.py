@@ -308,6 +308,11 @@ def make_bool(value: bool) -> ir.Value:
     return _constant("torch.constant.bool", "!torch.bool", ir.BoolAttr.get(value))
 
 
+def make_str(value: str) -> ir.Value:
+    """A torch string constant."""
+    return _constant("torch.constant.str", "!torch.str", ir.StringAttr.get(value))
+
+
 def make_none() -> ir.Value:
     """The torch none constant."""
     return ir.Operation.create("torch.constant.none", results=[ir.Type.parse("!torch.none")]).result
@@ -350,12 +355,15 @@ def from_builtin(value: ir.Value, type_: TensorType) -> ir.Value:
 
 
 # What a pass may erase when nobody reads it: everything in the torch dialect is functional here
-# (the importer refuses mutation) except the checks, which have no results.
+# (the importer refuses mutation) except the checks, which have no results; so is linalg on tensors.
+_PURE = ("torch.", "torch_c.", "util.global.load", "arith.", "tensor.", "linalg.")
+
+
 def erase_dead(block: ir.Block) -> int:
     """Erase operations without readers, consumers before producers; returns how many went."""
     erased = 0
     for op in reversed([op.operation for op in block.operations]):
-        pure = op.name.startswith(("torch.", "torch_c.", "util.global.load", "arith.", "tensor."))
+        pure = op.name.startswith(_PURE)
         if pure and op.results and not any(True for result in op.results for _ in result.uses):
             op.erase()
             erased += 1

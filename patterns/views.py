@@ -38,6 +38,23 @@ def is_flat_view(op: ir.Operation | None) -> bool:
     return op is not None and op.name in FLAT_VIEWS
 
 
+def keeps_rows(op: ir.Operation | None) -> bool:
+    """Whether ``op`` is a view that only regroups the leading axes of its first operand."""
+    if op is None or not is_flat_view(op):
+        return False
+    before, after = torch_ir.tensor_type(op.operands[0]), torch_ir.tensor_type(op.result)
+    return before is not None and after is not None and before.shape[-1:] == after.shape[-1:]
+
+
+def same_rows(value: ir.Value) -> ir.Value:
+    """What ``value`` is a view of, as far as views only regroup leading axes."""
+    view = torch_ir.producer(value)
+    while view is not None and keeps_rows(view):
+        value = view.operands[0]
+        view = torch_ir.producer(value)
+    return value
+
+
 def is_quantized(value: ir.Value) -> bool:
     """Whether a ``vmfuse.group_quant`` reads ``value``, through views or not."""
     users = torch_ir.users(value)
@@ -112,8 +129,10 @@ class SliceBounds:
 
 def slice_bounds(view: ir.Operation) -> SliceBounds | None:
     """What ``view`` takes of an axis of known size; None for another view, size or step."""
+    if view.name != "torch.aten.slice.Tensor":
+        return None
     before = torch_ir.tensor_type(view.operands[0])
-    if view.name != "torch.aten.slice.Tensor" or before is None:
+    if before is None:
         return None
     axis, start, end, step = (torch_ir.constant(operand) for operand in list(view.operands)[1:])
     if torch_ir.NOT_CONSTANT in (axis, start, end, step) or step != 1 or before.shape[axis] is None:

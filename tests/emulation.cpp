@@ -105,10 +105,6 @@ template <int DTYPE> DEVICE u32 absmax16(u32 a, u32 b) {  // magnitudes order as
   return low | high << 16;
 }
 
-DEVICE void load16(const u8 *from, u32 *words) {
-  if (!ANY_ALIGNMENT && (uintptr_t)from % 16) abort();
-  memcpy(words, from, 16);
-}
 DEVICE void store16(u8 *to, const u32 *words) {
   if (!ANY_ALIGNMENT && (uintptr_t)to % 16) abort();
   memcpy(to, words, 16);
@@ -120,7 +116,10 @@ DEVICE void store8(u8 *to, const u32 *words) {
 }
 
 constexpr int WIDEST = 16;
-template <int BYTES> DEVICE void load_wide(const u8 *from, u32 *words) { load16(from, words); }
+template <int BYTES> DEVICE void load_wide(const u8 *from, u32 *words) {
+  if (!ANY_ALIGNMENT && (uintptr_t)from % BYTES) abort();
+  memcpy(words, from, BYTES);
+}
 template <int BYTES> DEVICE void store_wide(u8 *to, const u32 *words) { store16(to, words); }
 
 template <int K> DEVICE u32 fold(u32 value) {

@@ -514,22 +514,24 @@ def test_dumped_phases_show_each_step(tmp_path: Path) -> None:
         "2-raise.mlir",
         "3-sink.mlir",
         "4-fuse.mlir",
-        "5-fold.mlir",
-        "6-dispatch.mlir",
-        "7-linalg.mlir",
+        "5-layout.mlir",
+        "6-fold.mlir",
+        "7-dispatch.mlir",
+        "8-linalg.mlir",
     ]
     text = {name: (tmp_path / "phases" / name).read_text() for name in files}
     assert '"torch.lowering.rms_norm"' in text["0-import.mlir"]
     assert '"vmfuse.rms_norm"' in text["2-raise.mlir"] and '"vmfuse.row"' not in text["3-sink.mlir"]
     assert text["4-fuse.mlir"].count('"vmfuse.row"') == 1
-    assert "vmfuse." not in text["6-dispatch.mlir"]
-    assert "torch." not in re.sub(r"#.*|loc\(.*", "", text["7-linalg.mlir"]).replace("vmfuse", "")
+    assert "vmfuse." not in text["7-dispatch.mlir"]
+    assert "torch." not in re.sub(r"#.*|loc\(.*", "", text["8-linalg.mlir"]).replace("vmfuse", "")
     assert started == [
         "import",
         "normalize",
         "raise",
         "sink",
         "fuse",
+        "layout",
         "fold",
         "dispatch",
         "kernels",

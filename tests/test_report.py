@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lowering.report import Change, Folded, Report, Site
 from patterns.contracts import Quantization, RmsNorm
-from patterns.sites import Tally, Timing
+from patterns.sites import Remark, Tally, Timing
 
 NORM = Site(
     "rms_norm",
@@ -44,7 +44,8 @@ FOLDED = Folded(
     Change(1024, 512),
     saved=2560,
 )
-REPORT = Report("cpu", (NORM, QUANT, NORM, QUANT, LEFT), dispatches=17, folded=(FOLDED,))
+PLAIN = Remark("block_scaled_matmul", "models/mlp.py:9", "left to IREE: <no> kernel")
+REPORT = Report("cpu", (NORM, QUANT, NORM, QUANT, LEFT), dispatches=17, folded=(FOLDED,), remarks=(PLAIN,))
 
 
 def rendered(report: Report, width: int = 100) -> str:
@@ -81,6 +82,13 @@ def test_json_has_exactly_the_schema_of_the_contract():
                 "sources": ["gate.bias"],
                 "bytes": {"before": 1024, "after": 512},
                 "saved": 2560,
+            }
+        ],
+        "remarks": [
+            {
+                "op": "block_scaled_matmul",
+                "location": "models/mlp.py:9",
+                "text": "left to IREE: <no> kernel",
             }
         ],
     }
@@ -143,6 +151,15 @@ def test_what_was_folded_is_shown():
 def test_notes_are_shown():
     assert "retargeted <from> float8_e4m3fn" in rendered(REPORT)
     assert "retargeted <from> float8_e4m3fn" in Page(REPORT.to_html()).text
+
+
+def test_remarks_are_shown_once_each_with_their_number():
+    twice = dataclasses.replace(REPORT, remarks=(PLAIN, PLAIN))
+    text = " ".join(rendered(twice, 200).split())
+    assert "block_scaled_matmul at mlp.py:9 (2 times): left to IREE: <no> kernel" in text
+    page = Page(twice.to_html()).text
+    assert "Remarks" in page and page.count("left to IREE: <no> kernel") == 1
+    assert "Remarks" not in Page(Report("cpu").to_html()).text
 
 
 def test_timing_shows_steps_and_patterns_the_slowest_first():

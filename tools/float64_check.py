@@ -50,19 +50,24 @@ def problems(spec: RowSpec, tensors: Mapping[str, Tensor]) -> list[str]:
 
 def _exact(spec: RowSpec, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
     """y and the residual sum, if there is one, in float64; and what an activation may be off by besides."""
-    x, total = tensors["x"].double(), None
+    x, total = _rows(spec, tensors, "x"), None
     exact = torch.zeros((), dtype=torch.float64, device=x.device)
     if spec.gate:
-        gate, up = x.chunk(2, -1) if spec.gate.packed else (x, tensors["up"].double())
+        gate, up = x.chunk(2, -1) if spec.gate.packed else (x, _rows(spec, tensors, "up"))
         return _ACTIVATIONS[spec.gate.activation](gate) * up, None, _ACTIVATION * (gate * up).abs()
     if not spec.norm:
         return x, None, exact
     if spec.norm.residual:
-        x = total = x + tensors["residual"].double()
+        x = total = x + _rows(spec, tensors, "residual")
     y = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + spec.norm.eps)
     if "weight" in tensors:
         y = y * (tensors["weight"].double() + spec.norm.weight_offset)
     return y, total, exact
+
+
+def _rows(spec: RowSpec, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """The rows of an input in float64."""
+    return tensors[name][:, spec.columns(name)].double()
 
 
 def _logical(scale: Tensor, quantization: Quantization, spec: RowSpec, rows: int) -> Tensor | None:

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import importlib
 import json
+import math
 import shutil
 import subprocess
 import tempfile
@@ -30,7 +31,7 @@ from lowering.ops import (
     rms_norm_reference,
     split_gate_up,
 )
-from patterns.contracts import GatedActivation, Quantization, RmsNorm, RowSpec
+from patterns.contracts import GatedActivation, Quantization, RmsNorm, RowSpec, Window
 
 # What a launch may use of shared memory without asking the driver for more.
 _PLAIN_SHARED = 48 << 10
@@ -45,10 +46,14 @@ class Binding:
     dims: tuple[int | str, ...]
     shape: tuple[int, ...]
     access: str
+    columns: tuple[int, int] | None = None
 
     @property
     def bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        """What is touched of it."""
+        *leading, last = self.shape
+        first, end = self.columns or (0, last)
+        return math.prod(leading) * (end - first) * self.dtype.itemsize
 
     def resized(self, rows: int) -> Binding:
         """The same tensor for another number of rows."""
@@ -110,7 +115,14 @@ def _launch(item: Mapping[str, Any], directory: Path) -> Launch:
         block=_triple(item["block"]),
         dynamic_shared=item["dynamic_shared"],
         bindings=tuple(
-            Binding(b["name"], getattr(torch, b["dtype"]), tuple(b["dims"]), tuple(b["shape"]), b["access"])
+            Binding(
+                b["name"],
+                getattr(torch, b["dtype"]),
+                tuple(b["dims"]),
+                tuple(b["shape"]),
+                b["access"],
+                tuple(b["columns"]) if b["columns"] else None,
+            )
             for b in item["bindings"]
         ),
         constants=tuple(item["constants"]),
@@ -133,7 +145,7 @@ def launch_of(kernel: KernelInstance, path: Path, rows: int) -> Launch:
         block=kernel.block,
         dynamic_shared=kernel.dynamic_shared,
         bindings=tuple(
-            Binding(b.name, getattr(torch, b.dtype), b.shape, kernel.shape(b, rows), b.access)
+            Binding(b.name, getattr(torch, b.dtype), b.shape, kernel.shape(b, rows), b.access, b.columns)
             for b in kernel.bindings
         ),
         constants=(rows,),
@@ -170,16 +182,18 @@ def row_spec(data: Mapping[str, Any]) -> RowSpec:
     norm = RmsNorm(**data["norm"]) if data["norm"] else None
     gate = GatedActivation(**data["gate"]) if data["gate"] else None
     quantizations = tuple(Quantization(**item) for item in data["quantizations"])
-    return RowSpec(**{**data, "norm": norm, "gate": gate, "quantizations": quantizations})
+    windows = {key: Window(**data[key]) for key in ("x_window", "other_window") if data.get(key)}
+    return RowSpec(**{**data, "norm": norm, "gate": gate, "quantizations": quantizations, **windows})
 
 
 def reference(spec: RowSpec, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What the kernel of ``spec`` should write, by binding name, in plain torch operations."""
-    y, total = inputs["x"], None
+    y, total = inputs["x"][:, spec.columns("x")], None
+    others = {name: inputs[name][:, spec.columns(name)] for name in ("residual", "up") if name in inputs}
     if spec.norm is not None:
-        y, total = rms_norm_reference(y, inputs.get("residual"), inputs.get("weight"), spec.norm)
+        y, total = rms_norm_reference(y, others.get("residual"), inputs.get("weight"), spec.norm)
     if spec.gate is not None:
-        halves = split_gate_up(y) if spec.gate.packed else (y, inputs["up"])
+        halves = split_gate_up(y) if spec.gate.packed else (y, others["up"])
         y = gated_activation_reference(*halves, spec.gate)
     written: dict[str, Tensor] = {}
     if spec.writes_sum and total is not None:
@@ -208,6 +222,8 @@ class CudaKernel:
         attributes = driver.CUfunction_attribute
         local = attributes.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES
         self.spilled = self._call(driver.cuFuncGetAttribute(local, self._function))  # bytes a thread
+        counted = attributes.CU_FUNC_ATTRIBUTE_NUM_REGS
+        self.registers = self._call(driver.cuFuncGetAttribute(counted, self._function))
         if launch.dynamic_shared > _PLAIN_SHARED:
             attribute = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             self._call(driver.cuFuncSetAttribute(self._function, attribute, launch.dynamic_shared))

@@ -1,7 +1,7 @@
 """Runs single steps of the compiler on torch-dialect MLIR and prints what they leave.
 
     python tools/opt.py model.mlir --steps normalize,raise --report
-    python tools/opt.py - --steps normalize,raise,sink,fuse,dispatch --target sm_90 < model.mlir
+    python tools/opt.py - --steps normalize,raise,sink,fuse,layout,dispatch --target sm_90 < model.mlir
 
 The steps are those of the README, in the order given; every function with a body is taken by
 itself, with a ledger of its own, so one file can hold many small cases.  With ``--report`` each
@@ -23,13 +23,14 @@ from iree.compiler import ir
 from lowering.dispatch import dispatch, supported
 from lowering.errors import LoweringError
 from lowering.fuse import fuse
+from lowering.layout import check, lay_out, reads_of
 from lowering.normalize import normalize
 from lowering.raising import raise_function
 from lowering.targets import Target, resolve
 from lowering.views import sink_views
 from patterns.sites import NOT_REACHED, Ledger, SiteRecord
 
-STEPS = ("normalize", "raise", "sink", "fuse", "dispatch")
+STEPS = ("normalize", "raise", "sink", "fuse", "layout", "dispatch")
 
 # A kernel is machine code; a few bytes of it are enough to look at.
 _LONGEST_ELEMENTS = 16
@@ -62,6 +63,7 @@ def transform(text: str, steps: Sequence[str], target: Target, *, report: bool =
             if report and op.operation.name == "func.func" and _name(op.operation) in ledgers:
                 records = ledgers[_name(op.operation)].records
                 printed += [f"// site {number}: {describe(record)}" for number, record in enumerate(records)]
+                printed += [f"// {r.op}: {r.text}" for r in ledgers[_name(op.operation)].remarks]
         return "\n".join(printed)
 
 
@@ -81,7 +83,8 @@ def _run(
         "raise": lambda: raise_function(function, ledger),
         "sink": lambda: sink_views(function),
         "fuse": lambda: fuse(function, ledger, supported(target)),
-        "dispatch": lambda: dispatch(module, function, target, ledger, scratch),
+        "layout": lambda: lay_out(function, ledger, reads_of(target)),
+        "dispatch": lambda: (check(function), dispatch(module, function, target, ledger, scratch)),
     }
     run[step]()
 

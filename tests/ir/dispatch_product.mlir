@@ -1,5 +1,5 @@
-// RUN: %opt %s --steps raise,fuse,dispatch --target cpu --report | %filecheck %s
-// RUN: %opt %s --steps raise,fuse,dispatch --target sm_90 | %filecheck %s --check-prefix CUDA
+// RUN: %opt %s --steps raise,fuse,layout,dispatch --target cpu --report | %filecheck %s
+// RUN: %opt %s --steps raise,fuse,layout,dispatch --target sm_90 | %filecheck %s --check-prefix CUDA
 
 // On the cpu a product is a dispatch of its own, with as many workgroups as there are tiles of rows and of
 // columns; weights and their scales go in as they are.  It is no site of the report.  Elsewhere it stays what it is.

@@ -31,7 +31,7 @@ func.func @column_tma(%x: !x) -> (!q, !s) {
 
 // The product is raised, so that a later step can lower it; it is no site of its own.
 // CHECK-LABEL: func.func @product
-// CHECK-NEXT:    torch.operator "vmfuse.block_scaled_matmul"(%arg0, %arg1, %arg2, %arg3) :
+// CHECK-NEXT:    torch.operator "vmfuse.block_scaled_matmul"(%arg0, %arg1, %arg2, %arg3) {contract = {}} :
 // CHECK-NOT:   // site
 func.func @product(%a: !q, %b: !torch.vtensor<[128,256],f8E4M3FN>, %as: !s, %bs: !torch.vtensor<[1,2],f32>) -> !torch.vtensor<[?,128],bf16> {
   %bfloat16 = torch.constant.int 15
