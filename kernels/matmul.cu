@@ -2,11 +2,13 @@
 // a_scale[m, g] * b_scale[n / 128, g] times the product of block g of row m of a and row n of b.
 //
 // Weights come in tiles of 128 rows x 128 codes, each contiguous and swizzled, so one bulk copy brings a tile that a
-// matrix product can read.  They are the left operand, 128 rows of the result's columns, and TOKENS rows of a are the
-// right one: few tokens cost no idle rows.
+// matrix product can read.
 //
 //   thread groups  one of 128 threads copies blocks of both operands and their scales into the stages of a ring; two
-//                  multiply, 64 rows of the weights each, scale what a block sums up to, and add it.
+//                  multiply, scale what a block sums up to, and add it.
+//   few tokens     weights are the left operand of a product, 64 rows for each of the two groups, and the tokens are
+//                  its columns: 8 of them cost no idle rows.
+//   128 tokens     are the left operand, 64 rows for each group, so that a thread has two rows and needs two scales.
 //   units          128 columns x TOKENS rows of the result.  As many workgroups as the machine holds go through them,
 //                  and copies run ahead from one unit into the next.
 //   teams          neighbours in a cluster, of one unit each, that `share` weights: each copies a part of a tile to
@@ -25,14 +27,14 @@
 #define COLUMN_TMA 1
 #define COLUMN 2
 
-constexpr int CREW = 128;            // threads that work together
+constexpr int CREW = 128;             // threads that work together
 constexpr int BLOCK = GROUP;          // codes along K under one scale, and rows of weights
 static_assert(BLOCK == 128, "a block is a row of shared memory");
 constexpr int BLOCKS = K / BLOCK;
 constexpr int WEIGHT_BYTES = BLOCK * BLOCK;
 constexpr int COLUMN_TILES = (N + BLOCK - 1) / BLOCK;
-constexpr int SLICE = 64;             // rows of weights that are multiplied at once
-constexpr int PITCH = SLICE + 4;      // floats between rows of sums: no two lanes in one bank when they write
+constexpr int HALF = 64;              // rows of the left operand of one multiplying group
+constexpr int PITCH = HALF + 4;       // floats between rows of sums: no two lanes in one bank when they write
 constexpr int BAND = 8;               // tiles of tokens whose units come before all others
 
 struct Plan {
@@ -65,16 +67,15 @@ struct Product {
   METHOD bool aligned() const { return (u64)a % 16 == 0; }
 };
 
-// What a unit is made of, and where what lies in shared memory.
+// Where what lies in shared memory.
 template <int TOKENS> struct Ring {
-  static constexpr int TILES = TOKENS > 64 ? WIDE_TILES : 1;  // of weights
-  static constexpr int COLUMNS = TILES * BLOCK;
-  static constexpr int UNITS = (N + COLUMNS - 1) / COLUMNS;  // over all columns
+  static constexpr bool MANY = TOKENS > 64;  // the tokens are the left operand
+  static constexpr int WIDTH = MANY ? BLOCK : TOKENS;  // columns of the right one
   static constexpr int TOKEN_BYTES = TOKENS * BLOCK;
-  static constexpr int SCALES = TOKENS + 4;  // of the tokens, then those of the weights
-  static constexpr int PASS = TILES > 1 ? 32 : TOKENS > 64 ? 64 : TOKENS;  // tokens whose sums lie there at once
+  static constexpr int SCALES = TOKENS + 4;  // of the tokens, then that of the weights
+  static constexpr int PASS = MANY ? HALF : TOKENS;  // tokens whose sums lie there at once, with 64 columns each
   static constexpr int SUMS = PASS * PITCH;
-  static constexpr int STAGE = TILES * WEIGHT_BYTES + TOKEN_BYTES + 4 * SCALES + 2 * sizeof(Barrier);
+  static constexpr int STAGE = WEIGHT_BYTES + TOKEN_BYTES + 4 * SCALES + 2 * sizeof(Barrier);
   static constexpr int FIXED = 2 * 4 * SUMS + 4 * sizeof(Barrier);
   static constexpr int FITTING = (SHARED - FIXED) / STAGE;
   static constexpr int STAGES = FITTING < MOST_STAGES ? FITTING : MOST_STAGES;
@@ -82,7 +83,7 @@ template <int TOKENS> struct Ring {
 
   u8 *memory;
 
-  METHOD u8 *weights(u32 stage) const { return memory + stage * TILES * WEIGHT_BYTES; }
+  METHOD u8 *weights(u32 stage) const { return memory + stage * WEIGHT_BYTES; }
   METHOD u8 *tokens(u32 stage) const { return weights(STAGES) + stage * TOKEN_BYTES; }
   METHOD float *scales(u32 stage) const { return (float *)tokens(STAGES) + stage * SCALES; }
   METHOD float *sums(u32 half) const { return scales(STAGES) + half * SUMS; }
@@ -121,16 +122,16 @@ struct Team {
     const u32 size = plan.split > plan.share ? plan.split : plan.share;
     const int teams = CLUSTER / size, team = block() % CLUSTER / size;
     const int tiles = (rows + TOKENS - 1) / TOKENS, groups = (tiles + plan.share - 1) / plan.share;
-    const int units = groups * Ring<TOKENS>::UNITS, first = team < teams ? block() / CLUSTER * teams + team : units;
-    return {plan.split, plan.share, block() % CLUSTER % size, team * size, first, units, blocks() / CLUSTER * teams, groups};
+    const int units = groups * COLUMN_TILES, first = team < teams ? block() / CLUSTER * teams + team : units;
+    const int step = blocks() / CLUSTER * teams;
+    return {plan.split, plan.share, block() % CLUSTER % size, (u32)team * size, first, units, step, groups};
   }
   // Bands of tokens that the L2 holds meet all weights, one tile of these after another.
   template <int TOKENS> METHOD Unit unit(int index) const {
-    constexpr int UNITS = Ring<TOKENS>::UNITS;
-    const int band = index / (BAND * UNITS), place = index % (BAND * UNITS);
+    const int band = index / (BAND * COLUMN_TILES), place = index % (BAND * COLUMN_TILES);
     const int left = token_groups - band * BAND, width = left < BAND ? left : BAND;
     const int group = band * BAND + place % width;
-    return {place / width * Ring<TOKENS>::COLUMNS, (group * share + (share > 1 ? (int)rank : 0)) * TOKENS};
+    return {place / width * BLOCK, (group * share + (share > 1 ? (int)rank : 0)) * TOKENS};
   }
   METHOD int first_block() const { return split > 1 ? rank * BLOCKS / split : 0; }
   METHOD int last_block() const { return split > 1 ? (rank + 1) * BLOCKS / split : BLOCKS; }
@@ -173,13 +174,13 @@ template <int TOKENS> DEVICE void copy_unaligned_tokens(const Source &source, u8
     for (int byte = 0; byte < 16; ++byte) to[i * BLOCK + byte] = i < source.left ? source.tokens[(u64)i * K + byte] : 0;
 }
 
-// So many tiles: of these columns, the same block.
-DEVICE void copy_weights(const Team &team, int tiles, const u8 *from, u8 *to, Barrier *done) {
-  const u32 part = WEIGHT_BYTES / team.share, start = team.share > 1 ? team.rank * part : 0;
-  arrive_expecting(done, tiles * WEIGHT_BYTES);
-  for (int tile = 0; tile < tiles; ++tile, from += (u64)BLOCKS * WEIGHT_BYTES, to += WEIGHT_BYTES) {
-    if (team.share == 1) copy_bulk(to, from, WEIGHT_BYTES, done);
-    else copy_bulk_to(((1u << team.share) - 1) << team.base, to + start, from + start, part, done);
+DEVICE void copy_weights(const Team &team, const u8 *from, u8 *to, Barrier *done) {
+  arrive_expecting(done, WEIGHT_BYTES);
+  if (team.share == 1) {
+    copy_bulk(to, from, WEIGHT_BYTES, done);
+  } else {
+    const u32 part = WEIGHT_BYTES / team.share, start = team.rank * part;
+    copy_bulk_to(((1u << team.share) - 1) << team.base, to + start, from + start, part, done);
   }
 }
 
@@ -189,18 +190,17 @@ template <int TOKENS> DEVICE void produce(const Product &p, const Team &team, Ri
   Slot<Ring<TOKENS>::STAGES> slot;
   ROLLED for (int index = team.first; index < team.units; index += team.step) {
     const Unit unit = team.unit<TOKENS>(index);
-    const int left = COLUMN_TILES - unit.column / BLOCK, tiles = left < Ring<TOKENS>::TILES ? left : Ring<TOKENS>::TILES;
     const bool there = unit.token + (int)thread() < p.rows;
     Source source(p, unit, team.first_block());
     ROLLED for (int block = team.first_block(); block < team.last_block(); ++block, slot.next(), source.next(pitch)) {
       Barrier *full = ring.full(slot.stage);
       float *scales = ring.scales(slot.stage);
       wait(ring.empty(slot.stage), slot.parity ^ 1);
-      if (thread() == 0) copy_weights(team, tiles, source.weights, ring.weights(slot.stage), full);
+      if (thread() == 0) copy_weights(team, source.weights, ring.weights(slot.stage), full);
       if (aligned) copy_tokens<TOKENS>(source, ring.tokens(slot.stage) + place);
       else copy_unaligned_tokens<TOKENS>(source, ring.tokens(slot.stage) + place);
       if (thread() < TOKENS) copy4(scales + thread(), source.scale, there);
-      if (thread() < tiles) copy4(scales + TOKENS + thread(), source.weight_scale + thread() * BLOCKS, true);
+      if (thread() == CREW - 1) copy4(scales + TOKENS, source.weight_scale, true);
       arrive_after_copies(full);
       if (!aligned) arrive(full);
     }
@@ -209,36 +209,36 @@ template <int TOKENS> DEVICE void produce(const Product &p, const Team &team, Ri
 
 // -- the groups that multiply ----------------------------------------------------------------------------------------
 
-// partial = this thread's part of 64 rows of weights times TOKENS rows of tokens, both of one block.
+// partial = this thread's part of 64 rows times WIDTH columns, both of one block.
 #if HAS_WGMMA
-template <int TOKENS> DEVICE void begin_multiply(float *partial, const u8 *weights, const u8 *tokens) {
-  const u64 a = descriptor(weights), b = descriptor(tokens);
+template <int WIDTH> DEVICE void begin_multiply(float *partial, const u8 *rows, const u8 *columns) {
+  const u64 a = descriptor(rows), b = descriptor(columns);
   order_for_wgmma();
   wgmma_begin();
-  UNROLL for (int k = 0; k < BLOCK / 32; ++k) wgmma<TOKENS>(partial, a + 2 * k, b + 2 * k, k > 0);
+  UNROLL for (int k = 0; k < BLOCK / 32; ++k) wgmma<WIDTH>(partial, a + 2 * k, b + 2 * k, k > 0);
   wgmma_commit();
 }
 // Until that is done; `after` more have begun.
-template <int TOKENS> DEVICE void end_multiply(float *partial, int after) { wgmma_wait<TOKENS / 2>(partial, after); }
+template <int WIDTH> DEVICE void end_multiply(float *partial, int after) { wgmma_wait<WIDTH / 2>(partial, after); }
 #else
 DEVICE const u8 *chunk_of(const u8 *tile, int row, int chunk) { return tile + row * BLOCK + (chunk ^ row % 8) * 16; }
 
-template <int TOKENS> DEVICE void begin_multiply(float *partial, const u8 *weights, const u8 *tokens) {
+template <int WIDTH> DEVICE void begin_multiply(float *partial, const u8 *rows, const u8 *columns) {
   const int lane = thread() % WAVE, wave = thread() % CREW / WAVE;
-  UNROLL for (int i = 0; i < TOKENS / 2; ++i) partial[i] = 0;
+  UNROLL for (int i = 0; i < WIDTH / 2; ++i) partial[i] = 0;
   UNROLL for (int k = 0; k < BLOCK / 16; k += 4) {
     u32 a[2][4];
     UNROLL for (int i = 0; i < 2; ++i)
-      load_matrices(chunk_of(weights, 16 * wave + lane % 16, k + 2 * i + lane / 16), a[i]);
-    UNROLL for (int j = 0; j < TOKENS / 8; ++j) {
+      load_matrices(chunk_of(rows, 16 * wave + lane % 16, k + 2 * i + lane / 16), a[i]);
+    UNROLL for (int j = 0; j < WIDTH / 8; ++j) {
       u32 b[4];
-      load_matrices(chunk_of(tokens, 8 * j + lane % 8, k + lane / 8), b);
+      load_matrices(chunk_of(columns, 8 * j + lane % 8, k + lane / 8), b);
       multiply_add(partial + 4 * j, a[0], b);
       multiply_add(partial + 4 * j, a[1], b + 2);
     }
   }
 }
-template <int TOKENS> DEVICE void end_multiply(float *, int) {}
+template <int WIDTH> DEVICE void end_multiply(float *, int) {}
 #endif
 
 DEVICE float bias_at(const Product &p, int n) {
@@ -277,8 +277,9 @@ DEVICE void store8(const Product &p, u64 token, int n, float *values) {
   }
 }
 
-// The sums of a slice of columns and PASS tokens, from those of `unit` on, through shared memory, since neighbours in a row of the result lie in different
-// lanes.  A team that split K meets before it reads each other's, and again before these may be overwritten.
+// The sums of PASS tokens and 64 columns from those of `unit` on, through shared memory, since neighbours in a row of the
+// result lie in different lanes.  A team that split K meets before it reads each other's, and again before these may be
+// overwritten.
 template <int TOKENS>
 DEVICE void finish(const Product &p, const Team &team, const Ring<TOKENS> &ring, Unit unit, u32 parity, const float *sums) {
   constexpr int PASS = Ring<TOKENS>::PASS;
@@ -286,15 +287,17 @@ DEVICE void finish(const Product &p, const Team &team, const Ring<TOKENS> &ring,
   float *mine = ring.sums(half);
   if (team.split > 1) wait(ring.read(half), parity ^ 1);
   else group_barrier(1 + half);
-  UNROLL for (int i = 0; i < PASS / 2; ++i)
-    mine[(i / 4 * 8 + lane % 4 * 2 + i % 2) * PITCH + 16 * wave + lane / 4 + i / 2 % 2 * 8] = sums[i];
+  UNROLL for (int i = 0; i < PASS / 2; ++i) {
+    const u32 row = 16 * wave + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    mine[Ring<TOKENS>::MANY ? row * PITCH + column : column * PITCH + row] = sums[i];
+  }
   group_barrier(1 + half);
   if (team.split > 1) {
     if (thread() % CREW < team.split) publish_at_rank(ring.summed(half), team.base + thread() % CREW);
     wait_for_cluster(ring.summed(half), parity);
   }
   const u32 rank = team.split > 1 ? team.rank : 0;
-  ROLLED for (u32 item = thread() % CREW * team.split + rank; item < PASS * SLICE / 8; item += CREW * team.split) {
+  ROLLED for (u32 item = thread() % CREW * team.split + rank; item < PASS * HALF / 8; item += CREW * team.split) {
     const int token = item / 8, n = item % 8 * 8, column = unit.column + n;
     if (unit.token + token >= p.rows || column >= N) continue;
     float values[8] = {};
@@ -324,64 +327,68 @@ DEVICE void release(Barrier *empty, const Team &team) {
   }
 }
 
-// The slices of a group are neighbours.
-template <int TOKENS> DEVICE u32 first_slice() { return (thread() / CREW - 1) * Ring<TOKENS>::TILES; }
-
-template <int TOKENS> DEVICE void begin_slice(const Ring<TOKENS> &ring, u32 stage, u32 slice, float *partial) {
-  begin_multiply<TOKENS>(partial, ring.weights(stage) + slice * SLICE * BLOCK, ring.tokens(stage));
+template <int TOKENS> DEVICE void begin_block(const Ring<TOKENS> &ring, Slot<Ring<TOKENS>::STAGES> slot, float *partial) {
+  const u32 rows = (thread() / CREW - 1) * HALF * BLOCK;
+  const u8 *weights = ring.weights(slot.stage), *tokens = ring.tokens(slot.stage);
+  wait(ring.full(slot.stage), slot.parity);
+  if constexpr (Ring<TOKENS>::MANY) begin_multiply<BLOCK>(partial, tokens + rows, weights);
+  else begin_multiply<TOKENS>(partial, weights + rows, tokens);
 }
 
-// Scale what a slice's block sums up to and add it; `after` more are being multiplied.  After the last slice of a stage
-// that may be written again.
+// The scales of what a thread has of a block: of its two rows, or of its columns.
+template <int TOKENS> DEVICE void load_scales(const float *scales, float *scale) {
+  const u32 lane = thread() % WAVE;
+  if constexpr (Ring<TOKENS>::MANY) {
+    const u32 row = (thread() / CREW - 1) * HALF + thread() % CREW / WAVE * 16 + lane / 4;
+    scale[0] = scales[row] * scales[TOKENS], scale[1] = scales[row + 8] * scales[TOKENS];
+  } else {
+    UNROLL for (int i = 0; i < TOKENS / 4; i += 2) load2(scales + 4 * i + lane % 4 * 2, scale + i);
+    UNROLL for (int i = 0; i < TOKENS / 4; ++i) scale[i] *= scales[TOKENS];
+  }
+}
+
+// Scale what a block sums up to and add it; `after` blocks more are being multiplied.
 template <int TOKENS>
-DEVICE void end_slice(const Team &team, const Ring<TOKENS> &ring, u32 stage, u32 slice, bool last, int after,
-                      float *partial, float *sums) {
-  const float *scales = ring.scales(stage) + thread() % 4 * 2, common = ring.scales(stage)[TOKENS + slice * SLICE / BLOCK];
-  float scale[TOKENS / 4];
-  UNROLL for (int i = 0; i < TOKENS / 4; i += 2) load2(scales + 4 * i, scale + i);
-  UNROLL for (int i = 0; i < TOKENS / 4; ++i) scale[i] *= common;
-  end_multiply<TOKENS>(partial, after);
-  if (last) release(ring.empty(stage), team);
-  UNROLL for (int i = 0; i < TOKENS / 2; ++i) sums[i] = fma(partial[i], scale[i / 4 * 2 + i % 2], sums[i]);
+DEVICE void end_block(const Team &team, const Ring<TOKENS> &ring, u32 stage, int after, float *partial, float *sums) {
+  constexpr int WIDTH = Ring<TOKENS>::WIDTH;
+  float scale[Ring<TOKENS>::MANY ? 2 : TOKENS / 4];
+  load_scales<TOKENS>(ring.scales(stage), scale);
+  end_multiply<WIDTH>(partial, after);
+  release(ring.empty(stage), team);
+  UNROLL for (int i = 0; i < WIDTH / 2; ++i)
+    sums[i] = fma(partial[i], scale[Ring<TOKENS>::MANY ? i / 2 % 2 : i / 4 * 2 + i % 2], sums[i]);
 }
 
 // The next COUNT blocks; all are multiplied while the first is scaled.
 template <int TOKENS, int COUNT>
 DEVICE void add_blocks(const Team &team, const Ring<TOKENS> &ring, Slot<Ring<TOKENS>::STAGES> &slot, float *sums) {
-  float partial[COUNT][TOKENS / 2];
+  float partial[COUNT][Ring<TOKENS>::WIDTH / 2];
   u32 stage[COUNT];
-  const u32 slice = first_slice<TOKENS>();
   UNROLL for (int i = 0; i < COUNT; ++i, slot.next()) {
     stage[i] = slot.stage;
-    wait(ring.full(slot.stage), slot.parity);
-    begin_slice(ring, stage[i], slice, partial[i]);
+    begin_block(ring, slot, partial[i]);
   }
-  UNROLL for (int i = 0; i < COUNT; ++i) {
-    constexpr int TILES = Ring<TOKENS>::TILES;
-    end_slice(team, ring, stage[i], slice, TILES == 1, COUNT - 1 - i, partial[i], sums);
-    UNROLL for (int more = 1; more < TILES; ++more) {
-      begin_slice(ring, stage[i], slice + more, partial[i]);
-      end_slice(team, ring, stage[i], slice + more, more + 1 == TILES, 0, partial[i], sums + more * TOKENS / 2);
-    }
-  }
+  UNROLL for (int i = 0; i < COUNT; ++i) end_block(team, ring, stage[i], COUNT - 1 - i, partial[i], sums);
 }
 
 template <int TOKENS> DEVICE void consume(const Product &p, const Team &team, Ring<TOKENS> ring) {
   constexpr int AT_ONCE = !HAS_WGMMA || TOKENS > 64 ? 1 : TOKENS > 32 ? 2 : 4;  // as registers suffice
-  constexpr int TILES = Ring<TOKENS>::TILES, PASS = Ring<TOKENS>::PASS;
   static_assert(AT_ONCE <= Ring<TOKENS>::STAGES, "their stages are all in use");
   Slot<Ring<TOKENS>::STAGES> slot;
   u32 parity = 0;  // of the meetings of a team
   ROLLED for (int index = team.first; index < team.units; index += team.step) {
-    float sums[TILES * TOKENS / 2] = {};
+    float sums[Ring<TOKENS>::WIDTH / 2] = {};
     int left = team.last_block() - team.first_block();
     ROLLED for (; left >= AT_ONCE; left -= AT_ONCE) add_blocks<TOKENS, AT_ONCE>(team, ring, slot, sums);
     ROLLED for (; AT_ONCE > 1 && left > 0; --left) add_blocks<TOKENS, 1>(team, ring, slot, sums);
     const Unit unit = team.unit<TOKENS>(index);
-    UNROLL for (int part = 0; part < TILES * TOKENS / PASS; ++part, parity ^= 1) {
-      const int slice = part / (TOKENS / PASS), token = part % (TOKENS / PASS) * PASS;
-      const Unit from = {unit.column + (int)(first_slice<TOKENS>() + slice) * SLICE, unit.token + token};
-      finish(p, team, ring, from, parity, sums + part * PASS / 2);
+    const int half = (thread() / CREW - 1) * HALF;
+    if constexpr (Ring<TOKENS>::MANY) {
+      UNROLL for (int n = 0; n < BLOCK; n += HALF, parity ^= 1)
+        finish(p, team, ring, {unit.column + n, unit.token + half}, parity, sums + n / 2);
+    } else {
+      finish(p, team, ring, {unit.column + half, unit.token}, parity, sums);
+      parity ^= 1;
     }
   }
 }

@@ -13,8 +13,7 @@ from .mapping import GridRule
 from .matmul_variant import Specialised, Variant, common_defines, texts
 from .targets import Target
 
-# Rows of a that the kernel can have in a unit; without wgmma the registers do not suffice for more.
-TOKENS = {"sm_90": (8, 16, 32, 64, 128), "sm_100": (8, 16, 32, 64)}
+TOKENS = (8, 16, 32, 64, 128)  # rows of a that the kernel can have in a unit
 MOST_SPLIT = 8
 ANY_ROWS = 2**31 - 1
 
@@ -60,13 +59,12 @@ def default_plans(spec: MatmulSpec, target: Target) -> Plans:
     """No more tokens in a unit than there are, and K split until every multiprocessor has weights to read."""
     tiles = -(-spec.columns // _BLOCK)
     splits = [split for split in _splits(spec) if split * tiles <= AT_ONCE[target.name][split]] or [1]
-    sizes = TOKENS[target.name]
-    plans = [Plan(tokens, tokens, splits[0]) for tokens in sizes]
+    plans = [Plan(tokens, tokens, splits[0]) for tokens in TOKENS]
     for split in splits:
-        rows = AT_ONCE[target.name][split] // (split * tiles) * sizes[-1]
+        rows = AT_ONCE[target.name][split] // (split * tiles) * TOKENS[-1]
         if split > 1 and rows > plans[-1].rows:
-            plans.append(Plan(rows, sizes[-1], split))
-    return (*plans, Plan(ANY_ROWS, sizes[-1]))
+            plans.append(Plan(rows, TOKENS[-1], split))
+    return (*plans, Plan(ANY_ROWS, TOKENS[-1]))
 
 
 def _splits(spec: MatmulSpec) -> list[int]:
@@ -97,7 +95,7 @@ def _specialise(spec: MatmulSpec, target: Target, tile: object | None) -> Specia
     plans = tile if isinstance(tile, tuple) else choose_plans(spec, target)
     cluster = max(plan.team for plan in plans)
     listed = " ".join(f"P({', '.join(map(str, astuple(plan)))})" for plan in plans)
-    values = {**common_defines(spec), "CLUSTER": cluster, "SHARED": _SHARED, "MOST_STAGES": _MOST_STAGES, "WIDE_TILES": 2}
+    values = {**common_defines(spec), "CLUSTER": cluster, "SHARED": _SHARED, "MOST_STAGES": _MOST_STAGES}
     return Specialised(
         (*texts(values), ("PLANS", listed)),
         GridRule(1, most=1, columns=AT_ONCE[target.name][cluster]),

@@ -31,7 +31,7 @@ from lowering.matmul_cuda import AT_ONCE as AT_ONCE_ON
 from lowering.toolchain import compile_kernel
 
 ROWS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-SIZES, AT_ONCE = TOKENS["sm_90"], AT_ONCE_ON["sm_90"]
+AT_ONCE = AT_ONCE_ON["sm_90"]
 _BLOCK = 128
 _CLEARLY = 1.02  # times as fast: below that the plan of fewer rows goes on
 
@@ -58,7 +58,7 @@ def clusters(columns: int) -> list[int]:
 
 def candidates(columns: int, depth: int, rows: int, cluster: int) -> Iterator[Plan]:
     """What makes sense for so many rows, but for ``Plan.rows``."""
-    fitting = next((tokens for tokens in SIZES if tokens >= rows), SIZES[-1])
+    fitting = next((tokens for tokens in TOKENS if tokens >= rows), TOKENS[-1])
     splits = [split for split in range(1, cluster + 1) if split in (1, 2, 4, cluster)]
     for tokens in (fitting, fitting // 2):
         units = -(-columns // _BLOCK) * -(-rows // tokens)
@@ -69,7 +69,7 @@ def candidates(columns: int, depth: int, rows: int, cluster: int) -> Iterator[Pl
             if share <= cluster and tokens == fitting and share * tokens <= rows
         ]
         for split, share in teams:
-            if tokens in SIZES and split * _BLOCK <= depth:
+            if tokens in TOKENS and split * _BLOCK <= depth:
                 yield Plan(ANY_ROWS, tokens, split, share)
 
 
