@@ -371,6 +371,47 @@ DEVICE void add_blocks(const Team &team, const Ring<TOKENS> &ring, Slot<Ring<TOK
   UNROLL for (int i = 0; i < COUNT; ++i) end_block(team, ring, stage[i], COUNT - 1 - i, partial[i], sums);
 }
 
+#if HAS_WGMMA
+// Begin the block after, and scale and add this one in between, once it is multiplied.
+template <int TOKENS>
+DEVICE void add_and_begin(const Team &team, const Ring<TOKENS> &ring, Slot<Ring<TOKENS>::STAGES> &slot, float *partial,
+                          float *next, float *sums) {
+  const u32 rows = (thread() / CREW - 1) * HALF * BLOCK, stage = slot.stage;
+  float scale[2];
+  load_scales<TOKENS>(ring.scales(stage), scale);
+  end_multiply<BLOCK>(partial, 0);
+  release(ring.empty(stage), team);
+  slot.next();
+  wait(ring.full(slot.stage), slot.parity);
+  const u64 a = descriptor(ring.tokens(slot.stage) + rows), b = descriptor(ring.weights(slot.stage));
+  order_for_wgmma();
+  wgmma_begin();
+  UNROLL for (int k = 0; k < BLOCK / 32; ++k) {
+    wgmma<BLOCK>(next, a + 2 * k, b + 2 * k, k > 0);
+    UNROLL for (int i = 16 * k; i < 16 * (k + 1); ++i) sums[i] = kept(fma(partial[i], scale[i / 2 % 2], sums[i]));
+  }
+  wgmma_commit();
+}
+
+// `count` blocks, each added while the next is multiplied.
+template <int TOKENS>
+DEVICE void add_overlapped(const Team &team, const Ring<TOKENS> &ring, int count, Slot<Ring<TOKENS>::STAGES> &slot, float *sums) {
+  float even[BLOCK / 2], odd[BLOCK / 2];
+  begin_block(ring, slot, even);
+  ROLLED for (; count > 2; count -= 2) {
+    add_and_begin(team, ring, slot, even, odd, sums);
+    add_and_begin(team, ring, slot, odd, even, sums);
+  }
+  if (count == 2) {
+    add_and_begin(team, ring, slot, even, odd, sums);
+    end_block(team, ring, slot.stage, 0, odd, sums);
+  } else {
+    end_block(team, ring, slot.stage, 0, even, sums);
+  }
+  slot.next();
+}
+#endif
+
 template <int TOKENS> DEVICE void consume(const Product &p, const Team &team, Ring<TOKENS> ring) {
   constexpr int AT_ONCE = !HAS_WGMMA || TOKENS > 64 ? 1 : TOKENS > 32 ? 2 : 4;  // as registers suffice
   static_assert(AT_ONCE <= Ring<TOKENS>::STAGES, "their stages are all in use");
@@ -379,8 +420,12 @@ template <int TOKENS> DEVICE void consume(const Product &p, const Team &team, Ri
   ROLLED for (int index = team.first; index < team.units; index += team.step) {
     float sums[Ring<TOKENS>::WIDTH / 2] = {};
     int left = team.last_block() - team.first_block();
-    ROLLED for (; left >= AT_ONCE; left -= AT_ONCE) add_blocks<TOKENS, AT_ONCE>(team, ring, slot, sums);
-    ROLLED for (; AT_ONCE > 1 && left > 0; --left) add_blocks<TOKENS, 1>(team, ring, slot, sums);
+    if constexpr (HAS_WGMMA && Ring<TOKENS>::MANY) {
+      add_overlapped(team, ring, left, slot, sums);
+    } else {
+      ROLLED for (; left >= AT_ONCE; left -= AT_ONCE) add_blocks<TOKENS, AT_ONCE>(team, ring, slot, sums);
+      ROLLED for (; AT_ONCE > 1 && left > 0; --left) add_blocks<TOKENS, 1>(team, ring, slot, sums);
+    }
     const Unit unit = team.unit<TOKENS>(index);
     const int half = (thread() / CREW - 1) * HALF;
     if constexpr (Ring<TOKENS>::MANY) {

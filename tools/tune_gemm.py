@@ -26,7 +26,7 @@ from gpu_timing import time_calls
 from kernel_launch import CudaKernel, launch_of
 
 from lowering.kernel import KernelInstance
-from lowering.matmul_cuda import ANY_ROWS, MOST_SPLIT, TOKENS, Plan
+from lowering.matmul_cuda import ANY_ROWS, TOKENS, Plan
 from lowering.matmul_cuda import AT_ONCE as AT_ONCE_ON
 from lowering.toolchain import compile_kernel
 
@@ -50,16 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def clusters(columns: int) -> list[int]:
-    """Sizes of clusters that may be best: 1, 2, and those in which splitting K fills the machine."""
+    """Sizes of clusters that may be best: small, or such that one in them splits K for every tile of columns."""
     tiles = -(-columns // _BLOCK)
-    filling = {split for split in range(2, MOST_SPLIT + 1) if 80 <= tiles * split <= AT_ONCE[split]}
-    return sorted({1, 2} | filling)
+    return [size for size in (1, 2, 4, 8) if size <= 2 or tiles * size <= AT_ONCE[size]]
 
 
 def candidates(columns: int, depth: int, rows: int, cluster: int) -> Iterator[Plan]:
     """What makes sense for so many rows, but for ``Plan.rows``."""
     fitting = next((tokens for tokens in TOKENS if tokens >= rows), TOKENS[-1])
-    splits = [split for split in range(1, cluster + 1) if split in (1, 2, 4, cluster)]
+    splits = [split for split in (1, 2, 4, 8) if split <= cluster]
     for tokens in (fitting, fitting // 2):
         units = -(-columns // _BLOCK) * -(-rows // tokens)
         teams = [(split, 1) for split in splits if split == 1 or units * split <= AT_ONCE[cluster]]
