@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from iree.compiler import ir
 
-from patterns import canonical, torch_ir
+from patterns import canonical, torch_ir, weight_layouts
 
 from . import ops
 from .errors import CompileError
 from .importer import import_module
 from .normalize import normalize
 from .routing import why_impossible
+from .weight_layouts import shuffle_weight_reference, unshuffle_weight_reference
 
 
 class _Reference(torch.nn.Module):
@@ -106,7 +107,17 @@ def _reference(op: ir.Operation) -> tuple[Any, Callable[..., Any]] | None:
             return ops.block_scaled_matmul_reference(a, b, a_scale, b_scale, dtype, bias, layout)
 
         return (dtype, layout), block_scaled_matmul
+    if name in _MOVES:
+        to, move = torch_ir.constant(op.operands[1]), _MOVES[name]
+        return to, lambda weight: move(weight, to)
     return None
+
+
+# Of a weight that is no parameter; one that is has been shuffled when compiling.
+_MOVES: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
+    weight_layouts.SHUFFLE: shuffle_weight_reference,
+    weight_layouts.UNSHUFFLE: unshuffle_weight_reference,
+}
 
 
 def _routing_reference(op: ir.Operation) -> tuple[Any, Callable[..., Any]]:
@@ -137,7 +148,8 @@ def _examples(types: list[torch_ir.TensorType]) -> tuple[list[torch.Tensor], lis
 def _inline(function: ir.Operation, op: ir.Operation) -> None:
     """Copy the body of ``function`` in place of ``op``."""
     block = torch_ir.block_of(function)
-    values: dict[ir.Value, ir.Value] = dict(zip(block.arguments, op.operands, strict=True))
+    tensors = [operand for operand in op.operands if torch_ir.tensor_type(operand) is not None]
+    values: dict[ir.Value, ir.Value] = dict(zip(block.arguments, tensors, strict=True))
     for inner in [inner.operation for inner in block.operations]:
         if inner.name == "func.return":
             for old, new in zip(op.results, inner.operands, strict=True):

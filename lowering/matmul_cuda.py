@@ -76,9 +76,7 @@ def _measured(target: str) -> dict[tuple[int, int], Plans]:
     if not path.is_file():
         return {}
     found = json.loads(path.read_text(encoding="utf-8"))["products"]
-    return {
-        (item["columns"], item["depth"]): tuple(Plan(*plan) for plan in item["plans"]) for item in found
-    }
+    return {(item["columns"], item["depth"]): tuple(Plan(*plan) for plan in item["plans"]) for item in found}
 
 
 def _why_unsupported(spec: MatmulSpec, target: Target) -> str | None:
