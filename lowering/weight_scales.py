@@ -43,6 +43,6 @@ def _check(name: str, scale: torch.Tensor, where: str) -> None:
     value = scale[tuple(first)].item()
     raise CompileError(
         f"{where}: the scale {name!r} of a product's weight is {value} at {first}; {int((~good).sum())} of "
-        f"its {scale.numel()} elements are no positive numbers: quantize the weight again, a block of zeros with "
-        "any scale but zero"
+        f"its {scale.numel()} elements are no positive numbers: quantize the weight again, "
+        "a block of zeros with any scale but zero"
     )
