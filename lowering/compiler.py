@@ -217,7 +217,7 @@ class _Pipeline:
             lambda entry: self.start("kernels", entry),
         )
         program.mark_strides(return_physical_scales(function, dispatched.physical_scales))
-        Expander().expand(function)
+        Expander(spell_attention=self.target.backend == "cpu").expand(function)
         self.dump("dispatch", program.module)
         return dispatched
 

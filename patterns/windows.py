@@ -38,7 +38,8 @@ def wider(value: ir.Value) -> Wider:
 
 
 def _is_slice_of_rows(view: ir.Operation) -> bool:
-    bounds, before = views.slice_bounds(view), torch_ir.tensor_type(view.operands[0])
+    bounds = views.slice_bounds(view)
+    before = torch_ir.tensor_type(view.operands[0]) if bounds is not None else None
     return bounds is not None and before is not None and bounds.axis == len(before.shape) - 1
 
 
