@@ -102,7 +102,7 @@ DEVICE u32 quarter() { return lane() / SIDE; }
 struct Operands {
   Buffer a, b, a_scale, b_scale;
   u32 tile, last_row;
-  u32 scales;  // bytes between columns of scales, where they are columns
+  u32 scales;  // bytes between columns of scales, where they are columns: those of all are less than 2^32
 };
 
 DEVICE Operands operands(const Product &p, u32 first, u32 tile) {
