@@ -32,7 +32,6 @@ constexpr int BLOCKS = K / BLOCK;
 constexpr int WEIGHT_BYTES = BLOCK * BLOCK;
 constexpr int COLUMN_TILES = (N + BLOCK - 1) / BLOCK;
 constexpr int HALF = 64;              // rows of weights of one multiplying group
-constexpr int MOST_STAGES = 12;
 constexpr int PITCH = HALF + 4;       // floats between rows of sums: no two lanes in one bank when they write
 constexpr int BAND = 8;               // tiles of tokens whose units come before all others
 
@@ -113,11 +112,13 @@ struct Team {
   int step;
   int token_groups;
 
+  // A cluster has as many teams as fit; who is in none has no units.
   template <int TOKENS> static METHOD Team of(Plan plan, int rows) {
     const u32 size = plan.split > plan.share ? plan.split : plan.share;
+    const int teams = CLUSTER / size, team = block() % CLUSTER / size;
     const int tiles = (rows + TOKENS - 1) / TOKENS, groups = (tiles + plan.share - 1) / plan.share;
-    return {plan.split, plan.share, block() % size, block() % CLUSTER / size * size,
-            (int)(block() / size), groups * COLUMN_TILES, (int)(blocks() / size), groups};
+    const int units = groups * COLUMN_TILES, first = team < teams ? block() / CLUSTER * teams + team : units;
+    return {plan.split, plan.share, block() % CLUSTER % size, team * size, first, units, blocks() / CLUSTER * teams, groups};
   }
   // Bands of tokens that the L2 holds meet all weights, one tile of these after another.
   template <int TOKENS> METHOD Unit unit(int index) const {
@@ -132,37 +133,42 @@ struct Team {
 
 // -- the group that copies -------------------------------------------------------------------------------------------
 
-DEVICE const float *token_scale(const Product &p, int token, int block) {
-#if A_SCALE_LAYOUT == ROW
-  return p.a_scale + (u64)token * BLOCKS + block;
-#elif A_SCALE_LAYOUT == COLUMN
-  return p.a_scale + (u64)block * p.rows + token;
-#else
-  return p.a_scale + (u64)block * ((p.rows + 3) / 4 * 4) + token;
-#endif
+constexpr int CHUNKS = BLOCK / 16, STEP = CREW / CHUNKS;  // a thread copies a chunk of every STEP-th token
+
+// Where this thread reads what it copies of a unit's next block.
+struct Source {
+  const u8 *tokens, *weights;
+  const float *scale, *weight_scale;
+  int left;  // tokens of the result from this thread's first on
+
+  METHOD Source(const Product &p, Unit unit, int block) {
+    const int row = thread() / CHUNKS, token = unit.token + thread();
+    tokens = p.a + (u64)(unit.token + row) * K + block * BLOCK + thread() % CHUNKS * 16;
+    weights = p.b + ((u64)unit.column_tile * BLOCKS + block) * WEIGHT_BYTES;
+    scale = p.a_scale + (A_SCALE_LAYOUT == ROW ? (u64)token * BLOCKS + block : (u64)block * pitch(p) + token);
+    weight_scale = p.b_scale + unit.column_tile * BLOCKS + block;
+    left = p.rows - unit.token - row;
+  }
+  // Between the scales of one block and the next.
+  static METHOD u32 pitch(const Product &p) {
+    return A_SCALE_LAYOUT == ROW ? 1 : A_SCALE_LAYOUT == COLUMN ? p.rows : (p.rows + 3) / 4 * 4;
+  }
+  METHOD void next(u32 pitch) { tokens += BLOCK, weights += WEIGHT_BYTES, scale += pitch, ++weight_scale; }
+};
+
+template <int TOKENS> DEVICE void copy_tokens(const Source &source, u8 *to) {
+  if (thread() >= TOKENS * CHUNKS) return;
+  UNROLL for (int i = 0; i < TOKENS; i += STEP) copy16(to + i * BLOCK, source.tokens + (u64)i * K, i < source.left);
 }
 
 // What starts at no multiple of 16 goes through registers.
-DEVICE void copy_unaligned(u8 *to, const u8 *from, bool there) {
-  for (int i = 0; i < 16; ++i) to[i] = there ? from[i] : 0;
+template <int TOKENS> DEVICE void copy_unaligned_tokens(const Source &source, u8 *to) {
+  if (thread() >= TOKENS * CHUNKS) return;
+  ROLLED for (int i = 0; i < TOKENS; i += STEP)
+    for (int byte = 0; byte < 16; ++byte) to[i * BLOCK + byte] = i < source.left ? source.tokens[(u64)i * K + byte] : 0;
 }
 
-template <int TOKENS> DEVICE void copy_tokens(const Product &p, int token, int block, bool aligned, u8 *to) {
-  constexpr int CHUNKS = BLOCK / 16, STEP = CREW / CHUNKS;
-  const int chunk = thread() % CHUNKS, row = thread() / CHUNKS;
-  const u8 *from = p.a + (u64)(token + row) * K + block * BLOCK + chunk * 16;
-  to += row * BLOCK + (chunk ^ row % 8) * 16;
-  UNROLL for (int i = 0; i < TOKENS; i += STEP) {
-    if (i + row >= TOKENS) break;
-    const bool there = token + row + i < p.rows;
-    const u8 *source = there ? from + (u64)i * K : p.a;
-    if (aligned) copy16(to + i * BLOCK, source, there);
-    else copy_unaligned(to + i * BLOCK, source, there);
-  }
-}
-
-DEVICE void copy_weights(const Product &p, const Team &team, int column_tile, int block, u8 *to, Barrier *done) {
-  const u8 *from = p.b + ((u64)column_tile * BLOCKS + block) * WEIGHT_BYTES;
+DEVICE void copy_weights(const Team &team, const u8 *from, u8 *to, Barrier *done) {
   arrive_expecting(done, WEIGHT_BYTES);
   if (team.share == 1) {
     copy_bulk(to, from, WEIGHT_BYTES, done);
@@ -173,22 +179,22 @@ DEVICE void copy_weights(const Product &p, const Team &team, int column_tile, in
 }
 
 template <int TOKENS> DEVICE void produce(const Product &p, const Team &team, Ring<TOKENS> ring) {
+  const u32 row = thread() / CHUNKS, place = row * BLOCK + (thread() % CHUNKS ^ row % 8) * 16, pitch = Source::pitch(p);
   const bool aligned = p.aligned();
   Slot<Ring<TOKENS>::STAGES> slot;
   ROLLED for (int index = team.first; index < team.units; index += team.step) {
     const Unit unit = team.unit<TOKENS>(index);
-    ROLLED for (int block = team.first_block(); block < team.last_block(); ++block, slot.next()) {
+    const bool there = unit.token + (int)thread() < p.rows;
+    Source source(p, unit, team.first_block());
+    ROLLED for (int block = team.first_block(); block < team.last_block(); ++block, slot.next(), source.next(pitch)) {
       Barrier *full = ring.full(slot.stage);
-      wait(ring.empty(slot.stage), slot.parity ^ 1);
-      if (thread() == 0) copy_weights(p, team, unit.column_tile, block, ring.weights(slot.stage), full);
-      copy_tokens<TOKENS>(p, unit.token, block, aligned, ring.tokens(slot.stage));
       float *scales = ring.scales(slot.stage);
-      const int token = unit.token + thread();
-      if (thread() < TOKENS) {
-        const bool there = token < p.rows;
-        copy4(scales + thread(), token_scale(p, there ? token : 0, block), there);
-      }
-      if (thread() == CREW - 1) copy4(scales + TOKENS, p.b_scale + unit.column_tile * BLOCKS + block, true);
+      wait(ring.empty(slot.stage), slot.parity ^ 1);
+      if (thread() == 0) copy_weights(team, source.weights, ring.weights(slot.stage), full);
+      if (aligned) copy_tokens<TOKENS>(source, ring.tokens(slot.stage) + place);
+      else copy_unaligned_tokens<TOKENS>(source, ring.tokens(slot.stage) + place);
+      if (thread() < TOKENS) copy4(scales + thread(), source.scale, there);
+      if (thread() == CREW - 1) copy4(scales + TOKENS, source.weight_scale, true);
       arrive_after_copies(full);
       if (!aligned) arrive(full);
     }
@@ -206,7 +212,8 @@ template <int TOKENS> DEVICE void begin_multiply(float *partial, const u8 *weigh
   UNROLL for (int k = 0; k < BLOCK / 32; ++k) wgmma<TOKENS>(partial, a + 2 * k, b + 2 * k, k > 0);
   wgmma_commit();
 }
-template <int TOKENS> DEVICE void end_multiply(float *partial) { wgmma_wait<TOKENS / 2>(partial); }
+// Until that is done; `after` more have begun.
+template <int TOKENS> DEVICE void end_multiply(float *partial, int after) { wgmma_wait<TOKENS / 2>(partial, after); }
 #else
 DEVICE const u8 *chunk_of(const u8 *tile, int row, int chunk) { return tile + row * BLOCK + (chunk ^ row % 8) * 16; }
 
@@ -225,7 +232,7 @@ template <int TOKENS> DEVICE void begin_multiply(float *partial, const u8 *weigh
     }
   }
 }
-template <int TOKENS> DEVICE void end_multiply(float *) {}
+template <int TOKENS> DEVICE void end_multiply(float *, int) {}
 #endif
 
 DEVICE float bias_at(const Product &p, int n) {
@@ -276,8 +283,8 @@ DEVICE void finish(const Product &p, const Team &team, Ring<TOKENS> ring, Unit u
     mine[(i / 4 * 8 + lane % 4 * 2 + i % 2) * PITCH + 16 * wave + lane / 4 + i / 2 % 2 * 8] = sums[i];
   group_barrier(1 + half);
   if (team.split > 1) {
-    if (thread() % CREW < team.split) arrive_at_rank(ring.summed(half), team.base + thread() % CREW);
-    wait(ring.summed(half), round % 2);
+    if (thread() % CREW < team.split) publish_at_rank(ring.summed(half), team.base + thread() % CREW);
+    wait_for_cluster(ring.summed(half), round % 2);
   }
   const u32 rank = team.split > 1 ? team.rank : 0;
   ROLLED for (u32 item = thread() % CREW * team.split + rank; item < TOKENS * HALF / 8; item += CREW * team.split) {
@@ -299,23 +306,57 @@ DEVICE void finish(const Product &p, const Team &team, Ring<TOKENS> ring, Unit u
   }
 }
 
+// A stage may be written again: by those who write it, which are all that share weights.
+DEVICE void release(Barrier *empty, const Team &team) {
+  const u32 lane = thread() % WAVE;
+  wave_barrier();
+  if (team.share == 1) {
+    if (lane == 0) arrive(empty);
+  } else if (lane < team.share) {
+    arrive_at_rank(empty, team.base + lane);
+  }
+}
+
+template <int TOKENS> DEVICE void begin_block(const Ring<TOKENS> &ring, Slot<Ring<TOKENS>::STAGES> slot, float *partial) {
+  const u32 half = thread() / CREW - 1;
+  wait(ring.full(slot.stage), slot.parity);
+  begin_multiply<TOKENS>(partial, ring.weights(slot.stage) + half * HALF * BLOCK, ring.tokens(slot.stage));
+}
+
+// Scale what a block sums up to and add it; `after` blocks more are being multiplied.
+template <int TOKENS>
+DEVICE void end_block(const Team &team, const Ring<TOKENS> &ring, u32 stage, int after, float *partial, float *sums) {
+  const float *scales = ring.scales(stage) + thread() % 4 * 2, common = ring.scales(stage)[TOKENS];
+  float scale[TOKENS / 4];
+  UNROLL for (int i = 0; i < TOKENS / 4; i += 2) load2(scales + 4 * i, scale + i);
+  UNROLL for (int i = 0; i < TOKENS / 4; ++i) scale[i] *= common;
+  end_multiply<TOKENS>(partial, after);
+  release(ring.empty(stage), team);
+  UNROLL for (int i = 0; i < TOKENS / 2; ++i) sums[i] = fma(partial[i], scale[i / 4 * 2 + i % 2], sums[i]);
+}
+
+// The next COUNT blocks; all are multiplied while the first is scaled.
+template <int TOKENS, int COUNT>
+DEVICE void add_blocks(const Team &team, const Ring<TOKENS> &ring, Slot<Ring<TOKENS>::STAGES> &slot, float *sums) {
+  float partial[COUNT][TOKENS / 2];
+  u32 stage[COUNT];
+  UNROLL for (int i = 0; i < COUNT; ++i, slot.next()) {
+    stage[i] = slot.stage;
+    begin_block(ring, slot, partial[i]);
+  }
+  UNROLL for (int i = 0; i < COUNT; ++i) end_block(team, ring, stage[i], COUNT - 1 - i, partial[i], sums);
+}
+
 template <int TOKENS> DEVICE void consume(const Product &p, const Team &team, Ring<TOKENS> ring) {
-  const u32 half = thread() / CREW - 1, lane = thread() % WAVE;
+  constexpr int AT_ONCE = !HAS_WGMMA || TOKENS > 64 ? 1 : TOKENS > 32 ? 2 : 4;  // as registers suffice
+  static_assert(AT_ONCE <= Ring<TOKENS>::STAGES, "their stages are all in use");
   Slot<Ring<TOKENS>::STAGES> slot;
   u32 round = 0;
   ROLLED for (int index = team.first; index < team.units; index += team.step, ++round) {
     float sums[TOKENS / 2] = {};
-    ROLLED for (int block = team.first_block(); block < team.last_block(); ++block, slot.next()) {
-      float partial[TOKENS / 2], scale[TOKENS / 4];
-      wait(ring.full(slot.stage), slot.parity);
-      begin_multiply<TOKENS>(partial, ring.weights(slot.stage) + half * HALF * BLOCK, ring.tokens(slot.stage));
-      const float *scales = ring.scales(slot.stage), common = scales[TOKENS];
-      UNROLL for (int i = 0; i < TOKENS / 4; ++i) scale[i] = scales[i / 2 * 8 + lane % 4 * 2 + i % 2] * common;
-      end_multiply<TOKENS>(partial);
-      wave_barrier();
-      if (lane < team.share) arrive_at_rank(ring.empty(slot.stage), team.base + lane);
-      UNROLL for (int i = 0; i < TOKENS / 2; ++i) sums[i] = fma(partial[i], scale[i / 4 * 2 + i % 2], sums[i]);
-    }
+    int left = team.last_block() - team.first_block();
+    ROLLED for (; left >= AT_ONCE; left -= AT_ONCE) add_blocks<TOKENS, AT_ONCE>(team, ring, slot, sums);
+    ROLLED for (; AT_ONCE > 1 && left > 0; --left) add_blocks<TOKENS, 1>(team, ring, slot, sums);
     finish<TOKENS>(p, team, ring, team.unit<TOKENS>(index), round, sums);
   }
 }

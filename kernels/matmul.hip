@@ -21,7 +21,7 @@ typedef unsigned long long u64;
 typedef float f2 __attribute__((ext_vector_type(2)));
 typedef float f4 __attribute__((ext_vector_type(4)));
 typedef int i4 __attribute__((ext_vector_type(4)));
-typedef int i8v __attribute__((ext_vector_type(8)));
+typedef int i8 __attribute__((ext_vector_type(8)));
 typedef u32 u2 __attribute__((ext_vector_type(2)));
 typedef u32 u4 __attribute__((ext_vector_type(4)));
 typedef u32 loose_u2 __attribute__((ext_vector_type(2), aligned(1)));
@@ -33,8 +33,10 @@ typedef _Float16 f16x2 __attribute__((ext_vector_type(2)));
 #define SHARED static __attribute__((shared))
 #define UNROLL _Pragma("unroll")
 #define ROLLED _Pragma("unroll 1")
-#define KERNEL(name) \
-  extern "C" __attribute__((global, amdgpu_flat_work_group_size(THREADS, THREADS), amdgpu_waves_per_eu(2, 2))) void name
+// RESIDENT workgroups, each with a wave on every SIMD of a compute unit, share its registers.
+#define KERNEL(name)                                                                \
+  extern "C" __attribute__((global, amdgpu_flat_work_group_size(THREADS, THREADS), \
+                            amdgpu_waves_per_eu(RESIDENT, RESIDENT))) void name
 
 enum { BF16 = 1, F16 = 2, F32 = 3 };       // OUT_DTYPE
 enum { IN_ROWS = 0, COLUMN_TMA = 1 };      // A_SCALE_LAYOUT; others are columns of `rows`
@@ -83,8 +85,10 @@ DEVICE float load_float(Buffer from, u32 of_lane, u32 shared) {
 // A lane's part of 16 rows by a block: 16 bytes in either half of the block.
 struct Fragment {
   u4 half[2];
-  __attribute__((device, always_inline)) i8v words() const { return __builtin_shufflevector((i4)half[0], (i4)half[1], 0, 1, 2, 3, 4, 5, 6, 7); }
 };
+DEVICE i8 words(const Fragment &part) {
+  return __builtin_shufflevector((i4)part.half[0], (i4)part.half[1], 0, 1, 2, 3, 4, 5, 6, 7);
+}
 
 // Lane i has row i % 16 of the operand, and of each half of the block the quarter i / 16.
 DEVICE u32 place() { return lane() % SIDE; }
@@ -129,10 +133,10 @@ DEVICE float load_b_scale(const Operands &from, u32 tile, u32 block) {
 DEVICE f4 multiply(const Fragment &b, const Fragment &a) {
   const f4 zero = {0, 0, 0, 0};
 #ifdef __gfx950__
-  return __builtin_amdgcn_mfma_scale_f32_16x16x128_f8f6f4(b.words(), a.words(), zero, 0, 0, 0, 0, 0, 0);
+  return __builtin_amdgcn_mfma_scale_f32_16x16x128_f8f6f4(words(b), words(a), zero, 0, 0, 0, 0, 0, 0);
 #else
   typedef long i64x4 __attribute__((ext_vector_type(4)));
-  const i64x4 x = __builtin_bit_cast(i64x4, b.words()), y = __builtin_bit_cast(i64x4, a.words());
+  const i64x4 x = __builtin_bit_cast(i64x4, words(b)), y = __builtin_bit_cast(i64x4, words(a));
   f4 sums = zero;
   UNROLL for (u32 i = 0; i < 4; ++i) sums = __builtin_amdgcn_mfma_f32_16x16x32_fp8_fp8(x[i], y[i], sums, 0, 0, 0);
   return sums;
@@ -147,8 +151,21 @@ DEVICE f2 pair_of(float scale) {
   return pair;
 }
 
+// Done where it is written: not put off until the sums are stored, and before the loads that follow, which take the
+// registers of the operands.
 DEVICE f4 add_scaled(f4 sums, f4 products, f2 scale) {
-  return __builtin_elementwise_fma(products, __builtin_shufflevector(scale, scale, 0, 1, 0, 1), sums);
+  f4 more = __builtin_elementwise_fma(products, __builtin_shufflevector(scale, scale, 0, 1, 0, 1), sums);
+  __asm__ volatile("" : "+v"(more));
+  return more;
+}
+
+// Steps 0 to COUNT - 1, in rounds of RING.  Constants in each are its `slot` in the round and how many steps are `left`,
+// itself among them, as far as that is no more than RING: what is sent for in a slot now is there a round later.
+template <u32 COUNT, u32 RING, typename Step> DEVICE void in_rounds(const Step &step) {
+  constexpr u32 SAME = COUNT > RING ? (COUNT - RING) / RING * RING : 0;
+  ROLLED for (u32 i = 0; i < SAME; i += RING)
+    UNROLL for (u32 slot = 0; slot < RING; ++slot) step(i + slot, slot, RING + 1);
+  UNROLL for (u32 i = SAME; i < COUNT; ++i) step(i, i % RING, COUNT - i);
 }
 
 // -- results -------------------------------------------------------------------------------------------------------
@@ -188,51 +205,42 @@ DEVICE void store(const Product &p, u32 row, u32 column, f4 sums) {
 
 // -- few rows ------------------------------------------------------------------------------------------------------
 
-template <u32 TILES> struct Step {
+template <u32 TILES> struct Part {
   Fragment a[TILES], b;
   float a_scale[TILES], b_scale;
 };
 
-template <u32 TILES> DEVICE Step<TILES> load_step(const Operands &from, u32 block) {
-  Step<TILES> step;
-  step.b = load_b(from, 0, block);
+template <u32 TILES> DEVICE Part<TILES> load_part(const Operands &from, u32 block) {
+  Part<TILES> part;
+  part.b = load_b(from, 0, block);
   UNROLL for (u32 t = 0; t < TILES; ++t) {
     const u32 row = t * SIDE + place(), k = quarter() * 16;
-    step.a[t] = {load_a(from, row, k, block), load_a(from, row, k + BLOCK / 2, block)};
-    step.a_scale[t] = load_a_scale(from, row, block);
+    part.a[t] = {load_a(from, row, k, block), load_a(from, row, k + BLOCK / 2, block)};
+    part.a_scale[t] = load_a_scale(from, row, block);
   }
-  step.b_scale = load_b_scale(from, 0, block);
+  part.b_scale = load_b_scale(from, 0, block);
   __builtin_amdgcn_sched_barrier(0);  // in the order they will be waited for
-  return step;
+  return part;
 }
 
-// How many blocks of a wave are on their way at once: as many as divide its share, up to a limit.
-constexpr u32 depth(u32 most) {
-  for (u32 d = most; d > 1; --d)
-    if (BLOCKS % (WAVES * d) == 0) return d;
-  return most;
-}
-
-// TILES * 16 rows from `first` on by the 16 columns of a tile of b.
-template <u32 TILES, u32 DEPTH> DEVICE void few_rows(const Product &p, u32 first, u32 tile, f4 *lds) {
-  constexpr u32 ROUND = WAVES * DEPTH, ROUNDS = (BLOCKS + ROUND - 1) / ROUND;
+// TILES * 16 rows from `first` on by the 16 columns of a tile of b.  RING blocks of a wave are on their way at once.
+template <u32 TILES, u32 RING> DEVICE void few_rows(const Product &p, u32 first, u32 tile, f4 *lds) {
+  constexpr u32 COUNT = (BLOCKS + WAVES - 1) / WAVES;
   const Operands from = operands(p, first, tile);
   f4 sums[TILES] = {};
-  Step<TILES> steps[DEPTH];
-  UNROLL for (u32 d = 0; d < DEPTH; ++d) steps[d] = load_step<TILES>(from, least(d * WAVES + wave(), BLOCKS - 1));
-  ROLLED for (u32 round = 0; round < ROUNDS; ++round) {
-    UNROLL for (u32 d = 0; d < DEPTH; ++d) {
-      const Step<TILES> &step = steps[d];
-      // Where there is no such block, the last one counts nothing.
-      const float b_scale = round * ROUND + d * WAVES + wave() < BLOCKS ? step.b_scale : 0;
-      UNROLL for (u32 t = 0; t < TILES; ++t) {
-        sums[t] = add_scaled(sums[t], multiply(step.b, step.a[t]), pair_of(step.a_scale[t] * b_scale));
-        // The loads come after this, into the same registers, and not before it into others.
-        __asm__ volatile("" : "+v"(sums[t]));
-      }
-      if (ROUNDS > 1) steps[d] = load_step<TILES>(from, least((round + 1) * ROUND + d * WAVES + wave(), BLOCKS - 1));
+  Part<TILES> parts[RING];
+  // Where a wave has one block less, the last one counts nothing.
+  const auto block_of = [](u32 i) { return least(i * WAVES + wave(), BLOCKS - 1); };
+  const auto counts = [](u32 i) { return BLOCKS % WAVES == 0 || i * WAVES + wave() < BLOCKS; };
+  UNROLL for (u32 i = 0; i < RING && i < COUNT; ++i) parts[i] = load_part<TILES>(from, block_of(i));
+  in_rounds<COUNT, RING>([&](u32 i, u32 slot, u32 left) {
+    const Part<TILES> &part = parts[slot];
+    UNROLL for (u32 t = 0; t < TILES; ++t) {
+      const float scale = counts(i) ? part.a_scale[t] * part.b_scale : 0;
+      sums[t] = add_scaled(sums[t], multiply(part.b, part.a[t]), pair_of(scale));
     }
-  }
+    if (left > RING) parts[slot] = load_part<TILES>(from, block_of(i + RING));
+  });
   UNROLL for (u32 t = 0; t < TILES; ++t) lds[(wave() * TILES + t) * WAVE + lane()] = sums[t];
   barrier();
   for (u32 t = wave(); t < TILES; t += WAVES) {
@@ -305,23 +313,31 @@ DEVICE void multiply_stage(const Stage &stage, const Fragment *b, u32 column_blo
   }
 }
 
-// ROWS rows from `first` on by COLUMNS columns from tile `tile` of b on.
+// ROWS rows from `first` on by COLUMNS columns from tile `tile` of b on.  Of b, RING blocks are in registers or on their
+// way there; of a one is in LDS, and two more are on their way.
 DEVICE void many_rows(const Product &p, u32 first, u32 tile, Stage *stages) {
+  constexpr u32 RING = 4;
   const Operands from = operands(p, first, tile);
   const u32 mine = wave() * WAVE_TILES, column_block = mine / (BLOCK / SIDE);
   f4 sums[ROW_TILES][WAVE_TILES] = {};
-  Fragment b[2][WAVE_TILES];
-  UNROLL for (u32 n = 0; n < WAVE_TILES; ++n) b[0][n] = load_b(from, mine + n, 0);
-  put_stage(load_stage(from, 0), stages[0]);
+  Fragment b[RING][WAVE_TILES];
+  const auto send_for_b = [&](u32 block, u32 slot) {
+    UNROLL for (u32 n = 0; n < WAVE_TILES; ++n) b[slot][n] = load_b(from, mine + n, block);
+  };
+  Incoming in[2] = {load_stage(from, 0)};
+  UNROLL for (u32 i = 0; i < RING && i < BLOCKS; ++i) send_for_b(i, i);
+  if (BLOCKS > 1) in[1] = load_stage(from, 1);
+  put_stage(in[0], stages[0]);
+  if (BLOCKS > 2) in[0] = load_stage(from, 2);
   barrier();
-  _Pragma("unroll 2") for (u32 block = 0; block < BLOCKS; ++block) {
-    const u32 next = least(block + 1, BLOCKS - 1), now = block % 2;
-    const Incoming in = load_stage(from, next);
-    UNROLL for (u32 n = 0; n < WAVE_TILES; ++n) b[!now][n] = load_b(from, mine + n, next);
-    multiply_stage(stages[now], b[now], column_block, sums);
-    put_stage(in, stages[!now]);
+  in_rounds<BLOCKS, RING>([&](u32 block, u32 slot, u32 left) {
+    const u32 other = (slot + 1) % 2;
+    multiply_stage(stages[slot % 2], b[slot], column_block, sums);
+    if (left > 1) put_stage(in[other], stages[other]);
+    if (left > 3) in[other] = load_stage(from, block + 3);
+    if (left > RING) send_for_b(block + RING, slot);
     barrier();
-  }
+  });
   UNROLL for (u32 t = 0; t < ROW_TILES; ++t)
     UNROLL for (u32 n = 0; n < WAVE_TILES; ++n)
       store(p, first + t * SIDE + place(), (tile + mine + n) * SIDE + quarter() * 4, sums[t][n]);
@@ -342,9 +358,9 @@ DEVICE void product(const Product &p) {
   ROLLED for (u32 unit = __builtin_amdgcn_workgroup_id_x(); unit < units; unit += WORKGROUPS) {
     const u32 first = unit / across * rows, left = p.rows - first, column = unit % across;
     if (!few) many_rows(p, first, column * (COLUMNS / SIDE), lds.stages);
-    else if (left <= SIDE) few_rows<1, depth(4)>(p, first, column, lds.sums);
-    else if (left <= 2 * SIDE) few_rows<2, depth(3)>(p, first, column, lds.sums);
-    else few_rows<FEW_TILES, depth(2)>(p, first, column, lds.sums);
+    else if (left <= SIDE) few_rows<1, 6>(p, first, column, lds.sums);
+    else if (left <= 2 * SIDE) few_rows<2, 4>(p, first, column, lds.sums);
+    else few_rows<FEW_TILES, 3>(p, first, column, lds.sums);
     barrier();
   }
 }

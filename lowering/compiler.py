@@ -34,7 +34,7 @@ from .folding import fold
 from .fuse import fuse
 from .importer import Program, import_module, parse_module
 from .kernel import hardware_floats
-from .layout import check, lay_out
+from .layout import check, lay_out, reads_of
 from .normalize import normalize
 from .raising import RECOGNISERS, raise_function
 from .report import Change, Report, Site
@@ -187,7 +187,7 @@ class _Pipeline:
             ("raise", lambda: raise_function(function, ledger, self.recognisers)),
             ("sink", lambda: sink_views(function)),
             ("fuse", lambda: fuse(function, ledger, supported(self.target))),
-            ("layout", lambda: lay_out(function, ledger, self.target)),
+            ("layout", lambda: lay_out(function, ledger, reads_of(self.target))),
             ("fold", lambda: fold(program)),
         ]
         if self.fp8 == "native":

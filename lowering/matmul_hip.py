@@ -18,7 +18,7 @@ _THREADS = 256
 _FEW = 64
 # The codes that the matrix instructions of a target multiply.
 _CODES = {"gfx950": "float8_e4m3fn", "gfx942": "float8_e4m3fnuz"}
-# Workgroups that a compute unit has room for at once: what their registers and, on gfx942, their LDS leave.
+# Workgroups that a compute unit has room for at once: their registers leave it to two, on gfx942 LDS to one.
 _RESIDENT = {"gfx950": 2, "gfx942": 1}
 
 
@@ -55,12 +55,14 @@ def _why_unsupported(spec: MatmulSpec, target: Target) -> str | None:
 
 def _specialise(spec: MatmulSpec, target: Target, tile: object | None) -> Specialised:
     tile = tile if isinstance(tile, ProductTile) else default_tile(spec, target)
-    workgroups = COMPUTE_UNITS[target.name] * _RESIDENT[target.name]
+    resident = _RESIDENT[target.name]
+    workgroups = COMPUTE_UNITS[target.name] * resident
     values = {
         "FEW_ROWS": tile.few_rows,
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
         "THREADS": _THREADS,
+        "RESIDENT": resident,
         "WORKGROUPS": workgroups,
     }
     grid_rule = GridRule(1, most=1, columns=workgroups)

@@ -21,8 +21,12 @@ from .sites import Ledger
 
 @dataclass(frozen=True)
 class Reads:
-    """The layouts a target's product kernel may read, the fastest first; ``support`` says which it does."""
+    """The layouts that the product kernel of ``target`` may read, the fastest first.
 
+    ``support`` says why there is no kernel for a spec, or None.
+    """
+
+    target: str
     weights: Sequence[WeightLayout]
     scales: Sequence[ScaleLayout]
     support: Support

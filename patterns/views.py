@@ -129,8 +129,10 @@ class SliceBounds:
 
 def slice_bounds(view: ir.Operation) -> SliceBounds | None:
     """What ``view`` takes of an axis of known size; None for another view, size or step."""
+    if view.name != "torch.aten.slice.Tensor":
+        return None
     before = torch_ir.tensor_type(view.operands[0])
-    if view.name != "torch.aten.slice.Tensor" or before is None:
+    if before is None:
         return None
     axis, start, end, step = (torch_ir.constant(operand) for operand in list(view.operands)[1:])
     if torch_ir.NOT_CONSTANT in (axis, start, end, step) or step != 1 or before.shape[axis] is None:

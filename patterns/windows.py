@@ -38,7 +38,8 @@ def wider(value: ir.Value) -> Wider:
 
 
 def _is_slice_of_rows(view: ir.Operation) -> bool:
-    bounds, before = views.slice_bounds(view), torch_ir.tensor_type(view.operands[0])
+    bounds = views.slice_bounds(view)
+    before = torch_ir.tensor_type(view.operands[0]) if bounds is not None else None
     return bounds is not None and before is not None and bounds.axis == len(before.shape) - 1
 
 
@@ -51,10 +52,8 @@ def _within(view: ir.Operation, window: Window | None) -> Window:
 
 def _regroups_rows(view: ir.Operation) -> bool:
     """Whether ``view`` leaves every row as it is; of one element it is not told which axis is which."""
-    before, after = torch_ir.tensor_type(view.operands[0]), torch_ir.tensor_type(view.result)
-    if not views.is_flat_view(view) or before is None or after is None or not (before.shape and after.shape):
-        return False
-    return before.shape[-1] == after.shape[-1] and before.shape[-1] not in (None, 1)
+    after = torch_ir.tensor_type(view.results[0])
+    return views.keeps_rows(view) and after is not None and after.shape[-1:] not in ((), (None,), (1,))
 
 
 def _regrouped(wide: ir.Value, passed: list[ir.Operation]) -> ir.Value:

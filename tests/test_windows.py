@@ -272,7 +272,7 @@ def test_a_split_projection_is_read_in_place(target: str, tmp_path: Path) -> Non
         model, (x,), dynamic_shapes=({1: Dim("T")},), target=target, dump_phases_to=tmp_path
     )
     assert compiled.report.summary() == {"fused": 5, "unfused": 0, "dispatches": 3}
-    dispatched = (tmp_path / "6-dispatch.mlir").read_text()
+    dispatched = next(tmp_path.glob("*-dispatch.mlir")).read_text()
     assert "slice" not in dispatched and "linalg." not in dispatched
     names = dispatches(compiled, tmp_path)
     assert custom(names, compiled) == names and len(names) == 3

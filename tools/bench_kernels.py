@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from float64_check import problems
-from gpu_timing import copy_bandwidth, is_cold, tensor_sets, time_calls
+from gpu_timing import copy_bandwidth, is_cold, tensor_sets, time_calls, time_in_turn
 from kernel_families import CHECKED, CHECKED_HIDDEN, FAMILIES, HIDDEN, ROWS
 from kernel_launch import CudaKernel, Launch, inputs_for, outputs_for, read_launches, row_spec
 from peers import Call, FlashInfer, Step, inductor_calls, ways
@@ -225,7 +225,7 @@ def time_point(
     calls["copy"] = _copies(launch.bytes, len(sets))
     for each in calls.values():
         each[0]()  # warm: modules are loaded at the first launch
-    times = {way: 1e6 * time_calls(each, launch.bytes) for way, each in calls.items()}
+    times = zip(calls, time_in_turn(list(calls.values()), launch.bytes), strict=True)
     return {
         "family": name,
         "hidden": spec.hidden,
@@ -233,7 +233,7 @@ def time_point(
         "bytes": launch.bytes,
         "cold": is_cold(launch),
         "floor": 1e6 * launch.bytes / bandwidth,
-        "times": times,
+        "times": {way: 1e6 * seconds for way, seconds in times},
         "problems": wrong,
     }
 

@@ -2,7 +2,8 @@
 
 Everything is captured into a CUDA graph that walks through several sets of tensors, and the median of several
 replays is divided by the calls in it.  Where one set is small against the L2 cache the sets stay in it, as
-what the kernel before has just written does; larger ones are so many that they leave it behind.
+what the kernel before has just written does; larger ones are so many that they leave it behind.  What is
+compared takes turns, so that clocks and neighbours change for all alike.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def copy_bandwidth() -> float:
     target = torch.empty_like(source)
     for _ in range(200):  # until the clocks are up
         target.copy_(source)
-    seconds = _median_seconds(lambda: target.copy_(source), 20)
+    seconds = statistics.median(_seconds(lambda: target.copy_(source)) for _ in range(20))
     return 2 * _COPIED / seconds
 
 
@@ -121,6 +122,22 @@ def inductor_row(spec: RowSpec, mode: str = "default") -> Callable[[Mapping[str,
 
 def time_calls(calls: Sequence[Callable[[], Any]], moved: int) -> float:
     """Seconds per call, each of which moves ``moved`` bytes, from replays of one graph that holds all."""
+    return time_in_turn([calls], moved)[0]
+
+
+def time_in_turn(ways: Sequence[Sequence[Callable[[], Any]]], moved: int) -> list[float]:
+    """Seconds per call of each of several ways to move the same ``moved`` bytes; their replays take turns."""
+    captured = [_captured(calls, moved) for calls in ways]
+    times = [[] for _ in captured]
+    for _ in range(_REPLAYS):
+        for (graph, count), found in zip(captured, times, strict=True):
+            graph.replay()  # what lies in the L2 afterwards is this way's
+            found.append(_seconds(graph.replay) / count)
+    return [statistics.median(found) for found in times]
+
+
+def _captured(calls: Sequence[Callable[[], Any]], moved: int) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A graph of ``calls`` in rounds, and how many calls it holds."""
     wanted = min(_MOST_CALLS, max(_FEWEST_CALLS, _CAPTURED // moved))
     rounds = max(1, -(-wanted // len(calls)))
     graph, results = torch.cuda.CUDAGraph(), list[Any]()
@@ -130,23 +147,17 @@ def time_calls(calls: Sequence[Callable[[], Any]], moved: int) -> float:
             results.append(call())  # kept, so that no two calls write to the same memory
             if len(results) > len(calls):
                 results.pop(0)
-    graph.replay()
-    return _median_seconds(graph.replay, _REPLAYS) / (rounds * len(calls))
+    return graph, rounds * len(calls)
 
 
-def _median_seconds(call: Callable[[], Any], repeat: int) -> float:
-    """Median device time of ``call``, by events."""
+def _seconds(call: Callable[[], Any]) -> float:
+    """Device time of ``call``, by events."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
     call()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(repeat):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def call_seconds(call: Callable[[], Any], repeat: int = 50) -> float:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from patterns.contracts import Activation, GatedActivation, Quantization, RmsNorm, RowSpec
+from patterns.contracts import Activation, GatedActivation, Quantization, RmsNorm, RowSpec, Window
 
 ROWS = (1, 4, 16, 64, 128, 512, 1024, 4096, 16384)
 HIDDEN = (1536, 2048, 4096, 5120, 7168, 16384)
@@ -76,5 +77,22 @@ CHECKED: dict[str, Callable[[int], RowSpec]] = {
         writes_sum=True,
         writes_y=True,
         quantizations=(Quantization(64, layout="column_tma"),),
+    ),
+    # Rows of wider tensors: aligned as dense ones are, to 4 bytes, and to an element.
+    "norm, quant of a part": lambda hidden: replace(
+        FAMILIES["norm, quant"](hidden), x_window=Window(3 * hidden, hidden)
+    ),
+    "add, norm, quant, y of parts": lambda hidden: replace(
+        FAMILIES["add, norm, quant, y"](hidden),
+        x_window=Window(hidden + 6, 2),
+        other_window=Window(hidden + 9, 5),
+    ),
+    "silu*up, quant of parts": lambda hidden: RowSpec(
+        hidden,
+        "bfloat16",
+        gate=GatedActivation("silu", packed=False),
+        quantizations=(GROUP_128,),
+        x_window=Window(2 * hidden + 12, 4),
+        other_window=Window(2 * hidden + 12, hidden + 12),
     ),
 }

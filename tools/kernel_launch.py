@@ -222,6 +222,8 @@ class CudaKernel:
         attributes = driver.CUfunction_attribute
         local = attributes.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES
         self.spilled = self._call(driver.cuFuncGetAttribute(local, self._function))  # bytes a thread
+        counted = attributes.CU_FUNC_ATTRIBUTE_NUM_REGS
+        self.registers = self._call(driver.cuFuncGetAttribute(counted, self._function))
         if launch.dynamic_shared > _PLAIN_SHARED:
             attribute = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             self._call(driver.cuFuncSetAttribute(self._function, attribute, launch.dynamic_shared))

@@ -3,10 +3,9 @@
     python tools/tune.py lowering/tuning/sm_90.json --target h200
 
 Needs a GPU and the compiler of its kernels.  For every family of ``kernel_families`` with a norm and every
-hidden size, tiles are compiled, checked and timed at every number of rows.  The tile of many rows is the
-fastest at 1024 rows and more, that of few rows the fastest up to 128 among those of as many threads; few rows
-end where the tile of many rows overtakes it.  ``lowering/mapping.py`` reads the file when it compiles for the
-target.
+hidden size, tiles are compiled, checked and timed in turn at every number of rows.  The tile of many rows is
+the fastest at 1024 rows and more; another one of as many threads takes its place up to the number of rows
+where both together cost least.  ``lowering/mapping.py`` reads the file when it compiles for the target.
 
 Exit codes: 0 written, 1 a tile computed something wrong, 2 usage.
 """
@@ -15,11 +14,12 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import math
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,10 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from float64_check import problems
-from gpu_timing import tensor_sets, time_launch
-from kernel_families import FAMILIES, HIDDEN
-from kernel_families import ROWS as EVERY_ROWS
+from gpu_timing import tensor_sets, time_in_turn
+from kernel_families import FAMILIES, HIDDEN, ROWS
 from kernel_launch import CudaKernel, Launch, inputs_for, launch_of, outputs_for
+from torch import Tensor
 
 from lowering import toolchain
 from lowering.errors import LoweringError
@@ -42,13 +42,11 @@ from lowering.mapping import Tile, tuning_key
 from lowering.targets import Target, resolve
 from patterns.contracts import RowSpec
 
-# Not 512: whether the last wave of workgroups is full decides there, and little else.
-ROWS = tuple(rows for rows in EVERY_ROWS if rows != 512)
 MANY = 1024  # rows from which on only the tile of many rows counts
 _MANY_COUNTS = 3  # times as much as few, in what is chosen: that is where time goes
 _CHECKED = (3, 33, 700)
 _FEW_FOREVER = 1 << 20
-_CLEARLY = 1.02
+_WORTH = 0.03  # of the cost, that a tile of its own for few rows has to save
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,10 +95,10 @@ def tune(specs: Sequence[RowSpec], target: Target) -> tuple[dict[str, Any], int]
         ]
         for spec, each in zip(specs, jobs, strict=True):
             tried = [Tried(spec, *job.result()) for job in each]
-            usable = [one for one in tried if one.usable]
+            usable = list({one.identity: one for one in tried if one.usable}.values())
             wrong += len([one for one in tried if one.problems])
             measure(usable)
-            lanes = choose(usable, multiprocessors)
+            lanes = choose(usable)
             found[tuning_key(spec)] = {
                 key: value for key, value in asdict(lanes).items() if value is not None
             }
@@ -115,16 +113,16 @@ def candidates(spec: RowSpec, multiprocessors: int) -> Iterator[Lanes]:
         tile = Tile(lanes, vectors, vector)
         yield Lanes(tile)
         for resident in range(2, 17):
-            if not 420 <= resident * lanes <= 1024:
+            if not 420 <= resident * lanes <= 2048:
                 continue
             yield Lanes(tile, resident=resident)
-            if not copies and vector == 16:
+            if not copies and vector == 16 and resident * lanes <= 1024:
                 looped = Tile(lanes, vectors, vector, blocks=resident * multiprocessors)
                 yield Lanes(looped, resident=resident)
-        for slices in (4, 8):
+        for slices, spread in itertools.product((4, 8), (multiprocessors, multiprocessors // 2)):
             if slices <= vectors * lanes // 32:
                 few = Tile(lanes, vectors, vector, slices=slices)
-                yield Lanes(tile, few, _FEW_FOREVER, multiprocessors)
+                yield Lanes(tile, few, _FEW_FOREVER, spread)
 
 
 def _layouts(hidden: int) -> Iterator[tuple[int, int, int]]:
@@ -181,53 +179,57 @@ class Tried:
     def launch(self, rows: int) -> Launch:
         return launch_of(self.kernel, self.path, rows)
 
+    def calls(self, rows: int, sets: Sequence[Mapping[str, Tensor]]) -> list[Callable[[], None]]:
+        launch = self.launch(rows)
+        return [lambda each=each: self.loaded(launch, each) for each in sets]
+
     @property
     def few(self) -> bool:
         return self.lanes.few is not None
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Equal for the same machine code: a cap on registers that caps nothing changes none."""
+        return self.lanes.many, self.lanes.few, self.lanes.spread, self.loaded.registers
 
 
 def measure(tried: Sequence[Tried]) -> None:
     """Time everything at every number of rows that it may be chosen for."""
     for rows in ROWS:
-        sets = tensor_sets(tried[0].launch(rows))
-        for one in tried:
-            if rows < MANY or not one.few:
-                one.times[rows] = 1e6 * time_launch(one.loaded, one.launch(rows), sets)
+        launch = tried[0].launch(rows)
+        sets = tensor_sets(launch)
+        timed = [one for one in tried if rows < MANY or not one.few]
+        times = time_in_turn([one.calls(rows, sets) for one in timed], launch.bytes)
+        for one, seconds in zip(timed, times, strict=True):
+            one.times[rows] = 1e6 * seconds
 
 
-def choose(tried: Sequence[Measured], multiprocessors: int) -> Lanes:
-    """The best tile of many and of few rows together."""
+def choose(tried: Sequence[Measured]) -> Lanes:
+    """The tiles of many and of few rows, of as many threads each, that cost least together."""
     threads = {one.lanes.threads for one in tried}
-    pairs = [pair for count in threads if (pair := _best_pair(tried, count))]
-    _, many, few = min(pairs, key=lambda pair: pair[0])
-    return _joined(many, few, multiprocessors)
+    mappings = itertools.chain.from_iterable(_mappings(tried, count) for count in threads)
+    return min(mappings, key=lambda mapping: mapping[0])[1]
 
 
-def _best_pair(tried: Sequence[Measured], threads: int) -> tuple[float, Measured, Measured] | None:
-    """(cost, tile of many rows, tile of few) with so many threads."""
+def _mappings(tried: Sequence[Measured], threads: int) -> Iterator[tuple[float, Lanes]]:
+    """(cost, mapping) of the best tile of many rows with so many threads, alone and with each of few rows."""
     those = [one for one in tried if one.lanes.threads == threads]
     wholes = [one for one in those if not one.few]
     if not wholes:
-        return None
+        return
     many = min(wholes, key=lambda one: _cost(one.times, [rows for rows in ROWS if rows >= MANY]))
-    few = min(those, key=lambda one: _cost(one.times, [rows for rows in ROWS if rows < MANY]))
-    best = {rows: min(many.times[rows], few.times.get(rows, math.inf)) for rows in ROWS}
-    return _cost(best, ROWS), many, few
+    yield _cost(many.times, ROWS), many.lanes
+    for few, most in itertools.product(those, [rows for rows in ROWS if rows < MANY]):
+        tile = few.lanes.few or few.lanes.many
+        if tile != many.lanes.many and tile.blocks == 0:
+            times = {rows: (few if rows <= most else many).times[rows] for rows in ROWS}
+            lanes = Lanes(many.lanes.many, tile, most, few.lanes.spread, many.lanes.resident)
+            yield _cost(times, ROWS) + _WORTH, lanes
 
 
 def _cost(times: Mapping[int, float], rows: Sequence[int]) -> float:
     """Of logarithms, so that a percent counts the same whatever it is of."""
     return sum(math.log(times[count]) * (_MANY_COUNTS if count >= MANY else 1) for count in rows)
-
-
-def _joined(many: Measured, few: Measured, multiprocessors: int) -> Lanes:
-    """One mapping of both; the tile of few rows only as far as it is clearly faster."""
-    lanes, tile = many.lanes, few.lanes.few or few.lanes.many
-    faster = [rows for rows in few.times if rows < MANY and few.times[rows] * _CLEARLY < many.times[rows]]
-    plain = Tile(tile.lanes, tile.vectors, tile.vector, slices=tile.slices)
-    if not faster or plain == Tile(lanes.many.lanes, lanes.many.vectors, lanes.many.vector):
-        return lanes
-    return Lanes(lanes.many, plain, max(faster), multiprocessors, lanes.resident)
 
 
 if __name__ == "__main__":
