@@ -13,16 +13,17 @@ from .mapping import GridRule
 from .matmul_variant import Specialised, Variant, common_defines, texts
 from .targets import Target
 
-TOKENS = (8, 16, 32, 64, 128)  # rows of a that the kernel can have in a unit
+# Rows of a that the kernel can have in a unit; without wgmma the registers do not suffice for more.
+TOKENS = {"sm_90": (8, 16, 32, 64, 128), "sm_100": (8, 16, 32, 64)}
 MOST_SPLIT = 8
 ANY_ROWS = 2**31 - 1
 
 _BLOCK = 128
 _THREADS = 384
 _MOST_STAGES = 12  # of the ring of blocks
-_SHARED = 227 << 10  # what a workgroup may have at most, and has: more of it is more bytes on their way
-# Workgroups that are at work at once, by the size of their clusters, which do not cross the machine's parts of up
-# to 18 multiprocessors: on an H200 as its driver says, on a B200 as eight parts of 18 would have it.
+_SHARED = 227 << 10  # the most that a workgroup may have: the more it has, the more bytes are on their way
+# Workgroups at work at once, by the size of their clusters, which do not cross the machine's parts of 18
+# multiprocessors and less: on an H200 as its driver says, on a B200 as eight parts of 18 would have it.
 AT_ONCE = {
     "sm_90": {1: 132, 2: 132, 3: 117, 4: 120, 5: 110, 6: 102, 7: 105, 8: 120},
     "sm_100": {1: 148, 2: 148, 3: 144, 4: 128, 5: 120, 6: 144, 7: 112, 8: 128},
@@ -59,12 +60,13 @@ def default_plans(spec: MatmulSpec, target: Target) -> Plans:
     """No more tokens in a unit than there are, and K split until every multiprocessor has weights to read."""
     tiles = -(-spec.columns // _BLOCK)
     splits = [split for split in _splits(spec) if split * tiles <= AT_ONCE[target.name][split]] or [1]
-    plans = [Plan(tokens, tokens, splits[0]) for tokens in TOKENS]
+    sizes = TOKENS[target.name]
+    plans = [Plan(tokens, tokens, splits[0]) for tokens in sizes]
     for split in splits:
-        rows = AT_ONCE[target.name][split] // (split * tiles) * TOKENS[-1]
+        rows = AT_ONCE[target.name][split] // (split * tiles) * sizes[-1]
         if split > 1 and rows > plans[-1].rows:
-            plans.append(Plan(rows, TOKENS[-1], split))
-    return (*plans, Plan(ANY_ROWS, TOKENS[-1]))
+            plans.append(Plan(rows, sizes[-1], split))
+    return (*plans, Plan(ANY_ROWS, sizes[-1]))
 
 
 def _splits(spec: MatmulSpec) -> list[int]:
