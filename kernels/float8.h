@@ -1,75 +1,25 @@
-// Codes of 8-bit floats, decoded to what a CPU multiplies: pairs of bfloat16 where it multiplies those, else floats.
-// Either is exact, and so is a product of two of them in float32.
+// Operands of 8-bit floats: codes, decoded to what a CPU multiplies, pairs of bfloat16 where it multiplies those, else
+// floats.  Either is exact, and so is a product of two of them in float32.
 //
 // A decoded word holds DEPTH elements, a word of codes four.  `decode` makes PARTS vectors of a vector of codes without
 // an exchange between quads of lanes; in which order those hold a row's elements, `place_of` tells.
+//
+// What kernels/matmul.c uses of its operands: Element, BYTES, DEPTH, LOAD, PARTS, Decoder, `row_words`, UNIT,
+// `column_words`, `place_of` and `multiply_add`.  kernels/plain.h has the same names for wider floats.
 
-#if defined(__AVX512VBMI__) && defined(__AVX512BF16__)
-#define BF16_PAIRS 1
+#define BYTES 1
+#if BF16_PAIRS
 #define DEPTH 2
 #else
-#define BF16_PAIRS 0
 #define DEPTH 1
 #endif
 #define PARTS (4 / DEPTH)
 
-typedef u32 Quad __attribute__((vector_size(16), aligned(1), may_alias));
+typedef u8 Element;
 typedef Words Parts[PARTS];
 
-#ifndef __has_builtin
-#define __has_builtin(x) 0
-#endif
+// -- transposing ------------------------------------------------------------------------------------------------------
 
-// -- parts of vectors side by side ---------------------------------------------------------------------------------
-
-#if LANES == 16
-typedef u32 HalfWords __attribute__((vector_size(2 * LANES)));
-typedef u32 LooseHalfWords __attribute__((vector_size(2 * LANES), aligned(1), may_alias));
-INLINE Words join(HalfWords a, HalfWords b) {
-#if __has_builtin(__builtin_shufflevector)
-  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-#else
-  return (Words){a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]};
-#endif
-}
-#endif
-#if LANES >= 8
-typedef u32 TwoQuads __attribute__((vector_size(32)));
-INLINE TwoQuads join_quads(const u8 *a, const u8 *b) {
-  const Quad x = *(const Quad *)a, y = *(const Quad *)b;
-#if __has_builtin(__builtin_shufflevector)
-  return __builtin_shufflevector(x, y, 0, 1, 2, 3, 4, 5, 6, 7);
-#else
-  return (TwoQuads){x[0], x[1], x[2], x[3], y[0], y[1], y[2], y[3]};
-#endif
-}
-#endif
-
-// 16 bytes of every fourth of LANES rows.
-INLINE Words quads(const u8 *const *rows, i64 at) {
-#if LANES == 16
-  return join(join_quads(rows[0] + at, rows[4] + at), join_quads(rows[8] + at, rows[12] + at));
-#elif LANES == 8
-  return join_quads(rows[0] + at, rows[4] + at);
-#else
-  return *(const Quad *)(rows[0] + at);
-#endif
-}
-
-#if LANES == 16
-#define IN_QUADS(a, b, c, d) \
-  a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12
-#elif LANES == 8
-#define IN_QUADS(a, b, c, d) a, b, c, d, a + 4, b + 4, c + 4, d + 4
-#else
-#define IN_QUADS(a, b, c, d) a, b, c, d
-#endif
-
-// The lower or upper halves of the quads of two vectors, interleaved in units of so many bits.
-#define LOW64(a, b) SHUFFLE(a, b, IN_QUADS(0, 1, LANES, LANES + 1))
-#define HIGH64(a, b) SHUFFLE(a, b, IN_QUADS(2, 3, LANES + 2, LANES + 3))
-#define LOW32(a, b) SHUFFLE(a, b, IN_QUADS(0, LANES, 1, LANES + 1))
-#define HIGH32(a, b) SHUFFLE(a, b, IN_QUADS(2, LANES + 2, 3, LANES + 3))
 #if BF16_PAIRS
 #define INTERLEAVED(name, instruction)                             \
   INLINE Words name(Words a, Words b) {                            \
@@ -94,10 +44,7 @@ INLINE void transposed(const u8 *const *rows, i64 at, Words words[4]) {
   words[0] = LOW32(low01, low23), words[1] = HIGH32(low01, low23);
   words[2] = LOW32(high01, high23), words[3] = HIGH32(high01, high23);
 #else
-  const Words low01 = LOW32(r[0], r[1]), high01 = HIGH32(r[0], r[1]);
-  const Words low23 = LOW32(r[2], r[3]), high23 = HIGH32(r[2], r[3]);
-  words[0] = LOW64(low01, low23), words[1] = HIGH64(low01, low23);
-  words[2] = LOW64(high01, high23), words[3] = HIGH64(high01, high23);
+  transposed_quads(r, words);
 #endif
 }
 
@@ -112,27 +59,22 @@ INLINE Floats value_of(Words code, int codes) {
   return floats_of(bits | ((Words)nan & 0x7fc00000u));
 }
 
-// sum + a*b.  `fma` is made of scalar ones, and among many gcc finds not all that are a vector.
-INLINE Floats add_product(Floats sum, Floats a, Floats b) {
-#if defined(__x86_64__) && HAS_FMA
-  __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-  return sum;
-#else
-  return fma(a, b, sum);
-#endif
-}
-
 #if BF16_PAIRS
 typedef u8 Bytes __attribute__((vector_size(64)));
 
 // The bytes of the bfloat16 of each magnitude; bit 6 of a code chooses the vector, the low six bits the byte.
 typedef struct { Bytes low[2], high[2]; } Decoder;
 
+typedef u8 LanesOfBytes __attribute__((vector_size(LANES)));
+
 INLINE Decoder decoder_of(int codes) {
-  union { u8 bytes[128]; Bytes vectors[2]; } low, high;
-  for (u32 code = 0; code < 128; ++code) {
-    const u32 bits = word_of(value_of((Words){0} + code, codes)[0]);
-    low.bytes[code] = (u8)(bits >> 16), high.bytes[code] = (u8)(bits >> 24);
+  union { LanesOfBytes lanes[128 / LANES]; Bytes vectors[2]; } low, high;
+  Words code;
+  for (int i = 0; i < LANES; ++i) code[i] = i;
+  for (int i = 0; i < 128 / LANES; ++i, code += LANES) {
+    const Words bits = bits_of(value_of(code, codes)) >> 16;
+    low.lanes[i] = __builtin_convertvector(bits, LanesOfBytes);
+    high.lanes[i] = __builtin_convertvector(bits >> 8, LanesOfBytes);
   }
   return (Decoder){{low.vectors[0], low.vectors[1]}, {high.vectors[0], high.vectors[1]}};
 }
@@ -153,10 +95,7 @@ INLINE void decode(Words words, int codes, const Decoder *decoder, Parts parts) 
   parts[0] = low8((Words)low, (Words)high), parts[1] = high8((Words)low, (Words)high);
 }
 
-INLINE Floats multiply_add(Floats sum, Words a, Words b) {
-  __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-  return sum;
-}
+INLINE Floats multiply_add(Floats sum, Words a, Words b) { return add_pair_products(sum, a, b); }
 #else
 typedef struct { char unused; } Decoder;
 
@@ -179,4 +118,24 @@ INLINE Place place_of(int n) {
 #else
   return (Place){n % 4, n / 4};
 #endif
+}
+
+// LOAD elements of a row, in PARTS vectors.
+#define LOAD MIN2(CHUNK, 4 * LANES)
+INLINE void row_words(const u8 *from, int codes, const Decoder *decoder, Parts parts) {
+#if LOAD == 4 * LANES
+  const Words words = *(const LooseWords *)from;
+#else
+  const Words words = join(*(const LooseHalfWords *)from, (HalfWords){0});
+#endif
+  decode(words, codes, decoder, parts);
+}
+
+// UNIT elements of each of LANES rows: lane n of words[j] has those from DEPTH * j on of row n.
+#define UNIT 16
+INLINE void column_words(const u8 *const *rows, i64 at, int codes, const Decoder *decoder, Words words[UNIT / DEPTH]) {
+  Words four[4];
+  transposed(rows, at, four);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) decode(four[i], codes, decoder, words + PARTS * i);
 }

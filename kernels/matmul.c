@@ -1,6 +1,9 @@
-// The block-scaled product on CPUs: out[m, n] = the sum over the groups g of K of a_scale[m, g] * b_scale[n / GROUP, g]
-// times the product of group g of row m of a and row n of b, plus bias[n] if HAS_BIAS; a [rows, K] and b [N, K] of
-// 8-bit floats.  The scales of a are [rows, GROUPS] or, in columns, [GROUPS, rows or rows rounded up to 4].
+// Products on CPUs: out[m, n] = row m of a [rows, K] times row n of b [N, K], plus bias[n] if HAS_BIAS.
+//
+//   PLAIN undefined   8-bit floats, scaled in blocks: the sum over the groups g of K of a_scale[m, g] *
+//                     b_scale[n / GROUP, g] times the product of group g.  The scales of a are [rows, GROUPS] or, in
+//                     columns, [GROUPS, rows or rows rounded up to 4].
+//   PLAIN defined     floats of that dtype, without scales; K is one group
 //
 //   few rows    lanes are places along K: BATCH rows of b stream past one row of a.
 //   many rows   lanes are columns: a tile of COLUMNS rows of b is decoded and transposed, a chunk of K at a time, and
@@ -15,7 +18,7 @@
 #include "cpu.h"
 #include "vectors.h"
 // After them, whose types it uses.
-#include "float8.h"
+#include "lanes.h"
 
 // Sums of PANEL rows times WIDTH vectors fill the registers.
 #if LANES == 16
@@ -31,11 +34,23 @@
 enum { ROW = 0, COLUMN_TMA = 1, COLUMN = 2 };
 
 #define MIN2(a, b) ((a) < (b) ? (a) : (b))
-#define GROUPS (K / GROUP)
-#define SCALE_STEP (A_SCALE_LAYOUT == ROW ? GROUPS : 1)  // from a scale of a to the one of the next row
 #define CHUNK MIN2(GROUP, 32 * DEPTH)  // elements along K of a decoded tile
+#ifdef PLAIN
+#define SCALED 0
+#define GROUP K
+#define A_CODES 0
+#define B_CODES 0
+#define A_SCALE_LAYOUT ROW
+#include "plain.h"
+#else
+#define SCALED 1
+#include "float8.h"
+#endif
+
+#define GROUPS (K / GROUP)
+// From a scale of a to the one of the next row.
+#define SCALE_STEP (!SCALED ? 0 : A_SCALE_LAYOUT == ROW ? GROUPS : 1)
 #define STEPS (CHUNK / DEPTH)
-#define LOAD MIN2(CHUNK, 4 * LANES)    // codes that are loaded at once along K
 #define VECTORS (COLUMNS / LANES)
 #define STRIPES (VECTORS / WIDTH)
 _Static_assert(VECTORS % WIDTH == 0 && CHUNK % LOAD == 0 && GROUP % CHUNK == 0, "tiles are made of whole panels");
@@ -49,15 +64,6 @@ INLINE Words once(Words a) {
   __asm__ volatile("" : "+v"(a));
 #endif
   return a;
-}
-
-// LOAD codes of a row, zeros after them.
-INLINE Words load_codes(const u8 *from) {
-#if LOAD == 4 * LANES
-  return *(const LooseWords *)from;
-#else
-  return join(*(const LooseHalfWords *)from, (HalfWords){0});
-#endif
 }
 
 // -- many rows -----------------------------------------------------------------------------------------------------
@@ -80,6 +86,10 @@ INLINE const float *scale_of(const Product *p, i64 row, i64 group) {
   return p->a_scale + row * SCALE_STEP + group * (A_SCALE_LAYOUT == ROW ? 1 : p->scale_column);
 }
 
+INLINE const float *b_scale_of(const Product *p, i64 n, i64 group) { return p->b_scale + n / GROUP * GROUPS + group; }
+
+INLINE const u8 *row_of(const u8 *matrix, i64 row) { return matrix + row * ((i64)K * BYTES); }
+
 // Tiles along a chunk of K, decoded: stripes of WIDTH vectors of columns, and a panel of rows of a.
 typedef struct {
   Words words[STRIPES][STEPS][WIDTH];
@@ -93,31 +103,28 @@ INLINE int least(i64 a, i64 b) { return (int)(a < b ? a : b); }
 
 // The rows of b from n on; those beyond the last are the last.
 INLINE void rows_of(const u8 *b, i64 n, int count, const u8 **rows) {
-  for (int i = 0; i < count; ++i) rows[i] = b + (n + i < N ? n + i : N - 1) * (i64)K;
+  for (int i = 0; i < count; ++i) rows[i] = row_of(b, n + i < N ? n + i : N - 1);
 }
 
 // Where among the steps of a chunk the left tile has a row's elements from DEPTH * n on.
 INLINE int step_of(int n) {
   const int load = n / (LOAD / DEPTH), in_load = n % (LOAD / DEPTH);
   const Place place = place_of(in_load);
-  return load * (LOAD / DEPTH) + place.part * (LOAD / 4) + place.word;
+  return load * (LOAD / DEPTH) + place.part * (LOAD / DEPTH / PARTS) + place.word;
 }
 
 // Vector v of a tile of b, a chunk of LANES rows; the chunk after it is sent for.
 INLINE void decode_right(const u8 *const *rows, i64 k, int v, const Decoder *decoder, Right *right) {
   rows += v * LANES;
-  for (int i = 0; i < LANES; ++i) __builtin_prefetch(rows[i] + k + CHUNK);
-#pragma GCC unroll 4
-  for (int quad = 0; quad < CHUNK / 16; ++quad) {
-    Words words[4];
-    transposed(rows, k + 16 * quad, words);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      Parts parts;
-      decode(words[i], B_CODES, decoder, parts);
-      for (int part = 0; part < PARTS; ++part)
-        right->words[v / WIDTH][step_of((16 * quad + 4 * i) / DEPTH + part)][v % WIDTH] = parts[part];
-    }
+  for (int i = 0; i < LANES; ++i)
+    for (int byte = 0; byte < CHUNK * BYTES; byte += 64) __builtin_prefetch(rows[i] + (k + CHUNK) * BYTES + byte);
+#pragma GCC unroll 8
+  for (int unit = 0; unit < CHUNK / UNIT; ++unit) {
+    Words words[UNIT / DEPTH];
+    column_words(rows, (k + UNIT * unit) * BYTES, B_CODES, decoder, words);
+#pragma GCC unroll 16
+    for (int i = 0; i < UNIT / DEPTH; ++i)
+      right->words[v / WIDTH][step_of(unit * (UNIT / DEPTH) + i)][v % WIDTH] = words[i];
   }
 }
 
@@ -125,9 +132,9 @@ INLINE void decode_left(const Product *p, i64 row, int rows, i64 k, const Decode
   for (int i = 0; i < rows; ++i)
     for (int load = 0; load < CHUNK / LOAD; ++load) {
       Parts parts;
-      decode(load_codes(p->a + (row + i) * (i64)K + k + load * LOAD), A_CODES, decoder, parts);
+      row_words(row_of(p->a, row + i) + (k + load * LOAD) * BYTES, A_CODES, decoder, parts);
       for (int part = 0; part < PARTS; ++part)
-        *(LooseWords *)&left->words[i][(load * PARTS + part) * (LOAD / 4)] = parts[part];
+        *(LooseWords *)&left->words[i][(load * PARTS + part) * (LOAD / DEPTH / PARTS)] = parts[part];
     }
 }
 
@@ -137,6 +144,7 @@ INLINE void multiply_panel(const Left *left, int rows, const Words (*right)[WIDT
   Floats sum[PANEL][WIDTH] = {{{0}}};
   for (int step = 0; step < STEPS; ++step) {
     Words b[WIDTH];
+    __builtin_prefetch(sums + step, 1);
 #pragma GCC unroll 8
     for (int v = 0; v < WIDTH; ++v) b[v] = once(right[step][v]);
 #pragma GCC unroll 8
@@ -232,7 +240,7 @@ INLINE void many_rows(const Product *p, i64 row, int rows, i64 first) {
   for (i64 k = 0; k < K; k += CHUNK) {
     const i64 group = k / GROUP, chunk = k / CHUNK;
     for (int v = 0; v < VECTORS; ++v)
-      b_scale[v] = p->b_scale[least(first + v * LANES, N - 1) / GROUP * (i64)GROUPS + group];
+      b_scale[v] = SCALED ? *b_scale_of(p, least(first + v * LANES, N - 1), group) : 1.0f;
     // The next chunk of b is decoded between the panels: that takes place while their products queue up.
     int next = k + CHUNK < K ? 0 : VECTORS;
     for (int i = 0; i < rows; i += PANEL) {
@@ -256,25 +264,24 @@ INLINE void many_rows(const Product *p, i64 row, int rows, i64 first) {
 // Elements n to n + BATCH - 1 of a row of the result.
 INLINE void one_row_batch(const Product *p, i64 row, i64 n, const Decoder *a_decoder, const Decoder *b_decoder,
                           float *results) {
-  const u8 *a = p->a + row * K, *rows[BATCH];
-  const float *b_scale = p->b_scale + (n < N ? n : N - 1) / GROUP * GROUPS;
+  const u8 *a = row_of(p->a, row), *rows[BATCH];
   rows_of(p->b, n, BATCH, rows);
   Floats sums[BATCH] = {{0}};
   for (i64 group = 0; group < GROUPS; ++group) {
     Floats partial[BATCH] = {{0}};
 #pragma GCC unroll 4
     for (int step = 0; step < GROUP / LOAD; ++step) {
-      const i64 at = group * GROUP + step * LOAD;
+      const i64 at = (group * GROUP + step * LOAD) * BYTES;
       Parts left;
-      decode(load_codes(a + at), A_CODES, a_decoder, left);
+      row_words(a + at, A_CODES, a_decoder, left);
 #pragma GCC unroll 8
       for (int i = 0; i < BATCH; ++i) {
         Parts right;
-        decode(load_codes(rows[i] + at), B_CODES, b_decoder, right);
+        row_words(rows[i] + at, B_CODES, b_decoder, right);
         for (int part = 0; part < PARTS; ++part) partial[i] = multiply_add(partial[i], left[part], right[part]);
       }
     }
-    const Floats scale = all(*scale_of(p, row, group) * b_scale[group]);
+    const Floats scale = all(SCALED ? *scale_of(p, row, group) * *b_scale_of(p, n < N ? n : N - 1, group) : 1.0f);
 #pragma GCC unroll 8
     for (int i = 0; i < BATCH; ++i) sums[i] = add_product(sums[i], partial[i], scale);
   }
@@ -306,10 +313,21 @@ INLINE void few_rows(const Product *p, i64 row, int rows, i64 first) {
 #define BIAS 0
 #endif
 
-void ENTRY(BINDING(const u8, a), BINDING(const u8, b), BINDING(const float, a_scale), BINDING(const float, b_scale),
-           BIAS_BINDING BINDING(Out, out), i32 rows, i32 workgroup) {
+#if SCALED
+#define SCALE_BINDINGS BINDING(const float, a_scale), BINDING(const float, b_scale),
+#define A_SCALE a_scale + a_scale_offset
+#define B_SCALE b_scale + b_scale_offset
+#else
+#define SCALE_BINDINGS
+#define A_SCALE &one
+#define B_SCALE &one
+#endif
+
+void ENTRY(BINDING(const Element, a), BINDING(const Element, b), SCALE_BINDINGS BIAS_BINDING BINDING(Out, out),
+           i32 rows, i32 workgroup) {
+  const float one = 1;
   const i64 scale_column = A_SCALE_LAYOUT == COLUMN_TMA ? ((i64)rows + 3) / 4 * 4 : rows;
-  const Product product = {a + a_offset, b + b_offset, a_scale + a_scale_offset, b_scale + b_scale_offset,
+  const Product product = {(const u8 *)(a + a_offset), (const u8 *)(b + b_offset), A_SCALE, B_SCALE,
                            scale_column, BIAS, out + out_offset};
   const i64 tiles = (N + COLUMNS - 1) / COLUMNS, row = workgroup / tiles * ROWS, first = workgroup % tiles * COLUMNS;
   const int count = least(ROWS, rows - row);

@@ -83,17 +83,16 @@ DEVICE void arrive_expecting(Barrier *at, u32 bytes) {
 DEVICE void arrive_after_copies(Barrier *at) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(address_of(at)) : "memory");
 }
-DEVICE bool is_complete(Barrier *at, u32 parity) {
-  u32 complete;
-  asm volatile("{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;"
-               " selp.u32 %0, 1, 0, p;}"
-               : "=r"(complete) : "r"(address_of(at)), "r"(parity) : "memory");
-  return complete;
-}
-// Until the phase of this parity is complete.
-DEVICE void wait(Barrier *at, u32 parity) {
-  while (!is_complete(at, parity)) {}
-}
+// Until the phase of this parity is complete; what was written before by the arrived, of this workgroup, is seen.
+#define WAIT(order)                                                                                                 \
+  u32 complete;                                                                                                     \
+  do asm volatile("{.reg .pred p; mbarrier.try_wait.parity" order ".shared::cta.b64 p, [%1], %2;"                   \
+                  " selp.u32 %0, 1, 0, p;}"                                                                         \
+                  : "=r"(complete) : "r"(address_of(at)), "r"(parity) : "memory");                                  \
+  while (!complete)
+DEVICE void wait(Barrier *at, u32 parity) { WAIT(""); }
+// The same of all workgroups of the cluster, which costs more.
+DEVICE void wait_for_cluster(Barrier *at, u32 parity) { WAIT(".acquire.cluster"); }
 
 // -- clusters ------------------------------------------------------------------------------------------------------
 
@@ -106,11 +105,14 @@ DEVICE const float *at_rank(const float *shared, u32 rank) {
   asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(shared), "r"(rank));
   return (const float *)there;
 }
-DEVICE void arrive_at_rank(Barrier *at, u32 rank) {
-  asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;"
-               " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];}"
-               ::"r"(address_of(at)), "r"(rank) : "memory");
-}
+#define ARRIVE_AT_RANK(order)                                                                                       \
+  asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;"                                          \
+               " mbarrier.arrive" order ".shared::cluster.b64 _, [there];}"                                         \
+               ::"r"(address_of(at)), "r"(rank) : "memory")
+// Nothing that was written is promised to be seen there.
+DEVICE void arrive_at_rank(Barrier *at, u32 rank) { ARRIVE_AT_RANK(""); }
+// All that was written is seen there, by those who wait for the cluster.
+DEVICE void publish_at_rank(Barrier *at, u32 rank) { ARRIVE_AT_RANK(".release.cluster"); }
 
 // -- copies into shared memory ---------------------------------------------------------------------------------------
 
@@ -137,6 +139,11 @@ DEVICE void copy4(float *to, const float *from, bool there) {
 // What was written by threads and copies before is seen by wgmma after.
 DEVICE void order_for_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Not before what is said to begin before it.
+DEVICE void load2(const float *shared, float *values) {
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(values[0]), "=f"(values[1]) : "r"(address_of(shared)) : "memory");
+}
+
 DEVICE void store16(u8 *to, const u32 *words) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
                ::"l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]) : "memory");
@@ -155,7 +162,8 @@ template <int COUNT> DEVICE void take_registers() { asm volatile("setmaxnreg.inc
 #if HAS_WGMMA
 // A tile of rows of 128 swizzled bytes: address, 1024 bytes from 8 rows to the next, 128-byte swizzle.
 DEVICE u64 descriptor(const u8 *tile) {
-  return (u64)(address_of(tile) >> 4) | 1ull << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
+  // An address has the workgroup's rank above its 18 bits.
+  return (u64)((address_of(tile) & 0x3ffff) >> 4) | 1ull << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
 }
 
 #define NUMBERS4 "%0, %1, %2, %3"
@@ -185,9 +193,12 @@ template <int COLUMNS> DEVICE void wgmma(float *d, u64 a, u64 b, bool adds) {
 }
 DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Until all are done that were committed; d is theirs.
-template <int COUNT> DEVICE void wgmma_wait(float *d) {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+// Until all are done that were committed but for the last `after`, at most 3; d, of COUNT, is theirs.
+template <int COUNT> DEVICE void wgmma_wait(float *d, int after) {
+  if (after == 0) asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  else if (after == 1) asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+  else if (after == 2) asm volatile("wgmma.wait_group.sync.aligned 2;" ::: "memory");
+  else asm volatile("wgmma.wait_group.sync.aligned 3;" ::: "memory");
   UNROLL for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 #else

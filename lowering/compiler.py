@@ -34,13 +34,14 @@ from .folding import fold
 from .fuse import fuse
 from .importer import Program, import_module, parse_module
 from .kernel import hardware_floats
-from .layout import check, lay_out
+from .layout import check, lay_out, reads_of
 from .normalize import normalize
 from .raising import RECOGNISERS, raise_function
 from .report import Change, Report, Site
 from .signature import SIGNATURE_KEY, Signature
 from .targets import Target, resolve
 from .views import sink_views
+from .weight_scales import check_scales
 
 Progress = Callable[[str, str], None]
 Fp8 = Literal["as-is", "native"]
@@ -187,7 +188,7 @@ class _Pipeline:
             ("raise", lambda: raise_function(function, ledger, self.recognisers)),
             ("sink", lambda: sink_views(function)),
             ("fuse", lambda: fuse(function, ledger, supported(self.target))),
-            ("layout", lambda: lay_out(function, ledger, self.target)),
+            ("layout", lambda: lay_out(function, ledger, reads_of(self.target))),
             ("fold", lambda: fold(program)),
         ]
         if self.fp8 == "native":
@@ -206,6 +207,7 @@ class _Pipeline:
         function = program.main()
         self.start("dispatch", f"{len(ledger.records)} sites")
         check(function)
+        check_scales(program)
         dispatched = dispatch(
             program.module,
             function,
@@ -215,7 +217,7 @@ class _Pipeline:
             lambda entry: self.start("kernels", entry),
         )
         program.mark_strides(return_physical_scales(function, dispatched.physical_scales))
-        Expander().expand(function)
+        Expander(spell_attention=self.target.backend == "cpu").expand(function)
         self.dump("dispatch", program.module)
         return dispatched
 

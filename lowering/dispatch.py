@@ -20,10 +20,10 @@ from iree.compiler import ir
 from iree.compiler.dialects import arith, flow, func, hal, linalg, stream, tensor
 
 from patterns import canonical, torch_ir, views
-from patterns.contracts import Contract, MatmulSpec, RowSpec, ScaleLayout, Spec, TopkSpec
+from patterns.contracts import Contract, LinearSpec, MatmulSpec, RowSpec, ScaleLayout, Spec, TopkSpec
 from patterns.sites import Cost, Ledger
 
-from . import abi, matmul_kernel, toolchain, topk_kernel
+from . import abi, linear_kernel, matmul_kernel, toolchain, topk_kernel
 from . import kernel as row_kernel
 from .devices import executable_target
 from .kernel import Access, Binding, KernelInstance
@@ -42,6 +42,7 @@ _FAMILIES: dict[type[Spec], _Family] = {
     RowSpec: _Family(row_kernel.instance, row_kernel.why_unsupported),
     TopkSpec: _Family(topk_kernel.instance, topk_kernel.why_unsupported),
     MatmulSpec: _Family(matmul_kernel.instance, matmul_kernel.why_unsupported),
+    LinearSpec: _Family(linear_kernel.instance, linear_kernel.why_unsupported),
 }
 
 

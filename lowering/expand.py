@@ -6,20 +6,21 @@ an op means is written once, in ``lowering.ops``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from iree.compiler import ir
 
-from patterns import canonical, torch_ir
+from patterns import canonical, torch_ir, weight_layouts
 
-from . import ops
+from . import attention, ops
 from .errors import CompileError
 from .importer import import_module
 from .normalize import normalize
 from .routing import why_impossible
+from .weight_layouts import shuffle_weight_reference, unshuffle_weight_reference
 
 
 class _Reference(torch.nn.Module):
@@ -33,10 +34,27 @@ class _Reference(torch.nn.Module):
         return self.function(*tensors)
 
 
+@dataclass(frozen=True)
+class _Meaning:
+    """A function that an op stands for: on which of its operands, and what distinguishes it from others.
+
+    ``axes`` names the axes of each operand: what has one name has one size.
+    """
+
+    function: Callable[..., Any]
+    key: Any
+    operands: list[ir.Value]
+    axes: list[list[str]]
+
+
 @dataclass
 class Expander:
-    """Expands the canonical ops of one module; equal ops are traced once."""
+    """Expands the ops of one module; equal ops are traced once.
 
+    Canonical ones, and attention where ``spell_attention``.
+    """
+
+    spell_attention: bool = False
     _traced: dict[Any, ir.Operation] = field(default_factory=dict)
     _modules: list[ir.Module] = field(default_factory=list)
 
@@ -45,20 +63,34 @@ class Expander:
         block = torch_ir.block_of(function)
         count = 0
         for op in [op.operation for op in block.operations]:
-            reference = _reference(op)
-            if reference is not None:
-                _inline(self._trace(op, *reference), op)
+            meaning = self._meaning(op)
+            if meaning is not None:
+                _inline(self._trace(op, meaning), op, meaning.operands)
                 count += 1
         torch_ir.erase_dead(block)
         return count
 
-    def _trace(self, op: ir.Operation, key: Any, function: Callable[..., Any]) -> ir.Operation:
-        types = tuple(torch_ir.tensor_type(operand) for operand in op.operands)
-        full_key = (torch_ir.op_name(op), key, types)
+    def _meaning(self, op: ir.Operation) -> _Meaning | None:
+        if self.spell_attention and (found := attention.attention(op)) is not None:
+            operands = attention.tensors(op)
+            axes = found.axes([len(type_.shape) for type_ in _types(operands)])
+            return _Meaning(attention.reference(found), found, operands, axes)
+        reference = _reference(op)
+        if reference is None:
+            return None
+        key, function = reference
+        operands = [operand for operand in op.operands if torch_ir.tensor_type(operand) is not None]
+        # The leading axes of all row operands are the same axes.
+        axes = [[f"axis{axis}" for axis, _ in enumerate(type_.shape)] for type_ in _types(operands)]
+        return _Meaning(function, key, operands, axes)
+
+    def _trace(self, op: ir.Operation, meaning: _Meaning) -> ir.Operation:
+        types = _types(meaning.operands)
+        full_key = (torch_ir.op_name(op), meaning.key, tuple(types))
         if full_key not in self._traced:
-            args, shapes = _examples([t for t in types if t is not None])
+            args, shapes = _examples(types, meaning.axes)
             program = import_module(
-                _Reference(function), tuple(args), op.context, dynamic_shapes=(tuple(shapes),)
+                _Reference(meaning.function), tuple(args), op.context, dynamic_shapes=(tuple(shapes),)
             )
             normalize(program.main())
             self._modules.append(program.module)
@@ -106,7 +138,17 @@ def _reference(op: ir.Operation) -> tuple[Any, Callable[..., Any]] | None:
             return ops.block_scaled_matmul_reference(a, b, a_scale, b_scale, dtype, bias, layout)
 
         return (dtype, layout), block_scaled_matmul
+    if name in _MOVES:
+        to, move = torch_ir.constant(op.operands[1]), _MOVES[name]
+        return to, lambda weight: move(weight, to)
     return None
+
+
+# Of a weight that is no parameter; one that is has been shuffled when compiling.
+_MOVES: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
+    weight_layouts.SHUFFLE: shuffle_weight_reference,
+    weight_layouts.UNSHUFFLE: unshuffle_weight_reference,
+}
 
 
 def _routing_reference(op: ir.Operation) -> tuple[Any, Callable[..., Any]]:
@@ -120,24 +162,30 @@ def _routing_reference(op: ir.Operation) -> tuple[Any, Callable[..., Any]]:
     return (routing, dtype), lambda x, bias: ops.grouped_topk_reference(x, bias, routing, dtype)
 
 
-def _examples(types: list[torch_ir.TensorType]) -> tuple[list[torch.Tensor], list[dict[int, Any]]]:
-    """Example tensors, and which of their axes are dynamic.
+def _types(values: Sequence[ir.Value]) -> list[torch_ir.TensorType]:
+    types = [torch_ir.tensor_type(value) for value in values]
+    return [type_ for type_ in types if type_ is not None]
 
-    The leading axes of all row operands are the same axes, so axis i is one dimension in all of them.
-    """
+
+def _examples(
+    types: Sequence[torch_ir.TensorType], axes: Sequence[Sequence[str]]
+) -> tuple[list[torch.Tensor], list[dict[int, Any]]]:
+    """Example tensors, and which of their axes are dynamic."""
+    names = dict.fromkeys(name for row in axes for name in row)
+    sizes = {name: 7 + 2 * number for number, name in enumerate(names)}
     args, shapes = [], []
-    for type_ in types:
-        size = [dim if dim is not None else 7 + 2 * axis for axis, dim in enumerate(type_.shape)]
+    for type_, row in zip(types, axes, strict=True):
+        size = [sizes[name] if dim is None else dim for name, dim in zip(row, type_.shape, strict=True)]
         args.append(torch.zeros(size, dtype=getattr(torch, type_.dtype)))
-        dynamic = [axis for axis, dim in enumerate(type_.shape) if dim is None]
-        shapes.append({axis: torch.export.Dim(f"axis{axis}") for axis in dynamic})
+        dynamic = {axis: name for axis, name in enumerate(row) if type_.shape[axis] is None}
+        shapes.append({axis: torch.export.Dim(name) for axis, name in dynamic.items()})
     return args, shapes
 
 
-def _inline(function: ir.Operation, op: ir.Operation) -> None:
-    """Copy the body of ``function`` in place of ``op``."""
+def _inline(function: ir.Operation, op: ir.Operation, operands: Sequence[ir.Value]) -> None:
+    """Copy the body of ``function``, applied to ``operands``, in place of ``op``."""
     block = torch_ir.block_of(function)
-    values: dict[ir.Value, ir.Value] = dict(zip(block.arguments, op.operands, strict=True))
+    values: dict[ir.Value, ir.Value] = dict(zip(block.arguments, operands, strict=True))
     for inner in [inner.operation for inner in block.operations]:
         if inner.name == "func.return":
             for old, new in zip(op.results, inner.operands, strict=True):

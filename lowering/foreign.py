@@ -1,6 +1,6 @@
 """Operations of other libraries in a traced program: declaring them, and making them functional.
 
-The tables of ``patterns.named_ops`` and ``patterns.grouped_topk`` say which they are.  ``declare_ops`` lets
+The tables of ``patterns.named_ops`` and its neighbours say which they are.  ``declare_ops`` lets
 torch.export trace them without their library; ``functionalize`` replaces those that write into their
 arguments by twins that return what would have been written, since a compiled program is functional.
 """
@@ -17,13 +17,18 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from patterns import grouped_topk, named_ops
+from patterns import block_scaled_matmul, grouped_topk, named_ops
+from patterns.block_scaled_matmul import NamedProduct
 from patterns.grouped_topk import NamedTopk
 from patterns.named_ops import FUNCTIONAL, LAYOUT, NamedOp
 
 from .errors import CompileError
 
-_TABLE: tuple[NamedOp, ...] = (*named_ops.NAMED_OPS, *grouped_topk.NAMED_OPS)
+_TABLE: tuple[NamedOp, ...] = (
+    *named_ops.NAMED_OPS,
+    *grouped_topk.NAMED_OPS,
+    *block_scaled_matmul.NAMED_OPS,
+)
 # By name: rows of one name share its schema.
 _ROWS = {row.name: row for row in reversed(_TABLE)}
 
@@ -70,11 +75,18 @@ def _fake(row: NamedOp) -> Callable[..., Any]:
         if row.mutated:
             return None
         given = {**dict(zip(row.arguments, args, strict=False)), **kwargs}
-        made = _routed(row, given) if isinstance(row, NamedTopk) else _made(row, given)
+        made = _shapes(row, given)
         results = [given[row.x].new_empty(made[role][0], dtype=made[role][1]) for role in row.results]
         return results if row.schema.endswith("Tensor[]") else _returned(results)
 
     return fake
+
+
+def _shapes(row: NamedOp, given: Mapping[str, Any]) -> dict[str, tuple[tuple[Any, ...], torch.dtype]]:
+    """Shape and dtype of each result."""
+    if isinstance(row, NamedProduct):
+        return _multiplied(row, given)
+    return _routed(row, given) if isinstance(row, NamedTopk) else _made(row, given)
 
 
 def _made(row: NamedOp, given: Mapping[str, Any]) -> dict[str, tuple[tuple[Any, ...], torch.dtype]]:
@@ -95,6 +107,14 @@ def _routed(row: NamedTopk, given: Mapping[str, Any]) -> dict[str, tuple[tuple[A
     """Shape and dtype of the results of a routing."""
     shape = (*given[row.x].shape[:-1], given["topk"])
     return {"weights": (shape, torch.float32), "ids": (shape, torch.int32)}
+
+
+def _multiplied(
+    row: NamedProduct, given: Mapping[str, Any]
+) -> dict[str, tuple[tuple[Any, ...], torch.dtype]]:
+    """Shape and dtype of the result of a product; AITER's is float16 where its caller does not say."""
+    shape = (*given[row.x].shape[:-1], given[row.b].shape[0])
+    return {"y": (shape, given.get(row.out_dtype or "", torch.float16))}
 
 
 def _returned(results: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:

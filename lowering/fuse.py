@@ -5,6 +5,7 @@ from __future__ import annotations
 from iree.compiler import ir
 
 from patterns import canonical, torch_ir
+from patterns.linear_fusion import LINEAR, fuse_linear
 from patterns.row_fusion import Support, fuse_plain, fuse_producer
 from patterns.sites import Ledger
 from patterns.topk_fusion import fuse_routing
@@ -23,6 +24,8 @@ def fuse(function: ir.Operation, ledger: Ledger, support: Support) -> None:
         fuse_plain(value, ledger, support)
     for routing in _ops(block, canonical.GROUPED_TOPK):
         fuse_routing(routing, ledger, support)
+    for linear in _ops(block, LINEAR):
+        fuse_linear(linear, support)
     torch_ir.erase_dead(block)
 
 

@@ -11,7 +11,7 @@ from iree.compiler import ir
 
 from patterns import canonical, torch_ir, weight_layouts
 from patterns.contracts import MatmulSpec
-from patterns.matmul_fusion import Reads, fuse_product
+from patterns.matmul_fusion import Reads, fuse_product, why_misfit
 from patterns.sites import Ledger
 
 from .dispatch import supported
@@ -23,18 +23,27 @@ from .targets import Target
 _OWN = (canonical.MATMUL, canonical.BLOCK_SCALED_MATMUL)
 
 
-def lay_out(function: ir.Operation, ledger: Ledger, target: Target) -> None:
-    """Give the products of ``function`` to kernels of ``target`` where there are any, in place.
+def reads_of(target: Target) -> Reads:
+    """The layouts that the kernels of ``target`` read."""
+    return Reads(target.name, read_layouts(target), scale_layouts(target), supported(target))
+
+
+def lay_out(function: ir.Operation, ledger: Ledger, reads: Reads) -> None:
+    """Give the products of ``function`` to kernels where there are any, in place.
 
     A product that has none is remarked in ``ledger``.  Raises CompileError, naming the parameter and the
-    product, where the model says a weight has a layout that the target has not, that the operation it comes
-    from does not give it, or that another product says it has not.
+    product, where operands do not fit each other, and where the model says a weight has a layout that the
+    target has not, that what makes the weight does not give it, or that another product says it has not.
     """
     block = torch_ir.block_of(function)
     products = _products(block)
-    _note_what_is_said(products, target)
+    for product in products:
+        if misfit := why_misfit(product):
+            raise CompileError(
+                f"{torch_ir.location(product)}: the operands of a product do not fit: {misfit}"
+            )
+    _note_what_is_said(products, reads)
     check(function)
-    reads = Reads(read_layouts(target), scale_layouts(target), supported(target))
     frozen = torch_ir.of_parameters(block)
     of_parameters = [torch_ir.producer(product.operands[1]) in frozen for product in products]
     for product, is_parameter in zip(products, of_parameters, strict=True):
@@ -63,16 +72,15 @@ def check(function: ir.Operation) -> None:
             )
 
 
-def _note_what_is_said(products: list[ir.Operation], target: Target) -> None:
+def _note_what_is_said(products: list[ir.Operation], reads: Reads) -> None:
     """Write on each parameter the layout in which the model says it is stored."""
     said: dict[str, tuple[str, str]] = {}
     for product in products:
         layout, load = _read(product), weight_layouts.parameter(product.operands[1])
-        layouts = ("row", *read_layouts(target))
-        if layout not in layouts:
+        if layout not in ("row", *reads.weights):
             raise CompileError(
-                f"{_place(product)} in layout {layout}, which {target.name} has not, only "
-                f"{' and '.join(layouts)}: give it in row, and the compiler lays it out for its target"
+                f"{_place(product)} in layout {layout}, which {reads.target} has not: give it in row, and "
+                f"the compiler lays it out for its target ({' or '.join(reads.weights) or 'row'})"
             )
         if load is None:
             continue

@@ -25,7 +25,7 @@ _WITHIN_WAVE = 3
 # Elements of x that one CPU workgroup takes: some ten microseconds, well above the cost of handing it out.
 _CPU_ELEMENTS = 16384
 
-MULTIPROCESSORS = {"sm_90": 132, "sm_100": 148}
+_MULTIPROCESSORS = {"sm_90": 132, "sm_100": 148}
 # Rows from so many elements on have a mapping of their own on NVIDIA GPUs, from so many slices when few.
 _LONG, _SLICED = 1280, 6144
 
@@ -108,7 +108,7 @@ def choose_mapping(spec: RowSpec, target: Target) -> Mapping:
     """The mapping of rows to lanes: what was measured on the target for rows like these, else a rule."""
     if measured := _measured(target.name).get(tuning_key(spec)):
         return measured
-    if target.name in MULTIPROCESSORS and tuning_key(spec) and spec.hidden >= _LONG:
+    if target.name in _MULTIPROCESSORS and tuning_key(spec) and spec.hidden >= _LONG:
         return _long_rows(spec, target)
     return Mapping(_default_tile(spec, target))
 
@@ -121,7 +121,7 @@ def _long_rows(spec: RowSpec, target: Target) -> Mapping:
     where a store has 32 bytes (sm_100).  Where only codes are, instructions are the limit: vectors of 16, and
     workgroups that keep the weight and read a row ahead, from half as many rows on as there are of those.
     """
-    multiprocessors, copies = MULTIPROCESSORS[target.name], spec.writes_sum or spec.writes_y
+    multiprocessors, copies = _MULTIPROCESSORS[target.name], spec.writes_sum or spec.writes_y
     vector = 8 if spec.hidden % 16 or (copies and target.name == "sm_90") else 16
     count = -(-spec.hidden // vector)
     vectors = min(2, -(-count // 256)) if vector == 16 else -(-count // _MAX_LANES)

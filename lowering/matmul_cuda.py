@@ -9,20 +9,25 @@ from pathlib import Path
 
 from patterns.contracts import MatmulSpec
 
-from .mapping import MULTIPROCESSORS, GridRule
+from .mapping import GridRule
 from .matmul_variant import Specialised, Variant, common_defines, texts
 from .targets import Target
 
-TOKENS = (8, 16, 32, 64, 128)  # rows of a that the kernel can have in a unit
+# Rows of a that the kernel can have in a unit; without wgmma the registers do not suffice for more.
+TOKENS = {"sm_90": (8, 16, 32, 64, 128), "sm_100": (8, 16, 32, 64)}
 MOST_SPLIT = 8
 ANY_ROWS = 2**31 - 1
 
 _BLOCK = 128
 _THREADS = 384
+_MOST_STAGES = 12  # of the ring of blocks
 _SHARED = 227 << 10  # what a workgroup may have at most, and has: more of it is more bytes on their way
-# Workgroups that are at work at once, by the size of their clusters, which lie within one of the parts of
-# the machine that have 16 or 18 multiprocessors.
-_AT_ONCE = {"sm_90": {1: 132, 2: 132, 4: 128, 8: 128}, "sm_100": {1: 148, 2: 148, 4: 144, 8: 144}}
+# Workgroups that are at work at once, by the size of their clusters, which do not cross the machine's parts of up
+# to 18 multiprocessors: on an H200 as its driver says, on a B200 as eight parts of 18 would have it.
+AT_ONCE = {
+    "sm_90": {1: 132, 2: 132, 3: 117, 4: 120, 5: 110, 6: 102, 7: 105, 8: 120},
+    "sm_100": {1: 148, 2: 148, 3: 144, 4: 128, 5: 120, 6: 144, 7: 112, 8: 128},
+}
 
 
 @dataclass(frozen=True)
@@ -47,26 +52,26 @@ Plans = tuple[Plan, ...]
 
 
 def choose_plans(spec: MatmulSpec, target: Target) -> Plans:
-    """The plans for a product, of ascending ``rows``: what was measured for weights of this size, else a rule."""
+    """The plans for a product, of ascending ``rows``: measured for weights of this size, or else a rule's."""
     return _measured(target.name).get((spec.columns, spec.depth)) or default_plans(spec, target)
 
 
 def default_plans(spec: MatmulSpec, target: Target) -> Plans:
     """No more tokens in a unit than there are, and K split until every multiprocessor has weights to read."""
-    tiles, most = -(-spec.columns // _BLOCK), MULTIPROCESSORS[target.name]
-    splits = [split for split in _splits(spec) if split * tiles <= most] or [1]
-    plans = [Plan(tokens, tokens, splits[0]) for tokens in TOKENS]
+    tiles = -(-spec.columns // _BLOCK)
+    splits = [split for split in _splits(spec) if split * tiles <= AT_ONCE[target.name][split]] or [1]
+    sizes = TOKENS[target.name]
+    plans = [Plan(tokens, tokens, splits[0]) for tokens in sizes]
     for split in splits:
-        rows = most // (split * tiles) * TOKENS[-1]
+        rows = AT_ONCE[target.name][split] // (split * tiles) * sizes[-1]
         if split > 1 and rows > plans[-1].rows:
-            plans.append(Plan(rows, TOKENS[-1], split))
-    return (*plans, Plan(ANY_ROWS, TOKENS[-1], share=2))
+            plans.append(Plan(rows, sizes[-1], split))
+    return (*plans, Plan(ANY_ROWS, sizes[-1]))
 
 
 def _splits(spec: MatmulSpec) -> list[int]:
-    """Powers of two from the largest on that leave every part of K a block."""
-    powers = (1 << k for k in reversed(range(MOST_SPLIT.bit_length())))
-    return [split for split in powers if split * _BLOCK <= spec.depth]
+    """Powers of two that leave every part of K a block, from the largest on."""
+    return [split for split in (8, 4, 2, 1) if split * _BLOCK <= spec.depth]
 
 
 @functools.cache
@@ -76,16 +81,15 @@ def _measured(target: str) -> dict[tuple[int, int], Plans]:
     if not path.is_file():
         return {}
     found = json.loads(path.read_text(encoding="utf-8"))["products"]
-    return {
-        (item["columns"], item["depth"]): tuple(Plan(*plan) for plan in item["plans"]) for item in found
-    }
+    return {(item["columns"], item["depth"]): tuple(Plan(*plan) for plan in item["plans"]) for item in found}
 
 
 def _why_unsupported(spec: MatmulSpec, target: Target) -> str | None:
     if spec.group != _BLOCK:
         return f"The product kernel of {target.name} knows groups of {_BLOCK}, not {spec.group}."
     if {spec.a_dtype, spec.b_dtype} != {"float8_e4m3fn"}:
-        return f"The product kernel of {target.name} multiplies float8_e4m3fn, not {spec.a_dtype} and {spec.b_dtype}."
+        dtypes = f"{spec.a_dtype} and {spec.b_dtype}"
+        return f"The product kernel of {target.name} multiplies float8_e4m3fn, not {dtypes}."
     return None
 
 
@@ -93,10 +97,10 @@ def _specialise(spec: MatmulSpec, target: Target, tile: object | None) -> Specia
     plans = tile if isinstance(tile, tuple) else choose_plans(spec, target)
     cluster = max(plan.team for plan in plans)
     listed = " ".join(f"P({', '.join(map(str, astuple(plan)))})" for plan in plans)
-    values = {**common_defines(spec), "CLUSTER": cluster, "SHARED": _SHARED}
+    values = {**common_defines(spec), "CLUSTER": cluster, "SHARED": _SHARED, "MOST_STAGES": _MOST_STAGES, "WIDE_TILES": 2}
     return Specialised(
         (*texts(values), ("PLANS", listed)),
-        GridRule(1, most=1, columns=_AT_ONCE[target.name][cluster]),
+        GridRule(1, most=1, columns=AT_ONCE[target.name][cluster]),
         _THREADS,
         _SHARED,
     )

@@ -18,7 +18,7 @@ _THREADS = 256
 _FEW = 64
 # The codes that the matrix instructions of a target multiply.
 _CODES = {"gfx950": "float8_e4m3fn", "gfx942": "float8_e4m3fnuz"}
-# Workgroups that a compute unit has room for at once: what their registers and, on gfx942, their LDS leave.
+# Workgroups that a compute unit has room for at once: their registers leave it to two, on gfx942 LDS to one.
 _RESIDENT = {"gfx950": 2, "gfx942": 1}
 
 
@@ -26,21 +26,22 @@ _RESIDENT = {"gfx950": 2, "gfx942": 1}
 class ProductTile:
     """How a product is divided among workgroups.
 
-    Up to ``few_rows`` rows a unit of work is 64 rows by 16 columns, whose K the waves share; with more it is
-    ``rows`` by ``columns``, whose columns they share.
+    Up to ``few_rows`` rows a unit of work is 64 rows by ``few_columns`` columns, whose K the waves share;
+    with more it is ``rows`` by ``columns``, whose columns they share.
     """
 
     few_rows: int
+    few_columns: int = 16
     rows: int = 128
     columns: int = 128
 
 
 def default_tile(spec: MatmulSpec, target: Target) -> ProductTile:
-    """Large units once there is one for every second compute unit.  A rule: nothing was measured."""
-    tile = ProductTile(0)
-    across = -(-spec.columns // tile.columns)
-    fewest = -(-COMPUTE_UNITS[target.name] // 2 // across)
-    return ProductTile(max(_FEW, (fewest - 1) * tile.rows))
+    """Larger units once there is one for every second compute unit.  A rule: nothing was measured."""
+    tile, enough = ProductTile(0), COMPUTE_UNITS[target.name] // 2
+    fewest = -(-enough // -(-spec.columns // tile.columns))
+    width = 2 if spec.columns >= 2 * tile.few_columns * enough else 1
+    return ProductTile(max(_FEW, (fewest - 1) * tile.rows), width * tile.few_columns)
 
 
 def _why_unsupported(spec: MatmulSpec, target: Target) -> str | None:
@@ -55,12 +56,15 @@ def _why_unsupported(spec: MatmulSpec, target: Target) -> str | None:
 
 def _specialise(spec: MatmulSpec, target: Target, tile: object | None) -> Specialised:
     tile = tile if isinstance(tile, ProductTile) else default_tile(spec, target)
-    workgroups = COMPUTE_UNITS[target.name] * _RESIDENT[target.name]
+    resident = _RESIDENT[target.name]
+    workgroups = COMPUTE_UNITS[target.name] * resident
     values = {
         "FEW_ROWS": tile.few_rows,
+        "FEW_COLUMNS": tile.few_columns,
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
         "THREADS": _THREADS,
+        "RESIDENT": resident,
         "WORKGROUPS": workgroups,
     }
     grid_rule = GridRule(1, most=1, columns=workgroups)

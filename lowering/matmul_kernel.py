@@ -24,10 +24,8 @@ _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 def why_unsupported(spec: MatmulSpec, target: Target) -> str | None:
     """A sentence saying why no kernel computes ``spec`` on ``target``, or None if one does."""
-    variant = _VARIANTS.get(target.backend)
-    if variant is None:
-        return f"The product kernel is written for the {', '.join(_VARIANTS)}, not for {target.name}."
-    return _why_not_types(spec) or _why_not_layouts(spec, target) or variant.why_unsupported(spec, target)
+    special = _VARIANTS[target.backend].why_unsupported
+    return _why_not_types(spec) or _why_not_layouts(spec, target) or special(spec, target)
 
 
 def _why_not_types(spec: MatmulSpec) -> str | None:
@@ -56,14 +54,12 @@ def _why_not_layouts(spec: MatmulSpec, target: Target) -> str | None:
 
 def weight_layouts(target: Target) -> tuple[WeightLayout, ...]:
     """The layouts of b that some kernel of ``target`` reads, the fastest first."""
-    variant = _VARIANTS.get(target.backend)
-    return variant.weight_layouts if variant else ()
+    return _VARIANTS[target.backend].weight_layouts
 
 
 def scale_layouts(target: Target) -> tuple[ScaleLayout, ...]:
     """The layouts of the scales of a that some kernel of ``target`` reads, the fastest first."""
-    variant = _VARIANTS.get(target.backend)
-    return variant.scale_layouts if variant else ()
+    return _VARIANTS[target.backend].scale_layouts
 
 
 def instance(spec: MatmulSpec, target: Target, tile: object | None = None) -> KernelInstance:

@@ -36,7 +36,7 @@ _HEADERS = {
     "row.cu": ("row.h", "tile.h", "activation.h"),
     "row.hip": ("row.h", "tile.h", "activation.h"),
     "row.c": ("cpu.h", "vectors.h", "activation.h"),
-    "matmul.c": ("cpu.h", "vectors.h", "float8.h"),
+    "matmul.c": ("cpu.h", "vectors.h", "lanes.h", "float8.h", "plain.h"),
     "matmul.cu": ("mma.h",),
     "matmul.hip": (),
     "topk.cu": ("topk.h", "sigmoid.h"),

@@ -14,6 +14,7 @@ and those that a kernel computes, made of them by the fusion:
 ``vmfuse.row``                   x, [up], [residual], [weight] -> [sum], [y], (q, scale)*   spec: RowSpec
 ``vmfuse.topk``                  gating, bias -> weights, ids                               spec: TopkSpec
 ``vmfuse.matmul``                a, b, a_scale, b_scale, [bias] -> out                      spec: MatmulSpec
+``vmfuse.linear``                a, b, [bias] -> out                                        spec: LinearSpec
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from .contracts import (
     Contract,
     GatedActivation,
     GroupedTopk,
+    LinearSpec,
     MatmulSpec,
     Quantization,
     RmsNorm,
@@ -53,10 +55,12 @@ GROUPED_TOPK = "vmfuse.grouped_topk"
 ROW = "vmfuse.row"
 TOPK = "vmfuse.topk"
 MATMUL = "vmfuse.matmul"
-SPECS: dict[str, type[RowSpec] | type[TopkSpec] | type[MatmulSpec]] = {
+LINEAR = "vmfuse.linear"
+SPECS: dict[str, type[RowSpec] | type[TopkSpec] | type[MatmulSpec] | type[LinearSpec]] = {
     ROW: RowSpec,
     TOPK: TopkSpec,
     MATMUL: MatmulSpec,
+    LINEAR: LinearSpec,
 }
 
 # A site's number in the ledger, and the numbers of the sites a fused operation stands for.

@@ -274,6 +274,24 @@ class MatmulSpec:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class LinearSpec:
+    """One linear layer that is not quantized: what a kernel reads and writes.
+
+    Reads a [T, depth] and b [columns, depth], then bias [columns] if it has one, and writes out [T, columns],
+    all in ``dtype``: out[m, n] = a[m] . b[n] + bias[n], accumulated in float32 in an order of the kernel's own
+    and rounded once.
+    """
+
+    columns: int
+    depth: int
+    dtype: str
+    bias: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 def stored_rows(columns: int, layout: WeightLayout) -> int:
     """The rows of a weight [columns, K] in ``layout``, padding included."""
     return -(-columns // ROW_MULTIPLE[layout]) * ROW_MULTIPLE[layout]

@@ -355,12 +355,15 @@ def from_builtin(value: ir.Value, type_: TensorType) -> ir.Value:
 
 
 # What a pass may erase when nobody reads it: everything in the torch dialect is functional here
-# (the importer refuses mutation) except the checks, which have no results.
+# (the importer refuses mutation) except the checks, which have no results; so is linalg on tensors.
+_PURE = ("torch.", "torch_c.", "util.global.load", "arith.", "tensor.", "linalg.")
+
+
 def erase_dead(block: ir.Block) -> int:
     """Erase operations without readers, consumers before producers; returns how many went."""
     erased = 0
     for op in reversed([op.operation for op in block.operations]):
-        pure = op.name.startswith(("torch.", "torch_c.", "util.global.load", "arith.", "tensor."))
+        pure = op.name.startswith(_PURE)
         if pure and op.results and not any(True for result in op.results for _ in result.uses):
             op.erase()
             erased += 1

@@ -108,12 +108,8 @@ def _made(name: str, value: ir.Value, shape: tuple[int | None, ...], *axes: int)
 
 def _regroups_rows(view: ir.Operation) -> bool:
     """Whether ``view`` leaves every row as it is; of one element it is not told which axis is which."""
-    if not views.is_flat_view(view):
-        return False
-    before, after = torch_ir.tensor_type(view.operands[0]), torch_ir.tensor_type(view.result)
-    if before is None or after is None or not (before.shape and after.shape):
-        return False
-    return before.shape[-1] == after.shape[-1] and before.shape[-1] not in (None, 1)
+    after = torch_ir.tensor_type(view.results[0])
+    return views.keeps_rows(view) and after is not None and after.shape[-1:] not in ((), (None,), (1,))
 
 
 def _regrouped(wide: ir.Value, passed: list[ir.Operation]) -> ir.Value:

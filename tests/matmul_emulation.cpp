@@ -141,6 +141,9 @@ DEVICE void wait(Barrier *at, u32 parity) {
   while (count_of(at).phase == parity) do_some_copies(), meet();
 }
 
+DEVICE void publish_at_rank(Barrier *at, u32 rank) { arrive_at_rank(at, rank); }
+DEVICE void wait_for_cluster(Barrier *at, u32 parity) { wait(at, parity); }
+
 DEVICE const float *at_rank(const float *shared, u32 rank) { return there(shared, rank); }
 
 DEVICE void copy_bulk_to(u32 mask, u8 *to, const u8 *from, u32 bytes, Barrier *done) {
@@ -170,6 +173,10 @@ template <int BYTES> static void copy(void *to, const void *from, bool is_there)
 DEVICE void copy16(u8 *to, const u8 *from, bool is_there) { copy<16>(to, from, is_there); }
 DEVICE void copy4(float *to, const float *from, bool is_there) { copy<4>(to, from, is_there); }
 DEVICE void order_for_wgmma() {}
+DEVICE void load2(const float *shared, float *values) {
+  check((u64)shared % 8 == 0 && address_of(shared) < SHARED);
+  memcpy(values, shared, 8);
+}
 DEVICE void store16(u8 *to, const u32 *words) {
   check((u64)to % 16 == 0);
   memcpy(to, words, 16);
@@ -224,7 +231,7 @@ template <int COLUMNS> DEVICE void wgmma(float *d, u64 a, u64 b, bool adds) {
 }
 DEVICE void wgmma_begin() {}
 DEVICE void wgmma_commit() {}
-template <int COUNT> DEVICE void wgmma_wait(float *) {}
+template <int COUNT> DEVICE void wgmma_wait(float *, int) {}
 #else
 static std::vector<u32> registers;  // eight of each thread, for the others to read
 static u32 *registers_of(u32 lane) { return &registers[(current_thread / WAVE * WAVE + lane) * 8]; }

@@ -18,6 +18,7 @@ import gpu_cases
 import gpu_compare
 import pytest
 import torch
+from bench_block import LARGEST_ERROR, Block
 from gfx950.hip import library
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -134,6 +135,51 @@ def test_the_command_line_runs_a_residual_block(build: Build, tmp_path: Path):
     found = load_file(tmp_path / "out.safetensors")
     results = [found[f"output_{i}"] for i in range(4)]
     assert_same_bits(results, on_cpu(build("cpu", model, call), call))
+
+
+# -- products --------------------------------------------------------------------------------------
+
+
+class Biased(nn.Module):
+    """A product whose weight has rows that the kernel's layout pads, and a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randint(-8, 9, (150, 384), generator=generator)
+        self.weight = nn.Buffer(weight.to(torch.float8_e4m3fn))
+        self.scale = nn.Buffer(torch.tensor([[0.5, 1.0, 2.0], [4.0, 0.25, 1.0]]))
+        self.bias = nn.Buffer(torch.randint(-8, 9, (150,), generator=generator).bfloat16())
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, scale = torch.ops.lowering.group_quant(x, 128, scale="ue8m0")
+        return torch.ops.lowering.block_scaled_matmul(
+            q, self.weight, scale, self.scale, torch.bfloat16, self.bias
+        )
+
+
+def test_a_product_with_a_bias_equals_the_cpu_target(build: Build):
+    """Codes are integers and scales powers of two: every sum is exact."""
+    example, shapes = (integers(3, 384),), ({0: torch.export.Dim("T")},)
+    gpu, cpu = (build(target, Biased(), example, shapes) for target in ("gfx950", "cpu"))
+    calls = [(integers(rows, 384, seed=rows),) for rows in (1, 17, 0, 66)]
+    for call, results in zip(calls, run(gpu, calls), strict=True):
+        assert_same_bits(results, on_cpu(cpu, call))
+
+
+def test_an_mlp_block_is_four_kernels(tmp_path: Path):
+    """Norm + quant, product, silu * up + quant, product: near to eager by tools/bench_block.py's bound."""
+    model, shapes = Block(256, 512), ({0: torch.export.Dim("T")},)
+    example = (torch.randn(7, 256).bfloat16(),)
+    compiled = lowering.compile(model, example, dynamic_shapes=shapes, target="gfx950")
+    sources = [launch.kernel.source for launch in compiled.dispatched.launches]
+    assert sources == ["row.hip", "matmul.hip", "row.hip", "matmul.hip"]
+    compiled.save(program := tmp_path / "block.vmfb")
+    calls = [(torch.randn(rows, 256).bfloat16(),) for rows in (1, 5, 70)]
+    for call, (found,) in zip(calls, run(program, calls), strict=True):
+        expected = model(*call).float()
+        error = (found.float() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+        assert error <= LARGEST_ERROR
 
 
 # -- what IREE generates ---------------------------------------------------------------------------

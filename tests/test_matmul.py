@@ -252,7 +252,7 @@ def test_the_object_takes_what_is_passed() -> None:
 @pytest.mark.parametrize(
     ("case", "target", "reason"),
     [
-        (spec(64, 64, 64), "h200", "written for the cpu, not for sm_90"),
+        (spec(64, 64, 64), "h200", "of sm_90 reads b in swizzled_128, not row"),
         (spec(64, 64, 16), "cpu", "knows groups of 32, 64, 128, not 16"),
         (
             spec(64, 64, 64, a="float8_e5m2"),

@@ -156,7 +156,8 @@ def _row(cells: Sequence[object]) -> str:
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Markdown."""
     return "\n".join([_row(header), _row(["---"] * len(header)), *map(_row, rows)])
 
 
@@ -196,10 +197,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (name, goal, count(spec)) for hidden in options.hidden for name, (spec, goal) in specs(hidden).items()
     ]
     counted.sort(key=lambda item: item[0])
-    print(_table(_COUNT_HEADER, [_count_row(*item) for item in counted]))
+    print(table(_COUNT_HEADER, [_count_row(*item) for item in counted]))
     print("\nMicroseconds on an MI355X, and their bound: (m)emory, (v)ector instructions, (l)atency.\n")
     header = ["instance", "H", *(f"T {rows}" for rows in options.tokens)]
-    print(_table(header, [_time_row(name, counts, options.tokens) for name, _, counts in counted]))
+    print(table(header, [_time_row(name, counts, options.tokens) for name, _, counts in counted]))
     missed = [name for name, goal, counts in counted if goal is not None and counts.vector > goal]
     return 1 if missed else 0
 

@@ -23,7 +23,7 @@ from iree.compiler import ir
 from lowering.dispatch import dispatch, supported
 from lowering.errors import LoweringError
 from lowering.fuse import fuse
-from lowering.layout import check, lay_out
+from lowering.layout import check, lay_out, reads_of
 from lowering.normalize import normalize
 from lowering.raising import raise_function
 from lowering.targets import Target, resolve
@@ -83,7 +83,7 @@ def _run(
         "raise": lambda: raise_function(function, ledger),
         "sink": lambda: sink_views(function),
         "fuse": lambda: fuse(function, ledger, supported(target)),
-        "layout": lambda: lay_out(function, ledger, target),
+        "layout": lambda: lay_out(function, ledger, reads_of(target)),
         "dispatch": lambda: (check(function), dispatch(module, function, target, ledger, scratch)),
     }
     run[step]()

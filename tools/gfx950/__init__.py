@@ -15,7 +15,7 @@ names the kernel, the instruction, the lanes, and what to do.
 
 Reading order: code_object (ELF, descriptors), decode (machine code to records), memory, launch, native
 (builds the C library), and in native/ what instructions do: sop.def, vop.def, vopc.def, vop3p.def,
-memory.c, lds.c, crosslane.c, mfma.c.
+memory.c, lds.c, banks.c, crosslane.c, mfma.c.
 """
 
 from .code_object import CodeObject, Kernel

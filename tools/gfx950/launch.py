@@ -36,12 +36,14 @@ class Statistics:
     """What a launch executed.
 
     ``instructions`` counts, by operation, what waves executed; ``lanes`` the active lanes of those.
-    ``by_work`` sums the former by kind of work (native.WORKS).  Bytes are those of global memory.
+    ``by_work`` sums the former by kind of work (native.WORKS).  ``bank_conflicts`` are the turns that lanes
+    lost to each other at LDS banks, by operation (native/banks.c).  Bytes are those of global memory.
     """
 
     instructions: dict[str, int] = field(repr=False)
     lanes: dict[str, int] = field(repr=False)
     by_work: dict[str, int]
+    bank_conflicts: dict[str, int]
     bytes_loaded: int
     bytes_stored: int
 
@@ -199,9 +201,9 @@ def _decoded(code: CodeObject) -> Code:
 
 def _machine(
     kernel: Kernel, code: Code, memory: Memory, kernarg: np.ndarray, packet: np.ndarray
-) -> tuple[native.MachineStruct, tuple[np.ndarray, np.ndarray]]:
+) -> tuple[native.MachineStruct, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     count = len(native.library().names)
-    waves, lanes = np.zeros(count, np.uint64), np.zeros(count, np.uint64)
+    waves, lanes, conflicts = (np.zeros(count, np.uint64) for _ in range(3))
     machine = native.MachineStruct()
     machine.code, machine.records = code.records, code.count
     machine.record_at, machine.code_bytes = code.record_at.ctypes.data, len(code.text)
@@ -215,7 +217,8 @@ def _machine(
     machine.user_sgpr_count = kernel.user_sgpr_count
     machine.fnuz = int(kernel.code.arch == "gfx942")
     machine.waves_by_op, machine.lanes_by_op = waves.ctypes.data, lanes.ctypes.data
-    return machine, (waves, lanes)
+    machine.conflicts_by_op = conflicts.ctypes.data
+    return machine, (waves, lanes, conflicts)
 
 
 def _user_sgprs(kernel: Kernel, kernarg: np.ndarray, packet: np.ndarray) -> list[int]:
@@ -229,7 +232,7 @@ def _user_sgprs(kernel: Kernel, kernarg: np.ndarray, packet: np.ndarray) -> list
     return values[: native.SGPR_SLOTS]
 
 
-def _statistics(machine: Any, waves: np.ndarray, lanes: np.ndarray) -> Statistics:
+def _statistics(machine: Any, waves: np.ndarray, lanes: np.ndarray, conflicts: np.ndarray) -> Statistics:
     library = native.library()
     executed = [i for i in range(len(waves)) if waves[i]]
     by_work = dict.fromkeys(native.WORKS, 0)
@@ -239,6 +242,7 @@ def _statistics(machine: Any, waves: np.ndarray, lanes: np.ndarray) -> Statistic
         {library.names[i]: int(waves[i]) for i in executed},
         {library.names[i]: int(lanes[i]) for i in executed},
         by_work,
+        {library.names[i]: int(conflicts[i]) for i in executed if conflicts[i]},
         machine.bytes_loaded,
         machine.bytes_stored,
     )

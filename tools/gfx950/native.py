@@ -90,6 +90,7 @@ class MachineStruct(ctypes.Structure):
         ("bytes_stored", ctypes.c_uint64),
         ("waves_by_op", ctypes.c_void_p),
         ("lanes_by_op", ctypes.c_void_p),
+        ("conflicts_by_op", ctypes.c_void_p),
         ("failure", FailureStruct),
         # What the library keeps for itself.
         ("workgroup", ctypes.c_uint32 * 3),

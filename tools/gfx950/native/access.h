@@ -26,6 +26,8 @@ void load_lanes(Machine *m, Wave *w, const Inst *in, const Operation *op, const 
 void store_lanes(Machine *m, Wave *w, const Inst *in, const Operation *op, const Addresses *a, u32 reg);
 void atomic_lanes(Machine *m, Wave *w, const Inst *in, const Operation *op, const Addresses *a, u32 data, u32 compare,
                   u32 result);
+// Adds the turns that lanes lose to each other at LDS banks.
+void count_conflicts(Machine *m, const Inst *in, const Operation *op, const Addresses *a, bool write);
 void mark_pending(Machine *m, Wave *w, u32 reg, u32 count, enum Pending by);
 
 static const u32 NO_REGISTER = ~0u;

@@ -24,6 +24,7 @@ static u32 stride_of(const Operation *op) { return op->src[0]; }  // 1 or 64, fo
 static void issue_read(Machine *m, Wave *w, const Inst *in, const Operation *op) {
   Addresses a;
   addresses_of(m, w, in, one_offset(in), &a);
+  count_conflicts(m, in, op, &a, false);
   load_lanes(m, w, in, op, &a, result_register(in));
   w->lds_issued++;
   mark_pending(m, w, result_register(in), register_count(op), BY_LDS);
@@ -33,8 +34,10 @@ static void issue_read2(Machine *m, Wave *w, const Inst *in, const Operation *op
   Addresses a[2];  // both before a result may overwrite the register they come from
   for (int which = 0; which < 2; ++which)
     addresses_of(m, w, in, offset_of_pair(in, op, which, stride_of(op)), &a[which]);
-  for (int which = 0; which < 2; ++which)
+  for (int which = 0; which < 2; ++which) {
+    count_conflicts(m, in, op, &a[which], false);
     load_lanes(m, w, in, op, &a[which], result_register(in) + (u32)which * register_count(op));
+  }
   w->lds_issued++;
   mark_pending(m, w, result_register(in), 2 * register_count(op), BY_LDS);
 }
@@ -47,6 +50,7 @@ static void issue_read_transposed(Machine *m, Wave *w, const Inst *in, const Ope
   u64 read[LANES] = {0}, read_shadow[LANES] = {0};
   Addresses a;
   addresses_of(m, w, in, one_offset(in), &a);
+  count_conflicts(m, in, op, &a, false);
   for EACH_LANE(a.lanes) {
     const Place place = locate(m, w, in, IN_LDS, (u32)lane, a.address[lane], 8, false);
     memcpy(&read[lane], place.at, 8), memcpy(&read_shadow[lane], place.shadow, 8);
@@ -73,6 +77,7 @@ static void stored(Wave *w) { w->lds_stored = ++w->lds_issued; }
 static void issue_write(Machine *m, Wave *w, const Inst *in, const Operation *op) {
   Addresses a;
   addresses_of(m, w, in, one_offset(in), &a);
+  count_conflicts(m, in, op, &a, true);
   store_lanes(m, w, in, op, &a, data_register(in, 1));
   stored(w);
 }
@@ -81,6 +86,7 @@ static void issue_write2(Machine *m, Wave *w, const Inst *in, const Operation *o
   for (int which = 0; which < 2; ++which) {
     Addresses a;
     addresses_of(m, w, in, offset_of_pair(in, op, which, stride_of(op)), &a);
+    count_conflicts(m, in, op, &a, true);
     store_lanes(m, w, in, op, &a, data_register(in, 1 + which));
   }
   stored(w);

@@ -169,7 +169,7 @@ struct Machine {
   u32 checks;               // enum Checks
   // What comes of it.
   u64 executed, bytes_loaded, bytes_stored;
-  u64 *waves_by_op, *lanes_by_op;
+  u64 *waves_by_op, *lanes_by_op, *conflicts_by_op;
   Failure failure;
   // The workgroup at hand.
   u32 workgroup[3], wave_count, barrier_epoch;

@@ -1,0 +1,43 @@
+"""A linear layer that is not quantized becomes ``vmfuse.linear`` where the target has a kernel for it.
+
+Nothing fuses into it and it is no site of the report: IREE computes it as well, where there is no kernel.
+"""
+
+from __future__ import annotations
+
+from iree.compiler import ir
+
+from . import canonical, torch_ir
+from .contracts import LinearSpec
+from .row_fusion import Support
+
+LINEAR = "torch.aten.linear"
+
+
+def fuse_linear(op: ir.Operation, support: Support) -> None:
+    """Replace a ``torch.aten.linear`` by a ``vmfuse.linear`` if ``support`` has no objection."""
+    spec, result = _spec(op), torch_ir.tensor_type(op.results[0])
+    if spec is None or result is None or support(spec) is not None:
+        return
+    attributes = {"spec": canonical.to_attribute(spec), canonical.SITES: ir.ArrayAttr.get([])}
+    operands = list(op.operands)[: 2 + spec.bias]
+    with ir.InsertionPoint(op), op.location:
+        product = canonical.create(canonical.LINEAR, operands, [result], **attributes)
+        torch_ir.set_example(product, [torch_ir.example_shape(op.results[0])])
+    op.results[0].replace_all_uses_with(product.results[0])
+    op.erase()
+
+
+def _spec(op: ir.Operation) -> LinearSpec | None:
+    """What the layer computes; None if a size is unknown or its tensors are not all of one dtype."""
+    a, b, bias = (torch_ir.tensor_type(operand) for operand in op.operands)
+    out = torch_ir.tensor_type(op.results[0])
+    if not (a and b and out) or not a.shape or len(b.shape) != 2:
+        return None
+    columns, depth = b.shape
+    same = {type_.dtype for type_ in (a, b, bias, out) if type_ is not None}
+    if not columns or not depth or a.shape[-1] != depth or len(same) != 1:
+        return None
+    if bias is None and str(op.operands[2].type) != "!torch.none":
+        return None
+    return LinearSpec(columns, depth, out.dtype, bias is not None)

@@ -1,0 +1,84 @@
+"""Attention on the CPU is spelled out: what torch computes, for every form of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+import lowering
+
+T, S = torch.export.Dim("T", max=64), torch.export.Dim("S", max=64)
+
+
+class Attention(torch.nn.Module):
+    """One call, with a mask or without."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, q, k, v, mask=None):
+        return scaled_dot_product_attention(q, k, v, mask, **self.options)
+
+
+def tensors(queries: int, keys: int, dtype: torch.dtype = torch.float32, heads: tuple[int, int] = (4, 4)):
+    generator = torch.Generator().manual_seed(queries)
+    sizes = [(2, heads[0], queries, 32), (2, heads[1], keys, 32), (2, heads[1], keys, 48)]
+    return [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+
+
+def check(
+    module: Attention, example: list, shapes: tuple, calls: list[list], tolerance: float = 1e-5
+) -> None:
+    program = lowering.load(lowering.compile(module, tuple(example), dynamic_shapes=shapes).vmfb)
+    for arguments in calls:
+        expected = module(*arguments)
+        found = program(*arguments)
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
+def test_any_lengths(dtype: torch.dtype, tolerance: float) -> None:
+    """Queries and keys have lengths of their own."""
+    calls = [tensors(queries, keys, dtype) for queries, keys in ((1, 1), (1, 17), (33, 64), (5, 3))]
+    check(Attention(), tensors(6, 8, dtype), ({2: T}, {2: S}, {2: S}), calls, tolerance)
+
+
+def test_causal_with_a_scale_and_fewer_heads_of_keys() -> None:
+    module = Attention(is_causal=True, scale=0.3, enable_gqa=True)
+    calls = [tensors(length, length, heads=(6, 2)) for length in (1, 2, 40)]
+    check(module, tensors(7, 7, heads=(6, 2)), ({2: T}, {2: T}, {2: T}), calls)
+
+
+def test_masks_of_either_kind() -> None:
+    """Booleans that forbid a query everything; floats, and those the same for all heads."""
+    shapes = ({2: T}, {2: S}, {2: S}, {2: T, 3: S})
+    boolean = torch.rand(2, 1, 9, 11, generator=torch.Generator().manual_seed(0)) < 0.6
+    boolean[:, :, 4] = False
+    check(Attention(), [*tensors(9, 11), boolean], shapes, [[*tensors(9, 11), boolean]])
+    floats = torch.randn(2, 1, 9, 11)
+    check(Attention(), [*tensors(9, 11), floats], shapes, [[*tensors(9, 11), floats]])
+    check(
+        Attention(),
+        [*tensors(9, 11), floats[0, 0]],
+        (*shapes[:3], {0: T, 1: S}),
+        [[*tensors(9, 11), floats[0, 0]]],
+    )
+
+
+def test_large_scores_do_not_overflow() -> None:
+    q, k, v = (100 * tensor for tensor in tensors(8, 8))
+    check(Attention(), [q, k, v], ({2: T}, {2: S}, {2: S}), [[q, k, v]], 1e-3)
+
+
+def test_on_a_gpu_it_is_left_to_iree(tmp_path: Path) -> None:
+    lowering.compile(
+        Attention(), tuple(tensors(8, 8, torch.float16)), target="gfx950", dump_phases_to=tmp_path
+    )
+    assert "scaled_dot_product_attention" in next(tmp_path.glob("*-dispatch.mlir")).read_text()
+    lowering.compile(Attention(), tuple(tensors(8, 8, torch.float16)), dump_phases_to=tmp_path)
+    assert "scaled_dot_product_attention" not in next(tmp_path.glob("*-dispatch.mlir")).read_text()

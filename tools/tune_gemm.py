@@ -1,0 +1,147 @@
+"""Measures how products are best divided among the multiprocessors of a GPU, and writes what was found.
+
+    python tools/tune_gemm.py pack DIR --target h200    # where the compiler is; no GPU needed
+    python tools/tune_gemm.py run DIR --json FILE       # where the GPU is
+
+For every size of weights of tools/bench_gemm_gpu.py and every number of rows each plan that makes sense is
+timed.  The best go to FILE, which belongs into lowering/tuning/, as sm_90_products.json for an H200.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from bench_gemm_gpu import SHAPES, kernel_of, operand_sets
+from gpu_timing import time_calls
+from kernel_launch import CudaKernel, launch_of
+
+from lowering.kernel import KernelInstance
+from lowering.matmul_cuda import ANY_ROWS, MOST_SPLIT, TOKENS, Plan
+from lowering.matmul_cuda import AT_ONCE as AT_ONCE_ON
+from lowering.toolchain import compile_kernel
+
+ROWS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+SIZES, AT_ONCE = TOKENS["sm_90"], AT_ONCE_ON["sm_90"]
+_BLOCK = 128
+_CLEARLY = 1.02  # times as fast: below that the plan of fewer rows goes on
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=("pack", "run"))
+    parser.add_argument("directory", type=Path, metavar="DIR")
+    parser.add_argument("--target", default="h200", help="default: %(default)s")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the plans are written")
+    options = parser.parse_args(arguments)
+    return pack(options) if options.command == "pack" else run(options)
+
+
+def clusters(columns: int) -> list[int]:
+    """Sizes of clusters that may be best: 1, 2, and those in which splitting K fills the machine."""
+    tiles = -(-columns // _BLOCK)
+    filling = {split for split in range(2, MOST_SPLIT + 1) if 80 <= tiles * split <= AT_ONCE[split]}
+    return sorted({1, 2} | filling)
+
+
+def candidates(columns: int, depth: int, rows: int, cluster: int) -> Iterator[Plan]:
+    """What makes sense for so many rows, but for ``Plan.rows``."""
+    fitting = next((tokens for tokens in SIZES if tokens >= rows), SIZES[-1])
+    splits = [split for split in range(1, cluster + 1) if split in (1, 2, 4, cluster)]
+    for tokens in (fitting, fitting // 2):
+        units = -(-columns // _BLOCK) * -(-rows // tokens)
+        teams = [(split, 1) for split in splits if split == 1 or units * split <= AT_ONCE[cluster]]
+        teams += [
+            (1, share)
+            for share in (2, 4)
+            if share <= cluster and tokens == fitting and share * tokens <= rows
+        ]
+        for split, share in teams:
+            if tokens in SIZES and split * _BLOCK <= depth:
+                yield Plan(ANY_ROWS, tokens, split, share)
+
+
+def kernels(columns: int, depth: int, rows: int, cluster: int, target: str) -> dict[Plan, KernelInstance]:
+    """Each candidate's kernel; a plan for no rows makes its cluster as large as that."""
+    return {
+        plan: kernel_of(columns, depth, target, (Plan(0, plan.tokens, cluster), plan))
+        for plan in candidates(columns, depth, rows, cluster)
+    }
+
+
+def pack(options: argparse.Namespace) -> int:
+    """Compile every candidate."""
+    options.directory.mkdir(parents=True, exist_ok=True)
+    for columns, depth in SHAPES:
+        for cluster, rows in itertools.product(clusters(columns), ROWS):
+            for kernel in kernels(columns, depth, rows, cluster, options.target).values():
+                (options.directory / f"{kernel.entry}.cubin").write_bytes(compile_kernel(kernel))
+    return 0
+
+
+def run(options: argparse.Namespace) -> int:
+    """Time every candidate; write the best."""
+    products = []
+    for columns, depth in SHAPES:
+        by_cluster = {cluster: measure(options, columns, depth, cluster) for cluster in clusters(columns)}
+        cost = {
+            cluster: sum(math.log(min(times.values())) for times in found)
+            for cluster, found in by_cluster.items()
+        }
+        best = min(cost, key=lambda cluster: cost[cluster])
+        plans = choose(by_cluster[best])
+        print(f"{columns} x {depth}: clusters {cost}, {[astuple(plan) for plan in plans]}", flush=True)
+        products.append({"columns": columns, "depth": depth, "plans": [astuple(plan) for plan in plans]})
+    if options.json:
+        lines = ",\n  ".join(json.dumps(product) for product in products)
+        gpu = json.dumps(torch.cuda.get_device_name())
+        options.json.write_text(f'{{"gpu": {gpu}, "products": [\n  {lines}\n]}}\n', encoding="utf-8")
+    return 0
+
+
+def choose(measured: Sequence[dict[Plan, float]]) -> list[Plan]:
+    """The best plan of each number of rows; that of fewer rows goes on where another is not clearly faster."""
+    chosen: list[Plan] = []
+    for rows, times in zip(ROWS, measured, strict=True):
+        best = min(times, key=lambda plan: times[plan])
+        if (
+            chosen
+            and times.get(same := replace(chosen[-1], rows=ANY_ROWS), math.inf) <= _CLEARLY * times[best]
+        ):
+            best = same
+            chosen.pop()
+        chosen.append(replace(best, rows=rows))
+    return [*chosen[:-1], replace(chosen[-1], rows=ANY_ROWS)]
+
+
+def measure(options: argparse.Namespace, columns: int, depth: int, cluster: int) -> list[dict[Plan, float]]:
+    """Microseconds of each candidate, for each of ROWS."""
+    measured = []
+    for rows in ROWS:
+        times, sets = {}, None
+        for plan, kernel in kernels(columns, depth, rows, cluster, options.target).items():
+            launch = launch_of(kernel, options.directory / f"{kernel.entry}.cubin", rows)
+            sets = sets or operand_sets(launch, kernel)
+            call = CudaKernel(launch)
+            calls = [lambda each=each, call=call, launch=launch: call(launch, each.tensors) for each in sets]
+            times[plan] = 1e6 * time_calls(calls, launch.bytes)
+        listed = sorted((round(time, 2), astuple(plan)[1:]) for plan, time in times.items())
+        print(f"{columns} x {depth}, clusters of {cluster}, {rows} rows: {listed}", flush=True)
+        measured.append(times)
+    return measured
+
+
+if __name__ == "__main__":
+    sys.exit(main())
