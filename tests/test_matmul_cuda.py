@@ -112,6 +112,7 @@ CASES: dict[str, tuple[MatmulSpec, Plans, int, tuple[int, ...]]] = {
     "k_is_split": (spec(136, 2432, bias=True), (Plan(8, 8, 4), Plan(ANY_ROWS, 16, 3)), 2, (1, 7, 19)),
     "weights_are_shared": (spec(260, 256, "float16"), (Plan(ANY_ROWS, 32, share=2),), 2, (1, 33, 70)),
     "many_rows": (spec(300, 256, "float32", bias=True), (Plan(ANY_ROWS, 128),), 1, (150,)),
+    "many_rows_and_split": (spec(200, 512), (Plan(ANY_ROWS, 128, split=2),), 1, (140,)),
     "middle": (spec(3, 128, "float16", bias=True), (Plan(ANY_ROWS, 64),), 1, (65,)),
 }
 
@@ -160,7 +161,7 @@ def test_special_scales(wgmma: bool, emulated) -> None:
             tensors = [a, b, a_scale.clone(), b_scale.clone()]
             tensors[which][0, 1] = value
             (found,) = run(kernel, launch, [a, swizzled(b), *tensors[2:]], 6)
-            expected = block_scaled_matmul_reference(*tensors, torch.float32)
+            expected = block_scaled_matmul_reference(a, b, tensors[2], tensors[3], torch.float32)
             assert torch.equal(found.isfinite(), expected.isfinite()), value
             finite = found.isfinite()
             torch.testing.assert_close(found[finite], expected[finite], rtol=1e-4, atol=1e-2)
@@ -247,11 +248,11 @@ def test_tuning_keeps_a_plan_until_another_is_clearly_faster() -> None:
     ("case", "reason"),
     [
         (
-            MatmulSpec(128, 128, 64, *["float8_e4m3fn"] * 2, "bfloat16", b_layout="swizzled_128"),
+            dataclasses.replace(spec(128, 128), group=64),
             "groups of 128, not 64",
         ),
         (
-            MatmulSpec(128, 128, 128, *["float8_e4m3fnuz"] * 2, "bfloat16", b_layout="swizzled_128"),
+            dataclasses.replace(spec(128, 128), a_dtype="float8_e4m3fnuz", b_dtype="float8_e4m3fnuz"),
             "multiplies float8_e4m3fn, not float8_e4m3fnuz and float8_e4m3fnuz",
         ),
         (spec(128, 192), "rows of whole 128 elements, not of 192"),
