@@ -3,10 +3,10 @@
     python tools/bench_gemm_gpu.py pack DIR --target h200   # where the compiler is; no GPU needed
     python tools/bench_gemm_gpu.py run DIR --json FILE      # where the GPU is: PyTorch and cuda-bindings
 
-``run`` first compares what kernels of every dtype, layout and plan write over poisoned memory, with operands
-at odd places, with float64.  Then it checks and times the products of DeepSeek-V3 and the peer, which gets the
-fewest rows from those given on that it takes.  A time is the median over replays of a CUDA graph of many
-calls, which walk through so many sets of operands that the L2 holds none of them, as weights are met in a
+``run`` first compares what kernels of every dtype, layout and plan write over poisoned memory, with
+operands at odd places, with float64.  Then it checks and times the products of DeepSeek-V3 and the peer, which
+gets the fewest rows from those given on that it takes.  A time is the median over replays of a CUDA graph of
+many calls, which walk through so many sets of operands that the L2 holds none of them, as weights are met in a
 model.  The floor is the larger of the bytes at the copy bandwidth and the operations at the datasheet's rate.
 Errors are the largest, as parts of the sum of the magnitudes of a result's terms.
 
