@@ -13,7 +13,7 @@
 //                  all; or of one unit, that `split` K and add up their sums in the order of their ranks.
 //
 // Which plan (TOKENS, split, share) serves how many rows is said by PLANS, a list of P(up to rows, tokens, split,
-// share); like all other macros that specialise this file it comes from lowering/matmul_kernel.py.
+// share); like all other macros that specialise this file it comes from lowering/matmul_cuda.py.
 
 #define THREADS 384
 #include "mma.h"
@@ -260,7 +260,7 @@ DEVICE void store8(const Product &p, u64 token, int n, float *values) {
   UNROLL for (int i = 0; i < 8; ++i) words[i] = as_bits(values[i]);
 #else
   UNROLL for (int i = 0; i < 4; ++i)
-    words[i] = OUT_DTYPE == BF16 ? pack_bf16(values[2 * i], values[2 * i + 1]) : pack_f16(values[2 * i], values[2 * i + 1]);
+    words[i] = (OUT_DTYPE == BF16 ? pack_bf16 : pack_f16)(values[2 * i], values[2 * i + 1]);
 #endif
   if (count == 8 && (u64)to % 16 == 0) {
     UNROLL for (int i = 0; i < 2 * BYTES; i += 4) store16(to + 4 * i, words + i);
@@ -276,7 +276,8 @@ DEVICE void store8(const Product &p, u64 token, int n, float *values) {
 // The sums of PASS tokens of a unit, through shared memory, since neighbours in a row of the result lie in different
 // lanes.  A team that split K meets before it reads each other's, and again before these may be overwritten.
 template <int TOKENS>
-DEVICE void finish(const Product &p, const Team &team, const Ring<TOKENS> &ring, Unit unit, u32 parity, const float *sums) {
+DEVICE void finish(const Product &p, const Team &team, const Ring<TOKENS> &ring, Unit unit, u32 parity,
+                   const float *sums) {
   constexpr int PASS = Ring<TOKENS>::PASS;
   const u32 half = thread() / CREW - 1, lane = thread() % WAVE, wave = thread() % CREW / WAVE;
   float *mine = ring.sums(half);
@@ -320,7 +321,8 @@ DEVICE void release(Barrier *empty, const Team &team) {
   }
 }
 
-template <int TOKENS> DEVICE void begin_block(const Ring<TOKENS> &ring, Slot<Ring<TOKENS>::STAGES> slot, float *partial) {
+template <int TOKENS>
+DEVICE void begin_block(const Ring<TOKENS> &ring, Slot<Ring<TOKENS>::STAGES> slot, float *partial) {
   const u32 half = thread() / CREW - 1;
   wait(ring.full(slot.stage), slot.parity);
   begin_multiply<TOKENS>(partial, ring.weights(slot.stage) + half * HALF * BLOCK, ring.tokens(slot.stage));
@@ -361,7 +363,8 @@ template <int TOKENS> DEVICE void consume(const Product &p, const Team &team, Ri
     ROLLED for (; left >= AT_ONCE; left -= AT_ONCE) add_blocks<TOKENS, AT_ONCE>(team, ring, slot, sums);
     ROLLED for (; AT_ONCE > 1 && left > 0; --left) add_blocks<TOKENS, 1>(team, ring, slot, sums);
     Unit unit = team.unit<TOKENS>(index);
-    UNROLL for (int first = 0; first < TOKENS; first += Ring<TOKENS>::PASS, unit.token += Ring<TOKENS>::PASS, parity ^= 1)
+    constexpr int PASS = Ring<TOKENS>::PASS;
+    UNROLL for (int first = 0; first < TOKENS; first += PASS, unit.token += PASS, parity ^= 1)
       finish(p, team, ring, unit, parity, sums + first / 2);
   }
 }

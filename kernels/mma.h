@@ -141,7 +141,8 @@ DEVICE void order_for_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::
 
 // Not before what is said to begin before it.
 DEVICE void load2(const float *shared, float *values) {
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(values[0]), "=f"(values[1]) : "r"(address_of(shared)) : "memory");
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+               : "=f"(values[0]), "=f"(values[1]) : "r"(address_of(shared)) : "memory");
 }
 
 DEVICE void store16(u8 *to, const u32 *words) {
