@@ -4,7 +4,7 @@
 // A decoded word holds DEPTH elements, a word of codes four.  `decode` makes PARTS vectors of a vector of codes without
 // an exchange between quads of lanes; in which order those hold a row's elements, `place_of` tells.
 //
-// What kernels/matmul.c uses of its operands: Element, BYTES, DEPTH, LOAD, PARTS, Decoder, `row_words`, UNIT,
+// What kernels/matmul.c uses of its operands: Element, BYTES, DEPTH, MOST_STEPS, LOAD, PARTS, Decoder, `row_words`, UNIT,
 // `column_words`, `place_of` and `multiply_add`.  kernels/plain.h has the same names for wider floats.
 
 #define BYTES 1
@@ -14,6 +14,8 @@
 #define DEPTH 1
 #endif
 #define PARTS (4 / DEPTH)
+#define MOST_STEPS 64  // of a decoded tile, which fits the first cache beside what streams past it
+#include "lanes.h"
 
 typedef u8 Element;
 typedef Words Parts[PARTS];
@@ -35,9 +37,7 @@ INTERLEAVED(high8, "vpunpckhbw")
 
 // 16 codes of each of LANES rows, transposed so that `decode` leaves row n in lane n: its part p of words[j] has the
 // elements (4j + p * DEPTH) to (4j + p * DEPTH + DEPTH - 1) of the 16.
-INLINE void transposed(const u8 *const *rows, i64 at, Words words[4]) {
-  Words r[4];
-  for (int i = 0; i < 4; ++i) r[i] = quads(rows + i, at);
+INLINE void transposed(const Words r[4], Words words[4]) {
 #if BF16_PAIRS
   const Words low01 = low16(r[0], r[1]), high01 = high16(r[0], r[1]);
   const Words low23 = low16(r[2], r[3]), high23 = high16(r[2], r[3]);
@@ -131,11 +131,11 @@ INLINE void row_words(const u8 *from, int codes, const Decoder *decoder, Parts p
   decode(words, codes, decoder, parts);
 }
 
-// UNIT elements of each of LANES rows: lane n of words[j] has those from DEPTH * j on of row n.
+// UNIT elements of each of LANES rows, loaded as quads: lane n of words[j] has those from DEPTH * j on of row n.
 #define UNIT 16
-INLINE void column_words(const u8 *const *rows, i64 at, int codes, const Decoder *decoder, Words words[UNIT / DEPTH]) {
+INLINE void column_words(const Words quads[4], int codes, const Decoder *decoder, Words words[UNIT / DEPTH]) {
   Words four[4];
-  transposed(rows, at, four);
+  transposed(quads, four);
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) decode(four[i], codes, decoder, words + PARTS * i);
 }

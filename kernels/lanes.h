@@ -1,11 +1,5 @@
 // What products on CPUs do to vectors, whatever they multiply: rows side by side, transposed in quads, sums.
 
-#if defined(__AVX512VBMI__) && defined(__AVX512BF16__)
-#define BF16_PAIRS 1  // the machine multiplies pairs of bfloat16
-#else
-#define BF16_PAIRS 0
-#endif
-
 typedef u32 Quad __attribute__((vector_size(16), aligned(1), may_alias));
 
 #ifndef __has_builtin
@@ -62,6 +56,36 @@ INLINE Words quads(const u8 *const *rows, i64 at) {
 #define HIGH64(a, b) SHUFFLE(a, b, IN_QUADS(2, 3, LANES + 2, LANES + 3))
 #define LOW32(a, b) SHUFFLE(a, b, IN_QUADS(0, LANES, 1, LANES + 1))
 #define HIGH32(a, b) SHUFFLE(a, b, IN_QUADS(2, LANES + 2, 3, LANES + 3))
+
+// Where LANES rows are read along K: r[s][i] has bytes 16 * s to 16 * s + 15 of every fourth of them from row i on.  As
+// many as lie in a vector are read at once, so that a line of the cache is touched once: where rows are a power of two
+// apart it does not stay.
+#if LANES == 16 && CHUNK * BYTES % 64 == 0
+#define SPAN 4
+#define SHUFFLED_QUADS(a, b, which)                                                                  \
+  ({                                                                                                 \
+    Words r_;                                                                                        \
+    __asm__("vshufi32x4 $" #which ", %2, %1, %0" : "=v"(r_) : "v"(a), "v"(b));                       \
+    r_;                                                                                              \
+  })
+INLINE void load_quads(const u8 *const *rows, i64 at, Words r[SPAN][4]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    Words row[4];
+    for (int j = 0; j < 4; ++j) row[j] = *(const LooseWords *)(rows[i + 4 * j] + at);
+    const Words low01 = SHUFFLED_QUADS(row[0], row[1], 0x44), high01 = SHUFFLED_QUADS(row[0], row[1], 0xee);
+    const Words low23 = SHUFFLED_QUADS(row[2], row[3], 0x44), high23 = SHUFFLED_QUADS(row[2], row[3], 0xee);
+    r[0][i] = SHUFFLED_QUADS(low01, low23, 0x88), r[1][i] = SHUFFLED_QUADS(low01, low23, 0xdd);
+    r[2][i] = SHUFFLED_QUADS(high01, high23, 0x88), r[3][i] = SHUFFLED_QUADS(high01, high23, 0xdd);
+  }
+}
+#else
+#define SPAN 1
+INLINE void load_quads(const u8 *const *rows, i64 at, Words r[SPAN][4]) {
+  for (int i = 0; i < 4; ++i) r[0][i] = quads(rows + i, at);
+}
+#endif
+
 // The words of LANES rows, four of each as `quads` gives them, transposed: lane n of words[j] has word j of row n.
 INLINE void transposed_quads(const Words r[4], Words words[4]) {
   const Words low01 = LOW32(r[0], r[1]), high01 = HIGH32(r[0], r[1]);

@@ -8,6 +8,7 @@
 //   few rows    lanes are places along K: BATCH rows of b stream past one row of a.
 //   many rows   lanes are columns: a tile of COLUMNS rows of b is decoded and transposed, a chunk of K at a time, and
 //               multiplied with one panel of rows of a after another.  The sums of a tile lie on the stack.
+//               The next chunk of b is sent for meanwhile, some rows with each panel.
 //
 // A worker of IREE has 128 KiB of stack, of which ROWS = 128 and COLUMNS = 96 take 75.  A store of a vector takes as
 // long as one and a half products, so nothing is stored that need not be; shuffles are free beside products (measured
@@ -17,8 +18,6 @@
 
 #include "cpu.h"
 #include "vectors.h"
-// After them, whose types it uses.
-#include "lanes.h"
 
 // Sums of PANEL rows times WIDTH vectors fill the registers.
 #if LANES == 16
@@ -34,7 +33,8 @@
 enum { ROW = 0, COLUMN_TMA = 1, COLUMN = 2 };
 
 #define MIN2(a, b) ((a) < (b) ? (a) : (b))
-#define CHUNK MIN2(GROUP, 32 * DEPTH)  // elements along K of a decoded tile
+// Elements along K of a decoded tile.
+#define CHUNK (GROUP % (MOST_STEPS * DEPTH) == 0 ? MOST_STEPS * DEPTH : MIN2(GROUP, 32 * DEPTH))
 #ifdef PLAIN
 #define SCALED 0
 #define GROUP K
@@ -113,18 +113,27 @@ INLINE int step_of(int n) {
   return load * (LOAD / DEPTH) + place.part * (LOAD / DEPTH / PARTS) + place.word;
 }
 
-// Vector v of a tile of b, a chunk of LANES rows; the chunk after it is sent for.
+// Send for a chunk of rows `from` to `to` of b.
+INLINE void prefetch_right(const u8 *const *rows, i64 k, int from, int to) {
+  for (int i = from; i < to; ++i)
+    for (int byte = 0; byte < CHUNK * BYTES; byte += 64) __builtin_prefetch(rows[i] + k * BYTES + byte);
+}
+
+// Vector v of a tile of b, a chunk of LANES rows.
 INLINE void decode_right(const u8 *const *rows, i64 k, int v, const Decoder *decoder, Right *right) {
   rows += v * LANES;
-  for (int i = 0; i < LANES; ++i)
-    for (int byte = 0; byte < CHUNK * BYTES; byte += 64) __builtin_prefetch(rows[i] + (k + CHUNK) * BYTES + byte);
 #pragma GCC unroll 8
-  for (int unit = 0; unit < CHUNK / UNIT; ++unit) {
-    Words words[UNIT / DEPTH];
-    column_words(rows, (k + UNIT * unit) * BYTES, B_CODES, decoder, words);
+  for (int unit = 0; unit < CHUNK / UNIT; unit += SPAN) {
+    Words quads[SPAN][4];
+    load_quads(rows, (k + UNIT * unit) * BYTES, quads);
+#pragma GCC unroll 4
+    for (int span = 0; span < SPAN; ++span) {
+      Words words[UNIT / DEPTH];
+      column_words(quads[span], B_CODES, decoder, words);
 #pragma GCC unroll 16
-    for (int i = 0; i < UNIT / DEPTH; ++i)
-      right->words[v / WIDTH][step_of(unit * (UNIT / DEPTH) + i)][v % WIDTH] = words[i];
+      for (int i = 0; i < UNIT / DEPTH; ++i)
+        right->words[v / WIDTH][step_of((unit + span) * (UNIT / DEPTH) + i)][v % WIDTH] = words[i];
+    }
   }
 }
 
@@ -144,7 +153,7 @@ INLINE void multiply_panel(const Left *left, int rows, const Words (*right)[WIDT
   Floats sum[PANEL][WIDTH] = {{{0}}};
   for (int step = 0; step < STEPS; ++step) {
     Words b[WIDTH];
-    __builtin_prefetch(sums + step, 1);
+    __builtin_prefetch(sums + step, 1);  // they are many, and not all in the first cache
 #pragma GCC unroll 8
     for (int v = 0; v < WIDTH; ++v) b[v] = once(right[step][v]);
 #pragma GCC unroll 8
@@ -228,7 +237,7 @@ INLINE void store_out(Out *to, Floats sums, int count) {
 
 INLINE void many_rows(const Product *p, i64 row, int rows, i64 first) {
   Floats sums[ROWS][VECTORS];
-  Right right[2];
+  Right right;
   Left left;
   float b_scale[VECTORS + 8];
   const u8 *b_rows[COLUMNS];
@@ -236,19 +245,18 @@ INLINE void many_rows(const Product *p, i64 row, int rows, i64 first) {
   rows_of(p->b, first, COLUMNS, b_rows);
   for (int i = 0; i < rows; ++i)
     for (int v = 0; v < VECTORS; ++v) sums[i][v] = (Floats){0};
-  for (int v = 0; v < VECTORS; ++v) decode_right(b_rows, 0, v, &b_decoder, &right[0]);
   for (i64 k = 0; k < K; k += CHUNK) {
-    const i64 group = k / GROUP, chunk = k / CHUNK;
-    for (int v = 0; v < VECTORS; ++v)
+    const i64 group = k / GROUP;
+    for (int v = 0; v < VECTORS; ++v) {
       b_scale[v] = SCALED ? *b_scale_of(p, least(first + v * LANES, N - 1), group) : 1.0f;
-    // The next chunk of b is decoded between the panels: that takes place while their products queue up.
-    int next = k + CHUNK < K ? 0 : VECTORS;
+      decode_right(b_rows, k, v, &b_decoder, &right);
+    }
     for (int i = 0; i < rows; i += PANEL) {
       const int count = least(PANEL, rows - i);
+      // A few rows at a time: more would hold up the loads that are made meanwhile.
+      prefetch_right(b_rows, k + CHUNK, COLUMNS * i / rows, COLUMNS * (i + count) / rows);
       decode_left(p, row + i, count, k, &a_decoder, &left);
-      multiply_rows(count, &left, &right[chunk % 2], scale_of(p, row + i, group), b_scale, sums[i]);
-      for (; next < VECTORS && next * rows < VECTORS * (i + count); ++next)
-        decode_right(b_rows, k + CHUNK, next, &b_decoder, &right[(chunk + 1) % 2]);
+      multiply_rows(count, &left, &right, scale_of(p, row + i, group), b_scale, sums[i]);
     }
   }
   Floats biases[VECTORS];

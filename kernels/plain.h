@@ -15,6 +15,8 @@ typedef u16 Element;
 #endif
 #define WIDENED (BYTES == 2 && DEPTH == 1)
 #define PARTS 1
+#define MOST_STEPS (BYTES == 4 ? 32 : 64)  // measured
+#include "lanes.h"
 
 typedef Words Parts[PARTS];
 typedef struct { char unused; } Decoder;
@@ -22,41 +24,28 @@ typedef struct { char unused; } Decoder;
 INLINE Decoder decoder_of(int codes) { return (Decoder){0}; }
 
 #if WIDENED
-typedef __UINT64_TYPE__ u64;
-typedef u64 LooseFour __attribute__((aligned(2), may_alias));
-typedef u64 Fours __attribute__((vector_size(2 * LANES)));
-
-INLINE Words widened(Halves halves) {
-  const Words words = __builtin_convertvector(halves, Words);
-  return PLAIN == BF16 ? words << 16 : bits_of(f16_to_floats(words));
-}
-
-// Four elements of every fourth of LANES rows.
-INLINE Words widened_quads(const u8 *const *rows, i64 at) {
-  Fours fours;
-  for (int i = 0; i < LANES / 4; ++i) fours[i] = *(const LooseFour *)(rows[4 * i] + at);
-  return widened((Halves)fours);
-}
+// The values of 16-bit floats, which are the low halves of words.
+INLINE Words widened(Words halves) { return PLAIN == BF16 ? halves << 16 : bits_of(f16_to_floats(halves)); }
 #endif
 
 #define LOAD (DEPTH * LANES)
 INLINE void row_words(const u8 *from, int codes, const Decoder *decoder, Parts parts) {
 #if WIDENED
-  parts[0] = widened(*(const LooseHalves *)from);
+  parts[0] = widened(__builtin_convertvector(*(const LooseHalves *)from, Words));
 #else
   parts[0] = *(const LooseWords *)from;
 #endif
 }
 
-#define UNIT (4 * DEPTH)
-INLINE void column_words(const u8 *const *rows, i64 at, int codes, const Decoder *decoder, Words words[UNIT / DEPTH]) {
-  Words r[4];
+#define UNIT (16 / BYTES)
+INLINE void column_words(const Words quads[4], int codes, const Decoder *decoder, Words words[UNIT / DEPTH]) {
 #if WIDENED
-  for (int i = 0; i < 4; ++i) r[i] = widened_quads(rows + i, at);
+  Words pairs[4];
+  transposed_quads(quads, pairs);
+  for (int i = 0; i < 4; ++i) words[2 * i] = widened(pairs[i] & 0xffffu), words[2 * i + 1] = widened(pairs[i] >> 16);
 #else
-  for (int i = 0; i < 4; ++i) r[i] = quads(rows + i, at);
+  transposed_quads(quads, words);
 #endif
-  transposed_quads(r, words);
 }
 
 typedef struct { int part, word; } Place;

@@ -14,6 +14,12 @@ enum { E4M3FN = 0, E4M3FNUZ = 1, E5M2 = 2, INT8 = 3 };
 #define LANES 4
 #endif
 
+#if defined(__AVX512VBMI__) && defined(__AVX512BF16__)
+#define BF16_PAIRS 1  // the machine multiplies pairs of bfloat16
+#else
+#define BF16_PAIRS 0
+#endif
+
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef u32 Words __attribute__((vector_size(4 * LANES)));
 typedef i32 Signed __attribute__((vector_size(4 * LANES)));
