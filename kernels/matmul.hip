@@ -1,16 +1,18 @@
 // The block-scaled product on AMD GPUs of the CDNA line, wave64: out[m, n] = the sum over the blocks g of 128 along K
-// of a_scale[m, g] * b_scale[n / 128, g] times the product of block g of row m of a and row n of b (+ bias[n]); a [rows, K]
-// of 8-bit floats, b as shuffle_weight(w, (16, 16)) lays it out.
+// of a_scale[m, g] * b_scale[n / 128, g] times the product of block g of row m of a and row n of b (+ bias[n]);
+// a [rows, K] of 8-bit floats, b as shuffle_weight(w, (16, 16)) lays it out.
 //
-//   few rows    a wave multiplies up to 64 rows by 16 columns and takes every WAVES-th block of K; both operands come
-//               from global memory in the very registers they are multiplied in; the waves' sums meet in LDS.
+//   few rows    a wave multiplies up to 64 rows by FEW_COLUMNS columns and takes every WAVES-th block of K; both
+//               operands come from global memory in the very registers they are multiplied in; the waves' sums meet
+//               in LDS.
 //   many rows   a workgroup multiplies ROWS rows by COLUMNS columns, each wave all the rows by its columns; a goes
-//               through LDS, a block ahead, b straight to registers, a block ahead.
+//               through LDS, b straight to registers.
+//
 // There are as many workgroups as are at work at once, and each takes one such unit after another.
 //
-// The rows of b are the rows of a matrix instruction, the rows of a its columns: a lane then holds 4 neighbours in a row
-// of the result, and one scale is all it needs.  Where k lies does not matter as long as a and b agree: a lane multiplies
-// the 16 bytes it loads at k = 16 * quarter and at 64 beyond, whole loads of the layout of b.
+// The rows of b are the rows of a matrix instruction, the rows of a its columns: a lane then holds 4 neighbours in a
+// row of the result, and one scale is all it needs.  Where k lies does not matter as long as a and b agree: a lane
+// multiplies the 16 bytes it loads at k = 16 * quarter and at 64 beyond, whole loads of the layout of b.
 //
 // The macros that specialise this file come from lowering/matmul_kernel.py.
 
@@ -43,11 +45,11 @@ enum { IN_ROWS = 0, COLUMN_TMA = 1 };      // A_SCALE_LAYOUT; others are columns
 
 constexpr u32 WAVE = 64, SIDE = 16, BLOCK = 128;  // lanes; rows and columns of a matrix instruction; the k of a scale
 constexpr u32 BLOCKS = K / BLOCK, B_TILES = (N + SIDE - 1) / SIDE;
-constexpr u32 FEW_TILES = 4;                      // of rows, in a workgroup of few rows
+constexpr u32 FEW_TILES = 4, FEW_WIDTH = FEW_COLUMNS / SIDE;  // of rows and of columns, in a unit of few rows
 constexpr u32 WAVES = THREADS / WAVE, ROW_TILES = ROWS / SIDE, WAVE_TILES = COLUMNS / SIDE / WAVES;
 constexpr u32 COLUMN_BLOCKS = (COLUMNS + BLOCK - 1) / BLOCK;
 static_assert(K % BLOCK == 0 && ROWS % SIDE == 0 && COLUMNS % (SIDE * WAVES) == 0, "tiles are whole");
-static_assert(BLOCK % (COLUMNS / WAVES) == 0, "the columns of a wave share their scale");
+static_assert(BLOCK % (COLUMNS / WAVES) == 0 && BLOCK % FEW_COLUMNS == 0, "the columns of a wave share their scale");
 
 struct Product {
   const u8 *a, *b;
@@ -61,6 +63,7 @@ DEVICE u32 thread() { return __builtin_amdgcn_workitem_id_x(); }
 DEVICE u32 lane() { return thread() % WAVE; }
 DEVICE u32 wave() { return __builtin_amdgcn_readfirstlane(thread() / WAVE); }
 DEVICE u32 least(u32 a, u32 b) { return a < b ? a : b; }
+DEVICE float as_float(u32 bits) { return __builtin_bit_cast(float, bits); }
 DEVICE void barrier() {
   __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");
   __builtin_amdgcn_s_barrier();
@@ -69,8 +72,8 @@ DEVICE void barrier() {
 
 // -- operands ------------------------------------------------------------------------------------------------------
 
-// Loads of a buffer add up where it begins, a lane's offset and one that all lanes share: one register a lane.  Nothing is
-// asked for beyond the end.
+// Loads of a buffer add up where it begins, a lane's offset and one that all lanes share: one register a lane.  Nothing
+// is asked for beyond the end.
 typedef __amdgpu_buffer_rsrc_t Buffer;
 DEVICE Buffer buffer(const void *from) {
   return __builtin_amdgcn_make_buffer_rsrc((void *)from, 0, 0xffffffff, 0x27000);
@@ -78,8 +81,8 @@ DEVICE Buffer buffer(const void *from) {
 DEVICE u4 load16(Buffer from, u32 of_lane, u32 shared) {
   return __builtin_amdgcn_raw_buffer_load_b128(from, of_lane, shared, 0);
 }
-DEVICE float load_float(Buffer from, u32 of_lane, u32 shared) {
-  return __builtin_bit_cast(float, __builtin_amdgcn_raw_buffer_load_b32(from, of_lane, shared, 0));
+DEVICE u32 load4(Buffer from, u32 of_lane, u32 shared) {
+  return __builtin_amdgcn_raw_buffer_load_b32(from, of_lane, shared, 0);
 }
 
 // A lane's part of 16 rows by a block: 16 bytes in either half of the block.
@@ -94,12 +97,12 @@ DEVICE i8 words(const Fragment &part) {
 DEVICE u32 place() { return lane() % SIDE; }
 DEVICE u32 quarter() { return lane() / SIDE; }
 
-// What a workgroup reads: a and its scales from its first row on, b and its scales from its first tile of 16 columns on.
-// Beyond the last row or tile there is the last: nobody stores what comes of it.
+// What a workgroup reads: a and its scales from its first row on, b and its scales from its first tile of 16 columns
+// on.  Beyond the last row or tile there is the last: nobody stores what comes of it.
 struct Operands {
   Buffer a, b, a_scale, b_scale;
   u32 tile, last_row;
-  u32 scales;  // bytes between columns of scales, where they are columns
+  u32 scales;  // bytes between columns of scales, where they are columns: those of all are less than 2^32
 };
 
 DEVICE Operands operands(const Product &p, u32 first, u32 tile) {
@@ -119,14 +122,15 @@ DEVICE Fragment load_b(const Operands &from, u32 tile, u32 block) {
   return {load16(from.b, lane() * 16, shared), load16(from.b, lane() * 16 + SIDE * BLOCK / 2, shared)};
 }
 
-DEVICE float load_a_scale(const Operands &from, u32 row, u32 block) {
+// Scales, as bits until they are used: of floats the compiler makes pairs, and waits for them to move them together.
+DEVICE u32 load_a_scale(const Operands &from, u32 row, u32 block) {
   const u32 here = least(row, from.last_row);
-  if constexpr (A_SCALE_LAYOUT == IN_ROWS) return load_float(from.a_scale, here * (BLOCKS * 4), block * 4);
-  else return load_float(from.a_scale, here * 4, block * from.scales);
+  if constexpr (A_SCALE_LAYOUT == IN_ROWS) return load4(from.a_scale, here * (BLOCKS * 4), block * 4);
+  else return load4(from.a_scale, here * 4, block * from.scales);
 }
 
-DEVICE float load_b_scale(const Operands &from, u32 tile, u32 block) {
-  return load_float(from.b_scale, least(from.tile + tile, B_TILES - 1) / (BLOCK / SIDE) * (BLOCKS * 4), block * 4);
+DEVICE u32 load_b_scale(const Operands &from, u32 tile, u32 block) {
+  return load4(from.b_scale, least(from.tile + tile, B_TILES - 1) / (BLOCK / SIDE) * (BLOCKS * 4), block * 4);
 }
 
 // The products of a block: sums[i] belongs to row `place()` of a and row 4 * quarter() + i of b.
@@ -159,8 +163,8 @@ DEVICE f4 add_scaled(f4 sums, f4 products, f2 scale) {
   return more;
 }
 
-// Steps 0 to COUNT - 1, in rounds of RING.  Constants in each are its `slot` in the round and how many steps are `left`,
-// itself among them, as far as that is no more than RING: what is sent for in a slot now is there a round later.
+// Steps 0 to COUNT - 1, in rounds of RING.  Constants in each are its `slot` in the round and how many steps are
+// `left`, itself among them, as far as that is no more than RING: what is sent for in a slot is there a round later.
 template <u32 COUNT, u32 RING, typename Step> DEVICE void in_rounds(const Step &step) {
   constexpr u32 SAME = COUNT > RING ? (COUNT - RING) / RING * RING : 0;
   ROLLED for (u32 i = 0; i < SAME; i += RING)
@@ -206,13 +210,13 @@ DEVICE void store(const Product &p, u32 row, u32 column, f4 sums) {
 // -- few rows ------------------------------------------------------------------------------------------------------
 
 template <u32 TILES> struct Part {
-  Fragment a[TILES], b;
-  float a_scale[TILES], b_scale;
+  Fragment a[TILES], b[FEW_WIDTH];
+  u32 a_scale[TILES], b_scale;
 };
 
 template <u32 TILES> DEVICE Part<TILES> load_part(const Operands &from, u32 block) {
   Part<TILES> part;
-  part.b = load_b(from, 0, block);
+  UNROLL for (u32 n = 0; n < FEW_WIDTH; ++n) part.b[n] = load_b(from, n, block);
   UNROLL for (u32 t = 0; t < TILES; ++t) {
     const u32 row = t * SIDE + place(), k = quarter() * 16;
     part.a[t] = {load_a(from, row, k, block), load_a(from, row, k + BLOCK / 2, block)};
@@ -223,11 +227,12 @@ template <u32 TILES> DEVICE Part<TILES> load_part(const Operands &from, u32 bloc
   return part;
 }
 
-// TILES * 16 rows from `first` on by the 16 columns of a tile of b.  RING blocks of a wave are on their way at once.
+// TILES * 16 rows from `first` on by FEW_COLUMNS columns from tile `tile` of b on.  RING blocks of a wave are on their
+// way at once.
 template <u32 TILES, u32 RING> DEVICE void few_rows(const Product &p, u32 first, u32 tile, f4 *lds) {
   constexpr u32 COUNT = (BLOCKS + WAVES - 1) / WAVES;
   const Operands from = operands(p, first, tile);
-  f4 sums[TILES] = {};
+  f4 sums[TILES][FEW_WIDTH] = {};
   Part<TILES> parts[RING];
   // Where a wave has one block less, the last one counts nothing.
   const auto block_of = [](u32 i) { return least(i * WAVES + wave(), BLOCKS - 1); };
@@ -236,17 +241,20 @@ template <u32 TILES, u32 RING> DEVICE void few_rows(const Product &p, u32 first,
   in_rounds<COUNT, RING>([&](u32 i, u32 slot, u32 left) {
     const Part<TILES> &part = parts[slot];
     UNROLL for (u32 t = 0; t < TILES; ++t) {
-      const float scale = counts(i) ? part.a_scale[t] * part.b_scale : 0;
-      sums[t] = add_scaled(sums[t], multiply(part.b, part.a[t]), pair_of(scale));
+      const f2 scale = pair_of(counts(i) ? as_float(part.a_scale[t]) * as_float(part.b_scale) : 0);
+      UNROLL for (u32 n = 0; n < FEW_WIDTH; ++n)
+        sums[t][n] = add_scaled(sums[t][n], multiply(part.b[n], part.a[t]), scale);
     }
     if (left > RING) parts[slot] = load_part<TILES>(from, block_of(i + RING));
   });
-  UNROLL for (u32 t = 0; t < TILES; ++t) lds[(wave() * TILES + t) * WAVE + lane()] = sums[t];
+  constexpr u32 EACH = TILES * FEW_WIDTH;
+  UNROLL for (u32 i = 0; i < EACH; ++i)
+    lds[(wave() * EACH + i) * WAVE + lane()] = sums[i / FEW_WIDTH][i % FEW_WIDTH];
   barrier();
-  for (u32 t = wave(); t < TILES; t += WAVES) {
-    f4 total = lds[t * WAVE + lane()];
-    UNROLL for (u32 w = 1; w < WAVES; ++w) total += lds[(w * TILES + t) * WAVE + lane()];
-    store(p, first + t * SIDE + place(), tile * SIDE + quarter() * 4, total);
+  for (u32 i = wave(); i < EACH; i += WAVES) {
+    f4 total = lds[i * WAVE + lane()];
+    UNROLL for (u32 w = 1; w < WAVES; ++w) total += lds[(w * EACH + i) * WAVE + lane()];
+    store(p, first + i / FEW_WIDTH * SIDE + place(), (tile + i % FEW_WIDTH) * SIDE + quarter() * 4, total);
   }
 }
 
@@ -256,8 +264,8 @@ constexpr u32 CHUNKS = BLOCK / 16, ROWS_AT_ONCE = THREADS / CHUNKS, LOADS = ROWS
 constexpr u32 SCALES = (ROWS * COLUMN_BLOCKS + THREADS - 1) / THREADS;  // that a lane brings
 static_assert(ROWS % ROWS_AT_ONCE == 0, "the lanes that load a block load whole rows");
 
-// A block of a in LDS: for each tile of 16 rows 8 chunks of 16 bytes along k, of each chunk the 16 rows.  Row r of chunk
-// c lies at r ^ c: rows are written a chunk per lane and read a row per lane, and no two lanes meet at a bank.
+// A block of a in LDS: for each tile of 16 rows 8 chunks of 16 bytes along k, of each chunk the 16 rows.  Row r of
+// chunk c lies at r ^ c: rows are written a chunk per lane and read a row per lane, and no two lanes meet at a bank.
 struct Stage {
   u4 a[ROW_TILES][CHUNKS][SIDE];
   float scale[SCALES * THREADS];  // [column block][row]
@@ -266,7 +274,7 @@ struct Stage {
 // What a lane brings of a block, on its way to LDS.
 struct Incoming {
   u4 a[LOADS];
-  float a_scale[SCALES], b_scale[SCALES];
+  u32 a_scale[SCALES], b_scale[SCALES];
 };
 
 DEVICE Incoming load_stage(const Operands &from, u32 block) {
@@ -287,7 +295,8 @@ DEVICE void put_stage(const Incoming &in, Stage &stage) {
     const u32 row = i * ROWS_AT_ONCE + thread() / CHUNKS;
     stage.a[row / SIDE][chunk][row % SIDE ^ chunk] = in.a[i];
   }
-  UNROLL for (u32 i = 0; i < SCALES; ++i) stage.scale[i * THREADS + thread()] = in.a_scale[i] * in.b_scale[i];
+  UNROLL for (u32 i = 0; i < SCALES; ++i)
+    stage.scale[i * THREADS + thread()] = as_float(in.a_scale[i]) * as_float(in.b_scale[i]);
 }
 
 DEVICE Fragment get_a(const Stage &stage, u32 t) {
@@ -313,8 +322,8 @@ DEVICE void multiply_stage(const Stage &stage, const Fragment *b, u32 column_blo
   }
 }
 
-// ROWS rows from `first` on by COLUMNS columns from tile `tile` of b on.  Of b, RING blocks are in registers or on their
-// way there; of a one is in LDS, and two more are on their way.
+// ROWS rows from `first` on by COLUMNS columns from tile `tile` of b on.  Of b, RING blocks are in registers or on
+// their way there; of a one is in LDS, and two more are on their way.
 DEVICE void many_rows(const Product &p, u32 first, u32 tile, Stage *stages) {
   constexpr u32 RING = 4;
   const Operands from = operands(p, first, tile);
@@ -348,19 +357,19 @@ DEVICE void many_rows(const Product &p, u32 first, u32 tile, Stage *stages) {
 DEVICE void product(const Product &p) {
   union Lds {
     Stage stages[2];
-    f4 sums[WAVES * FEW_TILES * WAVE];
+    f4 sums[WAVES * FEW_TILES * FEW_WIDTH * WAVE];
   };
   SHARED Lds lds;
-  constexpr u32 ACROSS = (N + COLUMNS - 1) / COLUMNS;
   const bool few = p.rows <= FEW_ROWS;
-  const u32 across = few ? B_TILES : ACROSS, rows = few ? FEW_TILES * SIDE : ROWS;
+  const u32 rows = few ? FEW_TILES * SIDE : ROWS, columns = few ? FEW_COLUMNS : COLUMNS;
+  const u32 across = (N + columns - 1) / columns;
   const u32 units = (p.rows + rows - 1) / rows * across;
   ROLLED for (u32 unit = __builtin_amdgcn_workgroup_id_x(); unit < units; unit += WORKGROUPS) {
-    const u32 first = unit / across * rows, left = p.rows - first, column = unit % across;
-    if (!few) many_rows(p, first, column * (COLUMNS / SIDE), lds.stages);
-    else if (left <= SIDE) few_rows<1, 6>(p, first, column, lds.sums);
-    else if (left <= 2 * SIDE) few_rows<2, 4>(p, first, column, lds.sums);
-    else few_rows<FEW_TILES, 3>(p, first, column, lds.sums);
+    const u32 first = unit / across * rows, left = p.rows - first, tile = unit % across * (columns / SIDE);
+    if (!few) many_rows(p, first, tile, lds.stages);
+    else if (left <= SIDE) few_rows<1, 6>(p, first, tile, lds.sums);
+    else if (left <= 2 * SIDE) few_rows<2, 4>(p, first, tile, lds.sums);
+    else few_rows<FEW_TILES, 3>(p, first, tile, lds.sums);
     barrier();
   }
 }

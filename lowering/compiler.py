@@ -41,6 +41,7 @@ from .report import Change, Report, Site
 from .signature import SIGNATURE_KEY, Signature
 from .targets import Target, resolve
 from .views import sink_views
+from .weight_scales import check_scales
 
 Progress = Callable[[str, str], None]
 Fp8 = Literal["as-is", "native"]
@@ -206,6 +207,7 @@ class _Pipeline:
         function = program.main()
         self.start("dispatch", f"{len(ledger.records)} sites")
         check(function)
+        check_scales(program)
         dispatched = dispatch(
             program.module,
             function,

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from iree.compiler import ir
 
-from patterns import canonical, torch_ir
+from patterns import canonical, torch_ir, weight_layouts
 
 from . import attention, ops
 from .errors import CompileError
 from .importer import import_module
 from .normalize import normalize
 from .routing import why_impossible
+from .weight_layouts import shuffle_weight_reference, unshuffle_weight_reference
 
 
 class _Reference(torch.nn.Module):
@@ -78,7 +79,7 @@ class Expander:
         if reference is None:
             return None
         key, function = reference
-        operands = list(op.operands)
+        operands = [operand for operand in op.operands if torch_ir.tensor_type(operand) is not None]
         # The leading axes of all row operands are the same axes.
         axes = [[f"axis{axis}" for axis, _ in enumerate(type_.shape)] for type_ in _types(operands)]
         return _Meaning(function, key, operands, axes)
@@ -137,7 +138,17 @@ def _reference(op: ir.Operation) -> tuple[Any, Callable[..., Any]] | None:
             return ops.block_scaled_matmul_reference(a, b, a_scale, b_scale, dtype, bias, layout)
 
         return (dtype, layout), block_scaled_matmul
+    if name in _MOVES:
+        to, move = torch_ir.constant(op.operands[1]), _MOVES[name]
+        return to, lambda weight: move(weight, to)
     return None
+
+
+# Of a weight that is no parameter; one that is has been shuffled when compiling.
+_MOVES: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
+    weight_layouts.SHUFFLE: shuffle_weight_reference,
+    weight_layouts.UNSHUFFLE: unshuffle_weight_reference,
+}
 
 
 def _routing_reference(op: ir.Operation) -> tuple[Any, Callable[..., Any]]:

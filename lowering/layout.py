@@ -11,7 +11,7 @@ from iree.compiler import ir
 
 from patterns import canonical, torch_ir, weight_layouts
 from patterns.contracts import MatmulSpec
-from patterns.matmul_fusion import Reads, fuse_product
+from patterns.matmul_fusion import Reads, fuse_product, why_misfit
 from patterns.sites import Ledger
 
 from .dispatch import supported
@@ -32,11 +32,16 @@ def lay_out(function: ir.Operation, ledger: Ledger, reads: Reads) -> None:
     """Give the products of ``function`` to kernels where there are any, in place.
 
     A product that has none is remarked in ``ledger``.  Raises CompileError, naming the parameter and the
-    product, where the model says a weight has a layout that the target has not, that the operation it comes
-    from does not give it, or that another product says it has not.
+    product, where operands do not fit each other, and where the model says a weight has a layout that the
+    target has not, that what makes the weight does not give it, or that another product says it has not.
     """
     block = torch_ir.block_of(function)
     products = _products(block)
+    for product in products:
+        if misfit := why_misfit(product):
+            raise CompileError(
+                f"{torch_ir.location(product)}: the operands of a product do not fit: {misfit}"
+            )
     _note_what_is_said(products, reads)
     check(function)
     frozen = torch_ir.of_parameters(block)

@@ -25,7 +25,7 @@ _SHARED = 227 << 10  # what a workgroup may have at most, and has: more of it is
 # Workgroups that are at work at once, by the size of their clusters, which do not cross the machine's parts of up
 # to 18 multiprocessors: on an H200 as its driver says, on a B200 as eight parts of 18 would have it.
 AT_ONCE = {
-    "sm_90": {1: 132, 2: 132, 3: 129, 4: 120, 5: 115, 6: 120, 7: 105, 8: 120},
+    "sm_90": {1: 132, 2: 132, 3: 117, 4: 120, 5: 110, 6: 102, 7: 105, 8: 120},
     "sm_100": {1: 148, 2: 148, 3: 144, 4: 128, 5: 120, 6: 144, 7: 112, 8: 128},
 }
 
@@ -66,12 +66,12 @@ def default_plans(spec: MatmulSpec, target: Target) -> Plans:
         rows = AT_ONCE[target.name][split] // (split * tiles) * sizes[-1]
         if split > 1 and rows > plans[-1].rows:
             plans.append(Plan(rows, sizes[-1], split))
-    return (*plans, Plan(ANY_ROWS, sizes[-1], share=2))
+    return (*plans, Plan(ANY_ROWS, sizes[-1]))
 
 
 def _splits(spec: MatmulSpec) -> list[int]:
-    """Those that leave every part of K a block, from the largest on."""
-    return [split for split in range(MOST_SPLIT, 0, -1) if split * _BLOCK <= spec.depth]
+    """Powers of two that leave every part of K a block, from the largest on."""
+    return [split for split in (8, 4, 2, 1) if split * _BLOCK <= spec.depth]
 
 
 @functools.cache
@@ -97,7 +97,7 @@ def _specialise(spec: MatmulSpec, target: Target, tile: object | None) -> Specia
     plans = tile if isinstance(tile, tuple) else choose_plans(spec, target)
     cluster = max(plan.team for plan in plans)
     listed = " ".join(f"P({', '.join(map(str, astuple(plan)))})" for plan in plans)
-    values = {**common_defines(spec), "CLUSTER": cluster, "SHARED": _SHARED, "MOST_STAGES": _MOST_STAGES}
+    values = {**common_defines(spec), "CLUSTER": cluster, "SHARED": _SHARED, "MOST_STAGES": _MOST_STAGES, "WIDE_TILES": 2}
     return Specialised(
         (*texts(values), ("PLANS", listed)),
         GridRule(1, most=1, columns=AT_ONCE[target.name][cluster]),

@@ -26,21 +26,22 @@ _RESIDENT = {"gfx950": 2, "gfx942": 1}
 class ProductTile:
     """How a product is divided among workgroups.
 
-    Up to ``few_rows`` rows a unit of work is 64 rows by 16 columns, whose K the waves share; with more it is
-    ``rows`` by ``columns``, whose columns they share.
+    Up to ``few_rows`` rows a unit of work is 64 rows by ``few_columns`` columns, whose K the waves share;
+    with more it is ``rows`` by ``columns``, whose columns they share.
     """
 
     few_rows: int
+    few_columns: int = 16
     rows: int = 128
     columns: int = 128
 
 
 def default_tile(spec: MatmulSpec, target: Target) -> ProductTile:
-    """Large units once there is one for every second compute unit.  A rule: nothing was measured."""
-    tile = ProductTile(0)
-    across = -(-spec.columns // tile.columns)
-    fewest = -(-COMPUTE_UNITS[target.name] // 2 // across)
-    return ProductTile(max(_FEW, (fewest - 1) * tile.rows))
+    """Larger units once there is one for every second compute unit.  A rule: nothing was measured."""
+    tile, enough = ProductTile(0), COMPUTE_UNITS[target.name] // 2
+    fewest = -(-enough // -(-spec.columns // tile.columns))
+    width = 2 if spec.columns >= 2 * tile.few_columns * enough else 1
+    return ProductTile(max(_FEW, (fewest - 1) * tile.rows), width * tile.few_columns)
 
 
 def _why_unsupported(spec: MatmulSpec, target: Target) -> str | None:
@@ -59,6 +60,7 @@ def _specialise(spec: MatmulSpec, target: Target, tile: object | None) -> Specia
     workgroups = COMPUTE_UNITS[target.name] * resident
     values = {
         "FEW_ROWS": tile.few_rows,
+        "FEW_COLUMNS": tile.few_columns,
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
         "THREADS": _THREADS,

@@ -6,9 +6,9 @@ is a view, a permutation of axes and, for ``swizzled_128``, one of chunks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,9 +20,8 @@ WEIGHT_LAYOUTS: tuple[WeightLayout, ...] = get_args(WeightLayout)
 _DTYPES = tuple(getattr(torch, name) for name in LARGEST_FINITE)
 _CHUNK = 16  # bytes that stay together in every layout
 _CHUNKS = 8  # of a row of a swizzled tile
-_MOST_ROWS = max(ROW_MULTIPLE.values())
-# Bytes of a weight that the eager operations move at a time.
-_PIECE = 8 << 20
+# Bytes of a weight that the eager operations move at a time: of some megabytes all stays in a cache.
+_PIECE = 4 << 20
 
 
 def shuffle_weight_reference(w: Tensor, layout: WeightLayout) -> Tensor:
@@ -34,31 +33,43 @@ def shuffle_weight_reference(w: Tensor, layout: WeightLayout) -> Tensor:
     padding = stored_rows(rows, layout) - rows
     if padding:
         w = torch.cat([w, w.new_zeros((padding, depth))])
-    return _TO[layout](w).contiguous().view(rows + padding, depth)
+    tiles = _tiles_of_rows(w, layout)
+    return (_swizzled(tiles) if layout == "swizzled_128" else tiles).contiguous().view(w.shape)
 
 
 def unshuffle_weight_reference(stored: Tensor, layout: WeightLayout) -> Tensor:
     """The weight [N', K], padding rows included, whose bytes in ``layout`` are ``stored``."""
-    return _FROM[layout](stored).contiguous().view(stored.shape)
+    tiles = _tiles_stored(stored, layout)
+    rows = (_swizzled(tiles) if layout == "swizzled_128" else tiles).permute(_BACK[layout])
+    return rows.contiguous().view(stored.shape)
 
 
-def _to_shuffled(w: Tensor) -> Tensor:
-    return w.view(w.shape[0] // 16, 16, w.shape[1] // _CHUNK, _CHUNK).permute(0, 2, 1, 3)
+def _tiles_of_rows(w: Tensor, layout: WeightLayout) -> Tensor:
+    """[N, K] as a view whose axes are those of ``_tiles_stored``."""
+    rows, depth = w.shape
+    if layout == "shuffled_16x16":
+        return w.view(rows // 16, 16, depth // _CHUNK, _CHUNK).permute(0, 2, 1, 3)
+    if layout == "swizzled_128":
+        return w.view(rows // 128, 16, _CHUNKS, depth // 128, _CHUNKS, _CHUNK).permute(0, 3, 1, 2, 4, 5)
+    return w
 
 
-def _from_shuffled(stored: Tensor) -> Tensor:
-    return stored.view(stored.shape[0] // 16, stored.shape[1] // _CHUNK, 16, _CHUNK).permute(0, 2, 1, 3)
-
-
-def _to_swizzled(w: Tensor) -> Tensor:
-    tiles = w.view(w.shape[0] // 128, 128 // _CHUNKS, _CHUNKS, w.shape[1] // 128, _CHUNKS, _CHUNK)
-    return _swizzled(tiles.permute(0, 3, 1, 2, 4, 5))
-
-
-def _from_swizzled(stored: Tensor) -> Tensor:
+def _tiles_stored(stored: Tensor, layout: WeightLayout) -> Tensor:
+    """[N', K] as a view: [tile, place along K, row, (chunk,) byte]; rows of swizzled tiles are two axes."""
     rows, depth = stored.shape
-    tiles = stored.view(rows // 128, depth // 128, 128 // _CHUNKS, _CHUNKS, _CHUNKS, _CHUNK)
-    return _swizzled(tiles).permute(0, 2, 3, 1, 4, 5)
+    if layout == "shuffled_16x16":
+        return stored.view(rows // 16, depth // _CHUNK, 16, _CHUNK)
+    if layout == "swizzled_128":
+        return stored.view(rows // 128, depth // 128, 16, _CHUNKS, _CHUNKS, _CHUNK)
+    return stored
+
+
+# The axes of tiles in the order of rows, by layout.
+_BACK: dict[WeightLayout, tuple[int, ...]] = {
+    "row": (0, 1),
+    "shuffled_16x16": (0, 2, 1, 3),
+    "swizzled_128": (0, 2, 3, 1, 4, 5),
+}
 
 
 def _swizzled(tiles: Tensor) -> Tensor:
@@ -70,17 +81,27 @@ def _swizzled(tiles: Tensor) -> Tensor:
     return torch.stack(rows, dim=-3)
 
 
-_Move = Callable[[Tensor], Tensor]
-_TO: dict[WeightLayout, _Move] = {
-    "row": lambda w: w,
-    "shuffled_16x16": _to_shuffled,
-    "swizzled_128": _to_swizzled,
-}
-_FROM: dict[WeightLayout, _Move] = {
-    "row": lambda stored: stored,
-    "shuffled_16x16": _from_shuffled,
-    "swizzled_128": _from_swizzled,
-}
+def _move(rows: Tensor, stored: Tensor, layout: WeightLayout, *, back: bool) -> None:
+    """Copy ``rows`` [N, K] to ``stored``, or back: whole tiles, on the CPU, in no memory but theirs.
+
+    By numpy, which moves 16 bytes at once and starts no threads: weights are folded several at a time.
+    """
+    tile = max(ROW_MULTIPLE.values())
+    step = max(1, _PIECE // max(1, rows.shape[1] * tile)) * tile
+    for first in range(0, rows.shape[0], step):
+        piece = slice(first, first + step)
+        a, b = _chunks(_tiles_of_rows(rows[piece], layout)), _chunks(_tiles_stored(stored[piece], layout))
+        pairs = [(a, b)]
+        if layout == "swizzled_128":
+            places = [(row, chunk) for row in range(_CHUNKS) for chunk in range(_CHUNKS)]
+            pairs = [(a[..., row, chunk], b[..., row, chunk ^ row]) for row, chunk in places]
+        for source, target in ((b, a) if back else (a, b) for a, b in pairs):
+            target[...] = source
+
+
+def _chunks(tiles: Tensor) -> np.ndarray:
+    """[.., 16 bytes] as an array of chunks that shares its memory."""
+    return tiles.view(torch.uint8).numpy().view(np.dtype((np.void, _CHUNK)))[..., 0]
 
 
 @torch.library.custom_op(
@@ -95,7 +116,15 @@ def shuffle_weight(w: Tensor, layout: str) -> Tensor:
     does not fit.
     Source: AITER's shuffle_weight(w, (16, 16)); the 128-byte swizzle of Hopper's shared memory.
     """
-    return _moved(w, stored_rows(w.shape[0], _checked(w, layout)), layout, shuffle_weight_reference)
+    checked = _checked(w, layout)
+    if layout == "row" or not w.is_cpu:
+        return shuffle_weight_reference(w, checked).clone()
+    result = w.new_empty((stored_rows(w.shape[0], checked), w.shape[1]))
+    whole = w.shape[0] // ROW_MULTIPLE[checked] * ROW_MULTIPLE[checked]
+    _move(w[:whole].contiguous(), result[:whole], checked, back=False)
+    if whole < w.shape[0]:
+        result[whole:] = shuffle_weight_reference(w[whole:].contiguous(), checked)
+    return result
 
 
 @shuffle_weight.register_fake
@@ -111,8 +140,12 @@ def unshuffle_weight(stored: Tensor, layout: str) -> Tensor:
 
     Raises ValueError naming the argument that does not fit.
     """
-    check_stored("stored", stored, "layout", layout)
-    return _moved(stored, stored.shape[0], layout, unshuffle_weight_reference)
+    checked = check_stored("stored", stored, "layout", layout)
+    if layout == "row" or not stored.is_cpu:
+        return unshuffle_weight_reference(stored, checked).clone()
+    result = stored.new_empty(stored.shape)
+    _move(result, stored.contiguous(), checked, back=True)
+    return result
 
 
 @unshuffle_weight.register_fake
@@ -121,22 +154,14 @@ def _(stored: Tensor, layout: str) -> Tensor:
     return stored.new_empty(stored.shape)
 
 
-def _moved(source: Tensor, rows: int, layout: str, move: Callable[[Tensor, WeightLayout], Tensor]) -> Tensor:
-    """``move`` of ``source``, piece after piece: beside the result it takes the memory of one piece."""
-    result = source.new_empty((rows, source.shape[1]))
-    step = max(1, _PIECE // max(1, source.shape[1] * _MOST_ROWS)) * _MOST_ROWS
-    for first in range(0, rows, step):
-        piece = move(source[first : first + step].contiguous(), layout)  # pyright: ignore[reportArgumentType]
-        result[first : first + step] = piece
-    return result
-
-
-def check_stored(name: str, stored: Tensor, layout_name: str, layout: str) -> None:
-    """That ``stored`` can be a weight in ``layout``.  Raises ValueError naming the argument if not."""
-    multiple = ROW_MULTIPLE[_checked(stored, layout, name, layout_name)]
+def check_stored(name: str, stored: Tensor, layout_name: str, layout: str) -> WeightLayout:
+    """The layout, if ``stored`` can be a weight in it.  Raises ValueError naming the argument if not."""
+    checked = _checked(stored, layout, name, layout_name)
+    multiple = ROW_MULTIPLE[checked]
     if stored.shape[0] % multiple:
         text = shape_text(stored)
         raise ValueError(f"{name}: layout {layout!r} has a multiple of {multiple} rows, and this is {text}")
+    return checked
 
 
 def _checked(w: Tensor, layout: str, name: str = "w", layout_name: str = "layout") -> WeightLayout:

@@ -73,21 +73,47 @@ def fuse_product(op: ir.Operation, reads: Reads, ledger: Ledger, *, is_parameter
     return refusals[0]
 
 
+def why_misfit(op: ir.Operation) -> str | None:
+    """Which operand of a ``vmfuse.block_scaled_matmul`` does not fit, as far as sizes are known."""
+    a, b, a_scale, b_scale, *bias = (torch_ir.tensor_type(value) for value in op.operands)
+    if not (a and b and a_scale and b_scale) or not (a.shape and a_scale.shape) or len(b.shape) != 2:
+        return None
+    (columns, depth), groups = b.shape, a_scale.shape[-1]
+    if depth is None or groups is None:
+        return None
+    if a.shape[-1] not in (None, depth):
+        return f"{_named(op, 1)} is {b}, and it multiplies rows of {a.shape[-1]} elements"
+    if not groups or depth % groups:
+        return f"{_named(op, 1)} is {b}, and {groups} scales do not divide its rows of {depth} elements"
+    group = depth // groups
+    fits = columns is None or b_scale.shape == (-(-columns // group), groups)
+    if not fits or b_scale.dtype != "float32":
+        wanted = torch_ir.TensorType((columns and -(-columns // group), groups), "float32")
+        return f"{_named(op, 3)} is {b_scale}, and {_named(op, 1)}, {b} in blocks of {group}, needs {wanted}"
+    out = torch_ir.tensor_type(op.results[0])
+    if bias and out is not None and columns and bias[0] != torch_ir.TensorType((columns,), out.dtype):
+        return f"{_named(op, 4)} is {bias[0]}, and a result {out} needs {out.dtype}[{columns}]"
+    return None
+
+
+def _named(op: ir.Operation, number: int) -> str:
+    """``its scales 'gate.scale'``"""
+    what = {1: "its weight", 3: "the weight's scale", 4: "its bias"}[number]
+    names = weight_layouts.names(op.operands[number])
+    return f"{what} {' and '.join(map(repr, names))}" if names else what
+
+
 def _spec(op: ir.Operation) -> MatmulSpec | str:
-    """What the product computes; a sentence if its sizes are not known or do not fit each other."""
+    """What the product, whose operands fit each other, computes; a sentence if its sizes are not known."""
     a, b, a_scale, b_scale, *rest = (torch_ir.tensor_type(value) for value in (*op.operands, *op.results))
     out = rest[-1]
     if not (a and b and a_scale and b_scale and out) or not (a.shape and a_scale.shape) or len(b.shape) != 2:
         return "The rank of an operand is not known."
-    columns, depth = b.shape
-    groups = a_scale.shape[-1]
-    if columns is None or not depth or not groups:
+    columns, depth, groups = *b.shape, a_scale.shape[-1]
+    if columns is None or not depth or not groups or a.shape[-1] != depth or None in b_scale.shape:
         return "A size of its weight or scales is unknown until run time; a kernel is made for one size."
-    group = depth // groups
-    if a.shape[-1] != depth or depth % groups or b_scale.shape != (-(-columns // group), groups):
-        return f"Its operands do not fit each other: a {a}, b {b}, a_scale {a_scale}, b_scale {b_scale}."
     layout = canonical.product_contract(op).b_layout
-    return MatmulSpec(columns, depth, group, a.dtype, b.dtype, out.dtype, len(rest) == 2, layout)
+    return MatmulSpec(columns, depth, depth // groups, a.dtype, b.dtype, out.dtype, len(rest) == 2, layout)
 
 
 def _candidates(

@@ -156,8 +156,14 @@ def test_many_rows(name: str, multiply: Multiply) -> None:
 
 def test_other_tiles(multiply: Multiply) -> None:
     """Two blocks of columns, each with scales of its own, and fewer rows."""
-    check(spec(400, 256), GFX950, ProductTile(0, 64, 256), 70, multiply)
-    check(spec(400, 256), GFX950, ProductTile(0, 256, 64), 70, multiply)
+    check(spec(400, 256), GFX950, ProductTile(0, rows=64, columns=256), 70, multiply)
+    check(spec(400, 256), GFX950, ProductTile(0, rows=256, columns=64), 70, multiply)
+
+
+@pytest.mark.parametrize("rows", [2, 18, 50])
+def test_two_tiles_of_columns(rows: int, multiply: Multiply) -> None:
+    """Of which the last unit has one."""
+    check(spec(165, 640), GFX950, ProductTile(few_rows=64, few_columns=32), rows, multiply)
 
 
 def test_more_units_than_workgroups(multiply: Multiply) -> None:
@@ -229,10 +235,11 @@ def test_results_too_large_become_infinite(dtype: str, multiply: Multiply) -> No
 
 
 @pytest.mark.parametrize("target", [GFX950, GFX942], ids=lambda t: t.name)
-@pytest.mark.parametrize("depth", [2048, 7168, 18432])
-def test_resources(depth: int, target: Target) -> None:
+@pytest.mark.parametrize("columns", [2048, 7168])
+@pytest.mark.parametrize("depth", [128, 1536, 2304, 7168, 18432])
+def test_resources(depth: int, columns: int, target: Target) -> None:
     """Nothing is spilled, and as many workgroups as the grid counts on find room on a compute unit."""
-    kernel = instance(spec(7168, depth, target=target), target)
+    kernel = instance(spec(columns, depth, target=target), target)
     found = gfx950.CodeObject(toolchain.compile_kernel(kernel)).kernel(kernel.entry)
     resident = kernel.grid(1)[0] // {"gfx950": 256, "gfx942": 304}[target.name]
     assert found.scratch_bytes == 0
@@ -279,7 +286,7 @@ def test_what_it_does_not_do_has_a_reason(case: MatmulSpec, target: Target, reas
 
 
 def test_the_tile_follows_the_shape() -> None:
-    """Units of many rows once they would keep half of the machine at work."""
-    assert default_tile(spec(7168, 2048), GFX950).few_rows == 256
-    assert default_tile(spec(36864, 2048), GFX950).few_rows == 64
-    assert default_tile(spec(2048, 2048), GFX950).few_rows == 896
+    """Larger units once they would keep half of the machine at work."""
+    assert default_tile(spec(7168, 2048), GFX950) == ProductTile(256, 32)
+    assert default_tile(spec(36864, 2048), GFX950) == ProductTile(64, 32)
+    assert default_tile(spec(2048, 2048), GFX950) == ProductTile(896, 16)

@@ -344,6 +344,20 @@ def test_without_a_kernel_a_shuffled_weight_is_folded_back() -> None:
     assert torch.equal(folded["w.folded"].view(torch.uint8), w.view(torch.uint8))
 
 
+@pytest.mark.parametrize("layout", ["row", "shuffled_16x16", "swizzled_128"])
+def test_a_weight_can_be_shuffled_at_run_time(layout: str) -> None:
+    """There and back in a compiled program, of codes that hold every bit pattern, padding included."""
+
+    class Moves(nn.Module):
+        def forward(self, w: Tensor) -> tuple[Tensor, Tensor]:
+            stored = LOW.shuffle_weight(w, layout)
+            return stored, LOW.unshuffle_weight(stored, layout)
+
+    w = torch.arange(150 * 128).to(torch.uint8).reshape(150, 128).view(torch.int8)
+    found = lowering.load(lowering.compile(Moves(), (w,)).vmfb)(w)
+    assert all(map(torch.equal, found, Moves()(w)))
+
+
 # -- scales -------------------------------------------------------------------------------------------
 
 
@@ -432,3 +446,80 @@ def test_programs_are_right_whatever_the_scales_do(layout: str, reader) -> None:
         for a, b in zip(*(v if isinstance(v, tuple) else (v,) for v in (found, expected)), strict=True):
             assert a.shape == b.shape and a.stride() == b.stride()
             torch.testing.assert_close(a, b, rtol=2**-7, atol=2**-5)
+
+
+# -- what is refused ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(torch.nan, "nan"), (0.0, "0.0"), (torch.inf, "inf"), (-1.0, "-1.0")]
+)
+def test_a_scale_that_is_no_positive_number_is_refused(value: float, shown: str) -> None:
+    """As it is stored, and as it is after folding; of a product with a kernel and of one without."""
+    bad = S.clone()
+    bad[1, 0] = value
+    message = rf"{THIS}:\d+: the scale 's' of a product's weight is {shown} at \[1, 0\]; 1 of its 4 elements"
+    with pytest.raises(CompileError, match=message):
+        lowering.compile(Computes(product, w=codes(256, 256), s=bad), (X,))
+    with pytest.raises(CompileError, match=rf"'s.folded' of a product's weight is {shown} at \[0, 1\]"):
+        lowering.compile(Computes(lambda x, w, s: product(x, w, s.t()), w=codes(256, 256), s=bad), (X,))
+
+    def small_groups(x, w, s):
+        q, scale = LOW.group_quant(x, 16)
+        return LOW.block_scaled_matmul(q, w, scale, s, torch.float32)
+
+    bad = torch.ones(1, 2)
+    bad[0, 1] = value
+    with pytest.raises(CompileError, match=rf"'s' of a product's weight is {shown} at \[0, 1\]"):
+        lowering.compile(Computes(small_groups, w=codes(8, 32), s=bad), (torch.randn(2, 32),))
+
+
+def test_a_scale_given_at_run_time_is_the_caller_s_business() -> None:
+    program = lowering.load(lowering.compile(Run(), (X, codes(256, 256), S)).vmfb)
+    assert not program(X, codes(256, 256), torch.zeros(2, 2)).any()
+
+
+@pytest.mark.parametrize(
+    ("w", "s", "block", "message"),
+    [
+        pytest.param(
+            codes(256, 256),
+            torch.ones(2, 3),
+            128,
+            r"the weight's scale 's' is float32\[2, 3\], and its weight 'w', float8_e4m3fn\[256, 256\] in "
+            r"blocks of 128, needs float32\[2, 2\]",
+            id="scales of another shape",
+        ),
+        pytest.param(
+            codes(256, 320),
+            S,
+            128,
+            r"its weight 'w' is float8_e4m3fn\[256, 320\], and it multiplies rows of 256 elements",
+            id="a weight of another depth",
+        ),
+    ],
+)
+def test_operands_that_do_not_fit_are_named(w: Tensor, s: Tensor, block: int, message: str) -> None:
+    """By a name that no library checks; our own operation says it when it is called."""
+    lowering.declare_ops()
+
+    def function(x: Tensor, w: Tensor, s: Tensor) -> Tensor:
+        q, scale = LOW.group_quant(x, block)
+        return torch.ops.vllm.w8a8_triton_block_scaled_mm_func(q, w, scale, s, [block, block], torch.bfloat16)
+
+    with pytest.raises(CompileError, match=rf"{THIS}:\d+: the operands of a product do not fit: {message}"):
+        lowering.compile(Computes(function, w=w, s=s), (X,))
+
+
+def test_our_own_operation_says_where_it_is_called() -> None:
+    with pytest.raises(
+        CompileError, match=rf"b_scale: expected shape \[2, 2\], got \[2, 3\]\n  .*{THIS}:\d+"
+    ):
+        lowering.compile(Computes(product, w=codes(256, 256), s=torch.ones(2, 3)), (X,))
+    with pytest.raises(CompileError, match="a_scale: 3 groups do not divide the last axis of a, 256"):
+        q = Computes(
+            lambda x, w, s: LOW.block_scaled_matmul(x.to(E4M3FN), w, s[:1].expand(6, 3), s, torch.bfloat16),
+            w=codes(256, 256),
+            s=torch.ones(2, 3),
+        )
+        lowering.compile(q, (X,))

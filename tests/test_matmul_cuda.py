@@ -95,7 +95,7 @@ CASES: dict[str, tuple[MatmulSpec, Plans, int, tuple[int, ...]]] = {
     "few_rows": (spec(200, 384), (Plan(8, 8), Plan(16, 16), Plan(ANY_ROWS, 32)), 1, (0, 1, 8, 9, 33)),
     "k_is_split": (spec(136, 2432, bias=True), (Plan(8, 8, 4), Plan(ANY_ROWS, 16, 2)), 2, (1, 7, 19)),
     "weights_are_shared": (spec(260, 256, "float16"), (Plan(ANY_ROWS, 32, share=2),), 2, (1, 33, 70)),
-    "many_rows": (spec(120, 256, "float32", bias=True), (Plan(ANY_ROWS, 128),), 1, (150,)),
+    "many_rows": (spec(300, 256, "float32", bias=True), (Plan(ANY_ROWS, 128),), 1, (150,)),
     "middle": (spec(3, 128, "float16", bias=True), (Plan(ANY_ROWS, 64),), 1, (65,)),
 }
 

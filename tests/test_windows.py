@@ -205,6 +205,25 @@ def test_every_spelling_of_a_part_of_rows(part: Callable[[torch.Tensor], torch.T
         assert found == [(Window(768, 384), None)]
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda x: x.view(-1, 3, 256)[:, 1],
+        lambda x: x.view(-1, 3, 256).unbind(1)[1],
+        lambda x: x.view(-1, 3, 256).select(-2, -2),
+        lambda x: x.view(-1, 3, 256)[:, 1:2],
+        lambda x: x.view(2, -1, 3, 256)[:, :, 1].flatten(0, 1),
+        lambda x: x[:, 256:].view(-1, 2, 256)[:, 0],
+    ],
+)
+def test_one_of_several_rows_behind_each_other(part: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    x = torch.zeros(4, 768, dtype=torch.bfloat16)
+    rows = {"dynamic_shapes": {"args": ({0: 2 * Dim("T")},)}}
+    for options in ({}, rows):
+        found = windows_of(lambda w, x: quantized_norm(part(x), w), x, **options)
+        assert found == [(Window(768, 256), None)]
+
+
 def test_chunks_are_windows() -> None:
     x = torch.zeros(4, 768, dtype=torch.bfloat16)
     found = windows_of(lambda w, x: tuple(quantized_norm(part, w) for part in x.chunk(3, -1)), x)
@@ -236,6 +255,8 @@ def test_both_inputs_may_be_windows() -> None:
         lambda x: x[:, :512:2],  # not next to each other
         lambda x: x[1:],  # whole rows
         lambda x: x.T[:256].T[:, :],  # rows are columns
+        lambda x: x.view(1, 12, 256)[:, 5],  # dense
+        lambda x: x.view(4, 3, 256)[:, :2],  # two of three
         lambda x: x[:, :512].reshape(-1, 256),  # two of a row
         lambda x: x.float()[:, :256].relu().bfloat16(),  # computed
     ],
@@ -272,7 +293,7 @@ def test_a_split_projection_is_read_in_place(target: str, tmp_path: Path) -> Non
         model, (x,), dynamic_shapes=({1: Dim("T")},), target=target, dump_phases_to=tmp_path
     )
     assert compiled.report.summary() == {"fused": 5, "unfused": 0, "dispatches": 3}
-    dispatched = next(tmp_path.glob("*-dispatch.mlir")).read_text()
+    [dispatched] = [path.read_text() for path in tmp_path.glob("*-dispatch.mlir")]
     assert "slice" not in dispatched and "linalg." not in dispatched
     names = dispatches(compiled, tmp_path)
     assert custom(names, compiled) == names and len(names) == 3
@@ -289,6 +310,36 @@ def test_a_split_projection_is_read_in_place(target: str, tmp_path: Path) -> Non
     if target == "cpu":
         calls = [(quarters(2, tokens, 2112, seed=tokens),) for tokens in (5, 1, 0, 37)]
         assert_runs_like_eager(model, compiled, *calls)
+
+
+def test_programs_read_parts_however_they_are_spelled() -> None:
+    """Below views of the other axes, and of several rows behind each other: on the cpu, as eager PyTorch."""
+
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(quarters(256))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            several = x.unflatten(-1, (3, 256))
+            first = group_quant(rms_norm(several[:, :, 0], self.weight, 1e-6), 128)
+            second = group_quant(rms_norm(several[:, :, 1:2], self.weight, 1e-6), 128)
+            y, total = torch.ops.lowering.add_rms_norm(
+                several.unbind(2)[2].flatten(0, 1), x[..., 256:512].flatten(0, 1), self.weight, 1e-6
+            )
+            return *first, *second, *group_quant(y, 64), y, total
+
+    model = Parts()
+    compiled = lowering.compile(model, (quarters(2, 8, 768),), dynamic_shapes=({1: Dim("T")},))
+    specs = [kernel.spec for kernel in compiled.dispatched.kernels.values()]
+    windows = {(found.x_window, found.other_window) for found in specs if isinstance(found, RowSpec)}
+    assert windows == {
+        (Window(768, 0), None),
+        (Window(768, 256), None),
+        (Window(768, 512), Window(768, 256)),
+    }
+    calls = [(quarters(2, tokens, 768, seed=tokens),) for tokens in (5, 1, 0, 37)]
+    assert_runs_like_eager(model, compiled, *calls)
 
 
 def test_a_split_projection_on_gfx950(build: Callable[..., Path]) -> None:  # noqa: F811

@@ -19,9 +19,11 @@ import argparse
 import itertools
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -58,14 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return check(options.directory, options.hidden)
     if options.worker:
         return compile_share(*map(int, options.worker.split("/")))
-    if options.warm:
-        workers = [
-            [sys.executable, __file__, "run", "-", "--worker", f"{i}/{options.warm}"]
-            for i in range(options.warm)
-        ]
-        for process in [subprocess.Popen(worker) for worker in workers]:
-            process.wait()
-    return run(options)
+    with tempfile.TemporaryDirectory() as cache:
+        if options.warm:
+            warm(options.warm, Path(cache))
+        return run(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -196,12 +194,17 @@ def run(options: argparse.Namespace) -> int:
                 point = time_point(kernels, flashinfer, name, family(hidden), rows, bandwidth)
                 points.append(point)
                 print(line(point), flush=True)
-    if options.inductor:
+    _write(options.json, {**found, "points": points})
+    if options.inductor:  # which may take longer than there is time
         time_inductor(points, lambda: time.perf_counter() - start < options.seconds)
-    if options.json:
-        options.json.write_text(json.dumps({**found, "points": points}, indent=1) + "\n", encoding="utf-8")
+        _write(options.json, {**found, "points": points})
     print("\n".join(summary(points)))
     return 1 if any(point["problems"] for point in points) else 0
+
+
+def _write(path: Path | None, document: Mapping[str, Any]) -> None:
+    if path:
+        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def time_point(
@@ -249,15 +252,32 @@ def _copies(moved: int, sets: int) -> list[Call]:
 # torch.compile ----------------------------------------------------------------------------------
 
 
-def _inductor_points() -> list[tuple[str, int, int]]:
-    return [(name, hidden, rows) for name in INDUCTOR for hidden in INDUCTOR_HIDDEN for rows in INDUCTOR_ROWS]
+def _inductor_points() -> list[tuple[str, str, str, int, int]]:
+    """(what the time is called, mode, family, hidden, rows) of everything tried, in order."""
+    sizes = [(hidden, rows) for hidden in INDUCTOR_HIDDEN for rows in INDUCTOR_ROWS]
+    every = [("inductor", "default", name, *size) for name in INDUCTOR for size in sizes]
+    mode = "max-autotune-no-cudagraphs"
+    return every + [("inductor tuned", mode, name, *size) for size in AUTOTUNED for name in INDUCTOR]
+
+
+def warm(count: int, cache: Path) -> None:
+    """Compile every point in ``count`` processes, into torch's ``cache`` of this one.
+
+    Which of several kernels is fastest they cannot tell beside each other: that is left to this process.
+    """
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+    command = [sys.executable, __file__, "run", "-", "--worker"]
+    for process in [subprocess.Popen([*command, f"{index}/{count}"]) for index in range(count)]:
+        process.wait()
+    for choice in cache.rglob("*.best_config"):
+        choice.unlink()
 
 
 def compile_share(index: int, count: int) -> int:
     """Compile every ``count``-th point, for the cache."""
-    for name, hidden, rows in _inductor_points()[index::count]:
+    for _, mode, name, hidden, rows in _inductor_points()[index::count]:
         spec = FAMILIES[name](hidden)
-        inductor_calls(spec, [_inputs(spec, rows)], "default")
+        inductor_calls(spec, [_inputs(spec, rows)], mode)
     return 0
 
 
@@ -272,10 +292,7 @@ def _inputs(spec: RowSpec, rows: int) -> dict[str, Tensor]:
 def time_inductor(points: Sequence[Point], time_left: Any) -> None:
     """Add torch.compile's times to the points it is tried at."""
     by_size = {(point["family"], point["hidden"], point["rows"]): point for point in points}
-    tried = [("inductor", "default", *size) for size in _inductor_points()]
-    tuned = [(name, *size) for size in AUTOTUNED for name in INDUCTOR]
-    tried += [("inductor tuned", "max-autotune-no-cudagraphs", *size) for size in tuned]
-    for label, mode, name, hidden, rows in tried:
+    for label, mode, name, hidden, rows in _inductor_points():
         if mode != "default" and not time_left():
             return
         point, spec = by_size[name, hidden, rows], FAMILIES[name](hidden)

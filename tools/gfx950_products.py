@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -85,12 +85,12 @@ def unit_of(rows: int, columns: int, depth: int) -> Unit:
     tile = default_tile(spec(columns, depth), TARGET)
     few = rows <= tile.few_rows
     most = FEW_ROWS if few else tile.rows
-    rows, columns = min(rows, most), SIDE if few else tile.columns
+    rows, columns = min(rows, most), tile.few_columns if few else tile.columns
     blocks = depth // BLOCK
     # As matmul.hip has it: few rows have 6, 4 or 3 of a wave's blocks on their way, many rows 2 of a.
     ring = {1: 6, 2: 4}.get(-(-rows // SIDE), 3)
     chain = -(-blocks // WAVES) / ring if few else blocks / 2
-    return run(rows, columns, depth, ProductTile(most if few else 0, tile.rows, tile.columns), chain)
+    return run(rows, columns, depth, replace(tile, few_rows=most if few else 0), chain)
 
 
 def spec(columns: int, depth: int) -> MatmulSpec:

@@ -131,7 +131,8 @@ def time_in_turn(ways: Sequence[Sequence[Callable[[], Any]]], moved: int) -> lis
     times = [[] for _ in captured]
     for _ in range(_REPLAYS):
         for (graph, count), found in zip(captured, times, strict=True):
-            graph.replay()  # what lies in the L2 afterwards is this way's
+            if moved <= _WARM:
+                graph.replay()  # what lies in the L2 afterwards is this way's
             found.append(_seconds(graph.replay) / count)
     return [statistics.median(found) for found in times]
 

@@ -2,7 +2,8 @@
 // RUN: %opt %s --steps raise,fuse,layout,dispatch --target sm_90 | %filecheck %s --check-prefix CUDA
 
 // On the cpu a product is a dispatch of its own, with as many workgroups as there are tiles of rows and of
-// columns; weights and their scales go in as they are.  It is no site of the report.  Elsewhere it stays what it is.
+// columns; weights and their scales go in as they are.  It is no site of the report.  The kernel of sm_90 reads no weight
+// in rows, and one given at run time is in rows: there it stays what it is.
 
 !a = !torch.vtensor<[2,?,256],f8E4M3FN>
 !as = !torch.vtensor<[2,?,2],f32>
