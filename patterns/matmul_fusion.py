@@ -59,7 +59,9 @@ def fuse_product(op: ir.Operation, reads: Reads, ledger: Ledger, *, is_parameter
         refusals = [spec]
     else:
         refusals = []
-        for wanted in _candidates(spec, scale, reads, is_parameter):
+        columns = views.transposed(op.operands[2])
+        ways = _candidates(spec, scale, reads, is_parameter=is_parameter, is_transposed=columns is not None)
+        for wanted in ways:
             row = None if scale is None else _written_as(scale, wanted.a_scale_layout)
             refusal = reads.support(wanted) or (row and reads.support(row))
             if refusal is None:
@@ -117,23 +119,23 @@ def _spec(op: ir.Operation) -> MatmulSpec | str:
 
 
 def _candidates(
-    spec: MatmulSpec, scale: _Scale | None, reads: Reads, is_parameter: bool
+    spec: MatmulSpec, scale: _Scale | None, reads: Reads, *, is_parameter: bool, is_transposed: bool
 ) -> Iterator[MatmulSpec]:
     """The ways in which the product may read its operands, the best first; at least one."""
     given = spec.b_layout != "row" or not is_parameter
     for weight in [spec.b_layout] if given else reads.weights or ["row"]:
-        for layout in _scale_layouts(scale, reads):
+        for layout in _scale_layouts(scale, reads, is_transposed):
             yield replace(spec, b_layout=weight, a_scale_layout=layout)
 
 
-def _scale_layouts(scale: _Scale | None, reads: Reads) -> list[ScaleLayout]:
+def _scale_layouts(scale: _Scale | None, reads: Reads, is_transposed: bool) -> list[ScaleLayout]:
     """How the scales of a may lie when the product reads them, the best first.
 
-    What no row kernel writes is a tensor of the program, in rows.  The layout that the model asked for stays
-    if the kernel reads it, and so does one that something else reads.
+    What no row kernel writes is a tensor of the program: in rows, or in columns where it is a transpose.  The
+    layout that the model asked for stays if the kernel reads it, and so does one that something else reads.
     """
     if scale is None:
-        return ["row"]
+        return ["column", "row"] if is_transposed else ["row"]
     order: list[ScaleLayout] = []
     if scale.quantization.layout != "row" or not scale.is_free:
         order.append(scale.quantization.layout)
