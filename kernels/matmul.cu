@@ -25,14 +25,14 @@
 #define COLUMN_TMA 1
 #define COLUMN 2
 
-constexpr int CREW = 128;            // threads that work together
+constexpr int CREW = 128;             // threads that work together
 constexpr int BLOCK = GROUP;          // codes along K under one scale, and rows of weights
 static_assert(BLOCK == 128, "a block is a row of shared memory");
 constexpr int BLOCKS = K / BLOCK;
 constexpr int WEIGHT_BYTES = BLOCK * BLOCK;
 constexpr int COLUMN_TILES = (N + BLOCK - 1) / BLOCK;
-constexpr int SLICE = 64;             // rows of weights that are multiplied at once
-constexpr int PITCH = SLICE + 4;      // floats between rows of sums: no two lanes in one bank when they write
+constexpr int HALF = 64;              // rows of weights of one multiplying group
+constexpr int PITCH = HALF + 4;       // floats between rows of sums: no two lanes in one bank when they write
 constexpr int BAND = 8;               // tiles of tokens whose units come before all others
 
 struct Plan {
@@ -65,16 +65,13 @@ struct Product {
   METHOD bool aligned() const { return (u64)a % 16 == 0; }
 };
 
-// What a unit is made of, and where what lies in shared memory.
+// Where what lies in shared memory.
 template <int TOKENS> struct Ring {
-  static constexpr int TILES = TOKENS > 64 ? WIDE_TILES : 1;  // of weights
-  static constexpr int COLUMNS = TILES * BLOCK;
-  static constexpr int UNITS = (N + COLUMNS - 1) / COLUMNS;  // over all columns
   static constexpr int TOKEN_BYTES = TOKENS * BLOCK;
-  static constexpr int SCALES = TOKENS + 4;  // of the tokens, then those of the weights
-  static constexpr int PASS = TILES > 1 ? 32 : TOKENS > 64 ? 64 : TOKENS;  // tokens whose sums lie there at once
+  static constexpr int SCALES = TOKENS + 4;  // of the tokens, then that of the weights
+  static constexpr int PASS = TOKENS < 64 ? TOKENS : 64;  // tokens whose sums lie there at once
   static constexpr int SUMS = PASS * PITCH;
-  static constexpr int STAGE = TILES * WEIGHT_BYTES + TOKEN_BYTES + 4 * SCALES + 2 * sizeof(Barrier);
+  static constexpr int STAGE = WEIGHT_BYTES + TOKEN_BYTES + 4 * SCALES + 2 * sizeof(Barrier);
   static constexpr int FIXED = 2 * 4 * SUMS + 4 * sizeof(Barrier);
   static constexpr int FITTING = (SHARED - FIXED) / STAGE;
   static constexpr int STAGES = FITTING < MOST_STAGES ? FITTING : MOST_STAGES;
@@ -82,7 +79,7 @@ template <int TOKENS> struct Ring {
 
   u8 *memory;
 
-  METHOD u8 *weights(u32 stage) const { return memory + stage * TILES * WEIGHT_BYTES; }
+  METHOD u8 *weights(u32 stage) const { return memory + stage * WEIGHT_BYTES; }
   METHOD u8 *tokens(u32 stage) const { return weights(STAGES) + stage * TOKEN_BYTES; }
   METHOD float *scales(u32 stage) const { return (float *)tokens(STAGES) + stage * SCALES; }
   METHOD float *sums(u32 half) const { return scales(STAGES) + half * SUMS; }
@@ -105,7 +102,7 @@ struct alignas(16) Four {
 };
 
 struct Unit {
-  int column, token;  // of the result, the first
+  int column_tile, token;  // of the result: which 128 columns, and the first row
 };
 
 // This workgroup's part in the whole.
@@ -121,16 +118,16 @@ struct Team {
     const u32 size = plan.split > plan.share ? plan.split : plan.share;
     const int teams = CLUSTER / size, team = block() % CLUSTER / size;
     const int tiles = (rows + TOKENS - 1) / TOKENS, groups = (tiles + plan.share - 1) / plan.share;
-    const int units = groups * Ring<TOKENS>::UNITS, first = team < teams ? block() / CLUSTER * teams + team : units;
-    return {plan.split, plan.share, block() % CLUSTER % size, team * size, first, units, blocks() / CLUSTER * teams, groups};
+    const int units = groups * COLUMN_TILES, first = team < teams ? block() / CLUSTER * teams + team : units;
+    const int step = blocks() / CLUSTER * teams;
+    return {plan.split, plan.share, block() % CLUSTER % size, (u32)team * size, first, units, step, groups};
   }
   // Bands of tokens that the L2 holds meet all weights, one tile of these after another.
   template <int TOKENS> METHOD Unit unit(int index) const {
-    constexpr int UNITS = Ring<TOKENS>::UNITS;
-    const int band = index / (BAND * UNITS), place = index % (BAND * UNITS);
+    const int band = index / (BAND * COLUMN_TILES), place = index % (BAND * COLUMN_TILES);
     const int left = token_groups - band * BAND, width = left < BAND ? left : BAND;
     const int group = band * BAND + place % width;
-    return {place / width * Ring<TOKENS>::COLUMNS, (group * share + (share > 1 ? (int)rank : 0)) * TOKENS};
+    return {place / width, (group * share + (share > 1 ? (int)rank : 0)) * TOKENS};
   }
   METHOD int first_block() const { return split > 1 ? rank * BLOCKS / split : 0; }
   METHOD int last_block() const { return split > 1 ? (rank + 1) * BLOCKS / split : BLOCKS; }
@@ -149,9 +146,9 @@ struct Source {
   METHOD Source(const Product &p, Unit unit, int block) {
     const int row = thread() / CHUNKS, token = unit.token + thread();
     tokens = p.a + (u64)(unit.token + row) * K + block * BLOCK + thread() % CHUNKS * 16;
-    weights = p.b + ((u64)unit.column / BLOCK * BLOCKS + block) * WEIGHT_BYTES;
+    weights = p.b + ((u64)unit.column_tile * BLOCKS + block) * WEIGHT_BYTES;
     scale = p.a_scale + (A_SCALE_LAYOUT == ROW ? (u64)token * BLOCKS + block : (u64)block * pitch(p) + token);
-    weight_scale = p.b_scale + unit.column / BLOCK * BLOCKS + block;
+    weight_scale = p.b_scale + unit.column_tile * BLOCKS + block;
     left = p.rows - unit.token - row;
   }
   // Between the scales of one block and the next.
@@ -173,13 +170,13 @@ template <int TOKENS> DEVICE void copy_unaligned_tokens(const Source &source, u8
     for (int byte = 0; byte < 16; ++byte) to[i * BLOCK + byte] = i < source.left ? source.tokens[(u64)i * K + byte] : 0;
 }
 
-// So many tiles: of these columns, the same block.
-DEVICE void copy_weights(const Team &team, int tiles, const u8 *from, u8 *to, Barrier *done) {
-  const u32 part = WEIGHT_BYTES / team.share, start = team.share > 1 ? team.rank * part : 0;
-  arrive_expecting(done, tiles * WEIGHT_BYTES);
-  for (int tile = 0; tile < tiles; ++tile, from += (u64)BLOCKS * WEIGHT_BYTES, to += WEIGHT_BYTES) {
-    if (team.share == 1) copy_bulk(to, from, WEIGHT_BYTES, done);
-    else copy_bulk_to(((1u << team.share) - 1) << team.base, to + start, from + start, part, done);
+DEVICE void copy_weights(const Team &team, const u8 *from, u8 *to, Barrier *done) {
+  arrive_expecting(done, WEIGHT_BYTES);
+  if (team.share == 1) {
+    copy_bulk(to, from, WEIGHT_BYTES, done);
+  } else {
+    const u32 part = WEIGHT_BYTES / team.share, start = team.rank * part;
+    copy_bulk_to(((1u << team.share) - 1) << team.base, to + start, from + start, part, done);
   }
 }
 
@@ -189,18 +186,17 @@ template <int TOKENS> DEVICE void produce(const Product &p, const Team &team, Ri
   Slot<Ring<TOKENS>::STAGES> slot;
   ROLLED for (int index = team.first; index < team.units; index += team.step) {
     const Unit unit = team.unit<TOKENS>(index);
-    const int left = COLUMN_TILES - unit.column / BLOCK, tiles = left < Ring<TOKENS>::TILES ? left : Ring<TOKENS>::TILES;
     const bool there = unit.token + (int)thread() < p.rows;
     Source source(p, unit, team.first_block());
     ROLLED for (int block = team.first_block(); block < team.last_block(); ++block, slot.next(), source.next(pitch)) {
       Barrier *full = ring.full(slot.stage);
       float *scales = ring.scales(slot.stage);
       wait(ring.empty(slot.stage), slot.parity ^ 1);
-      if (thread() == 0) copy_weights(team, tiles, source.weights, ring.weights(slot.stage), full);
+      if (thread() == 0) copy_weights(team, source.weights, ring.weights(slot.stage), full);
       if (aligned) copy_tokens<TOKENS>(source, ring.tokens(slot.stage) + place);
       else copy_unaligned_tokens<TOKENS>(source, ring.tokens(slot.stage) + place);
       if (thread() < TOKENS) copy4(scales + thread(), source.scale, there);
-      if (thread() < tiles) copy4(scales + TOKENS + thread(), source.weight_scale + thread() * BLOCKS, true);
+      if (thread() == CREW - 1) copy4(scales + TOKENS, source.weight_scale, true);
       arrive_after_copies(full);
       if (!aligned) arrive(full);
     }
@@ -277,7 +273,7 @@ DEVICE void store8(const Product &p, u64 token, int n, float *values) {
   }
 }
 
-// The sums of a slice of columns and PASS tokens, from those of `unit` on, through shared memory, since neighbours in a row of the result lie in different
+// The sums of PASS tokens of a unit, through shared memory, since neighbours in a row of the result lie in different
 // lanes.  A team that split K meets before it reads each other's, and again before these may be overwritten.
 template <int TOKENS>
 DEVICE void finish(const Product &p, const Team &team, const Ring<TOKENS> &ring, Unit unit, u32 parity, const float *sums) {
@@ -294,8 +290,8 @@ DEVICE void finish(const Product &p, const Team &team, const Ring<TOKENS> &ring,
     wait_for_cluster(ring.summed(half), parity);
   }
   const u32 rank = team.split > 1 ? team.rank : 0;
-  ROLLED for (u32 item = thread() % CREW * team.split + rank; item < PASS * SLICE / 8; item += CREW * team.split) {
-    const int token = item / 8, n = item % 8 * 8, column = unit.column + n;
+  ROLLED for (u32 item = thread() % CREW * team.split + rank; item < PASS * HALF / 8; item += CREW * team.split) {
+    const int token = item / 8, n = item % 8 * 8, column = unit.column_tile * BLOCK + half * HALF + n;
     if (unit.token + token >= p.rows || column >= N) continue;
     float values[8] = {};
     for (int r = 0; r < team.split; ++r) {
@@ -324,24 +320,21 @@ DEVICE void release(Barrier *empty, const Team &team) {
   }
 }
 
-// The slices of a group are neighbours.
-template <int TOKENS> DEVICE u32 first_slice() { return (thread() / CREW - 1) * Ring<TOKENS>::TILES; }
-
-template <int TOKENS> DEVICE void begin_slice(const Ring<TOKENS> &ring, u32 stage, u32 slice, float *partial) {
-  begin_multiply<TOKENS>(partial, ring.weights(stage) + slice * SLICE * BLOCK, ring.tokens(stage));
+template <int TOKENS> DEVICE void begin_block(const Ring<TOKENS> &ring, Slot<Ring<TOKENS>::STAGES> slot, float *partial) {
+  const u32 half = thread() / CREW - 1;
+  wait(ring.full(slot.stage), slot.parity);
+  begin_multiply<TOKENS>(partial, ring.weights(slot.stage) + half * HALF * BLOCK, ring.tokens(slot.stage));
 }
 
-// Scale what a slice's block sums up to and add it; `after` more are being multiplied.  After the last slice of a stage
-// that may be written again.
+// Scale what a block sums up to and add it; `after` blocks more are being multiplied.
 template <int TOKENS>
-DEVICE void end_slice(const Team &team, const Ring<TOKENS> &ring, u32 stage, u32 slice, bool last, int after,
-                      float *partial, float *sums) {
-  const float *scales = ring.scales(stage) + thread() % 4 * 2, common = ring.scales(stage)[TOKENS + slice * SLICE / BLOCK];
+DEVICE void end_block(const Team &team, const Ring<TOKENS> &ring, u32 stage, int after, float *partial, float *sums) {
+  const float *scales = ring.scales(stage) + thread() % 4 * 2, common = ring.scales(stage)[TOKENS];
   float scale[TOKENS / 4];
   UNROLL for (int i = 0; i < TOKENS / 4; i += 2) load2(scales + 4 * i, scale + i);
   UNROLL for (int i = 0; i < TOKENS / 4; ++i) scale[i] *= common;
   end_multiply<TOKENS>(partial, after);
-  if (last) release(ring.empty(stage), team);
+  release(ring.empty(stage), team);
   UNROLL for (int i = 0; i < TOKENS / 2; ++i) sums[i] = fma(partial[i], scale[i / 4 * 2 + i % 2], sums[i]);
 }
 
@@ -350,39 +343,26 @@ template <int TOKENS, int COUNT>
 DEVICE void add_blocks(const Team &team, const Ring<TOKENS> &ring, Slot<Ring<TOKENS>::STAGES> &slot, float *sums) {
   float partial[COUNT][TOKENS / 2];
   u32 stage[COUNT];
-  const u32 slice = first_slice<TOKENS>();
   UNROLL for (int i = 0; i < COUNT; ++i, slot.next()) {
     stage[i] = slot.stage;
-    wait(ring.full(slot.stage), slot.parity);
-    begin_slice(ring, stage[i], slice, partial[i]);
+    begin_block(ring, slot, partial[i]);
   }
-  UNROLL for (int i = 0; i < COUNT; ++i) {
-    constexpr int TILES = Ring<TOKENS>::TILES;
-    end_slice(team, ring, stage[i], slice, TILES == 1, COUNT - 1 - i, partial[i], sums);
-    UNROLL for (int more = 1; more < TILES; ++more) {
-      begin_slice(ring, stage[i], slice + more, partial[i]);
-      end_slice(team, ring, stage[i], slice + more, more + 1 == TILES, 0, partial[i], sums + more * TOKENS / 2);
-    }
-  }
+  UNROLL for (int i = 0; i < COUNT; ++i) end_block(team, ring, stage[i], COUNT - 1 - i, partial[i], sums);
 }
 
 template <int TOKENS> DEVICE void consume(const Product &p, const Team &team, Ring<TOKENS> ring) {
   constexpr int AT_ONCE = !HAS_WGMMA || TOKENS > 64 ? 1 : TOKENS > 32 ? 2 : 4;  // as registers suffice
-  constexpr int TILES = Ring<TOKENS>::TILES, PASS = Ring<TOKENS>::PASS;
   static_assert(AT_ONCE <= Ring<TOKENS>::STAGES, "their stages are all in use");
   Slot<Ring<TOKENS>::STAGES> slot;
   u32 parity = 0;  // of the meetings of a team
   ROLLED for (int index = team.first; index < team.units; index += team.step) {
-    float sums[TILES * TOKENS / 2] = {};
+    float sums[TOKENS / 2] = {};
     int left = team.last_block() - team.first_block();
     ROLLED for (; left >= AT_ONCE; left -= AT_ONCE) add_blocks<TOKENS, AT_ONCE>(team, ring, slot, sums);
     ROLLED for (; AT_ONCE > 1 && left > 0; --left) add_blocks<TOKENS, 1>(team, ring, slot, sums);
-    const Unit unit = team.unit<TOKENS>(index);
-    UNROLL for (int part = 0; part < TILES * TOKENS / PASS; ++part, parity ^= 1) {
-      const int slice = part / (TOKENS / PASS), token = part % (TOKENS / PASS) * PASS;
-      const Unit from = {unit.column + (int)(first_slice<TOKENS>() + slice) * SLICE, unit.token + token};
-      finish(p, team, ring, from, parity, sums + part * PASS / 2);
-    }
+    Unit unit = team.unit<TOKENS>(index);
+    UNROLL for (int first = 0; first < TOKENS; first += Ring<TOKENS>::PASS, unit.token += Ring<TOKENS>::PASS, parity ^= 1)
+      finish(p, team, ring, unit, parity, sums + first / 2);
   }
 }
 

@@ -21,9 +21,9 @@ ANY_ROWS = 2**31 - 1
 _BLOCK = 128
 _THREADS = 384
 _MOST_STAGES = 12  # of the ring of blocks
-_SHARED = 227 << 10  # what a workgroup may have at most, and has: more of it is more bytes on their way
-# Workgroups that are at work at once, by the size of their clusters, which do not cross the machine's parts of up
-# to 18 multiprocessors: on an H200 as its driver says, on a B200 as eight parts of 18 would have it.
+_SHARED = 227 << 10  # the most that a workgroup may have: the more it has, the more bytes are on their way
+# Workgroups at work at once, by the size of their clusters, which do not cross the machine's parts of 18
+# multiprocessors and less: on an H200 as its driver says, on a B200 as eight parts of 18 would have it.
 AT_ONCE = {
     "sm_90": {1: 132, 2: 132, 3: 117, 4: 120, 5: 110, 6: 102, 7: 105, 8: 120},
     "sm_100": {1: 148, 2: 148, 3: 144, 4: 128, 5: 120, 6: 144, 7: 112, 8: 128},
@@ -97,7 +97,7 @@ def _specialise(spec: MatmulSpec, target: Target, tile: object | None) -> Specia
     plans = tile if isinstance(tile, tuple) else choose_plans(spec, target)
     cluster = max(plan.team for plan in plans)
     listed = " ".join(f"P({', '.join(map(str, astuple(plan)))})" for plan in plans)
-    values = {**common_defines(spec), "CLUSTER": cluster, "SHARED": _SHARED, "MOST_STAGES": _MOST_STAGES, "WIDE_TILES": 2}
+    values = {**common_defines(spec), "CLUSTER": cluster, "SHARED": _SHARED, "MOST_STAGES": _MOST_STAGES}
     return Specialised(
         (*texts(values), ("PLANS", listed)),
         GridRule(1, most=1, columns=AT_ONCE[target.name][cluster]),

@@ -305,11 +305,17 @@ def cxx_compiler() -> str:
 
 
 def run(
-    kernel: KernelInstance, launch: Launch, inputs: Sequence[torch.Tensor], rows: int, shift: int = 0
+    kernel: KernelInstance,
+    launch: Launch,
+    inputs: Sequence[torch.Tensor],
+    rows: int,
+    shift: int = 0,
+    aligned: Sequence[str] = (),
 ) -> list[torch.Tensor]:
     """The outputs for ``inputs``; every tensor starts ``shift`` elements off a 64-byte boundary.
 
-    Outputs start poisoned, and what surrounds a tensor must be untouched afterwards.
+    Those named in ``aligned`` do not.  Outputs start poisoned, and what surrounds a tensor must be untouched
+    afterwards.
     """
     given = iter(inputs)
     buffers, tensors = [], []
@@ -318,7 +324,8 @@ def run(
         shape = kernel.shape(binding, rows)
         size = dtype.itemsize * torch.Size(shape).numel()
         buffer = torch.full((size + 64 + 2 * GUARD + 16 * dtype.itemsize,), POISON, dtype=torch.uint8)
-        start = GUARD + -(buffer.data_ptr() + GUARD) % 64 + shift * dtype.itemsize
+        off = 0 if binding.name in aligned else shift * dtype.itemsize
+        start = GUARD + -(buffer.data_ptr() + GUARD) % 64 + off
         tensor = buffer[start : start + size]
         if binding.access == "read":
             tensor.copy_(next(given).reshape(-1).view(torch.uint8))

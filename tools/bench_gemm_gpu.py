@@ -4,11 +4,11 @@
     python tools/bench_gemm_gpu.py run DIR --json FILE      # where the GPU is: PyTorch and cuda-bindings
 
 ``run`` first compares what kernels of every dtype, layout and plan write over poisoned memory, with
-operands that start at odd places, with float64.  Then it checks and times the products of DeepSeek-V3 and the peer.  A
-time is the median over replays of a CUDA graph of many calls, which walk through so many sets of operands that
-the L2 holds none of them, as weights are met in a model.  The floor is the larger of the bytes at the copy
-bandwidth and the operations at the datasheet's rate.  Errors are the largest, as parts of the sum of the
-magnitudes of a result's terms.
+operands at odd places, with float64.  Then it checks and times the products of DeepSeek-V3 and the peer, which
+gets the fewest rows from those given on that it takes.  A time is the median over replays of a CUDA graph of
+many calls, which walk through so many sets of operands that the L2 holds none of them, as weights are met in a
+model.  The floor is the larger of the bytes at the copy bandwidth and the operations at the datasheet's rate.
+Errors are the largest, as parts of the sum of the magnitudes of a result's terms.
 
 Exit codes: 0 all is well, 1 a result is wrong, 2 usage.
 """
@@ -151,7 +151,8 @@ def spec_of(
 
 def checked(target: str) -> Iterator[tuple[KernelInstance, tuple[int, ...]]]:
     """Kernels that between them have everything there is, and the numbers of rows to check them with."""
-    dtypes, layouts = ("bfloat16", "float16", "float32"), ("row", "column", "column_tma")
+    dtypes = ("bfloat16", "float16", "float32")
+    layouts: tuple[ScaleLayout, ...] = ("row", "column", "column_tma")
     teams = [(1, 1), *((split, 1) for split in (2, 3, 4, 6, 8)), *((1, share) for share in (2, 4, 8))]
     cases = [(tokens, *team) for tokens in TOKENS[resolve(target).name] for team in teams]
     for number, (tokens, split, share) in enumerate(cases):
@@ -235,8 +236,9 @@ def measure(kernel: KernelInstance, path: Path, rows: int, bandwidth: float) -> 
     error, peer_error, peer = check(call, launch, sets[0])
     ours = 1e6 * time_calls([lambda each=each: call(launch, each.tensors) for each in sets], launch.bytes)
     theirs = None
-    if peer:
-        theirs = 1e6 * time_calls([lambda each=each: peer(each) for each in sets], launch.bytes)
+    if peer is not None:
+        calls = [lambda each=each, peer=peer: peer(each) for each in sets]
+        theirs = 1e6 * time_calls(calls, launch.bytes)
     operations = 2 * rows * spec.columns * spec.depth / PEAK[launch.arch]
     floor = 1e6 * max(launch.bytes / bandwidth, operations)
     return Measured(spec.columns, spec.depth, rows, ours, theirs, floor, launch.bytes, error, peer_error)
@@ -335,7 +337,7 @@ def largest_error(actual: Tensor, value: Tensor, magnitude: Tensor) -> float:
 
 
 def peers(given: Operands) -> Iterator[Peer]:
-    """torch._scaled_mm with the first layout of scales, and the fewest rows from those given on, that it takes."""
+    """torch._scaled_mm with the fewest rows from those given on, and the first layout of scales, it takes."""
     rows, reason = len(given.tensors["a"]), ""
     for least, pad_a, pad_b in itertools.product((rows, 4, 16), (1, 4), (1, 4)):
         peer = _peer(max(rows, least), pad_a, pad_b)
@@ -350,7 +352,7 @@ def peers(given: Operands) -> Iterator[Peer]:
 
 
 def _peer(rows: int, pad_a: int, pad_b: int) -> Peer:
-    """With ``rows`` rows, scales of a along columns and those of b along rows, of a length that is a multiple."""
+    """With ``rows`` rows; scales of a along columns, those of b along rows, of lengths that are multiples."""
     laid: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def call(given: Operands) -> Tensor:

@@ -26,12 +26,11 @@ from gpu_timing import time_calls
 from kernel_launch import CudaKernel, launch_of
 
 from lowering.kernel import KernelInstance
-from lowering.matmul_cuda import ANY_ROWS, MOST_SPLIT, TOKENS, Plan
-from lowering.matmul_cuda import AT_ONCE as AT_ONCE_ON
+from lowering.matmul_cuda import ANY_ROWS, AT_ONCE, TOKENS, Plan
+from lowering.targets import Target, resolve
 from lowering.toolchain import compile_kernel
 
 ROWS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-SIZES, AT_ONCE = TOKENS["sm_90"], AT_ONCE_ON["sm_90"]
 _BLOCK = 128
 _CLEARLY = 1.02  # times as fast: below that the plan of fewer rows goes on
 
@@ -49,35 +48,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return pack(options) if options.command == "pack" else run(options)
 
 
-def clusters(columns: int) -> list[int]:
-    """Sizes of clusters that may be best: 1, 2, and those in which splitting K fills the machine."""
-    tiles = -(-columns // _BLOCK)
-    filling = {split for split in range(2, MOST_SPLIT + 1) if 80 <= tiles * split <= AT_ONCE[split]}
-    return sorted({1, 2} | filling)
+def clusters(columns: int, target: Target) -> list[int]:
+    """Sizes of clusters that may be best: small, or such that each tile of columns has one that splits K."""
+    tiles, at_once = -(-columns // _BLOCK), AT_ONCE[target.name]
+    return [size for size in (1, 2, 4, 8) if size <= 2 or tiles * size <= at_once[size]]
 
 
-def candidates(columns: int, depth: int, rows: int, cluster: int) -> Iterator[Plan]:
+def candidates(columns: int, depth: int, rows: int, cluster: int, target: Target) -> Iterator[Plan]:
     """What makes sense for so many rows, but for ``Plan.rows``."""
-    fitting = next((tokens for tokens in SIZES if tokens >= rows), SIZES[-1])
-    splits = [split for split in range(1, cluster + 1) if split in (1, 2, 4, cluster)]
-    for tokens in (fitting, fitting // 2):
-        units = -(-columns // _BLOCK) * -(-rows // tokens)
-        teams = [(split, 1) for split in splits if split == 1 or units * split <= AT_ONCE[cluster]]
-        teams += [
-            (1, share)
-            for share in (2, 4)
-            if share <= cluster and tokens == fitting and share * tokens <= rows
-        ]
-        for split, share in teams:
-            if tokens in SIZES and split * _BLOCK <= depth:
-                yield Plan(ANY_ROWS, tokens, split, share)
+    sizes, tiles = TOKENS[target.name], -(-columns // _BLOCK)
+    fitting = next((tokens for tokens in sizes if tokens >= rows), sizes[-1])
+    for tokens in {fitting, fitting // 2} & set(sizes):
+        units = tiles * -(-rows // tokens)
+        splits = (split for split in (2, 4, 8) if split <= cluster and split * _BLOCK <= depth)
+        yield Plan(ANY_ROWS, tokens)
+        yield from (Plan(ANY_ROWS, tokens, s) for s in splits if s * units <= AT_ONCE[target.name][cluster])
+        yield from (Plan(ANY_ROWS, tokens, 1, s) for s in (2, 4) if s <= cluster and s * tokens <= rows)
 
 
-def kernels(columns: int, depth: int, rows: int, cluster: int, target: str) -> dict[Plan, KernelInstance]:
+def kernels(columns: int, depth: int, rows: int, cluster: int, name: str) -> dict[Plan, KernelInstance]:
     """Each candidate's kernel; a plan for no rows makes its cluster as large as that."""
     return {
-        plan: kernel_of(columns, depth, target, (Plan(0, plan.tokens, cluster), plan))
-        for plan in candidates(columns, depth, rows, cluster)
+        plan: kernel_of(columns, depth, name, (Plan(0, plan.tokens, cluster), plan))
+        for plan in candidates(columns, depth, rows, cluster, resolve(name))
     }
 
 
@@ -85,7 +78,7 @@ def pack(options: argparse.Namespace) -> int:
     """Compile every candidate."""
     options.directory.mkdir(parents=True, exist_ok=True)
     for columns, depth in SHAPES:
-        for cluster, rows in itertools.product(clusters(columns), ROWS):
+        for cluster, rows in itertools.product(clusters(columns, resolve(options.target)), ROWS):
             for kernel in kernels(columns, depth, rows, cluster, options.target).values():
                 (options.directory / f"{kernel.entry}.cubin").write_bytes(compile_kernel(kernel))
     return 0
@@ -95,14 +88,9 @@ def run(options: argparse.Namespace) -> int:
     """Time every candidate; write the best."""
     products = []
     for columns, depth in SHAPES:
-        by_cluster = {cluster: measure(options, columns, depth, cluster) for cluster in clusters(columns)}
-        cost = {
-            cluster: sum(math.log(min(times.values())) for times in found)
-            for cluster, found in by_cluster.items()
-        }
-        best = min(cost, key=lambda cluster: cost[cluster])
-        plans = choose(by_cluster[best])
-        print(f"{columns} x {depth}: clusters {cost}, {[astuple(plan) for plan in plans]}", flush=True)
+        sizes = clusters(columns, resolve(options.target))
+        plans = best_of([choose(measure(options, columns, depth, cluster)) for cluster in sizes])
+        print(f"{columns} x {depth}: {[astuple(plan) for plan in plans]}", flush=True)
         products.append({"columns": columns, "depth": depth, "plans": [astuple(plan) for plan in plans]})
     if options.json:
         lines = ",\n  ".join(json.dumps(product) for product in products)
@@ -111,19 +99,25 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def choose(measured: Sequence[dict[Plan, float]]) -> list[Plan]:
-    """The best plan of each number of rows; that of fewer rows goes on where another is not clearly faster."""
+def best_of(chosen: Sequence[tuple[list[Plan], float]]) -> list[Plan]:
+    """The plans of least cost."""
+    return min(chosen, key=lambda each: each[1])[0]
+
+
+def choose(measured: Sequence[dict[Plan, float]]) -> tuple[list[Plan], float]:
+    """The best plan of each number of rows, and what all cost: the sum of the logarithms of their times.
+
+    The plan of fewer rows goes on where no other is clearly faster.
+    """
     chosen: list[Plan] = []
     for rows, times in zip(ROWS, measured, strict=True):
         best = min(times, key=lambda plan: times[plan])
-        if (
-            chosen
-            and times.get(same := replace(chosen[-1], rows=ANY_ROWS), math.inf) <= _CLEARLY * times[best]
-        ):
-            best = same
-            chosen.pop()
+        before = replace(chosen[-1], rows=ANY_ROWS) if chosen else best
+        if times.get(before, math.inf) <= _CLEARLY * times[best]:
+            best, chosen = before, chosen[:-1]
         chosen.append(replace(best, rows=rows))
-    return [*chosen[:-1], replace(chosen[-1], rows=ANY_ROWS)]
+    cost = sum(math.log(min(times.values())) for times in measured)
+    return [*chosen[:-1], replace(chosen[-1], rows=ANY_ROWS)], cost
 
 
 def measure(options: argparse.Namespace, columns: int, depth: int, cluster: int) -> list[dict[Plan, float]]:
