@@ -279,8 +279,8 @@ class LinearSpec:
     """One linear layer that is not quantized: what a kernel reads and writes.
 
     Reads a [T, depth] and b [columns, depth], then bias [columns] if it has one, and writes out [T, columns],
-    all in ``dtype``: out[m, n] = a[m] . b[n] + bias[n], accumulated in float32 in an order of the kernel's own
-    and rounded once.
+    all in ``dtype``: out[m, n] = a[m] . b[n] + bias[n], accumulated in float32 in an order of the kernel's
+    own and rounded once.
     """
 
     columns: int
