@@ -29,7 +29,12 @@ def fuse_linear(op: ir.Operation, support: Support) -> None:
 
 
 def _spec(op: ir.Operation) -> LinearSpec | None:
-    """What the layer computes; None if a size is unknown or its tensors are not all of one dtype."""
+    """What the layer computes; None if a size is unknown or its tensors are not all of one dtype.
+
+    Nor if its weight was widened for it, at every call: IREE widens it as its product reads it.
+    """
+    if torch_ir.uncast(op.operands[1]) != op.operands[1]:
+        return None
     a, b, bias = (torch_ir.tensor_type(operand) for operand in op.operands)
     out = torch_ir.tensor_type(op.results[0])
     if not (a and b and out) or not a.shape or len(b.shape) != 2:
