@@ -188,9 +188,14 @@ def _call(op: ir.Operation, kernel: KernelInstance, physical: list[PhysicalScale
 
 
 def _argument(binding: Binding, operand: ir.Value, physical: Sequence[PhysicalScale]) -> ir.Value:
-    """What the kernel is given for ``operand``: a scale in columns as the buffer a kernel has written."""
+    """What the kernel is given for ``operand``: a scale in columns as the buffer a kernel has written.
+
+    Or, where no kernel has, as what it is the transpose of.
+    """
     if binding.layout != "row":
-        source = views.same_rows(operand)
+        source, columns = views.same_rows(operand), views.transposed(operand)
+        if columns is not None:
+            return _cast(torch_ir.to_builtin(columns), _tensor_type(binding))
         return next(s.buffer for s in physical if (s.logical, s.layout) == (source, binding.layout))
     value = torch_ir.to_builtin(operand)
     return _collapse(value) if binding.has_rows else value

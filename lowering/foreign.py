@@ -112,9 +112,10 @@ def _routed(row: NamedTopk, given: Mapping[str, Any]) -> dict[str, tuple[tuple[A
 def _multiplied(
     row: NamedProduct, given: Mapping[str, Any]
 ) -> dict[str, tuple[tuple[Any, ...], torch.dtype]]:
-    """Shape and dtype of the result of a product; AITER's is float16 where its caller does not say."""
+    """Shape and dtype of the result of a product; the dtype is the schema's where the caller does not say."""
     shape = (*given[row.x].shape[:-1], given[row.b].shape[0])
-    return {"y": (shape, given.get(row.out_dtype or "", torch.float16))}
+    default = torch.bfloat16 if "bfloat16" in row.schema else torch.float16
+    return {"y": (shape, given.get(row.out_dtype or "", default))}
 
 
 def _returned(results: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
@@ -147,8 +148,38 @@ def functionalize(
         _fold_copies(functional)
     else:
         functional = exported.run_decompositions(table)
+    _spell_bytes(functional)
     _refuse_rest(functional)
     return functional
+
+
+def _spell_bytes(exported: ExportedProgram) -> None:
+    """Where a product reads scales by their bytes, in columns behind a shape of rows: say what it reads."""
+    graph = exported.graph
+    for node in list(graph.nodes):
+        name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
+        row = _ROWS.get(name)
+        if not (isinstance(row, NamedProduct) and row.by_bytes):
+            continue
+        number = row.arguments.index(row.a_scale)
+        scale = node.kwargs.get(row.a_scale) or node.args[number]
+        value = scale.meta["val"]
+        one = any(isinstance(size, int) and size == 1 for size in value.shape)
+        if value.dim() != 2 or one or not value.is_contiguous():
+            continue
+        with graph.inserting_before(node):
+            columns = _noted(graph, torch.ops.aten.view.default, scale, [value.shape[1], -1])
+            rows = _noted(graph, torch.ops.aten.permute.default, columns, [1, 0])
+        node.replace_input_with(scale, rows)
+    graph.lint()
+    exported.graph_module.recompile()
+
+
+def _noted(graph: fx.Graph, op: Any, source: fx.Node, argument: Any) -> fx.Node:
+    """A call of ``op``, and what it returns noted on it."""
+    node = graph.call_function(op, (source, argument))
+    node.meta = {"val": op(source.meta["val"], argument), "stack_trace": source.meta.get("stack_trace")}
+    return node
 
 
 def _written_by(node: fx.Node) -> NamedOp | None:

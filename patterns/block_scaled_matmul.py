@@ -33,6 +33,10 @@ class NamedProduct(NamedOp):
         The argument that holds the result's dtype.
     b_layout
         The layout of b, as a value or as the argument that gives it.
+    by_bytes
+        The library reads the scales of a as if they were in columns, whatever the strides of their tensor:
+        a contiguous [M, Gn] holds the bytes of [Gn, M].  A program has no strides, so that is written out
+        when a model is imported (``lowering.foreign``).
     """
 
     b: str = "b"
@@ -42,6 +46,7 @@ class NamedProduct(NamedOp):
     block: str | None = None
     out_dtype: str | None = None
     b_layout: str | Arg = "row"
+    by_bytes: bool = False
     results: tuple[str, ...] = field(default=("y",))  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def recognise(self, op: ir.Operation) -> Raised | None:
@@ -74,6 +79,19 @@ class NamedProduct(NamedOp):
         return self.block is None or values[self.block] == [depth // groups] * 2
 
 
+def _vllm_aiter(name: str) -> NamedProduct:
+    """AITER's products of weights in rows, as vLLM registers them."""
+    return NamedProduct(
+        name,
+        "(Tensor A, Tensor B, Tensor As, Tensor Bs, ScalarType output_dtype=float16) -> Tensor",
+        x="A",
+        b="B",
+        a_scale="As",
+        b_scale="Bs",
+        out_dtype="output_dtype",
+    )
+
+
 # How sure a row is: see patterns/named_ops.py.
 NAMED_OPS = (
     NamedProduct(  # read: it is this project's own
@@ -86,6 +104,19 @@ NAMED_OPS = (
         b_layout=Arg("b_layout"),
     ),
     # Schemas read; arithmetic numerics.
+    _vllm_aiter("vllm::rocm_aiter_gemm_a8w8_blockscale"),
+    _vllm_aiter("vllm::rocm_aiter_triton_gemm_a8w8_blockscale"),
+    NamedProduct(
+        "aiter::gemm_a8w8_blockscale_bpreshuffle",
+        "(Tensor XQ, Tensor WQ, Tensor x_scale, Tensor w_scale, ScalarType dtype=bfloat16) -> Tensor",
+        x="XQ",
+        b="WQ",
+        a_scale="x_scale",
+        b_scale="w_scale",
+        out_dtype="dtype",
+        b_layout="shuffled_16x16",
+        by_bytes=True,
+    ),
     NamedProduct(
         "vllm::w8a8_triton_block_scaled_mm_func",
         "(Tensor qx, Tensor weight, Tensor x_scale, Tensor weight_scale, SymInt[] block_size, "
@@ -95,15 +126,6 @@ NAMED_OPS = (
         a_scale="x_scale",
         b_scale="weight_scale",
         block="block_size",
-        out_dtype="output_dtype",
-    ),
-    NamedProduct(
-        "vllm::rocm_aiter_gemm_a8w8_blockscale",
-        "(Tensor A, Tensor B, Tensor As, Tensor Bs, ScalarType output_dtype=float16) -> Tensor",
-        x="A",
-        b="B",
-        a_scale="As",
-        b_scale="Bs",
         out_dtype="output_dtype",
     ),
     NamedProduct(  # with float32 scales; packed ones are another dtype

@@ -55,22 +55,18 @@ def fuse_product(op: ir.Operation, reads: Reads, ledger: Ledger, *, is_parameter
     ``is_parameter``: b depends on parameters alone.  A product without a kernel reads its weight in ``row``.
     """
     spec, scale = _spec(op), _scale(op.operands[2])
-    if isinstance(spec, str):
-        refusals = [spec]
-    else:
-        refusals = []
-        for wanted in _candidates(spec, scale, reads, is_parameter):
-            row = None if scale is None else _written_as(scale, wanted.a_scale_layout)
-            refusal = reads.support(wanted) or (row and reads.support(row))
-            if refusal is None:
-                _write_scale(scale, row, ledger)
-                _replace(op, spec, wanted)
-                return None
-            refusals.append(refusal)
-        if not is_parameter:
-            refusals[0] += " It is no parameter, which could be shuffled when compiling."
+    refusals = [spec] if isinstance(spec, str) else []
+    for wanted in () if isinstance(spec, str) else _candidates(op, spec, scale, reads, is_parameter):
+        row = None if scale is None else _written_as(scale, wanted.a_scale_layout)
+        refusal = reads.support(wanted) or (row and reads.support(row))
+        if refusal is None:
+            _write_scale(scale, row, ledger)
+            _replace(op, wanted)
+            return None
+        refusals.append(refusal)
     _read_in_rows(op)
-    return refusals[0]
+    could = not (is_parameter or isinstance(spec, str)) and _would_do_shuffled(spec, reads)
+    return refusals[0] + (" It is no parameter, which could be shuffled when compiling." if could else "")
 
 
 def why_misfit(op: ir.Operation) -> str | None:
@@ -117,23 +113,28 @@ def _spec(op: ir.Operation) -> MatmulSpec | str:
 
 
 def _candidates(
-    spec: MatmulSpec, scale: _Scale | None, reads: Reads, is_parameter: bool
+    op: ir.Operation, spec: MatmulSpec, scale: _Scale | None, reads: Reads, is_parameter: bool
 ) -> Iterator[MatmulSpec]:
     """The ways in which the product may read its operands, the best first; at least one."""
+    is_transposed = views.transposed(op.operands[2]) is not None
     given = spec.b_layout != "row" or not is_parameter
     for weight in [spec.b_layout] if given else reads.weights or ["row"]:
-        for layout in _scale_layouts(scale, reads):
+        for layout in _scale_layouts(scale, reads, is_transposed):
             yield replace(spec, b_layout=weight, a_scale_layout=layout)
 
 
-def _scale_layouts(scale: _Scale | None, reads: Reads) -> list[ScaleLayout]:
+def _would_do_shuffled(spec: MatmulSpec, reads: Reads) -> bool:
+    return any(reads.support(replace(spec, b_layout=layout)) is None for layout in reads.weights)
+
+
+def _scale_layouts(scale: _Scale | None, reads: Reads, is_transposed: bool) -> list[ScaleLayout]:
     """How the scales of a may lie when the product reads them, the best first.
 
-    What no row kernel writes is a tensor of the program, in rows.  The layout that the model asked for stays
-    if the kernel reads it, and so does one that something else reads.
+    What no row kernel writes is a tensor of the program: in rows, or in columns where it is a transpose.  The
+    layout that the model asked for stays if the kernel reads it, and so does one that something else reads.
     """
     if scale is None:
-        return ["row"]
+        return ["column", "row"] if is_transposed else ["row"]
     order: list[ScaleLayout] = []
     if scale.quantization.layout != "row" or not scale.is_free:
         order.append(scale.quantization.layout)
@@ -160,12 +161,12 @@ def _write_scale(scale: _Scale | None, row: RowSpec | None, ledger: Ledger) -> N
     scale.row.attributes["spec"] = canonical.to_attribute(row)
 
 
-def _replace(op: ir.Operation, spec: MatmulSpec, wanted: MatmulSpec) -> None:
+def _replace(op: ir.Operation, wanted: MatmulSpec) -> None:
     result = torch_ir.tensor_type(op.results[0])
     assert result is not None
     operands = list(op.operands)
     with ir.InsertionPoint(op), op.location:
-        if wanted.b_layout != spec.b_layout:
+        if wanted.b_layout != canonical.product_contract(op).b_layout:
             operands[1] = weight_layouts.shuffle(operands[1], wanted.b_layout)
         attributes = {"spec": canonical.to_attribute(wanted), canonical.SITES: ir.ArrayAttr.get([])}
         product = canonical.create(canonical.MATMUL, operands, [result], **attributes)

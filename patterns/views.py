@@ -55,6 +55,13 @@ def same_rows(value: ir.Value) -> ir.Value:
     return value
 
 
+def transposed(value: ir.Value) -> ir.Value | None:
+    """The matrix whose transpose ``value`` is; None if it is none."""
+    op = torch_ir.producer(value)
+    swaps = op is not None and op.name == "torch.aten.permute" and torch_ir.constant(op.operands[1]) == [1, 0]
+    return op.operands[0] if op is not None and swaps else None
+
+
 def is_quantized(value: ir.Value) -> bool:
     """Whether a ``vmfuse.group_quant`` reads ``value``, through views or not."""
     users = torch_ir.users(value)

@@ -311,14 +311,19 @@ class Drawn(nn.Module):
         return torch.relu(x)
 
     def view(self, x, variant, pool):
-        if variant % 4 == 0 and x.dim() < 4:
+        kind, half = variant % 6, x.shape[-1] // 2
+        if kind == 0 and x.dim() < 4:
             return x.unsqueeze(0)
-        if variant % 4 == 1:
+        if kind == 1:
             return x.reshape(-1, x.shape[-1])
-        if variant % 4 == 2 and x.shape[-1] // 2 in SIZES and x.dim() < 4:
+        if kind == 2 and half in SIZES and x.dim() < 4:
             return x.unflatten(-1, (2, -1))
-        if variant % 4 == 3 and x.dim() > 2 and x.shape[-2] * x.shape[-1] in SIZES:
+        if kind == 3 and x.dim() > 2 and x.shape[-2] * x.shape[-1] in SIZES:
             return x.flatten(-2)
+        if kind == 4 and half in SIZES:
+            return x[..., half:]
+        if kind == 5 and x.dim() > 2:
+            return x[..., x.shape[-2] - 1, :]
         return x.view(x.shape)
 
 

@@ -218,6 +218,12 @@ def test_or_its_product_is_left_to_plain_operations_and_the_report_says_so() -> 
     )
 
 
+def test_where_no_layout_would_do_none_is_advised() -> None:
+    refuse: Callable[[Spec], str | None] = lambda spec: "No." if isinstance(spec, MatmulSpec) else None  # noqa: E731
+    done = laid_out(Run(), X, codes(200, 256), S, reads=Reads("sm_90", ("swizzled_128",), ("row",), refuse))
+    assert [remark.text for remark in done.ledger.remarks] == ["left to IREE: No."]
+
+
 def test_a_product_that_no_kernel_computes_is_remarked() -> None:
     def function(x, w, s):
         q, scale = LOW.group_quant(x, 16)

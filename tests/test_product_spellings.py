@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from iree.compiler import ir
 from test_foreign import Calls, exported, op, operations, raised
+from test_hip_programs import run as run_emulated
 from torch import Tensor
 
 import lowering
 from lowering import foreign
 from lowering.errors import CompileError
 from patterns import block_scaled_matmul, canonical, torch_ir
+from patterns.contracts import MatmulSpec
 
 foreign.declare_ops()
 
@@ -49,8 +52,13 @@ NAMED: dict[str, tuple[Callable[..., Tensor], torch.dtype]] = {
         lambda a, b, s, t: op("vllm::rocm_aiter_gemm_a8w8_blockscale")(a, b, s, t, torch.bfloat16),
         torch.bfloat16,
     ),
+    "vllm::rocm_aiter_triton_gemm_a8w8_blockscale": (
+        op("vllm::rocm_aiter_triton_gemm_a8w8_blockscale"),
+        torch.float16,
+    ),
     "vllm::fp8_gemm_nt_op": (deep_gemm, torch.bfloat16),
 }
+SHUFFLED = "aiter::gemm_a8w8_blockscale_bpreshuffle"
 
 
 def products(function: Callable[..., Any], *args: Tensor) -> list[ir.Operation]:
@@ -65,7 +73,7 @@ _KEEP: list[Any] = []
 
 
 def test_every_row_has_a_test() -> None:
-    assert set(NAMED) == {row.name for row in block_scaled_matmul.NAMED_OPS}
+    assert {*NAMED, SHUFFLED} == {row.name for row in block_scaled_matmul.NAMED_OPS}
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -78,6 +86,57 @@ def test_a_product_is_known_by_its_name(name: str) -> None:
     assert [launch.kernel.source for launch in compiled.dispatched.launches] == ["matmul.c"]
     expected = LOW.block_scaled_matmul(*OPERANDS, dtype)
     torch.testing.assert_close(lowering.load(compiled.vmfb)(*OPERANDS), expected, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("layout", ["row", "column"])
+def test_aiter_s_preshuffled_product_reads_bytes(layout: str) -> None:
+    """A weight in its (16, 16) layout, and scales in columns: as strides say it, or as bytes behind rows."""
+
+    def function(a: Tensor, b: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        if layout == "column":
+            s = LOW.group_quant(s, 128, scale_layout="column")[1]
+        return op(SHUFFLED)(a, b, s, t)
+
+    (found,) = products(function, A, B, X if layout == "column" else A_SCALE, B_SCALE)
+    assert canonical.product_contract(found).b_layout == "shuffled_16x16"
+    assert torch_ir.dtype_of(found.results[0]) == "bfloat16"
+    made = torch_ir.op_name(torch_ir.producer(found.operands[2]))  # type: ignore[arg-type]
+    assert made == ("torch.aten.permute" if layout == "row" else canonical.GROUP_QUANT)
+
+
+def test_aiter_s_preshuffled_product_in_the_executor(tmp_path: Path) -> None:
+    """The numbers of our own product, with scales whose bytes were transposed behind the shape of rows."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("b", LOW.shuffle_weight(B, "shuffled_16x16"))
+            self.register_buffer("b_scale", B_SCALE)
+
+        def forward(self, a: Tensor, a_scale: Tensor) -> Tensor:
+            return op(SHUFFLED)(a, self.b, a_scale, self.b_scale)
+
+    by_bytes = A_SCALE.t().contiguous().view(A_SCALE.shape)
+    rows = torch.export.Dim("rows")
+    compiled = lowering.compile(
+        Layer(),
+        (A, by_bytes),
+        dynamic_shapes=({0: rows}, {0: rows}),
+        target="gfx950",
+        dump_phases_to=tmp_path,
+    )
+    (launch,) = compiled.dispatched.launches
+    spec = launch.kernel.spec
+    assert isinstance(spec, MatmulSpec) and (spec.b_layout, spec.a_scale_layout) == (
+        "shuffled_16x16",
+        "column",
+    )
+    assert "linalg." not in (tmp_path / "8-linalg.mlir").read_text()
+    compiled.save(tmp_path / "product.vmfb")
+    ((found,),) = run_emulated(tmp_path / "product.vmfb", [(A, by_bytes)])
+    torch.testing.assert_close(
+        found, LOW.block_scaled_matmul(*OPERANDS, torch.bfloat16), rtol=2**-7, atol=2**-7
+    )
 
 
 def test_a_block_of_another_size_is_not_a_product_of_these_scales() -> None:
