@@ -347,7 +347,7 @@ def assert_llama_fused(compiled: Compiled, names: list[str], layers: int) -> Non
     for site in compiled.report.sites:
         assert re.search(r"/modeling_llama\.py:\d+$", site.location), site
     # Per layer: norm + q, k and v's one quantization; o's; norm + gate and up's; down's.  Then the last norm.
-    # Beside these the seven products, and on the cpu the head, which is not quantized.
+    # Beside these the seven products and, on the cpu, the linear layer that is not quantized.
     products = 7 * layers + (compiled.target.backend == "cpu")
     assert len(custom(names, compiled)) == compiled.report.dispatches == 4 * layers + 1 + products
     # After the first norm every residual add is its norm's.
