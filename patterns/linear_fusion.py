@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from iree.compiler import ir
 
-from . import canonical, torch_ir
+from . import canonical, torch_ir, weight_layouts
 from .contracts import LinearSpec
 from .row_fusion import Support
 
@@ -15,9 +15,13 @@ LINEAR = "torch.aten.linear"
 
 
 def fuse_linear(op: ir.Operation, support: Support) -> None:
-    """Replace a ``torch.aten.linear`` by a ``vmfuse.linear`` if ``support`` has no objection."""
+    """Replace a ``torch.aten.linear`` by a ``vmfuse.linear`` if ``support`` has no objection.
+
+    A weight that is computed, as by a cast that widens it, is left to IREE, which computes it as the product
+    reads it.
+    """
     spec, result = _spec(op), torch_ir.tensor_type(op.results[0])
-    if spec is None or result is None or support(spec) is not None:
+    if spec is None or result is None or support(spec) is not None or _is_computed(op.operands[1]):
         return
     attributes = {"spec": canonical.to_attribute(spec), canonical.SITES: ir.ArrayAttr.get([])}
     operands = list(op.operands)[: 2 + spec.bias]
@@ -26,6 +30,10 @@ def fuse_linear(op: ir.Operation, support: Support) -> None:
         torch_ir.set_example(product, [torch_ir.example_shape(op.results[0])])
     op.results[0].replace_all_uses_with(product.results[0])
     op.erase()
+
+
+def _is_computed(weight: ir.Value) -> bool:
+    return torch_ir.producer(weight) is not None and weight_layouts.parameter(weight) is None
 
 
 def _spec(op: ir.Operation) -> LinearSpec | None:
