@@ -14,6 +14,8 @@
 // long as one and a half products, so nothing is stored that need not be; shuffles are free beside products (measured
 // on Zen 4).  Pointers need only the alignment of their element.
 //
+// A workgroup takes one tile, or TILES where all rows fit into one.
+//
 // The macros that specialise this file come from lowering/matmul_kernel.py.
 
 #include "cpu.h"
@@ -337,10 +339,13 @@ void ENTRY(BINDING(const Element, a), BINDING(const Element, b), SCALE_BINDINGS 
   const i64 scale_column = A_SCALE_LAYOUT == COLUMN_TMA ? ((i64)rows + 3) / 4 * 4 : rows;
   const Product product = {(const u8 *)(a + a_offset), (const u8 *)(b + b_offset), A_SCALE, B_SCALE,
                            scale_column, BIAS, out + out_offset};
-  const i64 tiles = (N + COLUMNS - 1) / COLUMNS, row = workgroup / tiles * ROWS, first = workgroup % tiles * COLUMNS;
-  const int count = least(ROWS, rows - row);
+  const i64 across = (N + COLUMNS - 1) / COLUMNS, each = rows <= ROWS ? TILES : 1;
+  const i64 row = workgroup * each / across * ROWS, begin = workgroup * each % across;
+  const int count = least(ROWS, rows - row), end = least(begin + each, across);
   FloatMode mode = enter_ieee();
-  if (rows <= FEW_ROWS) few_rows(&product, row, count, first);
-  else many_rows(&product, row, count, first);
+  for (i64 tile = begin; tile < end; ++tile) {
+    if (rows <= FEW_ROWS) few_rows(&product, row, count, tile * COLUMNS);
+    else many_rows(&product, row, count, tile * COLUMNS);
+  }
   leave_ieee(mode);
 }

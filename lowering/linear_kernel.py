@@ -10,8 +10,7 @@ from patterns.contracts import LinearSpec
 
 from .errors import CompileError
 from .kernel import Binding, KernelInstance, digest
-from .mapping import GridRule
-from .matmul_cpu import ProductTile
+from .matmul_cpu import ProductTile, tile_defines
 from .matmul_variant import DTYPE_CODES, texts
 from .targets import Target
 
@@ -34,7 +33,7 @@ def instance(spec: LinearSpec, target: Target) -> KernelInstance:
     """The kernel for ``spec`` on ``target``.  Raises CompileError with ``why_unsupported``'s sentence."""
     if reason := why_unsupported(spec, target):
         raise CompileError(reason)
-    tile = ProductTile()
+    values, grid_rule = tile_defines(spec.columns, ProductTile())
     defines = texts(
         {
             "N": spec.columns,
@@ -42,9 +41,7 @@ def instance(spec: LinearSpec, target: Target) -> KernelInstance:
             "PLAIN": DTYPE_CODES[spec.dtype],
             "OUT_DTYPE": DTYPE_CODES[spec.dtype],
             "HAS_BIAS": int(spec.bias),
-            "ROWS": tile.rows,
-            "COLUMNS": tile.columns,
-            "FEW_ROWS": tile.few_rows,
+            **values,
         }
     )
     entry = f"linear_{_SHORT[spec.dtype]}_n{spec.columns}_k{spec.depth}_{digest(defines)}"
@@ -56,7 +53,7 @@ def instance(spec: LinearSpec, target: Target) -> KernelInstance:
         defines=(("ENTRY", entry), *defines),
         bindings=bindings(spec),
         block=(1, 1, 1),
-        grid_rule=GridRule(tile.rows, columns=-(-spec.columns // tile.columns)),
+        grid_rule=grid_rule,
     )
 
 

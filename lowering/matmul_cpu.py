@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from patterns.contracts import MatmulSpec
 
 from .mapping import GROUPS, GridRule
@@ -25,6 +27,26 @@ class ProductTile:
     few_rows: int = 1
 
 
+# From so many workgroups for each worker on, IREE's task system hands out as many at a time.
+_AT_ONCE = 8
+
+
+def tile_defines(columns: int, tile: ProductTile) -> tuple[dict[str, int], GridRule]:
+    """The constants and the grid of ``columns`` columns in such tiles.
+
+    Where there is one row of tiles, and so few that eight at a time are no equal shares, a workgroup takes
+    ``TILES`` of them: as many as leave every worker as much, in the most workgroups that are handed out one
+    by one.  There are as many workers as torch has threads.
+    """
+    tiles, workers = -(-columns // tile.columns), torch.get_num_threads()
+    each = 1
+    if _AT_ONCE * workers <= tiles < _AT_ONCE**2 * workers:
+        shares = [-(-tiles // (workers * turns)) for turns in range(1, _AT_ONCE)]
+        each = min(shares, key=lambda share: (-(-tiles // (workers * share)) * share, share))
+    values = {"ROWS": tile.rows, "COLUMNS": tile.columns, "FEW_ROWS": tile.few_rows, "TILES": each}
+    return values, GridRule(tile.rows, columns=tiles, one=-(-tiles // each) if each > 1 else None)
+
+
 def _why_unsupported(spec: MatmulSpec, target: Target) -> str | None:
     if spec.group not in GROUPS:
         return f"The product kernel knows groups of {', '.join(map(str, GROUPS))}, not {spec.group}."
@@ -33,8 +55,7 @@ def _why_unsupported(spec: MatmulSpec, target: Target) -> str | None:
 
 def _specialise(spec: MatmulSpec, target: Target, tile: object | None) -> Specialised:
     tile = tile if isinstance(tile, ProductTile) else ProductTile()
-    values = {"ROWS": tile.rows, "COLUMNS": tile.columns, "FEW_ROWS": tile.few_rows}
-    grid_rule = GridRule(tile.rows, columns=-(-spec.columns // tile.columns))
+    values, grid_rule = tile_defines(spec.columns, tile)
     return Specialised(texts({**common_defines(spec), **values}), grid_rule)
 
 

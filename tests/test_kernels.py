@@ -27,7 +27,7 @@ from elftools.elf.elffile import ELFFile
 from lowering import abi, toolchain
 from lowering.errors import CompileError, ToolchainError
 from lowering.kernel import KernelInstance, instance, why_unsupported
-from lowering.mapping import Mapping, Tile, choose_mapping
+from lowering.mapping import GridRule, Mapping, Tile, choose_mapping
 from lowering.targets import Target, resolve
 from patterns.contracts import GatedActivation, Quantization, RmsNorm, RowSpec
 
@@ -908,6 +908,12 @@ def test_a_mapping_changes_no_bit(name: str, launcher) -> None:
 def test_grid_rule() -> None:
     rule = Mapping(Tile(64, 2, 16, rows=2, blocks=10), Tile(128, 1, 16, slices=4), 6, 16).grid_rule
     grids = {0: 1, 1: 4, 4: 16, 5: 10, 6: 12, 6 + 1: 4, 19: 10, 1000: 10}
+    assert {rows: rule.workgroups(rows) for rows in grids} == grids
+
+
+def test_grid_rule_of_one_row_of_tiles() -> None:
+    rule = GridRule(128, columns=22, one=2)
+    grids = {0: 2, 1: 2, 128: 2, 129: 44, 257: 66}
     assert {rows: rule.workgroups(rows) for rows in grids} == grids
 
 

@@ -19,7 +19,7 @@ import lowering
 from lowering import abi, toolchain
 from lowering.errors import CompileError
 from lowering.kernel import KernelInstance
-from lowering.matmul_cpu import ProductTile
+from lowering.matmul_cpu import ProductTile, tile_defines
 from lowering.matmul_kernel import instance, why_unsupported
 from lowering.ops import block_scaled_matmul_reference, to_physical
 from lowering.targets import Target, resolve
@@ -346,3 +346,27 @@ def test_what_has_no_kernel_is_computed_by_iree() -> None:
     assert all(launch.kernel.source != "matmul.c" for launch in compiled.dispatched.launches)
     q, scale, out = lowering.load(compiled.vmfb)(x)
     assert_product(spec(24, 64, 16), out, [q, layer.b, scale, layer.b_scale])
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 8, 64])
+def test_workers_share_one_row_of_tiles(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tile is some workgroup's; handed out one by one, no worker has an eighth more than its share."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: workers)
+    for tiles in range(1, 600):
+        values, rule = tile_defines(96 * tiles, ProductTile())
+        each, workgroups = values["TILES"], rule.workgroups(128)
+        assert (workgroups - 1) * each < tiles <= workgroups * each and rule.workgroups(129) == 2 * tiles
+        if each > 1:
+            assert workgroups < 8 * workers
+            assert -(-workgroups // workers) * each <= 1.125 * tiles / workers + 1
+
+
+def test_a_workgroup_of_several_tiles(launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    case = spec(96 * 9 + 5, 192, 64)
+    kernel = instance(case, CPU)
+    assert dict(kernel.defines)["TILES"] == "2" and kernel.grid(128)[0] == 5 and kernel.grid(129)[0] == 20
+    for rows in (0, 1, 5, 128, 129):
+        tensors = operands(case, rows)
+        (actual,) = run(kernel, launcher(kernel), in_memory(case, tensors), rows)
+        assert_product(case, actual, tensors)
