@@ -7,6 +7,7 @@ tensor and the window.  A part is a slice of the last axis, or one of several ro
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from iree.compiler import ir
@@ -100,9 +101,11 @@ def _made(name: str, value: ir.Value, shape: tuple[int | None, ...], *axes: int)
     assert dtype is not None
     made = torch_ir.make(name, TensorType(shape, dtype), [value, *map(torch_ir.make_int, axes)])
     if example is not None:
-        sizes = zip(shape, example, strict=False)  # of the leading axes, which stay
-        leading = [known if size is None else size for size, known in sizes]
-        torch_ir.set_example(made.owner.operation, [(*leading, *shape[len(leading) :])])  # type: ignore[list-item]
+        # Sizes that are not known are those of leading axes, which stay.
+        known = itertools.chain(example, itertools.repeat(None))
+        sizes = [old if size is None else size for size, old in zip(shape, known, strict=False)]
+        found = tuple(size for size in sizes if size is not None)
+        torch_ir.set_example(made.owner.operation, [found if len(found) == len(shape) else None])
     return made
 
 

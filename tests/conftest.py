@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,3 +48,19 @@ def _seeded(request: pytest.FixtureRequest) -> None:
 def root() -> Path:
     """The repository."""
     return ROOT
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Compiles a module for a target; the path of the vmfb."""
+    import lowering
+
+    directory = tmp_path_factory.mktemp("programs")
+
+    def compile_for(target: str, module: Any, arguments: Sequence[Any], shapes: Any = None) -> Path:
+        path = directory / f"{len(list(directory.iterdir()))}-{target}.vmfb"
+        compiled = lowering.compile(module, tuple(arguments), dynamic_shapes=shapes, target=target)
+        compiled.save(path)
+        return path
+
+    return compile_for

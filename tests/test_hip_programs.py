@@ -47,20 +47,6 @@ save_file(results, outputs)
 Build = Callable[..., Path]
 
 
-@pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """Compiles a module for a target; the path of the vmfb."""
-    directory = tmp_path_factory.mktemp("programs")
-
-    def compile_for(target: str, module: nn.Module, arguments: Sequence[Tensor], shapes=None) -> Path:
-        path = directory / f"{len(list(directory.iterdir()))}-{target}.vmfb"
-        compiled = lowering.compile(module, tuple(arguments), dynamic_shapes=shapes, target=target)
-        compiled.save(path)
-        return path
-
-    return compile_for
-
-
 def emulated(*words: object, arch: str = "gfx950") -> subprocess.CompletedProcess[str]:
     command = [*EMULATED, "--arch", arch, *(str(word) for word in words)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

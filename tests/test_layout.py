@@ -181,7 +181,10 @@ def test_a_kernel_that_reads_rows_gets_rows() -> None:
 
 
 def test_the_first_layout_that_a_kernel_computes_is_taken() -> None:
-    only_rows = lambda spec: "no" if getattr(spec, "b_layout", "row") != "row" else None  # noqa: E731
+
+    def only_rows(spec: Spec) -> str | None:
+        return "no" if isinstance(spec, MatmulSpec) and spec.b_layout != "row" else None
+
     done = laid_out(
         Computes(product, w=codes(200, 256), s=S),
         X,
@@ -218,9 +221,14 @@ def test_or_its_product_is_left_to_plain_operations_and_the_report_says_so() -> 
     )
 
 
+def no_products(spec: Spec) -> str | None:
+    return "No." if isinstance(spec, MatmulSpec) else None
+
+
 def test_where_no_layout_would_do_none_is_advised() -> None:
-    refuse: Callable[[Spec], str | None] = lambda spec: "No." if isinstance(spec, MatmulSpec) else None  # noqa: E731
-    done = laid_out(Run(), X, codes(200, 256), S, reads=Reads("sm_90", ("swizzled_128",), ("row",), refuse))
+    done = laid_out(
+        Run(), X, codes(200, 256), S, reads=Reads("sm_90", ("swizzled_128",), ("row",), no_products)
+    )
     assert [remark.text for remark in done.ledger.remarks] == ["left to IREE: No."]
 
 
@@ -340,10 +348,9 @@ def test_an_argument_is_in_the_layout_that_the_model_says() -> None:
 
 
 def test_without_a_kernel_a_shuffled_weight_is_folded_back() -> None:
-    refuse: Callable[[Spec], str | None] = lambda spec: "No." if isinstance(spec, MatmulSpec) else None  # noqa: E731
     w = codes(256, 256)
     stored = LOW.shuffle_weight(w, "shuffled_16x16")
-    reads = Reads("gfx950", ("shuffled_16x16",), ("column",), refuse)
+    reads = Reads("gfx950", ("shuffled_16x16",), ("column",), no_products)
     done = laid_out(Computes(given("shuffled_16x16"), w=stored, s=S), X, reads=reads)
     assert not done.specs(MatmulSpec) and len(done.operations(weight_layouts.UNSHUFFLE)) == 1
     folded = done.fold()
@@ -418,7 +425,10 @@ def test_scales_are_written_as_the_product_reads_them(
     asked, reader, reads: Reads, written: str, read: str
 ) -> None:
     scales_of = reads.scales
-    refuse = lambda s: None if getattr(s, "a_scale_layout", "row") in scales_of else "no"  # noqa: E731
+
+    def refuse(spec: Spec) -> str | None:
+        return "no" if isinstance(spec, MatmulSpec) and spec.a_scale_layout not in scales_of else None
+
     reads = Reads(reads.target, reads.weights, reads.scales, refuse)
     x = torch.randn(2, 3, 256).bfloat16()
     done = laid_out(Computes(quantized(asked, reader), w=codes(256, 256), s=S), x, reads=reads)

@@ -100,8 +100,9 @@ def test_aiter_s_preshuffled_product_reads_bytes(layout: str) -> None:
     (found,) = products(function, A, B, X if layout == "column" else A_SCALE, B_SCALE)
     assert canonical.product_contract(found).b_layout == "shuffled_16x16"
     assert torch_ir.dtype_of(found.results[0]) == "bfloat16"
-    made = torch_ir.op_name(torch_ir.producer(found.operands[2]))  # type: ignore[arg-type]
-    assert made == ("torch.aten.permute" if layout == "row" else canonical.GROUP_QUANT)
+    made = torch_ir.producer(found.operands[2])
+    assert made is not None
+    assert torch_ir.op_name(made) == ("torch.aten.permute" if layout == "row" else canonical.GROUP_QUANT)
 
 
 def test_aiter_s_preshuffled_product_in_the_executor(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from raised import Function
 from test_compile import assert_runs_like_eager, custom, dispatches, quarters
-from test_hip_programs import assert_same_bits, build, integers, on_cpu  # noqa: F401  (build is a fixture)
+from test_hip_programs import assert_same_bits, integers, on_cpu
 from test_hip_programs import run as run_on_hip
 from test_kernels import (
     CPU,
@@ -342,7 +342,7 @@ def test_programs_read_parts_however_they_are_spelled() -> None:
     assert_runs_like_eager(model, compiled, *calls)
 
 
-def test_a_split_projection_on_gfx950(build: Callable[..., Path]) -> None:  # noqa: F811
+def test_a_split_projection_on_gfx950(build: Callable[..., Path]) -> None:
     model, shapes = Latents((512, 256, 64)), ({1: Dim("T")},)
     programs = [build(target, model, (integers(2, 8, 832),), shapes) for target in ("gfx950", "cpu")]
     calls = [(integers(2, tokens, 832, seed=tokens),) for tokens in (1, 5)]

@@ -8,7 +8,7 @@ operands at odd places, with float64.  Then it checks and times the products of 
 which gets the fewest rows from those given on that it takes.  A time is the median over replays of a CUDA
 graph of many calls, which walk through so many sets of operands that the L2 holds none of them, as weights
 are met in a model.  The floor is the larger of the bytes at the copy bandwidth and the operations at the
-datasheet's rate. Errors are the largest, as parts of the sum of the magnitudes of a result's terms.
+datasheet's rate.  Errors are the largest, as parts of the sum of the magnitudes of a result's terms.
 
 Exit codes: 0 all is well, 1 a result is wrong, 2 usage.
 """
