@@ -2,11 +2,13 @@
 // a_scale[m, g] * b_scale[n / 128, g] times the product of block g of row m of a and row n of b.
 //
 // Weights come in tiles of 128 rows x 128 codes, each contiguous and swizzled, so one bulk copy brings a tile that a
-// matrix product can read.  They are the left operand, 128 rows of the result's columns, and TOKENS rows of a are the
-// right one: few tokens cost no idle rows.
+// matrix product can read.
 //
 //   thread groups  one of 128 threads copies blocks of both operands and their scales into the stages of a ring; two
-//                  multiply, 64 rows of the weights each, scale what a block sums up to, and add it.
+//                  multiply, scale what a block sums up to, and add it.
+//   few tokens     weights are the left operand, 64 rows for each of the two groups, and the tokens are the columns of the
+//                  right one: 8 of them cost no idle rows.
+//   128 tokens     are the left operand, 64 rows for each group: a thread has two rows and needs two scales of a block.
 //   units          128 columns x TOKENS rows of the result.  As many workgroups as the machine holds go through them,
 //                  and copies run ahead from one unit into the next.
 //   teams          neighbours in a cluster, of one unit each, that `share` weights: each copies a part of a tile to
@@ -31,7 +33,7 @@ static_assert(BLOCK == 128, "a block is a row of shared memory");
 constexpr int BLOCKS = K / BLOCK;
 constexpr int WEIGHT_BYTES = BLOCK * BLOCK;
 constexpr int COLUMN_TILES = (N + BLOCK - 1) / BLOCK;
-constexpr int HALF = 64;              // rows of weights of one multiplying group
+constexpr int HALF = 64;              // rows of the left operand of one multiplying group
 constexpr int PITCH = HALF + 4;       // floats between rows of sums: no two lanes in one bank when they write
 constexpr int BAND = 8;               // tiles of tokens whose units come before all others
 
@@ -67,9 +69,11 @@ struct Product {
 
 // Where what lies in shared memory.
 template <int TOKENS> struct Ring {
+  static constexpr bool MANY = TOKENS > 64;            // the tokens are the left operand
+  static constexpr int WIDTH = MANY ? BLOCK : TOKENS;  // columns of the right one
   static constexpr int TOKEN_BYTES = TOKENS * BLOCK;
   static constexpr int SCALES = TOKENS + 4;  // of the tokens, then that of the weights
-  static constexpr int PASS = TOKENS < 64 ? TOKENS : 64;  // tokens whose sums lie there at once
+  static constexpr int PASS = MANY ? HALF : TOKENS;  // tokens whose sums lie there at once, with 64 columns each
   static constexpr int SUMS = PASS * PITCH;
   static constexpr int STAGE = WEIGHT_BYTES + TOKEN_BYTES + 4 * SCALES + 2 * sizeof(Barrier);
   static constexpr int FIXED = 2 * 4 * SUMS + 4 * sizeof(Barrier);
@@ -102,7 +106,7 @@ struct alignas(16) Four {
 };
 
 struct Unit {
-  int column_tile, token;  // of the result: which 128 columns, and the first row
+  int column, token;  // of the result, the first
 };
 
 // This workgroup's part in the whole.
@@ -127,7 +131,7 @@ struct Team {
     const int band = index / (BAND * COLUMN_TILES), place = index % (BAND * COLUMN_TILES);
     const int left = token_groups - band * BAND, width = left < BAND ? left : BAND;
     const int group = band * BAND + place % width;
-    return {place / width, (group * share + (share > 1 ? (int)rank : 0)) * TOKENS};
+    return {place / width * BLOCK, (group * share + (share > 1 ? (int)rank : 0)) * TOKENS};
   }
   METHOD int first_block() const { return split > 1 ? rank * BLOCKS / split : 0; }
   METHOD int last_block() const { return split > 1 ? (rank + 1) * BLOCKS / split : BLOCKS; }
@@ -146,9 +150,9 @@ struct Source {
   METHOD Source(const Product &p, Unit unit, int block) {
     const int row = thread() / CHUNKS, token = unit.token + thread();
     tokens = p.a + (u64)(unit.token + row) * K + block * BLOCK + thread() % CHUNKS * 16;
-    weights = p.b + ((u64)unit.column_tile * BLOCKS + block) * WEIGHT_BYTES;
+    weights = p.b + ((u64)unit.column / BLOCK * BLOCKS + block) * WEIGHT_BYTES;
     scale = p.a_scale + (A_SCALE_LAYOUT == ROW ? (u64)token * BLOCKS + block : (u64)block * pitch(p) + token);
-    weight_scale = p.b_scale + unit.column_tile * BLOCKS + block;
+    weight_scale = p.b_scale + unit.column / BLOCK * BLOCKS + block;
     left = p.rows - unit.token - row;
   }
   // Between the scales of one block and the next.
@@ -205,36 +209,36 @@ template <int TOKENS> DEVICE void produce(const Product &p, const Team &team, Ri
 
 // -- the groups that multiply ----------------------------------------------------------------------------------------
 
-// partial = this thread's part of 64 rows of weights times TOKENS rows of tokens, both of one block.
+// partial = this thread's part of 64 rows times WIDTH columns, both of one block.
 #if HAS_WGMMA
-template <int TOKENS> DEVICE void begin_multiply(float *partial, const u8 *weights, const u8 *tokens) {
-  const u64 a = descriptor(weights), b = descriptor(tokens);
+template <int WIDTH> DEVICE void begin_multiply(float *partial, const u8 *rows, const u8 *columns) {
+  const u64 a = descriptor(rows), b = descriptor(columns);
   order_for_wgmma();
   wgmma_begin();
-  UNROLL for (int k = 0; k < BLOCK / 32; ++k) wgmma<TOKENS>(partial, a + 2 * k, b + 2 * k, k > 0);
+  UNROLL for (int k = 0; k < BLOCK / 32; ++k) wgmma<WIDTH>(partial, a + 2 * k, b + 2 * k, k > 0);
   wgmma_commit();
 }
 // Until that is done; `after` more have begun.
-template <int TOKENS> DEVICE void end_multiply(float *partial, int after) { wgmma_wait<TOKENS / 2>(partial, after); }
+template <int WIDTH> DEVICE void end_multiply(float *partial, int after) { wgmma_wait<WIDTH / 2>(partial, after); }
 #else
 DEVICE const u8 *chunk_of(const u8 *tile, int row, int chunk) { return tile + row * BLOCK + (chunk ^ row % 8) * 16; }
 
-template <int TOKENS> DEVICE void begin_multiply(float *partial, const u8 *weights, const u8 *tokens) {
+template <int WIDTH> DEVICE void begin_multiply(float *partial, const u8 *rows, const u8 *columns) {
   const int lane = thread() % WAVE, wave = thread() % CREW / WAVE;
-  UNROLL for (int i = 0; i < TOKENS / 2; ++i) partial[i] = 0;
+  UNROLL for (int i = 0; i < WIDTH / 2; ++i) partial[i] = 0;
   UNROLL for (int k = 0; k < BLOCK / 16; k += 4) {
     u32 a[2][4];
     UNROLL for (int i = 0; i < 2; ++i)
-      load_matrices(chunk_of(weights, 16 * wave + lane % 16, k + 2 * i + lane / 16), a[i]);
-    UNROLL for (int j = 0; j < TOKENS / 8; ++j) {
+      load_matrices(chunk_of(rows, 16 * wave + lane % 16, k + 2 * i + lane / 16), a[i]);
+    UNROLL for (int j = 0; j < WIDTH / 8; ++j) {
       u32 b[4];
-      load_matrices(chunk_of(tokens, 8 * j + lane % 8, k + lane / 8), b);
+      load_matrices(chunk_of(columns, 8 * j + lane % 8, k + lane / 8), b);
       multiply_add(partial + 4 * j, a[0], b);
       multiply_add(partial + 4 * j, a[1], b + 2);
     }
   }
 }
-template <int TOKENS> DEVICE void end_multiply(float *, int) {}
+template <int WIDTH> DEVICE void end_multiply(float *, int) {}
 #endif
 
 DEVICE float bias_at(const Product &p, int n) {
@@ -273,8 +277,9 @@ DEVICE void store8(const Product &p, u64 token, int n, float *values) {
   }
 }
 
-// The sums of PASS tokens of a unit, through shared memory, since neighbours in a row of the result lie in different
-// lanes.  A team that split K meets before it reads each other's, and again before these may be overwritten.
+// The sums of PASS tokens and 64 columns from those of `unit` on, through shared memory, since neighbours in a row of the
+// result lie in different lanes.  A team that split K meets before it reads each other's, and again before these may be
+// overwritten.
 template <int TOKENS>
 DEVICE void finish(const Product &p, const Team &team, const Ring<TOKENS> &ring, Unit unit, u32 parity,
                    const float *sums) {
@@ -283,8 +288,10 @@ DEVICE void finish(const Product &p, const Team &team, const Ring<TOKENS> &ring,
   float *mine = ring.sums(half);
   if (team.split > 1) wait(ring.read(half), parity ^ 1);
   else group_barrier(1 + half);
-  UNROLL for (int i = 0; i < PASS / 2; ++i)
-    mine[(i / 4 * 8 + lane % 4 * 2 + i % 2) * PITCH + 16 * wave + lane / 4 + i / 2 % 2 * 8] = sums[i];
+  UNROLL for (int i = 0; i < PASS / 2; ++i) {
+    const u32 row = 16 * wave + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    mine[Ring<TOKENS>::MANY ? row * PITCH + column : column * PITCH + row] = sums[i];
+  }
   group_barrier(1 + half);
   if (team.split > 1) {
     if (thread() % CREW < team.split) publish_at_rank(ring.summed(half), team.base + thread() % CREW);
@@ -292,7 +299,7 @@ DEVICE void finish(const Product &p, const Team &team, const Ring<TOKENS> &ring,
   }
   const u32 rank = team.split > 1 ? team.rank : 0;
   ROLLED for (u32 item = thread() % CREW * team.split + rank; item < PASS * HALF / 8; item += CREW * team.split) {
-    const int token = item / 8, n = item % 8 * 8, column = unit.column_tile * BLOCK + half * HALF + n;
+    const int token = item / 8, n = item % 8 * 8, column = unit.column + n;
     if (unit.token + token >= p.rows || column >= N) continue;
     float values[8] = {};
     for (int r = 0; r < team.split; ++r) {
@@ -323,27 +330,41 @@ DEVICE void release(Barrier *empty, const Team &team) {
 
 template <int TOKENS>
 DEVICE void begin_block(const Ring<TOKENS> &ring, Slot<Ring<TOKENS>::STAGES> slot, float *partial) {
-  const u32 half = thread() / CREW - 1;
+  const u32 rows = (thread() / CREW - 1) * HALF * BLOCK;
+  const u8 *weights = ring.weights(slot.stage), *tokens = ring.tokens(slot.stage);
   wait(ring.full(slot.stage), slot.parity);
-  begin_multiply<TOKENS>(partial, ring.weights(slot.stage) + half * HALF * BLOCK, ring.tokens(slot.stage));
+  if constexpr (Ring<TOKENS>::MANY) begin_multiply<BLOCK>(partial, tokens + rows, weights);
+  else begin_multiply<TOKENS>(partial, weights + rows, tokens);
+}
+
+// The scales of what a thread has of a block: of its two rows, or of its columns.
+template <int TOKENS> DEVICE void load_scales(const float *scales, float *scale) {
+  const u32 lane = thread() % WAVE;
+  if constexpr (Ring<TOKENS>::MANY) {
+    const u32 row = (thread() / CREW - 1) * HALF + thread() % CREW / WAVE * 16 + lane / 4;
+    scale[0] = scales[row] * scales[TOKENS], scale[1] = scales[row + 8] * scales[TOKENS];
+  } else {
+    UNROLL for (int i = 0; i < TOKENS / 4; i += 2) load2(scales + 4 * i + lane % 4 * 2, scale + i);
+    UNROLL for (int i = 0; i < TOKENS / 4; ++i) scale[i] *= scales[TOKENS];
+  }
 }
 
 // Scale what a block sums up to and add it; `after` blocks more are being multiplied.
 template <int TOKENS>
 DEVICE void end_block(const Team &team, const Ring<TOKENS> &ring, u32 stage, int after, float *partial, float *sums) {
-  const float *scales = ring.scales(stage) + thread() % 4 * 2, common = ring.scales(stage)[TOKENS];
-  float scale[TOKENS / 4];
-  UNROLL for (int i = 0; i < TOKENS / 4; i += 2) load2(scales + 4 * i, scale + i);
-  UNROLL for (int i = 0; i < TOKENS / 4; ++i) scale[i] *= common;
-  end_multiply<TOKENS>(partial, after);
+  constexpr int WIDTH = Ring<TOKENS>::WIDTH;
+  float scale[Ring<TOKENS>::MANY ? 2 : TOKENS / 4];
+  load_scales<TOKENS>(ring.scales(stage), scale);
+  end_multiply<WIDTH>(partial, after);
   release(ring.empty(stage), team);
-  UNROLL for (int i = 0; i < TOKENS / 2; ++i) sums[i] = fma(partial[i], scale[i / 4 * 2 + i % 2], sums[i]);
+  UNROLL for (int i = 0; i < WIDTH / 2; ++i)
+    sums[i] = fma(partial[i], scale[Ring<TOKENS>::MANY ? i / 2 % 2 : i / 4 * 2 + i % 2], sums[i]);
 }
 
 // The next COUNT blocks; all are multiplied while the first is scaled.
 template <int TOKENS, int COUNT>
 DEVICE void add_blocks(const Team &team, const Ring<TOKENS> &ring, Slot<Ring<TOKENS>::STAGES> &slot, float *sums) {
-  float partial[COUNT][TOKENS / 2];
+  float partial[COUNT][Ring<TOKENS>::WIDTH / 2];
   u32 stage[COUNT];
   UNROLL for (int i = 0; i < COUNT; ++i, slot.next()) {
     stage[i] = slot.stage;
@@ -352,20 +373,70 @@ DEVICE void add_blocks(const Team &team, const Ring<TOKENS> &ring, Slot<Ring<TOK
   UNROLL for (int i = 0; i < COUNT; ++i) end_block(team, ring, stage[i], COUNT - 1 - i, partial[i], sums);
 }
 
+#if HAS_WGMMA
+// Begin the block after, and scale and add this one in between, once it is multiplied.
+template <int TOKENS>
+DEVICE void add_and_begin(const Team &team, const Ring<TOKENS> &ring, Slot<Ring<TOKENS>::STAGES> &slot, float *partial,
+                          float *next, float *sums) {
+  const u32 rows = (thread() / CREW - 1) * HALF * BLOCK, stage = slot.stage;
+  float scale[2];
+  load_scales<TOKENS>(ring.scales(stage), scale);
+  end_multiply<BLOCK>(partial, 0);
+  release(ring.empty(stage), team);
+  slot.next();
+  wait(ring.full(slot.stage), slot.parity);
+  const u64 a = descriptor(ring.tokens(slot.stage) + rows), b = descriptor(ring.weights(slot.stage));
+  order_for_wgmma();
+  wgmma_begin();
+  UNROLL for (int k = 0; k < BLOCK / 32; ++k) {
+    wgmma<BLOCK>(next, a + 2 * k, b + 2 * k, k > 0);
+    UNROLL for (int i = 16 * k; i < 16 * (k + 1); ++i) sums[i] = kept(fma(partial[i], scale[i / 2 % 2], sums[i]));
+  }
+  wgmma_commit();
+}
+
+// `count` blocks, each added while the next is multiplied.
+template <int TOKENS>
+DEVICE void add_overlapped(const Team &team, const Ring<TOKENS> &ring, int count, Slot<Ring<TOKENS>::STAGES> &slot,
+                           float *sums) {
+  float even[BLOCK / 2], odd[BLOCK / 2];
+  begin_block(ring, slot, even);
+  ROLLED for (; count > 2; count -= 2) {
+    add_and_begin(team, ring, slot, even, odd, sums);
+    add_and_begin(team, ring, slot, odd, even, sums);
+  }
+  if (count == 2) {
+    add_and_begin(team, ring, slot, even, odd, sums);
+    end_block(team, ring, slot.stage, 0, odd, sums);
+  } else {
+    end_block(team, ring, slot.stage, 0, even, sums);
+  }
+  slot.next();
+}
+#endif
+
 template <int TOKENS> DEVICE void consume(const Product &p, const Team &team, Ring<TOKENS> ring) {
   constexpr int AT_ONCE = !HAS_WGMMA || TOKENS > 64 ? 1 : TOKENS > 32 ? 2 : 4;  // as registers suffice
   static_assert(AT_ONCE <= Ring<TOKENS>::STAGES, "their stages are all in use");
   Slot<Ring<TOKENS>::STAGES> slot;
   u32 parity = 0;  // of the meetings of a team
   ROLLED for (int index = team.first; index < team.units; index += team.step) {
-    float sums[TOKENS / 2] = {};
+    float sums[Ring<TOKENS>::WIDTH / 2] = {};
     int left = team.last_block() - team.first_block();
+#if HAS_WGMMA
+    if constexpr (Ring<TOKENS>::MANY) add_overlapped(team, ring, left, slot, sums), left = 0;
+#endif
     ROLLED for (; left >= AT_ONCE; left -= AT_ONCE) add_blocks<TOKENS, AT_ONCE>(team, ring, slot, sums);
     ROLLED for (; AT_ONCE > 1 && left > 0; --left) add_blocks<TOKENS, 1>(team, ring, slot, sums);
-    Unit unit = team.unit<TOKENS>(index);
-    constexpr int PASS = Ring<TOKENS>::PASS;
-    UNROLL for (int first = 0; first < TOKENS; first += PASS, unit.token += PASS, parity ^= 1)
-      finish(p, team, ring, unit, parity, sums + first / 2);
+    const Unit unit = team.unit<TOKENS>(index);
+    const int half = (thread() / CREW - 1) * HALF;
+    if constexpr (Ring<TOKENS>::MANY) {
+      UNROLL for (int n = 0; n < BLOCK; n += HALF, parity ^= 1)
+        finish(p, team, ring, {unit.column + n, unit.token + half}, parity, sums + n / 2);
+    } else {
+      finish(p, team, ring, {unit.column + half, unit.token}, parity, sums);
+      parity ^= 1;
+    }
   }
 }
 

@@ -40,6 +40,11 @@ DEVICE u8 *shared_memory() {
 DEVICE u32 address_of(const void *shared) { return (u32)__cvta_generic_to_shared(shared); }
 
 DEVICE u32 as_bits(float value) { return __float_as_uint(value); }
+// In its place among what is volatile.
+DEVICE float kept(float a) {
+  asm volatile("" : "+f"(a));
+  return a;
+}
 DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
 // -- results -------------------------------------------------------------------------------------------------------
