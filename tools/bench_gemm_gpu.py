@@ -2,13 +2,14 @@
 
     python tools/bench_gemm_gpu.py pack DIR --target h200   # where the compiler is; no GPU needed
     python tools/bench_gemm_gpu.py run DIR --json FILE      # where the GPU is: PyTorch and cuda-bindings
+    compute-sanitizer --tool memcheck python tools/bench_gemm_gpu.py check DIR   # there
 
-``run`` first compares what kernels of every dtype, layout and plan write over poisoned memory, with
-operands at odd places, with float64.  Then it checks and times the products of DeepSeek-V3 and the peer,
-which gets the fewest rows from those given on that it takes.  A time is the median over replays of a CUDA
-graph of many calls, which walk through so many sets of operands that the L2 holds none of them, as weights
-are met in a model.  The floor is the larger of the bytes at the copy bandwidth and the operations at the
-datasheet's rate.  Errors are the largest, as parts of the sum of the magnitudes of a result's terms.
+``check`` compares what kernels of every dtype, layout and plan write over poisoned memory, with operands at
+odd places, with float64.  ``run`` does so too, then checks and times the products of DeepSeek-V3 and the
+peer, which gets the fewest rows from those given on that it takes.  A time is the median over replays of a
+CUDA graph of many calls, which walk through so many sets of operands that the L2 holds none of them, as
+weights are met in a model.  The floor is the larger of the bytes at the copy bandwidth and the operations at
+the datasheet's rate.  Errors are the largest, as parts of the sum of the magnitudes of a result's terms.
 
 Exit codes: 0 all is well, 1 a result is wrong, 2 usage.
 """
@@ -103,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        return pack(options) if options.command == "pack" else run(options)
+        return _COMMANDS[options.command](options)
     except (LoweringError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -115,14 +116,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     packing = commands.add_parser("pack", help="compile the kernels into DIR")
+    checking = commands.add_parser("check", help="check the kernels of DIR at ragged sizes")
     running = commands.add_parser("run", help="check and time the kernels of DIR")
     running.add_argument(
         "--rows", type=_numbers, default=ROWS, metavar="M,M,...", help="default: %(default)s"
     )
     running.add_argument("--json", type=Path, metavar="FILE", help="where the table is written")
-    for command in (packing, running):
+    for command in (packing, checking, running):
         command.add_argument("directory", type=Path, metavar="DIR")
         command.add_argument("--target", default="h200", help="default: %(default)s")
+    for command in (packing, running):
         command.add_argument("--shape", type=_shape, nargs="+", default=SHAPES, metavar="NxK")
     return parser
 
@@ -182,7 +185,7 @@ def pack(options: argparse.Namespace) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Check and time everything in DIR; print the table and write it."""
-    wrong = check_all(options.directory, options.target)
+    failed = check(options)
     bandwidth = copy_bandwidth()
     name = torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}, copy {bandwidth / 1e9:.0f} GB/s; microseconds")
@@ -200,20 +203,21 @@ def run(options: argparse.Namespace) -> int:
         extras = [{"ratio": item.ratio, "teraflops": item.teraflops} for item in table]
         record["table"] = [{**asdict(item), **extra} for item, extra in zip(table, extras, strict=True)]
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return 0 if wrong == 0 and all(item.right for item in table) else 1
+    return failed or int(not all(item.right for item in table))
 
 
-def check_all(directory: Path, target: str) -> int:
-    """How many products of ``checked`` are wrong; a line for each kernel."""
+def check(options: argparse.Namespace) -> int:
+    """Compare every product of ``checked`` with float64; a line for each kernel."""
     wrong = 0
-    for number, (kernel, counts) in enumerate(checked(target)):
-        errors = [check_one(kernel, _object(directory, kernel), rows, number % 4) for rows in counts]
+    for number, (kernel, counts) in enumerate(checked(options.target)):
+        path = _object(options.directory, kernel)
+        errors = [check_one(kernel, path, rows, number % 4) for rows in counts]
         wrong += sum(error > LARGEST_ERROR for error in errors)
         values = dict(kernel.defines)
         what = f"{values['N']} x {values['K']}, {values['PLANS']}: {kernel.entry.split('_')[1]}"
         print(f"{what}, {counts} rows, largest error {max(errors):.1e}", flush=True)
     print(f"{wrong} wrong")
-    return wrong
+    return int(wrong > 0)
 
 
 def check_one(kernel: KernelInstance, path: Path, rows: int, shift: int) -> float:
@@ -233,7 +237,7 @@ def measure(kernel: KernelInstance, path: Path, rows: int, bandwidth: float) -> 
     launch, spec = launch_of(kernel, path, rows), kernel.spec
     assert isinstance(spec, MatmulSpec)
     call, sets = CudaKernel(launch), operand_sets(launch, kernel)
-    error, peer_error, peer = check(call, launch, sets[0])
+    error, peer_error, peer = compare(call, launch, sets[0])
     ours = 1e6 * time_calls([lambda each=each: call(launch, each.tensors) for each in sets], launch.bytes)
     theirs = None
     if peer is not None:
@@ -303,7 +307,7 @@ def swizzled(b: Tensor) -> Tensor:
 # Checks and the peer ----------------------------------------------------------------------------
 
 
-def check(kernel: CudaKernel, launch: Launch, given: Operands) -> tuple[float, float | None, Peer | None]:
+def compare(kernel: CudaKernel, launch: Launch, given: Operands) -> tuple[float, float | None, Peer | None]:
     """The largest errors of the kernel and of the peer, and the peer, None if it takes no such product."""
     kernel(launch, given.tensors)
     value, magnitude = exact(given)
@@ -377,6 +381,9 @@ def _padded(scale: Tensor, multiple: int) -> Tensor:
     buffer = torch.zeros(rows, -(-length // multiple) * multiple, device=scale.device)
     buffer[:, :length] = scale
     return buffer[:, :length]
+
+
+_COMMANDS = {"pack": pack, "check": check, "run": run}
 
 
 if __name__ == "__main__":
