@@ -37,25 +37,12 @@ constexpr int HALF = 64;              // rows of the left operand of one multipl
 constexpr int PITCH = HALF + 4;       // floats between rows of sums: no two lanes in one bank when they write
 constexpr int BAND = 8;               // tiles of tokens whose units come before all others
 
-struct Plan {
-  int tokens, split, share;
+// Constants all: as values that a kernel picks they cost up to a tenth at few rows.
+template <int TOKENS_, int SPLIT_, int SHARE_> struct Plan {
+  static constexpr int TOKENS = TOKENS_, SPLIT = SPLIT_, SHARE = SHARE_;
+  static constexpr int TEAM = SPLIT > SHARE ? SPLIT : SHARE;
+  static_assert(SPLIT == 1 || SHARE == 1, "K is split, or weights are shared");
 };
-
-DEVICE constexpr Plan plan_of(int rows) {
-#define P(up_to, tokens, split, share) \
-  if (rows <= up_to) return {tokens, split, share};
-  PLANS
-#undef P
-  return {};
-}
-
-DEVICE constexpr bool is_used(int size) {
-#define P(up_to, tokens, split, share) \
-  if (size == tokens) return true;
-  PLANS
-#undef P
-  return false;
-}
 
 struct Product {
   const u8 *a, *b;
@@ -101,6 +88,8 @@ template <int STAGES> struct Slot {
   }
 };
 
+template <class PLAN> using RingSlot = Slot<Ring<PLAN::TOKENS>::STAGES>;
+
 struct alignas(16) Four {
   float x, y, z, w;
 };
@@ -110,31 +99,30 @@ struct Unit {
 };
 
 // This workgroup's part in the whole.
-struct Team {
-  int split, share;
+template <class PLAN> struct Team {
   u32 rank, base;    // among its team, and of the team's first in the cluster
   int first, units;  // units are first, first + step ..
   int step;
   int token_groups;
 
   // A cluster has as many teams as fit; who is in none has no units.
-  template <int TOKENS> static METHOD Team of(Plan plan, int rows) {
-    const u32 size = plan.split > plan.share ? plan.split : plan.share;
-    const int teams = CLUSTER / size, team = block() % CLUSTER / size;
-    const int tiles = (rows + TOKENS - 1) / TOKENS, groups = (tiles + plan.share - 1) / plan.share;
-    const int units = groups * COLUMN_TILES, first = team < teams ? block() / CLUSTER * teams + team : units;
-    const int step = blocks() / CLUSTER * teams;
-    return {plan.split, plan.share, block() % CLUSTER % size, (u32)team * size, first, units, step, groups};
+  METHOD Team(int rows) {
+    constexpr int TEAMS = CLUSTER / PLAN::TEAM, TOKENS = PLAN::SHARE * PLAN::TOKENS;
+    const int team = block() % CLUSTER / PLAN::TEAM;
+    rank = block() % CLUSTER % PLAN::TEAM, base = team * PLAN::TEAM;
+    token_groups = (rows + TOKENS - 1) / TOKENS, units = token_groups * COLUMN_TILES;
+    first = team < TEAMS ? block() / CLUSTER * TEAMS + team : units;
+    step = blocks() / CLUSTER * TEAMS;
   }
   // Bands of tokens that the L2 holds meet all weights, one tile of these after another.
-  template <int TOKENS> METHOD Unit unit(int index) const {
+  METHOD Unit unit(int index) const {
     const int band = index / (BAND * COLUMN_TILES), place = index % (BAND * COLUMN_TILES);
     const int left = token_groups - band * BAND, width = left < BAND ? left : BAND;
     const int group = band * BAND + place % width;
-    return {place / width * BLOCK, (group * share + (share > 1 ? (int)rank : 0)) * TOKENS};
+    return {place / width * BLOCK, (group * PLAN::SHARE + (PLAN::SHARE > 1 ? (int)rank : 0)) * PLAN::TOKENS};
   }
-  METHOD int first_block() const { return split > 1 ? rank * BLOCKS / split : 0; }
-  METHOD int last_block() const { return split > 1 ? (rank + 1) * BLOCKS / split : BLOCKS; }
+  METHOD int first_block() const { return PLAN::SPLIT > 1 ? rank * BLOCKS / PLAN::SPLIT : 0; }
+  METHOD int last_block() const { return PLAN::SPLIT > 1 ? (rank + 1) * BLOCKS / PLAN::SPLIT : BLOCKS; }
 };
 
 // -- the group that copies -------------------------------------------------------------------------------------------
@@ -174,22 +162,24 @@ template <int TOKENS> DEVICE void copy_unaligned_tokens(const Source &source, u8
     for (int byte = 0; byte < 16; ++byte) to[i * BLOCK + byte] = i < source.left ? source.tokens[(u64)i * K + byte] : 0;
 }
 
-DEVICE void copy_weights(const Team &team, const u8 *from, u8 *to, Barrier *done) {
+template <class PLAN> DEVICE void copy_weights(const Team<PLAN> &team, const u8 *from, u8 *to, Barrier *done) {
   arrive_expecting(done, WEIGHT_BYTES);
-  if (team.share == 1) {
+  if constexpr (PLAN::SHARE == 1) {
     copy_bulk(to, from, WEIGHT_BYTES, done);
   } else {
-    const u32 part = WEIGHT_BYTES / team.share, start = team.rank * part;
-    copy_bulk_to(((1u << team.share) - 1) << team.base, to + start, from + start, part, done);
+    constexpr u32 PART = WEIGHT_BYTES / PLAN::SHARE;
+    const u32 start = team.rank * PART;
+    copy_bulk_to(((1u << PLAN::SHARE) - 1) << team.base, to + start, from + start, PART, done);
   }
 }
 
-template <int TOKENS> DEVICE void produce(const Product &p, const Team &team, Ring<TOKENS> ring) {
+template <class PLAN> DEVICE void produce(const Product &p, const Team<PLAN> &team, Ring<PLAN::TOKENS> ring) {
+  constexpr int TOKENS = PLAN::TOKENS;
   const u32 row = thread() / CHUNKS, place = row * BLOCK + (thread() % CHUNKS ^ row % 8) * 16, pitch = Source::pitch(p);
   const bool aligned = p.aligned();
   Slot<Ring<TOKENS>::STAGES> slot;
   ROLLED for (int index = team.first; index < team.units; index += team.step) {
-    const Unit unit = team.unit<TOKENS>(index);
+    const Unit unit = team.unit(index);
     const bool there = unit.token + (int)thread() < p.rows;
     Source source(p, unit, team.first_block());
     ROLLED for (int block = team.first_block(); block < team.last_block(); ++block, slot.next(), source.next(pitch)) {
@@ -280,30 +270,30 @@ DEVICE void store8(const Product &p, u64 token, int n, float *values) {
 // The sums of PASS tokens and 64 columns from those of `unit` on, through shared memory, since neighbours in a row of the
 // result lie in different lanes.  A team that split K meets before it reads each other's, and again before these may be
 // overwritten.
-template <int TOKENS>
-DEVICE void finish(const Product &p, const Team &team, const Ring<TOKENS> &ring, Unit unit, u32 parity,
+template <class PLAN>
+DEVICE void finish(const Product &p, const Team<PLAN> &team, const Ring<PLAN::TOKENS> &ring, Unit unit, u32 parity,
                    const float *sums) {
-  constexpr int PASS = Ring<TOKENS>::PASS;
+  constexpr int PASS = Ring<PLAN::TOKENS>::PASS, SPLIT = PLAN::SPLIT;
   const u32 half = thread() / CREW - 1, lane = thread() % WAVE, wave = thread() % CREW / WAVE;
   float *mine = ring.sums(half);
-  if (team.split > 1) wait(ring.read(half), parity ^ 1);
+  if constexpr (SPLIT > 1) wait(ring.read(half), parity ^ 1);
   else group_barrier(1 + half);
   UNROLL for (int i = 0; i < PASS / 2; ++i) {
     const u32 row = 16 * wave + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-    mine[Ring<TOKENS>::MANY ? row * PITCH + column : column * PITCH + row] = sums[i];
+    mine[Ring<PLAN::TOKENS>::MANY ? row * PITCH + column : column * PITCH + row] = sums[i];
   }
   group_barrier(1 + half);
-  if (team.split > 1) {
-    if (thread() % CREW < team.split) publish_at_rank(ring.summed(half), team.base + thread() % CREW);
+  if constexpr (SPLIT > 1) {
+    if (thread() % CREW < SPLIT) publish_at_rank(ring.summed(half), team.base + thread() % CREW);
     wait_for_cluster(ring.summed(half), parity);
   }
-  const u32 rank = team.split > 1 ? team.rank : 0;
-  ROLLED for (u32 item = thread() % CREW * team.split + rank; item < PASS * HALF / 8; item += CREW * team.split) {
+  const u32 rank = SPLIT > 1 ? team.rank : 0;
+  ROLLED for (u32 item = thread() % CREW * SPLIT + rank; item < PASS * HALF / 8; item += CREW * SPLIT) {
     const int token = item / 8, n = item % 8 * 8, column = unit.column + n;
     if (unit.token + token >= p.rows || column >= N) continue;
     float values[8] = {};
-    for (int r = 0; r < team.split; ++r) {
-      const float *from = team.split > 1 ? at_rank(mine, team.base + r) : mine;
+    for (int r = 0; r < SPLIT; ++r) {
+      const float *from = SPLIT > 1 ? at_rank(mine, team.base + r) : mine;
       UNROLL for (int i = 0; i < 8; i += 4) {
         const Four four = *(const Four *)(from + token * PITCH + n + i);
         values[i] += four.x, values[i + 1] += four.y, values[i + 2] += four.z, values[i + 3] += four.w;
@@ -311,19 +301,19 @@ DEVICE void finish(const Product &p, const Team &team, const Ring<TOKENS> &ring,
     }
     store8(p, unit.token + token, column, values);
   }
-  if (team.split > 1) {
+  if constexpr (SPLIT > 1) {
     group_barrier(1 + half);
-    if (thread() % CREW < team.split) arrive_at_rank(ring.read(half), team.base + thread() % CREW);
+    if (thread() % CREW < SPLIT) arrive_at_rank(ring.read(half), team.base + thread() % CREW);
   }
 }
 
 // A stage may be written again: by those who write it, which are all that share weights.
-DEVICE void release(Barrier *empty, const Team &team) {
+template <class PLAN> DEVICE void release(Barrier *empty, const Team<PLAN> &team) {
   const u32 lane = thread() % WAVE;
   wave_barrier();
-  if (team.share == 1) {
+  if constexpr (PLAN::SHARE == 1) {
     if (lane == 0) arrive(empty);
-  } else if (lane < team.share) {
+  } else if (lane < PLAN::SHARE) {
     arrive_at_rank(empty, team.base + lane);
   }
 }
@@ -350,9 +340,10 @@ template <int TOKENS> DEVICE void load_scales(const float *scales, float *scale)
 }
 
 // Scale what a block sums up to and add it; `after` blocks more are being multiplied.
-template <int TOKENS>
-DEVICE void end_block(const Team &team, const Ring<TOKENS> &ring, u32 stage, int after, float *partial, float *sums) {
-  constexpr int WIDTH = Ring<TOKENS>::WIDTH;
+template <class PLAN>
+DEVICE void end_block(const Team<PLAN> &team, const Ring<PLAN::TOKENS> &ring, u32 stage, int after, float *partial,
+                      float *sums) {
+  constexpr int TOKENS = PLAN::TOKENS, WIDTH = Ring<TOKENS>::WIDTH;
   float scale[Ring<TOKENS>::MANY ? 2 : TOKENS / 4];
   load_scales<TOKENS>(ring.scales(stage), scale);
   end_multiply<WIDTH>(partial, after);
@@ -362,9 +353,9 @@ DEVICE void end_block(const Team &team, const Ring<TOKENS> &ring, u32 stage, int
 }
 
 // The next COUNT blocks; all are multiplied while the first is scaled.
-template <int TOKENS, int COUNT>
-DEVICE void add_blocks(const Team &team, const Ring<TOKENS> &ring, Slot<Ring<TOKENS>::STAGES> &slot, float *sums) {
-  float partial[COUNT][Ring<TOKENS>::WIDTH / 2];
+template <int COUNT, class PLAN>
+DEVICE void add_blocks(const Team<PLAN> &team, const Ring<PLAN::TOKENS> &ring, RingSlot<PLAN> &slot, float *sums) {
+  float partial[COUNT][Ring<PLAN::TOKENS>::WIDTH / 2];
   u32 stage[COUNT];
   UNROLL for (int i = 0; i < COUNT; ++i, slot.next()) {
     stage[i] = slot.stage;
@@ -375,12 +366,12 @@ DEVICE void add_blocks(const Team &team, const Ring<TOKENS> &ring, Slot<Ring<TOK
 
 #if HAS_WGMMA
 // Begin the block after, and scale and add this one in between, once it is multiplied.
-template <int TOKENS>
-DEVICE void add_and_begin(const Team &team, const Ring<TOKENS> &ring, Slot<Ring<TOKENS>::STAGES> &slot, float *partial,
+template <class PLAN>
+DEVICE void add_and_begin(const Team<PLAN> &team, const Ring<PLAN::TOKENS> &ring, RingSlot<PLAN> &slot, float *partial,
                           float *next, float *sums) {
   const u32 rows = (thread() / CREW - 1) * HALF * BLOCK, stage = slot.stage;
   float scale[2];
-  load_scales<TOKENS>(ring.scales(stage), scale);
+  load_scales<PLAN::TOKENS>(ring.scales(stage), scale);
   end_multiply<BLOCK>(partial, 0);
   release(ring.empty(stage), team);
   slot.next();
@@ -396,8 +387,8 @@ DEVICE void add_and_begin(const Team &team, const Ring<TOKENS> &ring, Slot<Ring<
 }
 
 // `count` blocks, each added while the next is multiplied.
-template <int TOKENS>
-DEVICE void add_overlapped(const Team &team, const Ring<TOKENS> &ring, int count, Slot<Ring<TOKENS>::STAGES> &slot,
+template <class PLAN>
+DEVICE void add_overlapped(const Team<PLAN> &team, const Ring<PLAN::TOKENS> &ring, int count, RingSlot<PLAN> &slot,
                            float *sums) {
   float even[BLOCK / 2], odd[BLOCK / 2];
   begin_block(ring, slot, even);
@@ -415,10 +406,11 @@ DEVICE void add_overlapped(const Team &team, const Ring<TOKENS> &ring, int count
 }
 #endif
 
-template <int TOKENS> DEVICE void consume(const Product &p, const Team &team, Ring<TOKENS> ring) {
+template <class PLAN> DEVICE void consume(const Product &p, const Team<PLAN> &team, Ring<PLAN::TOKENS> ring) {
+  constexpr int TOKENS = PLAN::TOKENS;
   constexpr int AT_ONCE = !HAS_WGMMA || TOKENS > 64 ? 1 : TOKENS > 32 ? 2 : 4;  // as registers suffice
   static_assert(AT_ONCE <= Ring<TOKENS>::STAGES, "their stages are all in use");
-  Slot<Ring<TOKENS>::STAGES> slot;
+  RingSlot<PLAN> slot;
   u32 parity = 0;  // of the meetings of a team
   ROLLED for (int index = team.first; index < team.units; index += team.step) {
     float sums[Ring<TOKENS>::WIDTH / 2] = {};
@@ -426,9 +418,9 @@ template <int TOKENS> DEVICE void consume(const Product &p, const Team &team, Ri
 #if HAS_WGMMA
     if constexpr (Ring<TOKENS>::MANY) add_overlapped(team, ring, left, slot, sums), left = 0;
 #endif
-    ROLLED for (; left >= AT_ONCE; left -= AT_ONCE) add_blocks<TOKENS, AT_ONCE>(team, ring, slot, sums);
-    ROLLED for (; AT_ONCE > 1 && left > 0; --left) add_blocks<TOKENS, 1>(team, ring, slot, sums);
-    const Unit unit = team.unit<TOKENS>(index);
+    ROLLED for (; left >= AT_ONCE; left -= AT_ONCE) add_blocks<AT_ONCE>(team, ring, slot, sums);
+    ROLLED for (; AT_ONCE > 1 && left > 0; --left) add_blocks<1>(team, ring, slot, sums);
+    const Unit unit = team.unit(index);
     const int half = (thread() / CREW - 1) * HALF;
     if constexpr (Ring<TOKENS>::MANY) {
       UNROLL for (int n = 0; n < BLOCK; n += HALF, parity ^= 1)
@@ -442,13 +434,13 @@ template <int TOKENS> DEVICE void consume(const Product &p, const Team &team, Ri
 
 // -- the entry -----------------------------------------------------------------------------------------------------
 
-template <int TOKENS> DEVICE void make_barriers(const Product &p, const Team &team, Ring<TOKENS> ring) {
-  for (int stage = 0; stage < Ring<TOKENS>::STAGES; ++stage) {
+template <class PLAN> DEVICE void make_barriers(const Product &p, Ring<PLAN::TOKENS> ring) {
+  for (int stage = 0; stage < Ring<PLAN::TOKENS>::STAGES; ++stage) {
     barrier_init(ring.full(stage), CREW * (p.aligned() ? 1 : 2) + 1);
-    barrier_init(ring.empty(stage), 2 * CREW / WAVE * team.share);
+    barrier_init(ring.empty(stage), 2 * CREW / WAVE * PLAN::SHARE);
   }
   for (u32 half = 0; half < 2; ++half)
-    barrier_init(ring.summed(half), team.split), barrier_init(ring.read(half), team.split);
+    barrier_init(ring.summed(half), PLAN::SPLIT), barrier_init(ring.read(half), PLAN::SPLIT);
   barriers_made();
 }
 
@@ -457,21 +449,21 @@ DEVICE void meet_cluster() {
   if constexpr (CLUSTER > 1) cluster_wait();
 }
 
-template <int TOKENS> DEVICE void run(const Product &p, Plan plan) {
-  const Ring<TOKENS> ring = {shared_memory()};
-  const Team team = Team::of<TOKENS>(plan, p.rows);
-  if (thread() == 0) make_barriers(p, team, ring);
+template <class PLAN> DEVICE void run(const Product &p) {
+  const Ring<PLAN::TOKENS> ring = {shared_memory()};
+  const Team<PLAN> team(p.rows);
+  if (thread() == 0) make_barriers<PLAN>(p, ring);
   barrier();
   if constexpr (CLUSTER > 1) cluster_arrive();
   if (thread() < CREW) {
     give_registers<40>();
-    if (team.share > 1) meet_cluster();  // else it need not wait for anyone
-    produce<TOKENS>(p, team, ring);
-    if (team.share == 1) meet_cluster();
+    if constexpr (PLAN::SHARE > 1) meet_cluster();  // else it need not wait for anyone
+    produce(p, team, ring);
+    if constexpr (PLAN::SHARE == 1) meet_cluster();
   } else {
     take_registers<232>();
     meet_cluster();
-    consume<TOKENS>(p, team, ring);
+    consume(p, team, ring);
   }
   // Shared memory stays until nobody reads or writes it any more.
   if constexpr (CLUSTER > 1) cluster_arrive(), cluster_wait();
@@ -487,14 +479,8 @@ KERNEL(ENTRY)(const u8 *a, const u8 *b, const float *a_scale, const float *b_sca
 #endif
   if (rows <= 0) return;
   const Product product = {a, b, a_scale, b_scale, bias, out, rows};
-  const Plan plan = plan_of(rows);
-#define SIZE(size) \
-  if constexpr (is_used(size)) { \
-    if (plan.tokens == size) run<size>(product, plan); \
-  }
-  SIZE(8)
-  SIZE(16)
-  SIZE(32)
-  SIZE(64)
-  SIZE(128)
+#define P(up_to, tokens, split, share) \
+  if (rows <= up_to) return run<Plan<tokens, split, share>>(product);
+  PLANS
+#undef P
 }
