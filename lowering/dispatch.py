@@ -414,9 +414,6 @@ def _workgroups(kernel: KernelInstance, rows: ir.Value) -> list[ir.Value]:
     count = arith.MaxUIOp(count, _index(1)).result
     if rule.columns > 1:
         count = arith.MulIOp(count, _index(rule.columns)).result
-    if rule.one:
-        fits = arith.CmpIOp(arith.CmpIPredicate.ule, rows, _index(rule.rows)).result
-        count = arith.SelectOp(fits, _index(rule.one), count).result
     return [count, _index(1), _index(1)]
 
 
