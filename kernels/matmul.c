@@ -30,10 +30,12 @@
 #define PANEL 4
 #define WIDTH 6
 #define BATCH 8
+#define SPREAD 1  // among 32 registers are enough to decode rows of a between products
 #else
 #define PANEL 6
 #define WIDTH 2
 #define BATCH 4
+#define SPREAD 0
 #endif
 
 enum { ROW = 0, COLUMN_TMA = 1, COLUMN = 2 };
@@ -57,6 +59,8 @@ enum { ROW = 0, COLUMN_TMA = 1, COLUMN = 2 };
 // From a scale of a to the one of the next row.
 #define SCALE_STEP (!SCALED ? 0 : A_SCALE_LAYOUT == ROW ? GROUPS : 1)
 #define STEPS (CHUNK / DEPTH)
+// Steps at the end that are taken one row after the other.
+#define LAST (SPREAD ? 4 : 0)
 _Static_assert(CHUNK % LOAD == 0 && GROUP % CHUNK == 0, "tiles are made of whole loads, groups of whole tiles");
 
 typedef float Eight __attribute__((vector_size(32)));
@@ -69,6 +73,9 @@ INLINE Words once(Words a) {
 #endif
   return a;
 }
+
+// No access to memory is moved past this.
+INLINE void in_order(void) { __asm__ volatile("" : : : "memory"); }
 
 // -- many rows -----------------------------------------------------------------------------------------------------
 
@@ -94,8 +101,8 @@ INLINE const float *b_scale_of(const Product *p, i64 n, i64 group) { return p->b
 
 INLINE const u8 *row_of(const u8 *matrix, i64 row) { return matrix + row * ((i64)K * BYTES); }
 
-// A panel of rows of a along a chunk of K, decoded.  Tiles of b are [stripe][step][vector], the vectors of a stripe WIDTH
-// or, in a tile of fewer, all of them.
+// A panel of rows of a along a chunk of K, decoded.  Tiles of b are [stripe][step][vector], a stripe WIDTH vectors or,
+// in a tile of fewer, all of them.
 typedef struct {
   u32 words[PANEL][STEPS + LANES];
 } Left;
@@ -120,6 +127,12 @@ INLINE void prefetch_right(const u8 *const *rows, i64 k, int from, int to) {
     for (int byte = 0; byte < CHUNK * BYTES; byte += 64) __builtin_prefetch(rows[i] + k * BYTES + byte);
 }
 
+// Send for `rows` rows of a tile of results, to be written.
+INLINE void prefetch_out(const Product *p, i64 row, int rows, i64 first, int columns) {
+  for (int i = 0; i < rows; ++i)
+    for (int n = 0; n < columns; n += 64 / sizeof(Out)) __builtin_prefetch(p->out + (row + i) * N + first + n, 1);
+}
+
 // A chunk of LANES rows of b, every `width`th vector from `right` on.
 INLINE void decode_right(const u8 *const *rows, i64 k, const Decoder *decoder, Words *right, int width) {
 #pragma GCC unroll 8
@@ -137,48 +150,73 @@ INLINE void decode_right(const u8 *const *rows, i64 k, const Decoder *decoder, W
   }
 }
 
-INLINE void decode_left(const Product *p, i64 row, int rows, i64 k, const Decoder *decoder, Left *left) {
-  for (int i = 0; i < rows; ++i)
-    for (int load = 0; load < CHUNK / LOAD; ++load) {
-      Parts parts;
-      row_words(row_of(p->a, row + i) + (k + load * LOAD) * BYTES, A_CODES, decoder, parts);
-      for (int part = 0; part < PARTS; ++part)
-        *(LooseWords *)&left->words[i][(load * PARTS + part) * (LOAD / DEPTH / PARTS)] = parts[part];
-    }
+// The panel to be multiplied next: a chunk of `rows` rows of a from `first` on, and where it is decoded to.
+typedef struct {
+  const u8 *first;
+  int rows;
+  const Decoder *decoder;
+  Left *left;
+} Next;
+
+INLINE void decode_row(const Next *next, int i) {
+  for (int load = 0; load < CHUNK / LOAD; ++load) {
+    Parts parts;
+    row_words(row_of(next->first, i) + load * LOAD * BYTES, A_CODES, next->decoder, parts);
+    for (int part = 0; part < PARTS; ++part)
+      *(LooseWords *)&next->left->words[i][(load * PARTS + part) * (LOAD / DEPTH / PARTS)] = parts[part];
+  }
 }
 
-// sums[i][v] += a_scale of row i * b_scale of vector v * (row i of the panel times the columns of vector v), the sums of
-// a row `stride` after those of the one before
+// sums[v] += scale[v] * sum[v]
+INLINE void add_scaled(const Floats *sum, Eight scale, int width, Floats *sums) {
+#pragma GCC unroll 8
+  for (int v = 0; v < width; ++v) sums[v] = floats_of(once(bits_of(add_product(sums[v], sum[v], all(scale[v])))));
+  in_order();
+}
+
+// sums[i][v] += a_scale of row i * b_scale of vector v * (row i of the panel times the columns of vector v); the sums
+// of a row come `stride` after those of the one before.
+//
+// Products wait where much is stored at once.  So the rows of the next panel are decoded apart, among the steps, and
+// the last steps are taken one row after the other, so that the sums of one are stored while the next is multiplied.
 INLINE void multiply_panel(int rows, int width, const Left *left, const Words *right, const float *a_scale,
-                           const float *b_scale, Floats *sums, int stride) {
+                           const float *b_scale, Floats *sums, int stride, const Next *next) {
+  const int parts = SPREAD ? PANEL : 1;
   Floats sum[PANEL][WIDTH] = {{{0}}};
-  for (int step = 0; step < STEPS; ++step) {
-    Words b[WIDTH];
-    __builtin_prefetch(sums + step, 1);  // they are many, and not all in the first cache
+  for (int part = 0, step = 0; part < parts; ++part) {
+    for (; step < (STEPS - LAST) * (part + 1) / parts; ++step) {
+      Words b[WIDTH];
+      __builtin_prefetch(sums + step, 1);  // they are many, and not all in the first cache
 #pragma GCC unroll 8
-    for (int v = 0; v < width; ++v) b[v] = once(right[step * width + v]);
+      for (int v = 0; v < width; ++v) b[v] = once(right[step * width + v]);
 #pragma GCC unroll 8
-    for (int i = 0; i < rows; ++i) {
-      Words a = (Words){0} + left->words[i][step];
+      for (int i = 0; i < rows; ++i) {
+        const Words a = (Words){0} + left->words[i][step];
 #pragma GCC unroll 8
-      for (int v = 0; v < width; ++v) sum[i][v] = multiply_add(sum[i][v], a, b[v]);
+        for (int v = 0; v < width; ++v) sum[i][v] = multiply_add(sum[i][v], a, b[v]);
+      }
     }
+    if (SPREAD && part < next->rows) decode_row(next, part);
   }
+  in_order();
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) {
-    Floats *to = sums + i * stride;
-    const Eight scale = a_scale[i * (i64)SCALE_STEP] * *(const LooseEight *)b_scale;
 #pragma GCC unroll 8
-    for (int v = 0; v < width; ++v) to[v] = add_product(to[v], sum[i][v], all(scale[v]));
+    for (int step = STEPS - LAST; step < STEPS; ++step) {
+      const Words a = once((Words){0} + left->words[i][step]);
+#pragma GCC unroll 8
+      for (int v = 0; v < width; ++v) sum[i][v] = multiply_add(sum[i][v], a, once(right[step * width + v]));
+    }
+    add_scaled(sum[i], a_scale[i * (i64)SCALE_STEP] * *(const LooseEight *)b_scale, width, sums + i * stride);
   }
 }
 
 // Not inlined: the sums need all registers, and the compiler would spend some on what comes before.
-#define MULTIPLY(rows, width)                                                                                         \
-  static __attribute__((noinline, unused)) void multiply_##rows##_##width(const Left *left, const Words *right,       \
-                                                                          const float *a_scale, const float *b_scale, \
-                                                                          Floats *sums, int stride) {                 \
-    multiply_panel(rows, width, left, right, a_scale, b_scale, sums, stride);                                         \
+#define MULTIPLY(rows, width)                                                                                      \
+  static __attribute__((noinline, unused)) void multiply_##rows##_##width(                                         \
+      const Left *left, const Words *right, const float *a_scale, const float *b_scale, Floats *sums, int stride,  \
+      const Next *next) {                                                                                          \
+    multiply_panel(rows, width, left, right, a_scale, b_scale, sums, stride, next);                                \
   }
 #if LANES == 16
 #define PANELS(OF) PANELS_OF(OF, 1) PANELS_OF(OF, 2) PANELS_OF(OF, 3) PANELS_OF(OF, 4) PANELS_OF(OF, 5) PANELS_OF(OF, 6)
@@ -189,8 +227,9 @@ INLINE void multiply_panel(int rows, int width, const Left *left, const Words *r
 PANELS(MULTIPLY)
 
 INLINE void multiply_rows(int rows, int width, const Left *left, const Words *right, const float *a_scale,
-                          const float *b_scale, Floats *sums, int stride) {
-#define IF(r, w) else if (width == w && rows == r) multiply_##r##_##w(left, right, a_scale, b_scale, sums, stride);
+                          const float *b_scale, Floats *sums, int stride, const Next *next) {
+#define IF(r, w) \
+  else if (width == w && rows == r) multiply_##r##_##w(left, right, a_scale, b_scale, sums, stride, next);
   if (0) {}
   PANELS(IF)
 }
@@ -219,15 +258,39 @@ INLINE void load_biases(const Product *p, i64 first, int columns, Floats *biases
 
 INLINE Floats biased(Floats sums, Floats bias) { return HAS_BIAS ? sums + bias : sums; }
 
+#if OUT_DTYPE == BF16 && BF16_PAIRS
+// The instruction takes subnormal numbers for zeros.
+INLINE Halves halves_of(Floats a) {
+  Halves halves;
+  u16 subnormal;
+  __asm__("vfpclassps $0x20, %1, %0" : "=Yk"(subnormal) : "v"(a));
+  if (subnormal) return __builtin_convertvector(bf16_of(a, 1) >> 16, Halves);
+  __asm__("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(a));
+  return halves;
+}
+#elif OUT_DTYPE == BF16
+INLINE Halves halves_of(Floats a) { return __builtin_convertvector(bf16_of(a, 1) >> 16, Halves); }
+#else
+INLINE Halves halves_of(Floats a) { return __builtin_convertvector(f16_of(a), Halves); }
+#endif
+
 INLINE void store_out(Out *to, Floats sums, int count) {
 #if OUT_DTYPE == F32
   if (count >= LANES) *(LooseFloats *)to = sums;
   else for (int i = 0; i < count; ++i) to[i] = sums[i];
 #else
-  Halves halves = __builtin_convertvector(OUT_DTYPE == BF16 ? bf16_of(sums, 1) >> 16 : f16_of(sums), Halves);
+  Halves halves = halves_of(sums);
   if (count >= LANES) *(LooseHalves *)to = halves;
   else for (int i = 0; i < count; ++i) to[i] = halves[i];
 #endif
+}
+
+// The panel after row i of `rows` and place k along K, if there is one: first of the next rows, then of the next chunk.
+INLINE void advance(const Product *p, i64 row, int rows, int i, i64 k, Next *next) {
+  const int at = i + PANEL < rows ? i + PANEL : 0;
+  if (!at) k += CHUNK;
+  next->rows = k < K ? least(PANEL, rows - at) : 0;
+  next->first = row_of(p->a, row + at) + k * BYTES;
 }
 
 // A tile of `columns` columns, those past the last row of b among them.
@@ -235,26 +298,34 @@ INLINE void many_rows(const Product *p, i64 row, int rows, i64 first, int column
   const int vectors = columns / LANES, width = MIN2(vectors, WIDTH);
   Floats sums[ROWS * (TILE / LANES)], biases[TILE / LANES];
   Words right[STEPS * (TILE / LANES)];
-  Left left;
+  Left lefts[2];
   float b_scale[TILE / LANES + 8];
   const u8 *b_rows[TILE];
   const Decoder a_decoder = decoder_of(A_CODES), b_decoder = decoder_of(B_CODES);
+  Next next = {row_of(p->a, row), least(PANEL, rows), &a_decoder, lefts};
+  for (int i = 0; i < next.rows; ++i) decode_row(&next, i);
   rows_of(p->b, first, columns, b_rows);
   for (int i = 0; i < rows * vectors; ++i) sums[i] = (Floats){0};
   for (i64 k = 0; k < K; k += CHUNK) {
-    const i64 group = k / GROUP;
+    // The next chunk of this tile or the first of the next one.
+    const i64 group = k / GROUP, ahead = k + CHUNK < K ? k + CHUNK : (i64)K * columns;
     for (int v = 0; v < vectors; ++v) {
       b_scale[v] = SCALED ? *b_scale_of(p, least(first + v * LANES, N - 1), group) : 1.0f;
       decode_right(b_rows + v * LANES, k, &b_decoder, right + v / width * (STEPS * width) + v % width, width);
     }
     for (int i = 0; i < rows; i += PANEL) {
       const int count = least(PANEL, rows - i);
+      const Left *left = next.left;
+      next.left = lefts + (left == lefts);
+      advance(p, row, rows, i, k, &next);
+      if (!SPREAD)
+        for (int j = 0; j < next.rows; ++j) decode_row(&next, j);
       // A few rows at a time: more would hold up the loads that are made meanwhile.
-      prefetch_right(b_rows, k + CHUNK, columns * i / rows, columns * (i + count) / rows);
-      decode_left(p, row + i, count, k, &a_decoder, &left);
-      for (int v = 0; v < vectors; v += width)
-        multiply_rows(count, width, &left, right + v * STEPS, scale_of(p, row + i, group), b_scale + v,
-                      sums + i * vectors + v, vectors);
+      prefetch_right(b_rows, ahead, columns * i / rows, columns * (i + count) / rows);
+      if (k + CHUNK == K) prefetch_out(p, row + i, count, first, columns);
+      for (int v = 0; v < vectors; v += width, next.rows = 0)
+        multiply_rows(count, width, left, right + v * STEPS, scale_of(p, row + i, group), b_scale + v,
+                      sums + i * vectors + v, vectors, &next);
     }
   }
   load_biases(p, first, columns, biases);

@@ -229,6 +229,25 @@ def test_results_too_large_become_infinite(dtype: str, launcher) -> None:
     assert torch.equal(found, expected) and found[1].isinf().all()
 
 
+@pytest.mark.parametrize("arch", VARIANTS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_subnormal_results(dtype: str, arch: str, launcher) -> None:
+    """Every code, scaled to where the dtype has only subnormal numbers, between them ones that have not."""
+    exponent = {"bfloat16": -66, "float16": -9}[dtype]
+    every = torch.arange(256, dtype=torch.uint8).view(E4M3FN)
+    b = torch.zeros(256, 32).to(E4M3FN)
+    b.view(torch.uint8)[:, 5] = every.view(torch.uint8)
+    scales = torch.full((8, 1), 2.0**exponent)
+    scales[5] = 1.0
+    kernel = instance(spec(256, 32, 32, dtype), variant(arch))
+    for rows in (1, 6):
+        a = torch.ones(rows, 32).to(E4M3FN)
+        (found,) = run(kernel, launcher(kernel), [a, b, torch.full((rows, 1), 2.0**exponent), scales], rows)
+        scale = 2.0**exponent * scales[:, 0].repeat_interleave(32)
+        expected = (every.float() * scale).to(getattr(torch, dtype)).expand(rows, -1)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_any_tile_gives_the_same(launcher) -> None:
     case = spec(300, 128, 64)
     tensors = operands(case, 150)
