@@ -13,7 +13,7 @@ from iree.compiler import ir
 
 from . import canonical, torch_ir
 from .contracts import BlockScaledMatmul
-from .named_ops import Arg, NamedOp
+from .named_call import Arg, NamedOp
 from .recogniser import Raised
 
 _CAST = "torch.prims.convert_element_type"
