@@ -35,6 +35,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from command_line import numbers
 from gpu_cases import Case, Manifest, Packed, build, case_named, load_weights
 from gpu_compare import Difference, compare_all, compare_logits
 from gpu_timing import ROWS, call_seconds, check_kernel, copy_bandwidth, time_kernel
@@ -83,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         "--case", action="append", default=[], metavar="NAME", help="only this case (repeatable)"
     )
     parser.add_argument(
-        "--rows", type=_numbers, metavar="N,N,...", help="row counts instead of each case's own"
+        "--rows", type=numbers, metavar="N,N,...", help="row counts instead of each case's own"
     )
     parser.add_argument("--no-times", action="store_true", help="check only")
     parser.add_argument("--no-compile", action="store_true", help="do not time torch.compile")
@@ -93,10 +94,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 # All cases, each in a process of its own --------------------------------------------------------
