@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from lowering import ops, run_cli, runtime
+from lowering import ops, run_cli, runtime, session
 from lowering.errors import RunError, UsageError
 from lowering.signature import (
     SIGNATURE_KEY,
@@ -425,19 +425,19 @@ def test_a_missing_driver_is_named(name, backend):
 )
 def test_another_gpu_is_refused(monkeypatch, backend, arch, message):
     """On a pretended machine: torch for CUDA, and one sm_90."""
-    monkeypatch.setattr(runtime, "_hal_device", lambda backend, index: None)
-    monkeypatch.setattr(runtime, "_emulated_arch", lambda index: None)
-    monkeypatch.setattr(runtime, "_gpu_arch", lambda index: "sm_90")
+    monkeypatch.setattr(session, "hal_device", lambda backend, index: None)
+    monkeypatch.setattr(session, "emulated_arch", lambda index: None)
+    monkeypatch.setattr(session, "gpu_arch", lambda index: "sm_90")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     told = signature(target=arch, backend=backend, arch=arch)
     if message is None:
-        assert str(runtime._Place.for_program(told, None, "m.vmfb")) == "cuda:0"
+        assert str(session.Place.for_program(told, None, "m.vmfb")) == "cuda:0"
         with pytest.raises(RunError, match="this machine has no cuda:1"):
-            runtime._Place.for_program(told, "cuda:1", "m.vmfb")
+            session.Place.for_program(told, "cuda:1", "m.vmfb")
         return
     with pytest.raises(RunError, match=message):
-        runtime._Place.for_program(told, None, "m.vmfb")
+        session.Place.for_program(told, None, "m.vmfb")
 
 
 def test_code_for_another_processor_is_an_error():
