@@ -49,6 +49,9 @@ __all__ = ["Function", "Program", "load"]
 # IREE's torch pipeline exports each function a second time, with this after its name.
 _ASYNC_TWIN = "$async"
 
+# Calls with new shapes are checked and planned; the plans of this many are kept, then all are made anew.
+_REMEMBERED_PLANS = 1024
+
 # The archive's entries are checked against their checksums, the small ones first, until this many
 # bytes have been read; the largest ones are weights, and stay unread until they are used.
 _CHECKED_BYTES = 64 << 20
@@ -133,8 +136,13 @@ class Function:
         self._session = session
         self._function = function
         self._in_tree = _load_tree(signature.input_tree)
-        self._out_tree = _load_tree(signature.output_tree)
+        self._result_tree = _load_result_tree(signature.output_tree)
         self._keywords = _keywords(signature.input_tree)
+        self._positional = _positional(self._in_tree, signature.inputs)
+        self._constants = any(isinstance(leaf, Constant) for leaf in signature.outputs or ())
+        self._strided = [i for i, spec in enumerate(self.tensor_outputs or ()) if spec.strides]
+        self._dtypes = tuple(getattr(torch, spec.dtype) for spec in self.tensor_outputs or ())
+        self._plans: dict[Any, _Plan] = {}
 
     @property
     def device(self) -> torch.device:
@@ -142,43 +150,61 @@ class Function:
         return self._session.place.device
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves = self._flatten(args, kwargs)
-        inputs = self.signature.inputs
-        if inputs is not None:
-            if len(leaves) != len(inputs):
-                raise RunError(f"{self._describe()}, got {len(leaves)}")
-            leaves = _drop_constants(inputs, leaves)
-        results = list(self._results(self.run(*leaves)))
-        if self._out_tree is not None and self._out_tree.num_leaves == len(results):
-            return pytree.tree_unflatten(results, self._out_tree)
+        plain = len(args) == self._positional and not kwargs and all(isinstance(x, Tensor) for x in args)
+        results = self.run(*(args if plain else self._leaves(args, kwargs)))
+        if self._constants:
+            results = list(self._with_constants(results))
+        tree = self._result_tree
+        if tree is not None and tree.num_leaves == len(results):
+            return pytree.tree_unflatten(results, tree)
         return results[0] if len(results) == 1 else tuple(results)
 
     def run(self, *tensors: Tensor) -> list[Tensor]:
         """Call with the tensor arguments alone, flat and in order; returns the tensors of the result."""
-        symbols = self._check(tensors)
+        plan = self._plan(tensors)
         session = self._session
-        if session.place.backend != "cpu" and (empty := self._all_empty(symbols)) is not None:
-            return empty
+        if plan.all_empty and session.place.backend != "cpu":
+            return self._empty(plan)
         views = session.invoke(self._function, tensors)
         outputs = self.tensor_outputs
         if outputs is None:
             return [session.to_torch(view, None) for view in views]
         if len(outputs) != len(views):
             raise RunError(f"{self.name} returned {len(views)} tensors, its signature says {len(outputs)}")
-        return [_result(session, view, spec, symbols) for view, spec in zip(views, outputs, strict=True)]
+        results = [session.to_torch(view, dtype) for view, dtype in zip(views, self._dtypes, strict=True)]
+        for number in self._strided:
+            results[number] = _logical(results[number], outputs[number], plan.sizes[number])
+        return results
 
-    def _all_empty(self, symbols: Symbols) -> list[Tensor] | None:
-        """The results, if all of them are known to be empty, which no GPU driver of IREE's can make: CUDA
-        refuses an empty grid and fails the device with it; HIP has no address for an empty buffer, and
-        the driver waits for one for ever."""
-        results = []
-        for spec in self.tensor_outputs or ():
-            shape = [resolve(dim, symbols) for dim in spec.shape or (None,)]
-            sizes = [size for size in shape if size is not None]
-            if len(sizes) != len(shape) or 0 not in sizes:
-                return None
-            results.append(torch.empty(sizes, dtype=getattr(torch, spec.dtype), device=self.device))
-        return results or None
+    def _empty(self, plan: _Plan) -> list[Tensor]:
+        """Results that are all empty, which no GPU driver of IREE's can make: CUDA refuses an empty grid and
+        fails the device with it; HIP has no address for an empty buffer, and the driver waits for one for
+        ever."""
+        return [
+            torch.empty([size or 0 for size in sizes], dtype=dtype, device=self.device)
+            for sizes, dtype in zip(plan.sizes, self._dtypes, strict=True)
+        ]
+
+    def _plan(self, tensors: Sequence[Any]) -> _Plan:
+        """What is known of a call with ``tensors``; they are checked when first they have these shapes."""
+        key = tuple([(x.dtype, x.shape, x.device) if isinstance(x, Tensor) else None for x in tensors])
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = _Plan(self._check(tensors), self.tensor_outputs)
+            if len(self._plans) >= _REMEMBERED_PLANS:
+                self._plans.clear()
+            self._plans[key] = plan
+        return plan
+
+    def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
+        """The arguments of ``run``."""
+        leaves = self._flatten(args, kwargs)
+        inputs = self.signature.inputs
+        if inputs is None:
+            return leaves
+        if len(leaves) != len(inputs):
+            raise RunError(f"{self._describe()}, got {len(leaves)}")
+        return _drop_constants(inputs, leaves)
 
     def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
         if self._in_tree is None:
@@ -210,7 +236,7 @@ class Function:
             raise RunError(f"{self.name} takes {len(specs)} tensors ({names}), got {len(tensors)}")
         return _bind(specs, tensors)
 
-    def _results(self, tensors: Sequence[Tensor]) -> Iterator[Any]:
+    def _with_constants(self, tensors: Sequence[Tensor]) -> Iterator[Any]:
         """The leaves of the result: the tensors, with the burned-in constants between them."""
         remaining = iter(tensors)
         for leaf in self.signature.outputs or ():
@@ -226,6 +252,15 @@ class Function:
         keywords = f", keywords {', '.join(self._keywords)}" if self._keywords else ""
         plural = "" if len(leaves) == 1 else "s"
         return f"{self.name} takes {len(leaves)} argument{plural} ({names}{keywords})"
+
+
+class _Plan:
+    """What the arguments' dtypes and shapes decide about a call."""
+
+    def __init__(self, symbols: Symbols, outputs: Sequence[TensorSpec] | None):
+        self.sizes = [tuple(resolve(dim, symbols) for dim in spec.shape or (None,)) for spec in outputs or ()]
+        """Of each result; None is a size that only the call itself tells."""
+        self.all_empty = bool(self.sizes) and all(0 in sizes and None not in sizes for sizes in self.sizes)
 
 
 # --- checking a call ---------------------------------------------------------------------------
@@ -280,15 +315,13 @@ def _describe_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     return f"{len(args)} positional{keywords}, or other containers inside them"
 
 
-def _result(session: Session, view: iree.HalBufferView, spec: TensorSpec, symbols: Symbols) -> Tensor:
-    tensor = session.to_torch(view, getattr(torch, spec.dtype))
-    if spec.strides is None:
-        return tensor
-    leading = [resolve(dim, symbols) for dim in (spec.shape or ())[:-1]]
-    known = [size for size in leading if size is not None]
-    if len(known) != len(leading):
+def _logical(physical: Tensor, spec: TensorSpec, sizes: Sequence[int | None]) -> Tensor:
+    """The result that ``physical``, of the program, is the memory of."""
+    assert spec.strides is not None
+    leading = tuple(size for size in sizes[:-1] if size is not None)
+    if len(leading) != len(sizes) - 1:
         raise RunError(f"result {spec.name}: the size of {spec} does not follow from the arguments")
-    return ops.from_physical(tensor, tuple(known), spec.strides)
+    return ops.from_physical(physical, leading, spec.strides)
 
 
 # --- trees -------------------------------------------------------------------------------------
@@ -302,6 +335,26 @@ def _load_tree(text: str | None) -> pytree.TreeSpec | None:
         return pytree.treespec_loads(text)
     except (NotImplementedError, ValueError, KeyError, AttributeError, ImportError):
         return None
+
+
+def _load_result_tree(text: str | None) -> pytree.TreeSpec | None:
+    """The tree of a result, or None where that is what there is without one: the one leaf, or a tuple."""
+    tree = _load_tree(text)
+    if tree is None:
+        return None
+    count = tree.num_leaves
+    built = pytree.tree_unflatten(list(range(count)), tree)
+    plain = 0 if count == 1 else tuple(range(count))
+    return None if type(built) is type(plain) and built == plain else tree
+
+
+def _positional(tree: pytree.TreeSpec | None, inputs: tuple[Leaf, ...] | None) -> int | None:
+    """How many arguments a call has, if all are tensors, none in a container and none a keyword."""
+    if tree is None or any(isinstance(leaf, Constant) for leaf in inputs or ()):
+        return None
+    count = tree.num_leaves
+    plain = pytree.tree_unflatten(list(range(count)), tree) == (tuple(range(count)), {})
+    return count if plain else None
 
 
 def _keywords(text: str | None) -> tuple[str, ...]:

@@ -197,6 +197,17 @@ def test_wrong_calls(program, call, message):
         call(program)
 
 
+def test_shapes_that_passed_once_admit_no_others(program, monkeypatch):
+    """Checks are remembered by dtype, shape and device; more shapes than are remembered work as well."""
+    monkeypatch.setattr(runtime, "_REMEMBERED_PLANS", 2)
+    for rows in (1, 2, 3, 1, 2, 3):
+        x = torch.randn(rows, 4)
+        assert torch.equal(program(x), x + x)
+        for wrong in (x.half(), x.t().contiguous().repeat(2, 1), x.to("meta"), x.numpy()):
+            with pytest.raises(RunError, match="argument x"):
+                program(wrong)
+
+
 def test_symbols_are_one_size_everywhere():
     inputs = (
         TensorSpec("pairs", "float32", ("2*s0", "s1 + 1")),
