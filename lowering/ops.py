@@ -379,6 +379,13 @@ def to_physical(scale: Tensor, layout: str) -> Tensor:
     return torch.nn.functional.pad(columns, (0, padded_rows(rows, layout) - rows))
 
 
+def physical_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
+    """The shape of what ``to_physical`` returns for a scale of ``shape``."""
+    if _check_layout(layout) == "row":
+        return shape
+    return shape[-1], padded_rows(math.prod(shape[:-1]), layout)
+
+
 def from_physical(physical: Tensor, leading: tuple[int, ...] | torch.Size, layout: str) -> Tensor:
     """The logical scale, shape ``leading`` + (S,), as a view of what ``to_physical`` returned."""
     if _check_layout(layout) == "row":

@@ -33,6 +33,9 @@ from . import ops
 from .errors import RunError
 from .session import Place, Session, dtype_name, instance, reason, reported
 from .signature import (
+    ASYNC,
+    INTO,
+    SCRATCH_SIZE,
     SIGNATURE_KEY,
     Constant,
     Leaf,
@@ -45,9 +48,6 @@ from .signature import (
 )
 
 __all__ = ["Function", "Program", "load"]
-
-# IREE's torch pipeline exports each function a second time, with this after its name.
-_ASYNC_TWIN = "$async"
 
 # Calls with new shapes are checked and planned; the plans of this many are kept, then all are made anew.
 _REMEMBERED_PLANS = 1024
@@ -101,8 +101,7 @@ class Program:
     ):
         session = Session(module, place, parameter_modules)
         self._functions = {
-            name: Function(name, signature, session, _lookup(module, name))
-            for name, signature in signatures.items()
+            name: Function(name, signature, session, module) for name, signature in signatures.items()
         }
 
     @property
@@ -126,7 +125,7 @@ class Program:
 class Function:
     """One exported function of a program."""
 
-    def __init__(self, name: str, signature: Signature, session: Session, function: iree.VmFunction):
+    def __init__(self, name: str, signature: Signature, session: Session, module: iree.VmModule):
         self.name = name
         self.signature = signature
         self.tensor_inputs = _tensors(signature.inputs)
@@ -134,14 +133,18 @@ class Function:
         self.tensor_outputs = _tensors(signature.outputs)
         """The results of ``run``; None when the program does not say."""
         self._session = session
-        self._function = function
+        into = bool(signature.placed) or signature.scratch
+        self._function = _lookup(module, name + INTO if into else name)
+        self._scratch_size = _lookup(module, name + INTO + SCRATCH_SIZE) if signature.scratch else None
         self._in_tree = _load_tree(signature.input_tree)
         self._result_tree = _load_result_tree(signature.output_tree)
         self._keywords = _keywords(signature.input_tree)
         self._positional = _positional(self._in_tree, signature.inputs)
         self._constants = any(isinstance(leaf, Constant) for leaf in signature.outputs or ())
-        self._strided = [i for i, spec in enumerate(self.tensor_outputs or ()) if spec.strides]
-        self._dtypes = tuple(getattr(torch, spec.dtype) for spec in self.tensor_outputs or ())
+        outputs = self.tensor_outputs or ()
+        self._strided = [(i, spec.strides) for i, spec in enumerate(outputs) if spec.strides]
+        self._dtypes = tuple(getattr(torch, spec.dtype) for spec in outputs)
+        self._returned = [i for i in range(len(outputs)) if i not in signature.placed]
         self._plans: dict[Any, _Plan] = {}
 
     @property
@@ -165,15 +168,18 @@ class Function:
         session = self._session
         if plan.all_empty and session.place.backend != "cpu":
             return self._empty(plan)
-        views = session.invoke(self._function, tensors)
-        outputs = self.tensor_outputs
-        if outputs is None:
+        storage = [session.allocate(shape, dtype) for shape, dtype in plan.storage]
+        views = session.invoke(self._function, tensors, [view for _, view in storage])
+        if self.tensor_outputs is None:
             return [session.to_torch(view, None) for view in views]
-        if len(outputs) != len(views):
-            raise RunError(f"{self.name} returned {len(views)} tensors, its signature says {len(outputs)}")
-        results = [session.to_torch(view, dtype) for view, dtype in zip(views, self._dtypes, strict=True)]
-        for number in self._strided:
-            results[number] = _logical(results[number], outputs[number], plan.sizes[number])
+        returned = self._returned
+        if len(returned) != len(views):
+            raise RunError(f"{self.name} returned {len(views)} tensors, its signature says {len(returned)}")
+        results = [session.to_torch(views[i], self._dtypes[number]) for i, number in enumerate(returned)]
+        for number, (tensor, _) in zip(self.signature.placed, storage, strict=False):
+            results.insert(number, tensor)
+        for number, layout in self._strided:
+            results[number] = ops.from_physical(results[number], plan.leading(number), layout)
         return results
 
     def _empty(self, plan: _Plan) -> list[Tensor]:
@@ -190,10 +196,22 @@ class Function:
         key = tuple([(x.dtype, x.shape, x.device) if isinstance(x, Tensor) else None for x in tensors])
         plan = self._plans.get(key)
         if plan is None:
-            plan = _Plan(self._check(tensors), self.tensor_outputs)
+            plan = self._planned(tensors)
             if len(self._plans) >= _REMEMBERED_PLANS:
                 self._plans.clear()
             self._plans[key] = plan
+        return plan
+
+    def _planned(self, tensors: Sequence[Any]) -> _Plan:
+        """Check the arguments of ``run`` and plan the call."""
+        plan = _Plan(self._check(tensors), self.tensor_outputs or ())
+        layouts = dict(self._strided)
+        for number in self.signature.placed:
+            shape = ops.physical_shape(plan.shape(number), layouts.get(number, "row"))
+            plan.storage.append((shape, self._dtypes[number]))
+        if self._scratch_size is not None:
+            size = self._session.query(self._scratch_size, tensors, len(plan.storage) + 1)
+            plan.storage.append(((size,), torch.uint8))
         return plan
 
     def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
@@ -257,10 +275,28 @@ class Function:
 class _Plan:
     """What the arguments' dtypes and shapes decide about a call."""
 
-    def __init__(self, symbols: Symbols, outputs: Sequence[TensorSpec] | None):
-        self.sizes = [tuple(resolve(dim, symbols) for dim in spec.shape or (None,)) for spec in outputs or ()]
+    def __init__(self, symbols: Symbols, outputs: Sequence[TensorSpec]):
+        self.outputs = outputs
+        self.sizes = [tuple(resolve(dim, symbols) for dim in spec.shape or (None,)) for spec in outputs]
         """Of each result; None is a size that only the call itself tells."""
         self.all_empty = bool(self.sizes) and all(0 in sizes and None not in sizes for sizes in self.sizes)
+        self.storage: list[tuple[tuple[int, ...], torch.dtype]] = []
+        """The memory to pass, by shape and dtype: for results, and scratch memory after them."""
+
+    def shape(self, number: int) -> tuple[int, ...]:
+        """Of the result ``number``; RunError where a size does not follow from the arguments."""
+        return self._known(number, self.sizes[number])
+
+    def leading(self, number: int) -> tuple[int, ...]:
+        """All but the last size of ``shape``."""
+        return self._known(number, self.sizes[number][:-1])
+
+    def _known(self, number: int, sizes: tuple[int | None, ...]) -> tuple[int, ...]:
+        known = tuple(size for size in sizes if size is not None)
+        if len(known) != len(sizes):
+            spec = self.outputs[number]
+            raise RunError(f"result {spec.name}: the size of {spec} does not follow from the arguments")
+        return known
 
 
 # --- checking a call ---------------------------------------------------------------------------
@@ -313,15 +349,6 @@ def _describe_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """'3 and keywords mask', or that only the nesting differs."""
     keywords = f" and keywords {', '.join(kwargs)}" if kwargs else ""
     return f"{len(args)} positional{keywords}, or other containers inside them"
-
-
-def _logical(physical: Tensor, spec: TensorSpec, sizes: Sequence[int | None]) -> Tensor:
-    """The result that ``physical``, of the program, is the memory of."""
-    assert spec.strides is not None
-    leading = tuple(size for size in sizes[:-1] if size is not None)
-    if len(leading) != len(sizes) - 1:
-        raise RunError(f"result {spec.name}: the size of {spec} does not follow from the arguments")
-    return ops.from_physical(physical, leading, spec.strides)
 
 
 # --- trees -------------------------------------------------------------------------------------
@@ -399,7 +426,7 @@ def _signatures(module: iree.VmModule, name: str) -> dict[str, Signature]:
     """The functions of a program that carry a signature, by name; not their twins that take fences."""
     found: dict[str, Signature] = {}
     for function in module.function_names:
-        if function.endswith(_ASYNC_TWIN):
+        if function.endswith(ASYNC):
             continue
         text = _lookup(module, function).reflection.get(SIGNATURE_KEY)
         if text is None:

@@ -5,6 +5,7 @@ What ``lowering.runtime`` calls programs with; which arguments a call takes is n
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 from collections.abc import Sequence
@@ -153,18 +154,59 @@ class Session:
         self._context = iree.VmContext(instance(), [hal_module, *parameter_modules, module])
         self._lock = threading.Lock()
 
-    def invoke(self, function: iree.VmFunction, tensors: Sequence[Tensor]) -> list[iree.HalBufferView]:
-        """Call ``function`` and wait for its results."""
-        arguments = iree.VmVariantList(len(tensors))
+    def invoke(
+        self, function: iree.VmFunction, tensors: Sequence[Tensor], storage: Sequence[iree.HalBufferView] = ()
+    ) -> list[iree.HalBufferView]:
+        """Call ``function`` with ``tensors`` and then ``storage``, and wait for its results."""
+        arguments = iree.VmVariantList(len(tensors) + len(storage))
         for tensor in tensors:
             arguments.push_ref(self.to_iree(tensor).ref)
+        for view in storage:
+            arguments.push_ref(view.ref)
         results = iree.VmVariantList(4)
         if self.place.device.type == "cuda":
-            # After the conversions above, which may have queued copies.
+            # After the conversions and allocations: copies may be queued, and freed memory still in use.
             torch.cuda.current_stream(self.place.device).synchronize()
         with self._lock, reported(f"{function.name} failed"):
             self._context.invoke(function, arguments, results)
         return [results.get_as_object(i, iree.HalBufferView) for i in range(len(results))]
+
+    def query(self, function: iree.VmFunction, tensors: Sequence[Tensor], more: int) -> int:
+        """The integer that ``function`` computes from the shapes of ``tensors``.
+
+        It has more arguments, two fences and ``more`` buffer views, and looks at none of them.
+        """
+        arguments = iree.VmVariantList(len(tensors) + 2 + more)
+        for tensor in tensors:
+            arguments.push_ref(self.to_iree(tensor).ref)
+        for _ in range(2):
+            arguments.push_ref(iree.HalFence(0).ref)
+        for _ in range(more):
+            arguments.push_ref(self._import(self._somewhere).ref)
+        results = iree.VmVariantList(1)
+        with self._lock, reported(f"{function.name} failed"):
+            self._context.invoke(function, arguments, results)
+        return results.get_variant(0)
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, iree.HalBufferView]:
+        """Memory for a tensor, not set to anything, and the same as a view of bytes."""
+        if self.place.emulated is not None and 0 not in shape:
+            return self._allocate_emulated(shape, dtype)
+        tensor = torch.empty(shape, dtype=dtype, device=self.place.device)
+        if 0 in shape:
+            return tensor, self._import(self._somewhere)
+        return tensor, self._import(tensor.view(torch.uint8) if dtype in _AS_BYTES else tensor)
+
+    def _allocate_emulated(
+        self, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> tuple[Tensor, iree.HalBufferView]:
+        """In the emulated GPU's own memory, which the cpu can read: as for ``_upload``."""
+        size = math.prod(shape) * dtype.itemsize
+        buffer = self._hal.allocator.allocate_buffer(
+            iree.MemoryType.DEVICE_LOCAL, iree.BufferUsage.DEFAULT, size
+        )
+        view = iree.HalBufferView(buffer, [size], iree.HalElementType.UINT_8)
+        return self.to_torch(view, torch.uint8).view(dtype).view(shape), view
 
     def to_iree(self, tensor: Tensor) -> iree.HalBufferView:
         """The tensor's memory as a buffer view, which keeps it alive."""
