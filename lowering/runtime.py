@@ -144,7 +144,9 @@ class Function:
         outputs = self.tensor_outputs or ()
         self._strided = [(i, spec.strides) for i, spec in enumerate(outputs) if spec.strides]
         self._dtypes = tuple(getattr(torch, spec.dtype) for spec in outputs)
-        self._returned = [i for i in range(len(outputs)) if i not in signature.placed]
+        placed = {number for numbers in signature.placed for number in numbers}
+        self._returned = [i for i in range(len(outputs)) if i not in placed]
+        self._returned_dtypes = [self._dtypes[i] for i in self._returned]
         self._plans: dict[Any, _Plan] = {}
 
     @property
@@ -168,19 +170,21 @@ class Function:
         session = self._session
         if plan.all_empty and session.place.backend != "cpu":
             return self._empty(plan)
-        storage = [session.allocate(shape, dtype) for shape, dtype in plan.storage]
+        storage = [session.allocate(like) for like in plan.storage]
         views = session.invoke(self._function, tensors, [view for _, view in storage])
         if self.tensor_outputs is None:
             return [session.to_torch(view, None) for view in views]
         returned = self._returned
         if len(returned) != len(views):
             raise RunError(f"{self.name} returned {len(views)} tensors, its signature says {len(returned)}")
-        results = [session.to_torch(views[i], self._dtypes[number]) for i, number in enumerate(returned)]
-        for number, (tensor, _) in zip(self.signature.placed, storage, strict=False):
-            results.insert(number, tensor)
+        results = dict(zip(returned, map(session.to_torch, views, self._returned_dtypes), strict=True))
+        for numbers, (tensor, _) in zip(self.signature.placed, storage, strict=False):
+            results[numbers[0]] = tensor
+            for number in numbers[1:]:
+                results[number] = tensor.view(self._dtypes[number])
         for number, layout in self._strided:
             results[number] = ops.from_physical(results[number], plan.leading(number), layout)
-        return results
+        return [results[number] for number in range(len(results))]
 
     def _empty(self, plan: _Plan) -> list[Tensor]:
         """Results that are all empty, which no GPU driver of IREE's can make: CUDA refuses an empty grid and
@@ -205,13 +209,13 @@ class Function:
     def _planned(self, tensors: Sequence[Any]) -> _Plan:
         """Check the arguments of ``run`` and plan the call."""
         plan = _Plan(self._check(tensors), self.tensor_outputs or ())
-        layouts = dict(self._strided)
-        for number in self.signature.placed:
+        layouts, session = dict(self._strided), self._session
+        for number, *_ in self.signature.placed:
             shape = ops.physical_shape(plan.shape(number), layouts.get(number, "row"))
-            plan.storage.append((shape, self._dtypes[number]))
+            plan.storage.append(session.template(shape, self._dtypes[number]))
         if self._scratch_size is not None:
-            size = self._session.query(self._scratch_size, tensors, len(plan.storage) + 1)
-            plan.storage.append(((size,), torch.uint8))
+            size = session.query(self._scratch_size, tensors, len(plan.storage) + 1)
+            plan.storage.append(session.template((size,), torch.uint8))
         return plan
 
     def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
@@ -280,8 +284,8 @@ class _Plan:
         self.sizes = [tuple(resolve(dim, symbols) for dim in spec.shape or (None,)) for spec in outputs]
         """Of each result; None is a size that only the call itself tells."""
         self.all_empty = bool(self.sizes) and all(0 in sizes and None not in sizes for sizes in self.sizes)
-        self.storage: list[tuple[tuple[int, ...], torch.dtype]] = []
-        """The memory to pass, by shape and dtype: for results, and scratch memory after them."""
+        self.storage: list[Tensor] = []
+        """The memory to pass, by ``Session.template``: for results, and scratch memory after them."""
 
     def shape(self, number: int) -> tuple[int, ...]:
         """Of the result ``number``; RunError where a size does not follow from the arguments."""

@@ -88,9 +88,9 @@ class Signature:
     result is returned as the runtime describes it).
     input_tree, output_tree: ``torch.utils._pytree.treespec_dumps`` of ``(args, kwargs)`` and of the
     result; None: the arguments are the leaves, the result is a flat tuple, or bare if there is one.
-    placed, scratch: of the entry point that writes into memory of the caller's (``lowering.storage``): the
-    tensors of the result, by number, that it writes there, and whether it takes scratch memory.  Programs
-    of earlier releases have no such entry point.
+    placed, scratch: of the entry point that writes into memory of the caller's (``lowering.storage``): for
+    each buffer the tensors of the result, by number, that it holds, several where one is returned several
+    times; and whether it takes scratch memory.  Programs of earlier releases have no such entry point.
     """
 
     target: str
@@ -101,7 +101,7 @@ class Signature:
     input_tree: str | None = None
     output_tree: str | None = None
     parameters: Parameters | None = None
-    placed: tuple[int, ...] = ()
+    placed: tuple[tuple[int, ...], ...] = ()
     scratch: bool = False
     version: int = VERSION
 
@@ -117,7 +117,7 @@ class Signature:
                 raise ValueError(f"its signature has version {data['version']}, this vmfuse reads {VERSION}")
             data["inputs"] = _leaves(data["inputs"])
             data["outputs"] = _leaves(data["outputs"])
-            data["placed"] = tuple(data.get("placed", ()))
+            data["placed"] = tuple(map(tuple, data.get("placed", ())))
             data["scratch"] = data.get("scratch", False)
             data["parameters"] = Parameters(**data["parameters"]) if data["parameters"] else None
             return Signature(**{field.name: data[field.name] for field in fields(Signature)})

@@ -23,10 +23,22 @@ _NOT_COMPUTED = ("hal.tensor.import", "util.global.load", "arith.constant")
 
 @dataclass(frozen=True)
 class Storage:
-    """What a caller of the second entry point allocates: the results of these numbers; scratch memory."""
+    """What a caller of the second entry point allocates.
 
-    results: tuple[int, ...] = ()
+    results: for each buffer the numbers of the results it holds; several are one tensor, returned several
+    times.  scratch: whether there is a buffer for what lives only during the call.
+    """
+
+    results: tuple[tuple[int, ...], ...] = ()
     scratch: bool = False
+
+    @property
+    def buffers(self) -> int:
+        return len(self.results) + self.scratch
+
+    def others(self, count: int) -> list[int]:
+        """Those of ``count`` results that are returned."""
+        return sorted(set(range(count)) - {number for numbers in self.results for number in numbers})
 
 
 def add_entry(module: ir.Module, name: str, numbers: Sequence[int]) -> Storage:
@@ -53,7 +65,7 @@ def _functions(module: ir.Module) -> Iterator[ir.Operation]:
 
 
 def _copy(function: ir.Operation, name: str) -> ir.Operation:
-    copy = function.clone(ir.InsertionPoint(function)).operation
+    copy = function.clone(ir.InsertionPoint.after(function)).operation
     copy.attributes["sym_name"] = ir.StringAttr.get(name)
     if "iree.reflection" in copy.attributes:
         del copy.attributes["iree.reflection"]
@@ -65,32 +77,47 @@ def _write_into(work: ir.Operation, numbers: Sequence[int]) -> Storage:
     block = work.regions[0].blocks[0]
     # As for the arguments: the other fence is signalled when the results are there.
     available = block.arguments[len(block.arguments) - 2]
-    returned = list(block.operations)[-1].operation
-    exports = {i: export for i in numbers if (export := _only_export(returned.operands[i])) is not None}
+    results = _results(list(block.operations)[-1].operation)
+    placed = [same for same in results if {result.number for result in same} <= set(numbers)]
     scratch = not any(op.operation.name == "tensor.extract" for op in block.operations)
-    storage = Storage(tuple(exports), scratch)
+    storage = Storage(tuple(tuple(result.number for result in same) for same in placed), scratch)
     buffers = _add_arguments(work, storage)
+    _return_others(work, storage)
+    for result in (result for same in placed for result in same):
+        if not list(result.export.results[0].uses):
+            result.export.erase()
     aliases: set[ir.Value] = set()
-    for export, buffer in zip(exports.values(), buffers, strict=False):
-        barrier, number = _barrier(export)
-        aliases.add(_alias(barrier, number, buffer, available, aliases))
+    for same, buffer in zip(placed, buffers, strict=False):
+        aliases.add(_alias(same, buffer, available, aliases))
     if scratch:
         for barrier in [op.operation for op in block.operations if op.operation.name == _BARRIER]:
             _take_scratch(barrier, buffers[-1])
-    _return_others(work, storage)
-    for export in exports.values():
-        export.erase()
     return storage
 
 
-def _only_export(value: ir.Value) -> ir.Operation | None:
-    """What turns a tensor, available after a barrier, into this result and into no other; or None."""
-    export = _producer(value)
-    if export is None or export.name != "hal.tensor.export" or len(list(value.uses)) != 1:
-        return None
-    barrier = _producer(export.operands[0])
-    exports = [use for use in export.operands[0].uses if use.owner.operation.name == "hal.tensor.export"]
-    return export if barrier is not None and barrier.name == _BARRIER and len(exports) == 1 else None
+@dataclass(frozen=True)
+class _Result:
+    """A tensor that is returned as the result ``number``, after it was an operand of a barrier."""
+
+    number: int
+    export: ir.Operation
+    barrier: ir.Operation
+    operand: int
+
+
+def _results(returned: ir.Operation) -> list[list[_Result]]:
+    """The tensors that are returned, each with all the results it is."""
+    found: dict[ir.Value, list[_Result]] = {}
+    for number, value in enumerate(returned.operands):
+        export = _producer(value)
+        if export is None or export.name != "hal.tensor.export":
+            continue
+        barrier = _producer(export.operands[0])
+        if barrier is not None and barrier.name == _BARRIER:
+            operand = ir.OpResult(export.operands[0]).result_number
+            result = _Result(number, export, barrier, operand)
+            found.setdefault(barrier.operands[operand], []).append(result)
+    return list(found.values())
 
 
 def _producer(value: ir.Value) -> ir.Operation | None:
@@ -98,28 +125,22 @@ def _producer(value: ir.Value) -> ir.Operation | None:
     return None if isinstance(value.owner, ir.Block) else value.owner.operation
 
 
-def _barrier(export: ir.Operation) -> tuple[ir.Operation, int]:
-    """The barrier a result comes out of, and its number there."""
-    result = ir.OpResult(export.operands[0])
-    return result.owner.operation, result.result_number
-
-
 def _alias(
-    barrier: ir.Operation, number: int, buffer: ir.Value, available: ir.Value, aliases: set[ir.Value]
+    same: Sequence[_Result], buffer: ir.Value, available: ir.Value, aliases: set[ir.Value]
 ) -> ir.Value:
-    """Write the barrier's tensor of this number into ``buffer``.
+    """Write the tensor of these results into ``buffer``.
 
     In place: the alias follows what computes the tensor, and all other uses read the alias; behind such a
     use it would be a copy.  It is one where nothing computes the tensor (an argument, a constant), and where
-    a tensor is returned a second time.
+    it is another shape of a tensor that has a buffer already.
     """
-    source = barrier.operands[number]
+    source = same[0].barrier.operands[same[0].operand]
     root = _root(source)
-    computed = root not in aliases and root.owner.operation.name not in _NOT_COMPUTED
-    if not computed:
-        with ir.InsertionPoint(barrier):
+    if root in aliases or root.owner.operation.name in _NOT_COMPUTED:
+        with ir.InsertionPoint(same[0].barrier):
             alias = hal.TensorAliasOp(source, _dims(source), buffer, wait_fence=available)
-        barrier.operands[number] = alias.result
+        for result in same:
+            result.barrier.operands[result.operand] = alias.result
         return alias.result
     with ir.InsertionPoint.after(root.owner):
         dims = _dims(root)
@@ -155,7 +176,7 @@ def _forward(entry: ir.Operation, callee: str, storage: Storage) -> None:
     block = entry.regions[0].blocks[0]
     call = next(op.operation for op in block.operations if op.operation.name == "util.call")
     _return_others(entry, storage)
-    kept = [result for i, result in enumerate(call.results) if i not in storage.results]
+    kept = [call.results[i] for i in storage.others(len(call.results))]
     with ir.InsertionPoint(call):
         new = ir.Operation.create(
             "util.call",
@@ -171,7 +192,7 @@ def _forward(entry: ir.Operation, callee: str, storage: Storage) -> None:
 def _add_arguments(function: ir.Operation, storage: Storage) -> list[ir.Value]:
     """The arguments for the storage, behind all others."""
     view = ir.Type.parse("!hal.buffer_view")
-    added = [view] * (len(storage.results) + storage.scratch)
+    added = [view] * storage.buffers
     type_ = ir.FunctionType(ir.TypeAttr(function.attributes["function_type"]).value)
     type_ = ir.FunctionType.get([*type_.inputs, *added], type_.results)
     function.attributes["function_type"] = ir.TypeAttr.get(type_)
@@ -185,7 +206,7 @@ def _add_arguments(function: ir.Operation, storage: Storage) -> list[ir.Value]:
 def _return_others(function: ir.Operation, storage: Storage) -> None:
     """Return only what has no storage."""
     old = list(function.regions[0].blocks[0].operations)[-1].operation
-    kept = [i for i in range(len(old.operands)) if i not in storage.results]
+    kept = storage.others(len(old.operands))
     with ir.InsertionPoint(old):
         ir.Operation.create("util.return", operands=[old.operands[i] for i in kept])
     old.erase()
