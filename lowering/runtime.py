@@ -170,7 +170,8 @@ class Function:
         session = self._session
         if plan.all_empty and session.place.backend != "cpu":
             return self._empty(plan)
-        storage = [session.allocate(like) for like in plan.storage]
+        with reported(f"{self.name} failed"):  # there may not be that much memory
+            storage = [session.allocate(like) for like in plan.storage]
         views = session.invoke(self._function, tensors, [view for _, view in storage])
         if self.tensor_outputs is None:
             return [session.to_torch(view, None) for view in views]

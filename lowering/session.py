@@ -193,12 +193,12 @@ class Session:
 
     def allocate(self, like: Tensor) -> tuple[Tensor, iree.HalBufferView]:
         """Memory for a tensor, contiguous and not set to anything, and a view of its bytes."""
-        if like.numel() == 0:
-            return torch.empty_like(like), self._import(self._somewhere)
-        if self.place.emulated is not None:
+        if self.place.emulated is not None and like.numel():
             return self._allocate_emulated(like)
         # Half the time of torch.empty, which has more arguments to read.
         tensor = torch.empty_like(like, memory_format=torch.contiguous_format)
+        if not like.numel():
+            return tensor, self._import(self._somewhere)
         return tensor, self._import(tensor.view(torch.uint8) if tensor.dtype in _AS_BYTES else tensor)
 
     def _allocate_emulated(self, like: Tensor) -> tuple[Tensor, iree.HalBufferView]:

@@ -31,7 +31,7 @@ SCRATCH_SIZE = ASYNC + "_transients_size"
 """After that: how many bytes of scratch memory it takes; it has the arguments of the twin."""
 
 Dim = int | str | None
-"""A size; a symbol or an expression of symbols in ``+ - * // %``; None: whatever it is."""
+"""A size; a symbol or an expression of symbols in ``+ - * // % **``; None: whatever it is."""
 
 Symbols = dict[str, int]
 
@@ -163,6 +163,7 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Mult: operator.mul,
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
 }
 
 
