@@ -8,7 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from patterns.contracts import LARGEST_FINITE
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+QUANTIZED_DTYPES = tuple(getattr(torch, name) for name in LARGEST_FINITE)
+FP8_DTYPES = tuple(dtype for dtype in QUANTIZED_DTYPES if dtype.is_floating_point)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 from patterns import block_scaled_matmul, grouped_topk, named_ops
 from patterns.block_scaled_matmul import NamedProduct
 from patterns.grouped_topk import NamedTopk
-from patterns.named_ops import FUNCTIONAL, LAYOUT, NamedOp
+from patterns.named_call import FUNCTIONAL, LAYOUT, NamedOp
 
 from .errors import CompileError
 

@@ -33,9 +33,9 @@ from .kernel import KernelInstance
 
 # What a device source may include; every one of them counts for the cache.
 _HEADERS = {
-    "row.cu": ("row.h", "tile.h", "activation.h"),
-    "row.hip": ("row.h", "tile.h", "activation.h"),
-    "row.c": ("cpu.h", "vectors.h", "activation.h"),
+    "row.cu": ("row.h", "tile.h", "quantize.h", "activation.h"),
+    "row.hip": ("row.h", "tile.h", "quantize.h", "activation.h"),
+    "row.c": ("cpu.h", "vectors.h", "quantize_cpu.h", "activation.h"),
     "matmul.c": ("cpu.h", "vectors.h", "lanes.h", "float8.h", "plain.h"),
     "matmul.cu": ("mma.h",),
     "matmul.hip": (),

@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patterns.contracts import DEPTH_MULTIPLE, LARGEST_FINITE, ROW_MULTIPLE, WeightLayout, stored_rows
+from patterns.contracts import DEPTH_MULTIPLE, ROW_MULTIPLE, WeightLayout, stored_rows
 
-from .checks import check_choice, check_dtype, shape_text
+from .checks import QUANTIZED_DTYPES, check_choice, check_dtype, shape_text
 
 WEIGHT_LAYOUTS: tuple[WeightLayout, ...] = get_args(WeightLayout)
-_DTYPES = tuple(getattr(torch, name) for name in LARGEST_FINITE)
 _CHUNK = 16  # bytes that stay together in every layout
 _CHUNKS = 8  # of a row of a swizzled tile
 # Bytes of a weight that the eager operations move at a time: of some megabytes all stays in a cache.
@@ -167,7 +166,7 @@ def check_stored(name: str, stored: Tensor, layout_name: str, layout: str) -> We
 def _checked(w: Tensor, layout: str, name: str = "w", layout_name: str = "layout") -> WeightLayout:
     """The layout, if there can be a weight like ``w`` in it, up to its padding."""
     check_choice(layout_name, layout, WEIGHT_LAYOUTS)
-    check_dtype(name, w, _DTYPES)
+    check_dtype(name, w, QUANTIZED_DTYPES)
     if w.dim() != 2:
         raise ValueError(f"{name}: expected a weight [N, K], got {shape_text(w)}")
     multiple = DEPTH_MULTIPLE[layout]  # pyright: ignore[reportArgumentType]

@@ -13,7 +13,7 @@ from iree.compiler import ir
 
 from . import canonical, torch_ir
 from .contracts import BlockScaledMatmul
-from .named_ops import Arg, NamedOp
+from .named_call import Arg, NamedOp
 from .recogniser import Raised
 
 _CAST = "torch.prims.convert_element_type"
@@ -62,7 +62,8 @@ class NamedProduct(NamedOp):
         operands = [given[name] for name in (self.x, self.b, self.a_scale, self.b_scale)]
         if self.bias in given and values[self.bias] is not None:
             operands.append(given[self.bias])
-        required = all(values.get(name) == value for name, value in self.requires.items())
+        # An argument that is left out has its default, which is what a row requires.
+        required = all(values.get(name, value) == value for name, value in self.requires.items())
         if layout is torch_ir.NOT_CONSTANT or not (required and self._fits(operands, values)):
             return None
         return Raised(canonical.BLOCK_SCALED_MATMUL, BlockScaledMatmul(layout), operands, list(op.results))
@@ -106,6 +107,17 @@ NAMED_OPS = (
     # Schemas read; arithmetic numerics.
     _vllm_aiter("vllm::rocm_aiter_gemm_a8w8_blockscale"),
     _vllm_aiter("vllm::rocm_aiter_triton_gemm_a8w8_blockscale"),
+    NamedProduct(
+        "aiter::gemm_a8w8_blockscale",
+        "(Tensor XQ, Tensor WQ, Tensor x_scale, Tensor w_scale, ScalarType dtype=bfloat16, "
+        "bool isBpreshuffled=False) -> Tensor",
+        x="XQ",
+        b="WQ",
+        a_scale="x_scale",
+        b_scale="w_scale",
+        out_dtype="dtype",
+        requires={"isBpreshuffled": False},
+    ),
     NamedProduct(
         "aiter::gemm_a8w8_blockscale_bpreshuffle",
         "(Tensor XQ, Tensor WQ, Tensor x_scale, Tensor w_scale, ScalarType dtype=bfloat16) -> Tensor",

@@ -15,7 +15,7 @@ from iree.compiler import ir
 from . import canonical, torch_ir
 from .contracts import GroupedTopk
 from .match import ANY, Bindings, Const, Exact, Is, OneOf, Op, Pattern, first_match
-from .named_ops import Arg, Fields, NamedOp
+from .named_call import Arg, Fields, NamedOp
 from .recogniser import Raised
 from .torch_ir import TensorType
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are built from configs; nothing is looked up
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# What these modules assert is explained as in a test.
+pytest.register_assert_rewrite("host_kernels", "row_reference")
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,6 +52,14 @@ def _seeded(request: pytest.FixtureRequest) -> None:
 def root() -> Path:
     """The repository."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """What launches a kernel instance on this host; each is built once."""
+    import host_kernels
+
+    return cache(lambda kernel: host_kernels.launcher(kernel, tmp_path_factory.mktemp("kernel")))
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,17 @@
-"""Running HIP kernel instances on the gfx950 executor, the way test_kernels.py runs CPU objects."""
+"""Running HIP kernel instances on the gfx950 executor, the way host_kernels.py runs CPU objects."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import gfx950
 import torch
+from host_kernels import Launch
 
 from lowering import abi, toolchain
 from lowering.kernel import KernelInstance
-
-Launch = Callable[[Sequence[int], int], None]
 
 
 def launcher(kernel: KernelInstance, optimisation: str = "", **options: Any) -> Launch:

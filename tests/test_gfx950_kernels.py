@@ -8,52 +8,36 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import cache, partial
 
 import gfx950_kernels
 import pytest
-import test_kernels
+import test_row_activations as activations
+import test_row_kernel as row_kernel
+import test_row_quantizations as quantizations
 import test_topk
 import torch
-from test_kernels import (
+from host_kernels import Launch, assert_same, run
+from row_cases import (
     CASES,
     GFX942,
     GFX950,
     PRODUCERS,
     SCHEME_CASES,
     SCHEMES,
-    assert_same,
     integer_inputs,
-    reference,
-    run,
     scheme_case,
 )
+from row_reference import check, reference
 
 from lowering.kernel import KernelInstance, instance, why_unsupported
 from lowering.targets import Target
-from patterns.contracts import RowSpec
 
 
 @pytest.fixture(scope="module")
-def launcher() -> Callable[[KernelInstance], gfx950_kernels.Launch]:
+def launcher() -> Callable[[KernelInstance], Launch]:
     """Builds each instance once."""
-    built: dict[tuple[str, str], gfx950_kernels.Launch] = {}
-
-    def build(kernel: KernelInstance) -> gfx950_kernels.Launch:
-        key = (kernel.target.arch, kernel.entry)
-        if key not in built:
-            built[key] = gfx950_kernels.launcher(kernel)
-        return built[key]
-
-    return build
-
-
-def check(case: RowSpec, target: Target, launcher, sizes: list[tuple[int, int]]) -> None:
-    """Equal bit for bit, for (rows, elements the pointers are off their alignment)."""
-    kernel = instance(case, target)
-    for rows, shift in sizes:
-        inputs = integer_inputs(case, rows, seed=rows)
-        actual = run(kernel, launcher(kernel), inputs, rows, shift)
-        assert_same(actual, reference(case, inputs), (kernel.entry, rows, shift))
+    return cache(gfx950_kernels.launcher)
 
 
 SUPPORTED = [
@@ -80,7 +64,7 @@ SCHEME_TARGETS = [
     ids=lambda value: getattr(value, "name", None) or "-".join(map(str, value)),
 )
 def test_schemes(case: tuple[str, str, int], target: Target, launcher) -> None:
-    check(scheme_case(*case), target, launcher, [(5, 0), (2, 3), (0, 0)])
+    check(scheme_case(*case), target, launcher)
 
 
 # Those that use approximate instructions: reciprocals of a scale, of a root, and the root itself.
@@ -97,47 +81,47 @@ def test_no_result_hangs_on_an_approximation(name: str, ulp: int) -> None:
     assert_same(actual, reference(CASES[name], inputs), (name, ulp))
 
 
-# Tests of test_kernels.py for this machine: the test, and its arguments before target and launcher.
+# Tests of the row kernel for this machine: the test, and its arguments before target and launcher.
 AS_ELSEWHERE = [
-    *(("test_activations", activation) for activation in ("silu", "gelu", "gelu_tanh")),
-    *(("test_special_gates", activation) for activation in ("silu", "gelu", "gelu_tanh")),
-    *(("test_special_values_of_schemes", schemes) for schemes in ("layouts", "rows", "bounds")),
-    *(("test_special_values", name) for name in ("plain", "none", "f32", "f16_once", "no_floor")),
-    *(("test_random_rows", name) for name in ("once", "add_exact_all", "none")),
-    *(("test_every_16_bit_amax", dtype) for dtype in ("bfloat16", "float16")),
-    ("test_quotients_of_float32",),
-    ("test_packed_scales",),
-    ("test_quantizations_of_a_random_gate",),
-    ("test_rows_of_any_length_where_nothing_depends_on_all",),
+    *((activations.test_activations, activation) for activation in ("silu", "gelu", "gelu_tanh")),
+    *((activations.test_special_gates, activation) for activation in ("silu", "gelu", "gelu_tanh")),
+    *((quantizations.test_special_values_of_schemes, schemes) for schemes in ("layouts", "rows", "bounds")),
+    *((row_kernel.test_special_values, name) for name in ("plain", "none", "f32", "f16_once", "no_floor")),
+    *((row_kernel.test_random_rows, name) for name in ("once", "add_exact_all", "none")),
+    *((quantizations.test_every_16_bit_amax, dtype) for dtype in ("bfloat16", "float16")),
+    (quantizations.test_quotients_of_float32,),
+    (quantizations.test_packed_scales,),
+    (activations.test_quantizations_of_a_random_gate,),
+    (row_kernel.test_rows_of_any_length_where_nothing_depends_on_all,),
 ]
 
 
-@pytest.mark.parametrize("what", AS_ELSEWHERE, ids="-".join)
-def test_as_elsewhere(what: tuple[str, ...], launcher) -> None:
+@pytest.mark.parametrize("what", AS_ELSEWHERE, ids=lambda what: "-".join([what[0].__name__, *what[1:]]))
+def test_as_elsewhere(what: tuple, launcher) -> None:
     test, *arguments = what
-    getattr(test_kernels, test)(*arguments, GFX950, launcher)
+    test(*arguments, GFX950, launcher)
 
 
-# Of test_topk.py likewise.
+# Tests of routing likewise.
 ROUTING = [
-    *(("test_kernel_equals_reference", name) for name in test_topk.CASES),
-    *(("test_any_sizes", groups) for groups in (1, 3, 8)),
-    ("test_scores_are_the_nearest_float32",),
+    *((test_topk.test_kernel_equals_reference, name) for name in test_topk.CASES),
+    *((test_topk.test_any_sizes, groups) for groups in (1, 3, 8)),
+    (test_topk.test_scores_are_the_nearest_float32,),
 ]
 
 
 @pytest.mark.parametrize("target", [GFX950, GFX942], ids=lambda t: t.name)
-@pytest.mark.parametrize("what", ROUTING, ids=lambda what: "-".join(map(str, what)))
+@pytest.mark.parametrize("what", ROUTING, ids=lambda what: "-".join(map(str, (what[0].__name__, *what[1:]))))
 def test_routing(what: tuple, target: Target, launcher) -> None:
     test, *arguments = what
-    getattr(test_topk, test)(*arguments, target, launcher)
+    test(*arguments, target, launcher)
 
 
 @pytest.mark.parametrize("ulp", [1, -1])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 def test_activations_keep_their_bounds(activation: str, ulp: int) -> None:
     """Whatever the last place of v_rcp_f32."""
-    test_kernels.test_activations(activation, GFX950, lambda kernel: gfx950_kernels.launcher(kernel, ulp=ulp))
+    activations.test_activations(activation, GFX950, partial(gfx950_kernels.launcher, ulp=ulp))
 
 
 @pytest.mark.parametrize("name", ["once", "none", "f32_narrow_weight"])

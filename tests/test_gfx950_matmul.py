@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import gfx950
 import gfx950_kernels
 import pytest
 import torch
-from test_kernels import run
+from host_kernels import run
 from test_matmul import assert_product, in_memory, operands
 
 from lowering import toolchain
@@ -50,16 +51,13 @@ def shuffled(b: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def multiply() -> Multiply:
     """Runs a kernel, built once, on operands."""
-    built: dict[tuple[str, str], gfx950_kernels.Launch] = {}
+    launcher = cache(gfx950_kernels.launcher)
 
     def call(kernel: KernelInstance, tensors: Sequence[torch.Tensor], shift: int = 0) -> torch.Tensor:
-        key = (kernel.target.arch, kernel.entry)
-        if key not in built:
-            built[key] = gfx950_kernels.launcher(kernel)
         assert isinstance(kernel.spec, MatmulSpec)
         given = in_memory(kernel.spec, tensors)
         given[1] = shuffled(given[1])
-        return run(kernel, built[key], given, len(tensors[0]), shift)[0]
+        return run(kernel, launcher(kernel), given, len(tensors[0]), shift)[0]
 
     return call
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from functools import cache
 
 import gfx950_kernels
 import pytest
 import test_topk
 import torch
-from test_kernels import run
+from host_kernels import run
 from test_topk import CASES, GFX942, GFX950, assert_routed, tokens
 
 from lowering.routing import grouped_topk_reference
@@ -19,15 +20,7 @@ from lowering.topk_kernel import instance
 @pytest.fixture(scope="module")
 def launcher():
     """Builds each instance once."""
-    built = {}
-
-    def build(kernel):
-        key = (kernel.target.arch, kernel.entry)
-        if key not in built:
-            built[key] = gfx950_kernels.launcher(kernel)
-        return built[key]
-
-    return build
+    return cache(gfx950_kernels.launcher)
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import pytest
 import torch
-from test_kernels import Launch, cpu_launcher, run
+from host_kernels import run
 from test_matmul import VARIANTS, variant
 
 import lowering
 from lowering.errors import CompileError
-from lowering.kernel import KernelInstance
 from lowering.linear_kernel import instance, why_unsupported
 from lowering.targets import resolve
 from patterns.contracts import LinearSpec
@@ -25,11 +23,6 @@ CASES = {
     "float16_bias": LinearSpec(97, 128, "float16", bias=True),
 }
 _HALF_A_STEP = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-
-
-@pytest.fixture(scope="module")
-def launcher(tmp_path_factory: pytest.TempPathFactory) -> Callable[[KernelInstance], Launch]:
-    return lambda kernel: cpu_launcher(kernel, tmp_path_factory.mktemp("linear"))
 
 
 def operands(case: LinearSpec, rows: int) -> list[torch.Tensor]:

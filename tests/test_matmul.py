@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from test_kernels import Launch, cpu_launcher, run
+from host_kernels import run
 
 import lowering
 from lowering import abi, toolchain
 from lowering.errors import CompileError
-from lowering.kernel import KernelInstance
 from lowering.matmul_cpu import ProductTile, tile_defines
 from lowering.matmul_kernel import instance, why_unsupported
 from lowering.ops import block_scaled_matmul_reference, to_physical
@@ -50,20 +49,6 @@ def spec(
     columns: int, depth: int, group: int, dtype: str = "float32", a="float8_e4m3fn", b="float8_e4m3fn", **more
 ):
     return MatmulSpec(columns, depth, group, a, b, dtype, **more)
-
-
-@pytest.fixture(scope="session")
-def launcher(tmp_path_factory: pytest.TempPathFactory) -> Callable[[KernelInstance], Launch]:
-    """Builds each instance once."""
-    built: dict[tuple[str, str], Launch] = {}
-
-    def build(kernel: KernelInstance) -> Launch:
-        key = kernel.target.arch, kernel.entry
-        if key not in built:
-            built[key] = cpu_launcher(kernel, tmp_path_factory.mktemp("matmul"))
-        return built[key]
-
-    return build
 
 
 # -- what is right ------------------------------------------------------------------------------------

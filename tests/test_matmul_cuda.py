@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_kernels import Launch, cxx_compiler, run
+from host_kernels import Launch, cxx_compiler, run
 from test_matmul import assert_product, in_memory, operands
 
 from lowering import abi, toolchain

@@ -57,6 +57,7 @@ NAMED: dict[str, tuple[Callable[..., Tensor], torch.dtype]] = {
         torch.float16,
     ),
     "vllm::fp8_gemm_nt_op": (deep_gemm, torch.bfloat16),
+    "aiter::gemm_a8w8_blockscale": (op("aiter::gemm_a8w8_blockscale"), torch.bfloat16),
 }
 SHUFFLED = "aiter::gemm_a8w8_blockscale_bpreshuffle"
 
@@ -86,6 +87,12 @@ def test_a_product_is_known_by_its_name(name: str) -> None:
     assert [launch.kernel.source for launch in compiled.dispatched.launches] == ["matmul.c"]
     expected = LOW.block_scaled_matmul(*OPERANDS, dtype)
     torch.testing.assert_close(lowering.load(compiled.vmfb)(*OPERANDS), expected, rtol=2**-7, atol=2**-7)
+
+
+def test_a_weight_that_aiter_has_shuffled_is_not_taken_for_rows() -> None:
+    assert not products(
+        lambda *args: op("aiter::gemm_a8w8_blockscale")(*args, torch.bfloat16, True), *OPERANDS
+    )
 
 
 @pytest.mark.parametrize("layout", ["row", "column"])

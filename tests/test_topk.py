@@ -5,17 +5,13 @@ The GPU kernel runs in emulation (``topk_emulation.cpp``), with waves of 32 and 
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import itertools
-import subprocess
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_kernels import Launch, assert_same, cpu_launcher, cxx_compiler, run
+from host_kernels import assert_same, run
 
 from lowering import abi, toolchain
 from lowering.errors import CompileError
@@ -186,37 +182,6 @@ def test_bad_input_is_refused_by_name(change: dict, message: str, device: str) -
 
 
 # -- the kernels --------------------------------------------------------------------------------------
-
-
-def emulation_launcher(kernel: KernelInstance, directory: Path) -> Launch:
-    """The GPU source compiled for the host, with fibers for lanes."""
-    library = directory / "emulation.so"
-    defines = [f"-D{name}={value}" for name, value in kernel.defines]
-    sources = [f"-I{toolchain.kernel_source_dir()}", str(Path(__file__).with_name("topk_emulation.cpp"))]
-    flags = ["-std=c++17", "-O0", "-ffp-contract=off", "-shared", "-fPIC", f"-DWAVE={kernel.target.wave}"]
-    subprocess.run([cxx_compiler(), *flags, *defines, *sources, "-o", str(library)], check=True)
-    entry = ctypes.CDLL(str(library)).launch
-
-    def launch(pointers, rows: int) -> None:
-        array = (ctypes.c_void_p * len(pointers))(*pointers)
-        entry(array, ctypes.c_int(rows), ctypes.c_int(kernel.grid(rows)[0]))
-
-    return launch
-
-
-@pytest.fixture(scope="session")
-def launcher(tmp_path_factory: pytest.TempPathFactory) -> Callable[[KernelInstance], Launch]:
-    """Builds each instance once."""
-    built: dict[str, Launch] = {}
-
-    def build(kernel: KernelInstance) -> Launch:
-        key = f"{kernel.target.wave}-{kernel.entry}"
-        if key not in built:
-            make = cpu_launcher if kernel.target.backend == "cpu" else emulation_launcher
-            built[key] = make(kernel, tmp_path_factory.mktemp("topk"))
-        return built[key]
-
-    return build
 
 
 @pytest.mark.parametrize(

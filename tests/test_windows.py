@@ -10,29 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import gfx950_kernels
+import host_kernels
 import pytest
 import torch
+from host_kernels import Launch, assert_same, run
 from raised import Function
+from row_cases import CPU, GFX950, PRODUCERS, Q128, SCHEMES, SM90, SM100, integer_inputs, spec
+from row_reference import reference
 from test_compile import assert_runs_like_eager, custom, dispatches, quarters
 from test_hip_programs import assert_same_bits, integers, on_cpu
 from test_hip_programs import run as run_on_hip
-from test_kernels import (
-    CPU,
-    GFX950,
-    PRODUCERS,
-    Q128,
-    SCHEMES,
-    SM90,
-    SM100,
-    Launch,
-    assert_same,
-    cpu_launcher,
-    emulation_launcher,
-    integer_inputs,
-    reference,
-    run,
-    spec,
-)
 from torch import nn
 from torch.export import Dim
 
@@ -66,7 +53,7 @@ def launcher(kernel: KernelInstance, directory: Path, executed: bool = True) -> 
     """The kernel on the machine that stands for its target here."""
     if kernel.target.backend == "hip" and executed:
         return gfx950_kernels.launcher(kernel)
-    return (cpu_launcher if kernel.target.backend == "cpu" else emulation_launcher)(kernel, directory)
+    return host_kernels.launcher(kernel, directory)
 
 
 # Offsets and pitches of every alignment from 32 bytes down to one element.

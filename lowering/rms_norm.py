@@ -1,0 +1,119 @@
+"""``torch.ops.lowering.rms_norm`` and ``add_rms_norm``: RMSNorm, alone and after a residual add."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from patterns.contracts import RmsNorm
+
+from .checks import FLOAT_DTYPES, check_dtype, check_rank, check_shape
+from .scalars import float32
+
+
+def rms_norm_reference(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, norm: RmsNorm
+) -> tuple[Tensor, Tensor | None]:
+    """RMSNorm over the last axis, as ``norm`` says, and the residual sum.
+
+    x, residual: [..., H]; weight: [H] or None.  ``residual`` is given exactly when
+    ``norm.residual`` is not None.  Returns (y, sum): y is x's dtype (``once``), the promoted
+    dtype of x and weight (``twice``) or float32 (``none``); sum is round(x + residual) in x's
+    dtype, or None.  The order in which the squares are added is free.
+
+    The factor is weight, or float32(weight) + ``norm.weight_offset``, a float32, where that is not zero.
+
+    Source: torch.nn.RMSNorm and FlashInfer (once), Hugging Face and vLLM CUDA (twice), AITER (none),
+    Gemma (weight_offset).
+    """
+    x32, total = _statistic_input(x, residual, norm)
+    # In float64, so that both roundings are to nearest wherever this runs: on the CPU float32 torch.sqrt is
+    # off by one unit in the last place for one value in seven, and on CUDA torch.rsqrt is an approximation.
+    mean = torch.mean(x32 * x32, dim=-1, keepdim=True) + float32(norm.eps)
+    rstd = torch.reciprocal(torch.sqrt(mean.to(torch.float64)).to(torch.float32))
+    y = x32 * rstd
+    weight = _offset(weight, norm)
+    if norm.rounding == "twice":
+        y = y.to(x.dtype)
+        return (y if weight is None else y * weight), total
+    if weight is not None:
+        y = y * weight.to(torch.float32)
+    return (y if norm.rounding == "none" else y.to(x.dtype)), total
+
+
+def _statistic_input(x: Tensor, residual: Tensor | None, norm: RmsNorm) -> tuple[Tensor, Tensor | None]:
+    """float32 [..., H] that the norm works on, and round(x + residual) or None."""
+    if (residual is None) != (norm.residual is None):
+        raise ValueError(f"residual: the contract says {norm.residual!r}")
+    x32 = x.to(torch.float32)
+    if residual is None:
+        return x32, None
+    x32 = x32 + residual.to(torch.float32)
+    total = x32.to(x.dtype)
+    return (x32 if norm.residual == "exact" else total.to(torch.float32)), total
+
+
+def _offset(weight: Tensor | None, norm: RmsNorm) -> Tensor | None:
+    """What the normed row is multiplied by."""
+    if norm.weight_offset == 0:
+        return weight
+    if weight is None:
+        raise ValueError(f"weight: the contract adds {norm.weight_offset} to it, and there is none")
+    return weight.to(torch.float32) + float32(norm.weight_offset)
+
+
+@torch.library.custom_op(
+    "lowering::rms_norm", mutates_args=(), schema="(Tensor x, Tensor? weight, float eps) -> Tensor"
+)
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """y = round(x32 * rstd * float32(weight)), rstd = 1/sqrt(mean(x32^2) + eps); contract ``once``.
+
+    x: [..., H] float32, bfloat16 or float16; weight: [H] of any of these dtypes, or None.
+    Returns [..., H] in x's dtype.  Raises ValueError naming the argument that does not fit.
+    Source: torch.nn.RMSNorm, FlashInfer.
+    """
+    _check(x, None, weight)
+    return rms_norm_reference(x, None, weight, RmsNorm(eps))[0].contiguous()
+
+
+@rms_norm.register_fake
+def _(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    _check(x, None, weight)
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op(
+    "lowering::add_rms_norm",
+    mutates_args=(),
+    schema="(Tensor x, Tensor residual, Tensor? weight, float eps) -> (Tensor, Tensor)",
+)
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """RMSNorm (contract ``once``) of the unrounded x + residual, and the rounded sum.
+
+    x, residual: [..., H], one dtype (float32, bfloat16, float16); weight: [H] of any of these, or None.
+    Returns (y, residual'), both [..., H] in x's dtype: the statistic and y use
+    float32(x) + float32(residual) unrounded (contract ``exact``), residual' = round(x + residual).
+    Raises ValueError naming the argument that does not fit.
+    Source: fused_add_rms_norm of FlashInfer and vLLM, without the mutation.
+    """
+    _check(x, residual, weight)
+    y, total = rms_norm_reference(x, residual, weight, RmsNorm(eps, residual="exact"))
+    assert total is not None
+    return y.contiguous(), total.contiguous()
+
+
+@add_rms_norm.register_fake
+def _(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    _check(x, residual, weight)
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None) -> None:
+    check_dtype("x", x, FLOAT_DTYPES)
+    check_rank("x", x, 1)
+    if residual is not None:
+        check_dtype("residual", residual, (x.dtype,))
+        check_shape("residual", residual, x.shape)
+    if weight is not None:
+        check_dtype("weight", weight, FLOAT_DTYPES)
+        check_shape("weight", weight, x.shape[-1:])

@@ -1,0 +1,352 @@
+"""A call of an operation that another library has a name for, read as what it computes.
+
+A row (``NamedOp``) maps a name to the canonical op or ops it stands for: which argument holds what, by the
+argument's name, and the contract, field by field, as a value or as the argument that gives it.
+A row may be a norm or a gated activation, a quantization, or the one and then the other.
+
+An operation that writes into its arguments has no place in a functional program; ``functional`` is
+the name of its twin, which takes the same arguments and returns what would have been written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from iree.compiler import ir
+
+from . import canonical, torch_ir
+from .contracts import LARGEST_FINITE, GatedActivation, Quantization, RmsNorm
+from .recogniser import Raised
+from .torch_ir import TensorType
+
+FUNCTIONAL = "vmfuse_functional"
+# What the twin of a quantization is told besides: how the caller laid out the tensor for the scales.
+LAYOUT = "scale_layout"
+
+Role = Literal["y", "sum", "q", "scale", "weights", "ids"]
+
+_FLOATS = ("float32", "bfloat16", "float16", "float64")
+_EPSILON = {"bfloat16": 2.0**-23, "float16": 2.0**-23, "float32": 2.0**-23, "float64": 2.0**-52}
+
+
+@dataclass(frozen=True)
+class Arg:
+    """A field of a contract that an argument of the call gives; ``becomes`` translates its values."""
+
+    name: str
+    becomes: Mapping[Any, Any] | None = None
+
+
+Fields = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class NamedOp:
+    """One row: ``name`` with its ``schema`` stands for ``norm`` or ``gate``, then ``quantization``.
+
+    results
+        What the results are; of an operation that writes into its arguments, what those become.
+    norm, gate, quantization
+        Fields of the contracts; None where the operation has no such part.
+    x, weight, residual
+        Names of the arguments that hold the tensors.
+    shape
+        The argument that lists the normalized axes; only the last one is a norm as meant here.
+    lower
+        The argument that holds the lower bound of the quantized values, which must be minus the upper one.
+    requires
+        What other arguments must be; with any other value the operation is not recognised.
+    """
+
+    name: str
+    schema: str
+    results: tuple[Role, ...]
+    x: str = "input"
+    weight: str | None = None
+    residual: str | None = None
+    norm: Fields | None = None
+    gate: Fields | None = None
+    quantization: Fields | None = None
+    shape: str | None = None
+    lower: str | None = None
+    requires: Fields = field(default_factory=dict)
+
+    @cached_property
+    def arguments(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in _arguments(self.schema))
+
+    @cached_property
+    def required(self) -> int:
+        """How many arguments come before the first that has a default."""
+        inside = self.schema[: self.schema.rindex("->")]
+        return (
+            len(_arguments(f"{inside[: inside.find('=')]}) ->")) - 1 if "=" in inside else len(self.arguments)
+        )
+
+    @cached_property
+    def mutated(self) -> tuple[str, ...]:
+        """The arguments it writes into."""
+        return tuple(name for name, type_ in _arguments(self.schema) if "!" in type_)
+
+    @property
+    def functional(self) -> str:
+        return f"{FUNCTIONAL}::{self.name.replace('::', '__')}"
+
+    @cached_property
+    def functional_schema(self) -> str:
+        """The twin's schema: nothing is written, everything that was is returned."""
+        inside = self.schema[: self.schema.rindex("->")].replace("!", "").strip()
+        if "scale" in self.results:
+            inside = f"{inside[:-1]}, str {LAYOUT}='row')"
+        return f"{inside} -> ({', '.join('Tensor' for _ in self.mutated)})"
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """Names in the torch dialect."""
+        names = (self.name, self.functional) if self.mutated else (self.name,)
+        return tuple(f"torch.{name.replace('::', '.')}" for name in names)
+
+    def recognise(self, op: ir.Operation) -> Raised | None:
+        try:
+            return self._read(op)
+        except _Refusal:
+            return None
+
+    def why_not(self, op: ir.Operation) -> str | None:
+        """Why this row does not stand for the call ``op``; None if it does."""
+        try:
+            self._read(op)
+        except _Refusal as refusal:
+            return str(refusal)
+        return None
+
+    def accepts(self, op: ir.Operation) -> bool:
+        """Whether the call has what the row requires, so that a refusal is about the call itself."""
+        try:
+            call = _Call.of(self, op)
+        except _Refusal:
+            return False
+        return all(call.value(name) == value for name, value in self.requires.items())
+
+    @property
+    def site(self) -> str:
+        """What the report calls the last operation it stands for."""
+        if self.quantization is not None:
+            return "group_quant"
+        return "rms_norm" if self.norm is not None else f"{(self.gate or {})['activation']}_mul"
+
+    def _read(self, op: ir.Operation) -> Raised:
+        call = _Call.of(self, op)
+        for name, value in self.requires.items():
+            _require(call.value(name) == value, f"{name} is {_shown(call.value(name))}, not {value}")
+        producer = self._producer(call)
+        if self.quantization is None:
+            return producer
+        quantized = call.source if producer is call.source else producer.results[0]
+        if isinstance(quantized, ir.Value):
+            quantized = torch_ir.tensor_type(quantized)
+        return self._quantization(call, producer, quantized)
+
+    def _producer(self, call: _Call) -> Any:
+        """What makes the row: a Raised, or x itself where nothing does."""
+        if self.norm is not None:
+            return self._norm(call, self.norm)
+        if self.gate is not None:
+            return self._gate(call, self.gate)
+        return call.tensors["x"]
+
+    def _norm(self, call: _Call, row: Fields) -> Raised:
+        values = call.fields(row)
+        self._check_norm(call)
+        if values.get("eps") is None:  # torch's default
+            values["eps"] = _EPSILON[call.x.dtype]
+        weight = call.types.get("weight")
+        y = call.types.get("y") or _with_dtype(call.x, "float32")
+        values["rounding"] = _rounding(values.get("rounding", "once"), call.x, weight, y)
+        contract = RmsNorm(**values)
+        wanted = _with_dtype(call.x, _norm_dtype(contract, call.x, weight))
+        _require(
+            "y" not in self.results or y == wanted, f"its result is {y}, where the contract has {wanted}"
+        )
+        operands = [call.tensors[name] for name in ("x", "residual", "weight") if name in call.tensors]
+        results = [call.tensors.get("y", y)]
+        if contract.residual is not None:
+            results.append(call.tensors.get("sum", call.x))
+        return Raised(canonical.RMS_NORM, contract, operands, results)
+
+    def _check_norm(self, call: _Call) -> None:
+        """That the tensors are those of a norm over the last axis."""
+        weight, residual = call.types.get("weight"), call.types.get("residual")
+        if weight is not None:
+            row = TensorType((call.hidden,), weight.dtype)
+            _require(weight == row, f"{self.weight} is {weight}, not a vector over the last axis of {call.x}")
+            _require(weight.dtype in _FLOATS, f"{self.weight} is {weight.dtype}, not one of {_FLOATS}")
+        same = residual is None or residual == call.x
+        _require(same, f"{self.residual} is {residual} and {self.x} is {call.x}: they must be the same")
+        if self.shape is not None:
+            known = call.hidden is not None
+            _require(
+                known, "the size of the last axis is unknown until run time; a kernel is made for one size"
+            )
+            axes = call.value(self.shape)
+            last = axes == [call.hidden]
+            _require(last, f"{self.shape} is {_shown(axes)}; a kernel norms the last axis alone")
+
+    def _gate(self, call: _Call, row: Fields) -> Raised:
+        values = call.fields(row)
+        halves = call.hidden is not None and call.hidden % 2 == 0
+        _require(halves, f"the last axis of {self.x}, {call.x}, has no two halves of known size")
+        rounding = values.get("rounding", "once")
+        if rounding == "twice" and call.x.dtype == "float32":
+            values["rounding"] = "once"  # nothing is rounded in between, and one contract is enough
+        y = call.x.with_last((call.hidden or 0) // 2, "float32" if rounding == "none" else None)
+        fits = "y" not in self.results or call.types["y"] == y
+        _require(fits, f"its result is {call.types.get('y')}, where the contract has {y}")
+        contract = GatedActivation(**values)
+        return Raised(canonical.GATED_ACTIVATION, contract, [call.tensors["x"]], [call.tensors.get("y", y)])
+
+    def _quantization(self, call: _Call, producer: Any, y: TensorType | None) -> Raised:
+        values = call.fields(self.quantization or {})
+        q, scale = call.types["q"], call.types["scale"]
+        known = y is not None and y.shape[-1] is not None
+        _require(known, "the size of the last axis, which holds the groups, is unknown until run time")
+        _require(q.dtype in LARGEST_FINITE, f"its values are {q.dtype}, not one of {tuple(LARGEST_FINITE)}")
+        limit, fnuz_limit = values.pop("limit", None), values.pop("fnuz_limit", None)
+        limit = fnuz_limit if q.dtype == "float8_e4m3fnuz" and fnuz_limit is not None else limit
+        lower = call.value(self.lower) if self.lower else None
+        bounds = f"{self.lower} is {_shown(lower)} and the upper bound {_shown(limit)}: they must be opposite"
+        _require(self.lower is None or lower == -limit, bounds)
+        largest = LARGEST_FINITE[q.dtype]
+        values["limit"] = None if limit == largest else limit
+        values["group"] = values["group"] if values["group"] > 0 else None  # ours, for the whole row
+        if scale.dtype == "int32":
+            values["layout"] = "ue8m0_packed"
+        contract = Quantization(dtype=q.dtype, **values)
+        packed = contract.layout == "ue8m0_packed"
+        _require(packed == (scale.dtype == "int32"), f"scales in layout {contract.layout} are {scale.dtype}")
+        _require(contract.qmax <= largest, f"its bound {contract.qmax:g} is more than {q.dtype} holds")
+        assert y is not None
+        wanted = canonical.quantized_types(y, contract)
+        _require((q, scale) == wanted, f"its results are {q} and {scale}, not {wanted[0]} and {wanted[1]}")
+        return Raised(canonical.GROUP_QUANT, contract, [producer], [call.tensors["q"], call.tensors["scale"]])
+
+
+class _Refusal(Exception):
+    """Why a row does not stand for a call: which argument is what, and what it would have to be."""
+
+
+def _require(condition: bool, refusal: str) -> None:
+    if not condition:
+        raise _Refusal(refusal)
+
+
+def _shown(value: Any) -> str:
+    return "computed" if value is torch_ir.NOT_CONSTANT else str(value)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The operands and results of one operation, by name and by role."""
+
+    operands: Mapping[str, ir.Value]
+    tensors: Mapping[str, ir.Value]
+    types: Mapping[str, TensorType]
+
+    @staticmethod
+    def of(row: NamedOp, op: ir.Operation) -> _Call:
+        """Raises a refusal where the operation is not of the row's schema."""
+        names = row.arguments
+        if len(op.operands) == len(names) + 1 and row.mutated and "scale" in row.results:
+            names = (*names, LAYOUT)
+        # MLIR written by hand may leave out what the schema has a value for.
+        names = names[: max(len(op.operands), row.required)]
+        counts = (len(op.operands), len(op.results)) == (len(names), len(row.results))
+        _require(counts, f"its arguments and results are not those of {row.name}{row.schema}")
+        operands = dict(zip(names, op.operands, strict=True))
+        tensors: dict[str, ir.Value] = dict(zip(row.results, op.results, strict=True))
+        for role, name in (("x", row.x), ("weight", row.weight), ("residual", row.residual)):
+            if name in operands and torch_ir.constant(operands[name]) is not None:
+                tensors[role] = operands[name]
+        types = {role: torch_ir.tensor_type(value) for role, value in tensors.items()}
+        known = {role: type_ for role, type_ in types.items() if type_ is not None}
+        x = known.get("x")
+        unknown = ", ".join(role for role in types if role not in known)
+        _require(not unknown, f"rank or dtype of {unknown} is not known")
+        _require(x is not None and bool(x.shape), f"{row.x} is {x}, which has no last axis")
+        assert x is not None
+        _require(x.dtype in _FLOATS, f"{row.x} is {x.dtype}, not one of {', '.join(_FLOATS)}")
+        return _Call(operands, tensors, known)
+
+    @property
+    def x(self) -> TensorType:
+        return self.types["x"]
+
+    @property
+    def source(self) -> ir.Value:
+        return self.tensors["x"]
+
+    @property
+    def hidden(self) -> int | None:
+        return self.x.shape[-1]
+
+    def value(self, name: str) -> Any:
+        """What the argument ``name`` is; None too where only a twin has it."""
+        return torch_ir.constant(self.operands[name]) if name in self.operands else None
+
+    def fields(self, row: Fields) -> dict[str, Any]:
+        """The fields of ``row`` with arguments read; refuses where one of them is computed or unknown."""
+        values: dict[str, Any] = {}
+        for name, given in row.items():
+            value = given
+            if isinstance(given, Arg):
+                if given.name not in self.operands and given.becomes is None:
+                    continue  # the contract's default, which is the schema's
+                value = self.value(given.name)
+                computed = value is torch_ir.NOT_CONSTANT
+                _require(not computed, f"{given.name} is computed; it must be a constant")
+                if given.becomes is not None:
+                    _require(value in given.becomes, f"{given.name} is {value}, which has no meaning here")
+                    value = given.becomes[value]
+            values[name] = value
+        return values
+
+
+def _arguments(schema: str) -> list[tuple[str, str]]:
+    """Name and type of every argument of a schema, in its order."""
+    inside = schema[schema.index("(") + 1 : schema.rindex("->")].strip()[:-1]
+    parts = [part.split("=")[0].split() for part in re.split(r",\s*", inside)]
+    return [(part[-1], part[0]) for part in parts if part != ["*"]]
+
+
+def _with_dtype(type_: TensorType, dtype: str) -> TensorType:
+    """``type_`` with other elements."""
+    return TensorType(type_.shape, dtype)
+
+
+def _promoted(x: TensorType, weight: TensorType) -> str:
+    if weight.dtype == x.dtype:
+        return x.dtype
+    return "float64" if "float64" in (x.dtype, weight.dtype) else "float32"
+
+
+def _rounding(rounding: Any, x: TensorType, weight: TensorType | None, y: TensorType) -> Any:
+    """The rounding for the dtypes at hand.
+
+    Two roundings are one where there is no weight or nothing but float32, and where a weight of
+    another dtype gives a result in x's: there the product is taken in float32.
+    """
+    if rounding != "twice":
+        return rounding
+    one = weight is None or x.dtype == "float32" or (weight.dtype != x.dtype and y.dtype == x.dtype)
+    return "once" if one else "twice"
+
+
+def _norm_dtype(norm: RmsNorm, x: TensorType, weight: TensorType | None) -> str:
+    """The dtype of y."""
+    if norm.rounding == "none":
+        return "float32"
+    return _promoted(x, weight) if norm.rounding == "twice" and weight is not None else x.dtype

@@ -1,0 +1,161 @@
+"""What the row kernel is tested on: specs in short, cases with a name, and inputs whose results are exact.
+
+Rows are made of small integers where bits are compared: their sum of squares is exact in every order.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lowering.targets import resolve
+from patterns.contracts import GatedActivation, Quantization, RmsNorm, RowSpec
+
+CPU, SM90, SM100 = resolve("cpu"), resolve("sm_90"), resolve("sm_100")
+GFX950, GFX942 = resolve("gfx950"), resolve("gfx942")
+Q128 = Quantization(128)
+
+
+def spec(hidden: int, dtype: str = "bfloat16", rounding: str | None = "once", **fields) -> RowSpec:
+    """A RowSpec in short: ``rounding`` None is no norm at all; ``quants`` its quantizations."""
+    norm = None
+    if rounding and "gate" not in fields:
+        residual, offset = fields.pop("residual", None), fields.pop("offset", 0.0)
+        norm = RmsNorm(fields.pop("eps", 1e-6), rounding, residual, offset)
+    weight = fields.pop("weight", dtype if norm else None)
+    quantizations = tuple(fields.pop("quants", ()))
+    return RowSpec(hidden, dtype, norm, weight_dtype=weight, quantizations=quantizations, **fields)
+
+
+CASES = {
+    "once": spec(7168, quants=[Q128]),
+    "none": spec(7168, rounding="none", weight="float32", quants=[Q128]),
+    "add_exact_all": spec(
+        1536,
+        residual="exact",
+        writes_sum=True,
+        writes_y=True,
+        quants=[Quantization(128, layout="column_tma")],
+    ),
+    "add_rounded_twice": spec(
+        576, rounding="twice", residual="rounded", writes_sum=True, quants=[Quantization(64)]
+    ),
+    "twice_wide_weight": spec(
+        1536, rounding="twice", weight="float32", writes_y=True, quants=[Quantization(32)]
+    ),
+    "add_none_f16": spec(
+        2048, "float16", "none", residual="exact", weight="bfloat16", writes_y=True, quants=[Quantization(64)]
+    ),
+    "f16_once": spec(384, "float16", weight="float32", writes_y=True, quants=[Q128]),
+    "f16_twice": spec(4096, "float16", "twice", residual="rounded", writes_sum=True, quants=[Q128]),
+    "f32": spec(1536, "float32", residual="exact", writes_sum=True, writes_y=True, quants=[Q128]),
+    "f32_narrow_weight": spec(512, "float32", "twice", weight="bfloat16", quants=[Quantization(32)]),
+    "no_weight": spec(128, weight=None, writes_y=True, quants=[Q128]),
+    "plain": spec(7168, rounding=None, quants=[Q128]),
+    "plain_smallest": spec(32, "float32", None, quants=[Quantization(32, layout="column_tma")]),
+    "four": spec(
+        16384,
+        residual="exact",
+        writes_sum=True,
+        writes_y=True,
+        quants=[
+            Q128,
+            Quantization(32, layout="column_tma"),
+            Quantization(64),
+            Quantization(128, amax_floor=1e-4),
+        ],
+    ),
+    "no_floor": spec(256, rounding=None, quants=[Quantization(64, amax_floor=0.0)]),
+    "norm_only": spec(1000, rounding="twice", residual="rounded", writes_sum=True, writes_y=True),
+    "norm_any_length": spec(131, "float16", writes_y=True),
+    "norm_one": spec(1, "float32", rounding="none", writes_y=True),
+}
+
+
+# Schemes in fours, so that few instances cover many: e5m2, column, packed, Triton's reciprocals; ...
+SCHEMES = {
+    "layouts": [
+        Quantization(128, "float8_e5m2"),
+        Quantization(64, layout="column"),
+        Quantization(128, scale="ue8m0", layout="ue8m0_packed"),
+        Quantization(32, scale_division="reciprocal", quotient="reciprocal"),
+    ],
+    "rows": [
+        Quantization(None),
+        Quantization(None, "int8", scale_division="reciprocal", quotient="reciprocal", scale_floor=2**-23),
+        Quantization(128, amax_floor=0.0, scale_floor=1 / (448 * 512)),
+        Quantization(64, scale="ue8m0"),
+    ],
+    "bounds": [
+        Quantization(128, "int8", layout="column_tma"),
+        Quantization(32, "int8", scale="ue8m0", layout="ue8m0_packed"),
+        Quantization(None, amax_ceiling=20.0, layout="column"),
+        Quantization(64, limit=203.0, scale="ue8m0", layout="column_tma", scale_division="reciprocal"),
+    ],
+    "fnuz": [
+        Quantization(128, "float8_e4m3fnuz"),
+        Quantization(64, "float8_e4m3fnuz", limit=224.0, scale_division="reciprocal"),
+        Quantization(128, "float8_e4m3fnuz", scale="ue8m0", layout="ue8m0_packed"),
+        Quantization(32, "int8", amax_floor=0.0, quotient="reciprocal"),
+    ],
+}
+
+
+PRODUCERS: dict[str, dict] = {
+    "once": {"writes_y": True},
+    "twice": {"rounding": "twice", "weight": "float32"},
+    "none": {"rounding": "none", "dtype": "float16"},
+    "gemma": {"offset": 1.0},
+    "gemma_twice": {"offset": 1.0, "rounding": "twice", "writes_y": True},
+    "add": {"residual": "rounded", "writes_sum": True, "writes_y": True},
+    "plain": {"rounding": None},
+    "plain_f32": {"rounding": None, "dtype": "float32"},
+    "silu": {"gate": GatedActivation("silu")},
+    "gelu": {"gate": GatedActivation("gelu", "twice", packed=False), "dtype": "float16", "writes_y": True},
+    "gelu_tanh": {"gate": GatedActivation("gelu_tanh", "none")},
+}
+
+
+def scheme_case(producer: str, schemes: str, hidden: int) -> RowSpec:
+    return spec(hidden, quants=SCHEMES[schemes], **PRODUCERS[producer])
+
+
+# Every producer and every scheme; short rows share a wave, long ones need a barrier.
+SCHEME_CASES = [
+    ("once", "layouts", 384),
+    ("twice", "bounds", 3200),
+    ("none", "layouts", 640),
+    ("gemma", "rows", 3200),
+    ("gemma_twice", "bounds", 384),
+    ("add", "rows", 640),
+    ("plain", "rows", 128),
+    ("plain_f32", "bounds", 384),
+    ("silu", "layouts", 3200),
+    ("gelu", "rows", 384),
+    ("gelu_tanh", "bounds", 640),
+]
+
+
+def integer_inputs(spec: RowSpec, rows: int, seed: int = 0) -> list[torch.Tensor]:
+    """x and residual of small integers times a power of two per row, and a weight with every bit in use."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers() -> torch.Tensor:
+        values = torch.randint(-9, 10, (rows, spec.hidden), generator=generator).float()
+        # A few groups of zeros, and rows of very different magnitude.
+        values[:, : spec.hidden // 4] *= torch.randint(0, 2, (rows, 1), generator=generator)
+        return values
+
+    power = torch.exp2(torch.randint(-6, 4, (rows, 1), generator=generator).float())
+    dtype = getattr(torch, spec.dtype)
+    inputs = [(integers() * power).to(dtype)]
+    if spec.gate:
+        # Where the activation is exact: silu(g) is g, 0 and -0 here, and so are the others.
+        exact = torch.tensor([-512.0, 0.0, 32.0, 40.0, 56.0, 112.0])
+        gate = exact[torch.randint(len(exact), (rows, spec.hidden), generator=generator)].to(dtype)
+        inputs = [torch.cat([gate, inputs[0]], -1)] if spec.gate.packed else [gate, inputs[0]]
+    if spec.norm and spec.norm.residual:
+        inputs.append((integers() * power).to(dtype))
+    if spec.weight_dtype:
+        weight = torch.randn(spec.hidden, generator=generator) * 3
+        inputs.append(weight.to(getattr(torch, spec.weight_dtype)))
+    return inputs
