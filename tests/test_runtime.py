@@ -369,6 +369,17 @@ def test_a_later_version_is_named():
         runtime.load(compiled(DOUBLE.replace("@SIG(negate)", ""), main=signature(version=99)))
 
 
+def test_programs_of_earlier_releases_are_called_as_they_were():
+    """Their signatures say nothing of an entry point that writes into the caller's memory."""
+    said = signature((X,), (X,))
+    earlier = said.to_json().replace('"placed":[],"scratch":false,', "")
+    assert earlier != said.to_json() and Signature.from_json(earlier) == said
+    text = attributes(said).replace(r"\22placed\22:[],\22scratch\22:false,", "")
+    assert "placed" not in text
+    program = runtime.load(compiled(DOUBLE.replace("@SIG(main)", text), negate=said))
+    assert torch.equal(program(torch.ones(3, 4)), torch.full((3, 4), 2.0))
+
+
 def test_truncated_and_damaged_files_are_refused(double, tmp_path):
     """In a process of its own: what is being tested for is a crash."""
     script = """
@@ -530,6 +541,8 @@ def test_signatures_survive_json():
         (TensorSpec("s", "float32", ("2*s0", 56), "column_tma"), TensorSpec("q", "float8_e4m3fn", None)),
         input_tree="[1, {}]",
         parameters=Parameters("model", "abc"),
+        placed=((0,), (1,)),
+        scratch=True,
     )
     assert Signature.from_json(said.to_json()) == said
     assert Signature.from_json(signature().to_json()) == signature()
