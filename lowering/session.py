@@ -188,8 +188,8 @@ class Session:
         return results.get_variant(0)
 
     def template(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """What ``allocate`` makes tensors like; it occupies one element."""
-        return torch.empty((), dtype=dtype, device=self.place.device).expand(shape)
+        """What ``allocate`` makes tensors like; it occupies no memory of its own."""
+        return self._somewhere.view(dtype)[0].expand(shape)
 
     def allocate(self, like: Tensor) -> tuple[Tensor, iree.HalBufferView]:
         """Memory for a tensor, contiguous and not set to anything, and a view of its bytes."""
