@@ -170,9 +170,9 @@ class Function:
         session = self._session
         if plan.all_empty and session.place.backend != "cpu":
             return self._empty(plan)
-        with reported(f"{self.name} failed"):  # there may not be that much memory
+        with reported(f"{self.name} failed"):
             storage = [session.allocate(like) for like in plan.storage]
-        views = session.invoke(self._function, tensors, [view for _, view in storage])
+            views = session.invoke(self._function, tensors, [view for _, view in storage])
         if self.tensor_outputs is None:
             return [session.to_torch(view, None) for view in views]
         returned = self._returned
@@ -215,7 +215,8 @@ class Function:
             shape = ops.physical_shape(plan.shape(number), layouts.get(number, "row"))
             plan.storage.append(session.template(shape, self._dtypes[number]))
         if self._scratch_size is not None:
-            size = session.query(self._scratch_size, tensors, len(plan.storage) + 1)
+            with reported(f"{self.name} failed"):
+                size = session.query(self._scratch_size, tensors, len(plan.storage) + 1)
             plan.storage.append(session.template((size,), torch.uint8))
         return plan
 

@@ -156,7 +156,10 @@ class Session:
     def invoke(
         self, function: iree.VmFunction, tensors: Sequence[Tensor], storage: Sequence[iree.HalBufferView] = ()
     ) -> list[iree.HalBufferView]:
-        """Call ``function`` with ``tensors`` and then ``storage``, and wait for its results."""
+        """Call ``function`` with ``tensors`` and then ``storage``, and wait for its results.
+
+        Raises what the IREE runtime raises: see ``reported``.
+        """
         arguments = iree.VmVariantList(len(tensors) + len(storage))
         for tensor in tensors:
             arguments.push_ref(self.to_iree(tensor).ref)
@@ -166,7 +169,7 @@ class Session:
         if self.place.device.type == "cuda":
             # After the conversions and allocations: copies may be queued, and freed memory still in use.
             torch.cuda.current_stream(self.place.device).synchronize()
-        with self._lock, reported(f"{function.name} failed"):
+        with self._lock:
             self._context.invoke(function, arguments, results)
         return [results.get_as_object(i, iree.HalBufferView) for i in range(len(results))]
 
@@ -183,7 +186,7 @@ class Session:
         for _ in range(more):
             arguments.push_ref(self._import(self._somewhere).ref)
         results = iree.VmVariantList(1)
-        with self._lock, reported(f"{function.name} failed"):
+        with self._lock:
             self._context.invoke(function, arguments, results)
         return results.get_variant(0)
 

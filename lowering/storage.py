@@ -18,6 +18,8 @@ from .signature import ASYNC, INTO
 
 _BARRIER = "hal.tensor.barrier"
 _RESHAPES = ("tensor.cast", "tensor.expand_shape", "tensor.collapse_shape")
+# Behind these IREE may not be able to say how much scratch memory a call needs before it begins.
+_UNKNOWN_SIZES = ("tensor.extract", "util.call", "func.call", "scf.if", "scf.for", "scf.while")
 _NOT_COMPUTED = ("hal.tensor.import", "util.global.load", "arith.constant")
 
 
@@ -46,8 +48,8 @@ def add_entry(module: ir.Module, name: str, numbers: Sequence[int]) -> Storage:
 
     numbers: the results whose sizes a caller knows.  The arguments after those of ``@name`` are a buffer view
     for each of them and, if there is scratch memory, one for that; of the views only the memory counts.  The
-    other results are returned.  Where a size is read from a tensor there is no scratch memory, since its size
-    is not known before the call; nothing is added for a function of several blocks.
+    other results are returned.  Where a value is read from a tensor there is no scratch memory, since its
+    size may not be known before the call; nothing is added for a function of several blocks.
     """
     functions = {ir.StringAttr(op.attributes["sym_name"]).value: op for op in _functions(module)}
     work, entry = functions.get(name + ASYNC), functions.get(name)
@@ -79,7 +81,7 @@ def _write_into(work: ir.Operation, numbers: Sequence[int]) -> Storage:
     available = block.arguments[len(block.arguments) - 2]
     results = _results(list(block.operations)[-1].operation)
     placed = [same for same in results if {result.number for result in same} <= set(numbers)]
-    scratch = not any(op.operation.name == "tensor.extract" for op in block.operations)
+    scratch = not any(op.operation.name in _UNKNOWN_SIZES for op in block.operations)
     storage = Storage(tuple(tuple(result.number for result in same) for same in placed), scratch)
     buffers = _add_arguments(work, storage)
     _return_others(work, storage)
