@@ -6,30 +6,36 @@
 //   PLAIN defined     floats of that dtype, without scales; K is one group
 //
 //   few rows    lanes are places along K: BATCH rows of b stream past one row of a.
-//   many rows   lanes are columns: a tile of COLUMNS rows of b is decoded and transposed, a chunk of K at a time, and
-//               multiplied with one panel of rows of a after another.  The sums of a tile lie on the stack.
+//   many rows   lanes are columns: a tile of up to TILE rows of b is decoded and transposed, a chunk of K at a time,
+//               and multiplied with one panel of rows of a after another.  The sums of a tile lie on the stack.
 //               The next chunk of b is sent for meanwhile, some rows with each panel.
 //
-// A worker of IREE has 128 KiB of stack, of which ROWS = 128 and COLUMNS = 96 take 75.  A store of a vector takes as
+// A worker of IREE has 128 KiB of stack, of which ROWS = 128 and TILE = 96 take 75.  A store of a vector takes as
 // long as one and a half products, so nothing is stored that need not be; shuffles are free beside products (measured
 // on Zen 4).  Pointers need only the alignment of their element.
 //
-// A workgroup takes one tile, or TILES where all rows fit into one.
+// A workgroup takes ROWS rows and SHARE columns, in whole tiles and one of the rest.
 //
 // The macros that specialise this file come from lowering/matmul_kernel.py.
 
 #include "cpu.h"
 #include "vectors.h"
 
+// The most columns of a tile, which has a whole number of sixteens.
+#define TILE 96
+#define SIXTEENS(columns) (((columns) + 15) / 16)
+
 // Sums of PANEL rows times WIDTH vectors fill the registers.
 #if LANES == 16
 #define PANEL 4
 #define WIDTH 6
 #define BATCH 8
+#define SPREAD 1  // among 32 registers are enough to decode rows of a between products
 #else
 #define PANEL 6
 #define WIDTH 2
 #define BATCH 4
+#define SPREAD 0
 #endif
 
 enum { ROW = 0, COLUMN_TMA = 1, COLUMN = 2 };
@@ -53,9 +59,9 @@ enum { ROW = 0, COLUMN_TMA = 1, COLUMN = 2 };
 // From a scale of a to the one of the next row.
 #define SCALE_STEP (!SCALED ? 0 : A_SCALE_LAYOUT == ROW ? GROUPS : 1)
 #define STEPS (CHUNK / DEPTH)
-#define VECTORS (COLUMNS / LANES)
-#define STRIPES (VECTORS / WIDTH)
-_Static_assert(VECTORS % WIDTH == 0 && CHUNK % LOAD == 0 && GROUP % CHUNK == 0, "tiles are made of whole panels");
+// Steps at the end that are taken one row after the other.
+#define LAST (SPREAD ? 4 : 0)
+_Static_assert(CHUNK % LOAD == 0 && GROUP % CHUNK == 0, "tiles are made of whole loads, groups of whole tiles");
 
 typedef float Eight __attribute__((vector_size(32)));
 typedef float LooseEight __attribute__((vector_size(32), aligned(4), may_alias));
@@ -67,6 +73,9 @@ INLINE Words once(Words a) {
 #endif
   return a;
 }
+
+// No access to memory is moved past this.
+INLINE void in_order(void) { __asm__ volatile("" : : : "memory"); }
 
 // -- many rows -----------------------------------------------------------------------------------------------------
 
@@ -92,11 +101,8 @@ INLINE const float *b_scale_of(const Product *p, i64 n, i64 group) { return p->b
 
 INLINE const u8 *row_of(const u8 *matrix, i64 row) { return matrix + row * ((i64)K * BYTES); }
 
-// Tiles along a chunk of K, decoded: stripes of WIDTH vectors of columns, and a panel of rows of a.
-typedef struct {
-  Words words[STRIPES][STEPS][WIDTH];
-} Right;
-
+// A panel of rows of a along a chunk of K, decoded.  Tiles of b are [stripe][step][vector], a stripe WIDTH vectors or,
+// in a tile of fewer, all of them.
 typedef struct {
   u32 words[PANEL][STEPS + LANES];
 } Left;
@@ -121,9 +127,14 @@ INLINE void prefetch_right(const u8 *const *rows, i64 k, int from, int to) {
     for (int byte = 0; byte < CHUNK * BYTES; byte += 64) __builtin_prefetch(rows[i] + k * BYTES + byte);
 }
 
-// Vector v of a tile of b, a chunk of LANES rows.
-INLINE void decode_right(const u8 *const *rows, i64 k, int v, const Decoder *decoder, Right *right) {
-  rows += v * LANES;
+// Send for `rows` rows of a tile of results, to be written.
+INLINE void prefetch_out(const Product *p, i64 row, int rows, i64 first, int columns) {
+  for (int i = 0; i < rows; ++i)
+    for (int n = 0; n < columns; n += 64 / sizeof(Out)) __builtin_prefetch(p->out + (row + i) * N + first + n, 1);
+}
+
+// A chunk of LANES rows of b, every `width`th vector from `right` on.
+INLINE void decode_right(const u8 *const *rows, i64 k, const Decoder *decoder, Words *right, int width) {
 #pragma GCC unroll 8
   for (int unit = 0; unit < CHUNK / UNIT; unit += SPAN) {
     Words quads[SPAN][4];
@@ -134,73 +145,93 @@ INLINE void decode_right(const u8 *const *rows, i64 k, int v, const Decoder *dec
       column_words(quads[span], B_CODES, decoder, words);
 #pragma GCC unroll 16
       for (int i = 0; i < UNIT / DEPTH; ++i)
-        right->words[v / WIDTH][step_of((unit + span) * (UNIT / DEPTH) + i)][v % WIDTH] = words[i];
+        right[step_of((unit + span) * (UNIT / DEPTH) + i) * width] = words[i];
     }
   }
 }
 
-INLINE void decode_left(const Product *p, i64 row, int rows, i64 k, const Decoder *decoder, Left *left) {
-  for (int i = 0; i < rows; ++i)
-    for (int load = 0; load < CHUNK / LOAD; ++load) {
-      Parts parts;
-      row_words(row_of(p->a, row + i) + (k + load * LOAD) * BYTES, A_CODES, decoder, parts);
-      for (int part = 0; part < PARTS; ++part)
-        *(LooseWords *)&left->words[i][(load * PARTS + part) * (LOAD / DEPTH / PARTS)] = parts[part];
-    }
+// The panel to be multiplied next: a chunk of `rows` rows of a from `first` on, and where it is decoded to.
+typedef struct {
+  const u8 *first;
+  int rows;
+  const Decoder *decoder;
+  Left *left;
+} Next;
+
+INLINE void decode_row(const Next *next, int i) {
+  for (int load = 0; load < CHUNK / LOAD; ++load) {
+    Parts parts;
+    row_words(row_of(next->first, i) + load * LOAD * BYTES, A_CODES, next->decoder, parts);
+    for (int part = 0; part < PARTS; ++part)
+      *(LooseWords *)&next->left->words[i][(load * PARTS + part) * (LOAD / DEPTH / PARTS)] = parts[part];
+  }
 }
 
-// sums[i][v] += a_scale of row i * b_scale of vector v * (row i of the panel times the columns of vector v)
-INLINE void multiply_panel(const Left *left, int rows, const Words (*right)[WIDTH], const float *a_scale,
-                           const float *b_scale, Floats *sums) {
+// sums[v] += scale[v] * sum[v]
+INLINE void add_scaled(const Floats *sum, Eight scale, int width, Floats *sums) {
+#pragma GCC unroll 8
+  for (int v = 0; v < width; ++v) sums[v] = floats_of(once(bits_of(add_product(sums[v], sum[v], all(scale[v])))));
+  in_order();
+}
+
+// sums[i][v] += a_scale of row i * b_scale of vector v * (row i of the panel times the columns of vector v); the sums
+// of a row come `stride` after those of the one before.
+//
+// Products wait where much is stored at once.  So the rows of the next panel are decoded apart, among the steps, and
+// the last steps are taken one row after the other, so that the sums of one are stored while the next is multiplied.
+INLINE void multiply_panel(int rows, int width, const Left *left, const Words *right, const float *a_scale,
+                           const float *b_scale, Floats *sums, int stride, const Next *next) {
+  const int parts = SPREAD ? PANEL : 1;
   Floats sum[PANEL][WIDTH] = {{{0}}};
-  for (int step = 0; step < STEPS; ++step) {
-    Words b[WIDTH];
-    __builtin_prefetch(sums + step, 1);  // they are many, and not all in the first cache
+  for (int part = 0, step = 0; part < parts; ++part) {
+    for (; step < (STEPS - LAST) * (part + 1) / parts; ++step) {
+      Words b[WIDTH];
+      __builtin_prefetch(sums + step, 1);  // they are many, and not all in the first cache
 #pragma GCC unroll 8
-    for (int v = 0; v < WIDTH; ++v) b[v] = once(right[step][v]);
+      for (int v = 0; v < width; ++v) b[v] = once(right[step * width + v]);
 #pragma GCC unroll 8
-    for (int i = 0; i < rows; ++i) {
-      Words a = (Words){0} + left->words[i][step];
+      for (int i = 0; i < rows; ++i) {
+        const Words a = (Words){0} + left->words[i][step];
 #pragma GCC unroll 8
-      for (int v = 0; v < WIDTH; ++v) sum[i][v] = multiply_add(sum[i][v], a, b[v]);
+        for (int v = 0; v < width; ++v) sum[i][v] = multiply_add(sum[i][v], a, b[v]);
+      }
     }
+    if (SPREAD && part < next->rows) decode_row(next, part);
   }
+  in_order();
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) {
-    Floats *to = sums + i * VECTORS;
-    const Eight scale = a_scale[i * (i64)SCALE_STEP] * *(const LooseEight *)b_scale;
 #pragma GCC unroll 8
-    for (int v = 0; v < WIDTH; ++v) to[v] = add_product(to[v], sum[i][v], all(scale[v]));
+    for (int step = STEPS - LAST; step < STEPS; ++step) {
+      const Words a = once((Words){0} + left->words[i][step]);
+#pragma GCC unroll 8
+      for (int v = 0; v < width; ++v) sum[i][v] = multiply_add(sum[i][v], a, once(right[step * width + v]));
+    }
+    add_scaled(sum[i], a_scale[i * (i64)SCALE_STEP] * *(const LooseEight *)b_scale, width, sums + i * stride);
   }
 }
 
 // Not inlined: the sums need all registers, and the compiler would spend some on what comes before.
-#define PANEL_OF(rows)                                                                                              \
-  static __attribute__((noinline)) void multiply_##rows(const Left *left, const Words (*right)[WIDTH],              \
-                                                        const float *a_scale, const float *b_scale, Floats *sums) { \
-    multiply_panel(left, rows, right, a_scale, b_scale, sums);                                                      \
+#define MULTIPLY(rows, width)                                                                                      \
+  static __attribute__((noinline, unused)) void multiply_##rows##_##width(                                         \
+      const Left *left, const Words *right, const float *a_scale, const float *b_scale, Floats *sums, int stride,  \
+      const Next *next) {                                                                                          \
+    multiply_panel(rows, width, left, right, a_scale, b_scale, sums, stride, next);                                \
   }
-PANEL_OF(1)
-PANEL_OF(2)
-PANEL_OF(3)
-PANEL_OF(4)
-#if PANEL > 4
-PANEL_OF(5)
-PANEL_OF(6)
+#if LANES == 16
+#define PANELS(OF) PANELS_OF(OF, 1) PANELS_OF(OF, 2) PANELS_OF(OF, 3) PANELS_OF(OF, 4) PANELS_OF(OF, 5) PANELS_OF(OF, 6)
+#define PANELS_OF(OF, width) OF(1, width) OF(2, width) OF(3, width) OF(4, width)
+#else
+#define PANELS(OF) OF(1, 2) OF(2, 2) OF(3, 2) OF(4, 2) OF(5, 2) OF(6, 2)
 #endif
+PANELS(MULTIPLY)
 
-INLINE void multiply_rows(int rows, const Left *left, const Right *right, const float *a_scale, const float *b_scale,
-                          Floats *sums) {
-  for (int stripe = 0; stripe < STRIPES; ++stripe, b_scale += WIDTH, sums += WIDTH) switch (rows) {
-      case 1: multiply_1(left, right->words[stripe], a_scale, b_scale, sums); break;
-      case 2: multiply_2(left, right->words[stripe], a_scale, b_scale, sums); break;
-      case 3: multiply_3(left, right->words[stripe], a_scale, b_scale, sums); break;
-      case 4: multiply_4(left, right->words[stripe], a_scale, b_scale, sums); break;
-#if PANEL > 4
-      case 5: multiply_5(left, right->words[stripe], a_scale, b_scale, sums); break;
-      case 6: multiply_6(left, right->words[stripe], a_scale, b_scale, sums); break;
-#endif
-    }
+INLINE void multiply_rows(int rows, int width, const Left *left, const Words *right, const float *a_scale,
+                          const float *b_scale, Floats *sums, int stride, const Next *next) {
+#define IF(r, w) \
+  else if (width == w && rows == r) multiply_##r##_##w(left, right, a_scale, b_scale, sums, stride, next);
+  if (0) {}
+  PANELS(IF)
 }
 
 // -- results -------------------------------------------------------------------------------------------------------
@@ -219,54 +250,104 @@ INLINE Floats load_bias(const Product *p, i64 n, int count) {
   return bias;
 }
 
-// The biases of a tile's columns.
-INLINE void load_biases(const Product *p, i64 first, Floats *biases) {
-  for (int v = 0; v < VECTORS; ++v) biases[v] = load_bias(p, first + v * LANES, least(LANES, N - first - v * LANES));
+// The biases of `columns` columns from `first` on.
+INLINE void load_biases(const Product *p, i64 first, int columns, Floats *biases) {
+  for (int v = 0; v * LANES < columns; ++v)
+    biases[v] = load_bias(p, first + v * LANES, least(LANES, N - first - v * LANES));
 }
 
 INLINE Floats biased(Floats sums, Floats bias) { return HAS_BIAS ? sums + bias : sums; }
+
+#if OUT_DTYPE == BF16 && BF16_PAIRS
+// The instruction takes subnormal numbers for zeros.
+INLINE Halves halves_of(Floats a) {
+  Halves halves;
+  u16 subnormal;
+  __asm__("vfpclassps $0x20, %1, %0" : "=Yk"(subnormal) : "v"(a));
+  if (subnormal) return __builtin_convertvector(bf16_of(a, 1) >> 16, Halves);
+  __asm__("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(a));
+  return halves;
+}
+#elif OUT_DTYPE == BF16
+INLINE Halves halves_of(Floats a) { return __builtin_convertvector(bf16_of(a, 1) >> 16, Halves); }
+#else
+INLINE Halves halves_of(Floats a) { return __builtin_convertvector(f16_of(a), Halves); }
+#endif
 
 INLINE void store_out(Out *to, Floats sums, int count) {
 #if OUT_DTYPE == F32
   if (count >= LANES) *(LooseFloats *)to = sums;
   else for (int i = 0; i < count; ++i) to[i] = sums[i];
 #else
-  Halves halves = __builtin_convertvector(OUT_DTYPE == BF16 ? bf16_of(sums, 1) >> 16 : f16_of(sums), Halves);
+  Halves halves = halves_of(sums);
   if (count >= LANES) *(LooseHalves *)to = halves;
   else for (int i = 0; i < count; ++i) to[i] = halves[i];
 #endif
 }
 
-INLINE void many_rows(const Product *p, i64 row, int rows, i64 first) {
-  Floats sums[ROWS][VECTORS];
-  Right right;
-  Left left;
-  float b_scale[VECTORS + 8];
-  const u8 *b_rows[COLUMNS];
+// The panel after row i of `rows` and place k along K, if there is one: first of the next rows, then of the next chunk.
+INLINE void advance(const Product *p, i64 row, int rows, int i, i64 k, Next *next) {
+  const int at = i + PANEL < rows ? i + PANEL : 0;
+  if (!at) k += CHUNK;
+  next->rows = k < K ? least(PANEL, rows - at) : 0;
+  next->first = row_of(p->a, row + at) + k * BYTES;
+}
+
+// A tile of `columns` columns, those past the last row of b among them.
+INLINE void many_rows(const Product *p, i64 row, int rows, i64 first, int columns) {
+  const int vectors = columns / LANES, width = MIN2(vectors, WIDTH);
+  Floats sums[ROWS * (TILE / LANES)], biases[TILE / LANES];
+  Words right[STEPS * (TILE / LANES)];
+  Left lefts[2];
+  float b_scale[TILE / LANES + 8];
+  const u8 *b_rows[TILE];
   const Decoder a_decoder = decoder_of(A_CODES), b_decoder = decoder_of(B_CODES);
-  rows_of(p->b, first, COLUMNS, b_rows);
-  for (int i = 0; i < rows; ++i)
-    for (int v = 0; v < VECTORS; ++v) sums[i][v] = (Floats){0};
+  Next next = {row_of(p->a, row), least(PANEL, rows), &a_decoder, lefts};
+  for (int i = 0; i < next.rows; ++i) decode_row(&next, i);
+  rows_of(p->b, first, columns, b_rows);
+  for (int i = 0; i < rows * vectors; ++i) sums[i] = (Floats){0};
   for (i64 k = 0; k < K; k += CHUNK) {
-    const i64 group = k / GROUP;
-    for (int v = 0; v < VECTORS; ++v) {
+    // The next chunk of this tile or the first of the next one.
+    const i64 group = k / GROUP, ahead = k + CHUNK < K ? k + CHUNK : (i64)K * columns;
+    for (int v = 0; v < vectors; ++v) {
       b_scale[v] = SCALED ? *b_scale_of(p, least(first + v * LANES, N - 1), group) : 1.0f;
-      decode_right(b_rows, k, v, &b_decoder, &right);
+      decode_right(b_rows + v * LANES, k, &b_decoder, right + v / width * (STEPS * width) + v % width, width);
     }
     for (int i = 0; i < rows; i += PANEL) {
       const int count = least(PANEL, rows - i);
+      const Left *left = next.left;
+      next.left = lefts + (left == lefts);
+      advance(p, row, rows, i, k, &next);
+      if (!SPREAD)
+        for (int j = 0; j < next.rows; ++j) decode_row(&next, j);
       // A few rows at a time: more would hold up the loads that are made meanwhile.
-      prefetch_right(b_rows, k + CHUNK, COLUMNS * i / rows, COLUMNS * (i + count) / rows);
-      decode_left(p, row + i, count, k, &a_decoder, &left);
-      multiply_rows(count, &left, &right, scale_of(p, row + i, group), b_scale, sums[i]);
+      prefetch_right(b_rows, ahead, columns * i / rows, columns * (i + count) / rows);
+      if (k + CHUNK == K) prefetch_out(p, row + i, count, first, columns);
+      for (int v = 0; v < vectors; v += width, next.rows = 0)
+        multiply_rows(count, width, left, right + v * STEPS, scale_of(p, row + i, group), b_scale + v,
+                      sums + i * vectors + v, vectors, &next);
     }
   }
-  Floats biases[VECTORS];
-  load_biases(p, first, biases);
+  load_biases(p, first, columns, biases);
   for (int i = 0; i < rows; ++i)
-    for (int v = 0; v < VECTORS; ++v)
-      store_out(p->out + (row + i) * N + first + v * LANES, biased(sums[i][v], biases[v]),
+    for (int v = 0; v < vectors; ++v)
+      store_out(p->out + (row + i) * N + first + v * LANES, biased(sums[i * vectors + v], biases[v]),
                 least(LANES, N - first - v * LANES));
+}
+
+// Not inlined: the stack holds the sums of one.
+#define MANY_ROWS(sixteens)                                                                                            \
+  static __attribute__((noinline, unused)) void many_rows_##sixteens(const Product *p, i64 row, int rows, i64 first) { \
+    many_rows(p, row, rows, first, 16 * sixteens);                                                                     \
+  }
+MANY_ROWS(1) MANY_ROWS(2) MANY_ROWS(3) MANY_ROWS(4) MANY_ROWS(5) MANY_ROWS(6)
+
+// Tiles of the sizes there are: whole ones, and what remains of a share and of the last one.
+INLINE void tile_rows(const Product *p, i64 row, int rows, i64 first, int columns) {
+  const int rest = SIXTEENS(SHARE) % 6, last_rest = SIXTEENS((N - 1) % SHARE + 1) % 6, sixteens = SIXTEENS(columns);
+#define CASE(n) else if (sixteens == n && (n == 6 || n == rest || n == last_rest)) many_rows_##n(p, row, rows, first);
+  if (0) {}
+  CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 }
 
 // -- few rows ------------------------------------------------------------------------------------------------------
@@ -298,13 +379,12 @@ INLINE void one_row_batch(const Product *p, i64 row, i64 n, const Decoder *a_dec
   for (int i = 0; i < BATCH; ++i) results[i] = lane_sum(sums[i]);
 }
 
-INLINE void few_rows(const Product *p, i64 row, int rows, i64 first) {
+INLINE void few_rows(const Product *p, i64 row, int rows, i64 first, int columns) {
   const Decoder a_decoder = decoder_of(A_CODES), b_decoder = decoder_of(B_CODES);
-  const int columns = least(COLUMNS, N - first);
-  Floats biases[VECTORS];
-  load_biases(p, first, biases);
+  Floats biases[TILE / LANES];
+  load_biases(p, first, columns, biases);
   for (int i = 0; i < rows; ++i) {
-    union { float each[COLUMNS]; Floats vectors[VECTORS]; } results;
+    union { float each[TILE]; Floats vectors[TILE / LANES]; } results;
     for (int n = 0; n < columns; n += BATCH)
       one_row_batch(p, row + i, first + n, &a_decoder, &b_decoder, results.each + n);
     for (int v = 0; v * LANES < columns; ++v)
@@ -339,13 +419,14 @@ void ENTRY(BINDING(const Element, a), BINDING(const Element, b), SCALE_BINDINGS 
   const i64 scale_column = A_SCALE_LAYOUT == COLUMN_TMA ? ((i64)rows + 3) / 4 * 4 : rows;
   const Product product = {(const u8 *)(a + a_offset), (const u8 *)(b + b_offset), A_SCALE, B_SCALE,
                            scale_column, BIAS, out + out_offset};
-  const i64 across = (N + COLUMNS - 1) / COLUMNS, each = rows <= ROWS ? TILES : 1;
-  const i64 row = workgroup * each / across * ROWS, begin = workgroup * each % across;
-  const int count = least(ROWS, rows - row), end = least(begin + each, across);
+  const i64 shares = (N + SHARE - 1) / SHARE, row = workgroup / shares * ROWS, begin = workgroup % shares * SHARE;
+  const i64 end = begin + SHARE < N ? begin + SHARE : N;
+  const int count = least(ROWS, rows - row);
   FloatMode mode = enter_ieee();
-  for (i64 tile = begin; tile < end; ++tile) {
-    if (rows <= FEW_ROWS) few_rows(&product, row, count, tile * COLUMNS);
-    else many_rows(&product, row, count, tile * COLUMNS);
+  for (i64 first = begin; first < end; first += TILE) {
+    const int columns = least(TILE, end - first);
+    if (rows <= FEW_ROWS) few_rows(&product, row, count, first, columns);
+    else tile_rows(&product, row, count, first, columns);
   }
   leave_ieee(mode);
 }

@@ -107,9 +107,6 @@ def _workgroups(kernel: KernelInstance, rows: ir.Value) -> list[ir.Value]:
     count = arith.MaxUIOp(count, index_constant(1)).result
     if rule.columns > 1:
         count = arith.MulIOp(count, index_constant(rule.columns)).result
-    if rule.one:
-        fits = arith.CmpIOp(arith.CmpIPredicate.ule, rows, index_constant(rule.rows)).result
-        count = arith.SelectOp(fits, index_constant(rule.one), count).result
     return [count, index_constant(1), index_constant(1)]
 
 

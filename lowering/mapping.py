@@ -59,19 +59,15 @@ class GridRule:
 
     ``few`` holds (up to so many rows, workgroups of each row), in order; beyond it a workgroup takes ``rows``
     rows, and there are at most ``most`` workgroups.  Never zero, since CUDA does not skip an empty grid.
-    ``columns`` consecutive workgroups share what is one's by the above; where that is all rows there are
-    ``one`` instead, if given.
+    ``columns`` consecutive workgroups share what is one's by the above.
     """
 
     rows: int
     most: int | None = None
     few: tuple[tuple[int, int], ...] = ()
     columns: int = 1
-    one: int | None = None
 
     def workgroups(self, rows: int) -> int:
-        if self.one and rows <= self.rows:
-            return self.one
         for up_to, each in self.few:
             if 0 < rows <= up_to:
                 return rows * each * self.columns

@@ -15,36 +15,43 @@ from .targets import Target
 
 @dataclass(frozen=True)
 class ProductTile:
-    """What one workgroup computes: ``rows`` x ``columns`` of the result.
+    """What is computed at once: ``rows`` x up to 96 columns of the result.
 
     Up to ``few_rows`` rows the weights stream past one row after another; with more, a tile of them is
-    decoded and multiplied with all rows.  96 columns are whole panels of every vector width; rows * columns
-    sums lie on the stack of a worker, which has 128 KiB.
+    decoded and multiplied with all rows.  96 columns are whole panels of every vector width; rows times
+    columns sums lie on the stack of a worker, which has 128 KiB.
     """
 
     rows: int = 128
-    columns: int = 96
     few_rows: int = 1
 
 
 # From so many workgroups for each worker on, IREE's task system hands out as many at a time.
 _AT_ONCE = 8
+# Columns are shared out in sixteens; a tile has up to six, and takes a quarter of the time of one more.
+_UNIT, _WHOLE, _EACH_TILE = 16, 6, 0.25
 
 
 def tile_defines(columns: int, tile: ProductTile) -> tuple[dict[str, int], GridRule]:
     """The constants and the grid of ``columns`` columns in such tiles.
 
-    Where there is one row of tiles, and so few that eight at a time are no equal shares, a workgroup takes
-    ``TILES`` of them: as many as leave every worker as much, in the most workgroups that are handed out one
+    A workgroup takes ``SHARE`` columns: a whole tile where there are so many that eight at a time are equal
+    shares, else what lets the busiest worker be done first, in the most workgroups that are handed out one
     by one.  There are as many workers as torch has threads.
     """
-    tiles, workers = -(-columns // tile.columns), torch.get_num_threads()
-    each = 1
-    if _AT_ONCE * workers <= tiles < _AT_ONCE**2 * workers:
-        shares = [-(-tiles // (workers * turns)) for turns in range(1, _AT_ONCE)]
-        each = min(shares, key=lambda share: (-(-tiles // (workers * share)) * share, share))
-    values = {"ROWS": tile.rows, "COLUMNS": tile.columns, "FEW_ROWS": tile.few_rows, "TILES": each}
-    return values, GridRule(tile.rows, columns=tiles, one=-(-tiles // each) if each > 1 else None)
+    workers, units = torch.get_num_threads(), -(-columns // _UNIT)
+    share = _WHOLE
+    if units < _WHOLE * _AT_ONCE**2 * workers:
+        shares = [-(-units // (workers * turns)) for turns in range(1, _AT_ONCE)]
+        share = min(shares, key=lambda share: (_busiest(units, workers, share), share))
+    values = {"ROWS": tile.rows, "FEW_ROWS": tile.few_rows, "SHARE": share * _UNIT}
+    return values, GridRule(tile.rows, columns=-(-units // share))
+
+
+def _busiest(units: int, workers: int, share: int) -> float:
+    """How long the worker with the most workgroups of ``share`` units takes, in units."""
+    turns = -(-units // (workers * share))
+    return turns * (share + _EACH_TILE * -(-share // _WHOLE))
 
 
 def _why_unsupported(spec: MatmulSpec, target: Target) -> str | None:

@@ -169,23 +169,26 @@ def _row(site: Site, count: int, last_column: str) -> str:
     )
 
 
-def _remarks_section(report: Report) -> str:
+def _aside(title: str, heads: Iterable[str], rows: Iterable[str]) -> str:
     """Not one of the filtered sections: its rows are no sites."""
-    rows = "\n".join(
+    return (
+        f'<aside><h2>{title}</h2>\n<div class="wrap"><table><thead><tr>{"".join(heads)}</tr></thead>'
+        "<tbody>\n" + "\n".join(rows) + "\n</tbody></table></div></aside>"
+    )
+
+
+def _remarks_section(report: Report) -> str:
+    rows = (
         f'<tr><td class="n">{count}</td><td class="op"><code>{html.escape(remark.op)}</code></td>'
         f'<td class="at">{_source(remark.location)}</td><td>{html.escape(remark.text)}</td></tr>'
         for remark, count in with_counts(report.remarks)
     )
-    heads = '<th class="n"></th><th>operation</th><th>source</th><th>remark</th>'
-    return (
-        f'<aside><h2>Remarks</h2>\n<div class="wrap"><table><thead><tr>{heads}</tr></thead>'
-        f"<tbody>\n{rows}\n</tbody></table></div></aside>"
-    )
+    heads = ('<th class="n"></th>', "<th>operation</th>", "<th>source</th>", "<th>remark</th>")
+    return _aside("Remarks", heads, rows)
 
 
 def _folded_section(report: Report) -> str:
-    """Not one of the filtered sections: its rows are values, not sites."""
-    rows = "\n".join(
+    rows = (
         f"<tr><td><code>{html.escape(value.name)}</code></td>"
         f'<td class="at">{_source(value.location)}</td>'
         f"<td><code>{html.escape(' → '.join(value.operations))}</code></td>"
@@ -195,8 +198,5 @@ def _folded_section(report: Report) -> str:
         for value in report.folded
     )
     heads = ("parameter", "source", "operations", "made from", "stored", "saved per call")
-    return (
-        f"<aside><h2>Folded<small>{html.escape(folding_text(report))}</small></h2>\n"
-        f'<div class="wrap"><table><thead><tr>{"".join(f"<th>{head}</th>" for head in heads)}</tr></thead>'
-        f"<tbody>\n{rows}\n</tbody></table></div></aside>"
-    )
+    title = f"Folded<small>{html.escape(folding_text(report))}</small>"
+    return _aside(title, (f"<th>{head}</th>" for head in heads), rows)

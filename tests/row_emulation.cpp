@@ -1,14 +1,13 @@
 // Runs the GPU row kernel (kernels/row.h) on the host, so that its arithmetic and its lane mapping can be tested bit
-// for bit without a GPU.  Every thread of a block is a fiber; fibers run in turn and meet at every lane exchange and
-// barrier.  A wave is WAVE wide, 32 and 64 both work.  Only the machine primitives differ from row.cu and row.hip.
+// for bit without a GPU.  A wave is WAVE wide, 32 and 64 both work.  Only the machine primitives differ from row.cu and
+// row.hip.
+
+#include "fibers.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <ucontext.h>
-#include <vector>
 
 typedef uint8_t u8;
 typedef uint16_t u16;
@@ -27,15 +26,6 @@ constexpr bool SATURATES = WAVE == 32;
 enum { E4M3FN = 0, E4M3FNUZ = 1, E5M2 = 2, INT8 = 3 };  // CODESi
 
 struct f2 { float x, y; };
-
-static u32 current_block, current_thread;
-static std::vector<ucontext_t> fibers;
-static std::vector<u32> slots;
-static std::vector<char> done;
-static ucontext_t home;
-
-// Hand over to the scheduler; it comes back once every other fiber has got this far (or ended).
-static void meet() { swapcontext(&fibers[current_thread], &home); }
 
 DEVICE f2 pair(float x, float y) { return {x, y}; }
 DEVICE f2 negated(f2 a) { return {-a.x, -a.y}; }
@@ -123,8 +113,7 @@ template <int BYTES> DEVICE void load_wide(const u8 *from, u32 *words) {
 template <int BYTES> DEVICE void store_wide(u8 *to, const u32 *words) { store16(to, words); }
 
 template <int K> DEVICE u32 fold(u32 value) {
-  slots[current_thread] = value;
-  meet();
+  offer(value);
   u32 other = slots[current_thread ^ K];
   meet();
   return other;
@@ -140,7 +129,7 @@ DEVICE void barrier() { meet(); }
 static void *const *arguments;
 static int row_count;
 
-static void fiber() {
+static void one_thread() {
   void *const *next = arguments;
 #define INPUT ((const u8 *)*next++)
 #define OUTPUT ((u8 *)*next++)
@@ -190,28 +179,9 @@ static void fiber() {
         QUANT(3)
 #endif
         , row_count);
-  done[current_thread] = 1;
 }
 
 extern "C" void launch(void *const *pointers, int rows, int blocks) {
-  const size_t stack = 256 * 1024;
-  std::vector<char> stacks(stack * THREADS);
   arguments = pointers, row_count = rows;
-  fibers.resize(THREADS), slots.resize(THREADS);
-  for (current_block = 0; current_block < (u32)blocks; ++current_block) {
-    done.assign(THREADS, 0);
-    for (int t = 0; t < THREADS; ++t) {
-      getcontext(&fibers[t]);
-      fibers[t].uc_stack.ss_sp = &stacks[t * stack];
-      fibers[t].uc_stack.ss_size = stack;
-      fibers[t].uc_link = &home;
-      makecontext(&fibers[t], fiber, 0);
-    }
-    for (int left = THREADS; left;)
-      for (current_thread = 0, left = 0; current_thread < THREADS; ++current_thread)
-        if (!done[current_thread]) {
-          swapcontext(&home, &fibers[current_thread]);
-          left += !done[current_thread];
-        }
-  }
+  run_blocks(blocks, THREADS, one_thread);
 }

@@ -18,6 +18,7 @@ from host_kernels import run
 import lowering
 from lowering import abi, toolchain
 from lowering.errors import CompileError
+from lowering.mapping import GridRule
 from lowering.matmul_cpu import ProductTile, tile_defines
 from lowering.matmul_kernel import instance, why_unsupported
 from lowering.ops import block_scaled_matmul_reference, to_physical
@@ -213,10 +214,29 @@ def test_results_too_large_become_infinite(dtype: str, launcher) -> None:
     assert torch.equal(found, expected) and found[1].isinf().all()
 
 
+@pytest.mark.parametrize("arch", VARIANTS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_subnormal_results(dtype: str, arch: str, launcher) -> None:
+    """Every code, scaled to where the dtype has only subnormal numbers, between them ones that have not."""
+    exponent = {"bfloat16": -66, "float16": -9}[dtype]
+    every = torch.arange(256, dtype=torch.uint8).view(E4M3FN)
+    b = torch.zeros(256, 32).to(E4M3FN)
+    b.view(torch.uint8)[:, 5] = every.view(torch.uint8)
+    scales = torch.full((8, 1), 2.0**exponent)
+    scales[5] = 1.0
+    kernel = instance(spec(256, 32, 32, dtype), variant(arch))
+    for rows in (1, 6):
+        a = torch.ones(rows, 32).to(E4M3FN)
+        (found,) = run(kernel, launcher(kernel), [a, b, torch.full((rows, 1), 2.0**exponent), scales], rows)
+        scale = 2.0**exponent * scales[:, 0].repeat_interleave(32)
+        expected = (every.float() * scale).to(getattr(torch, dtype)).expand(rows, -1)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_any_tile_gives_the_same(launcher) -> None:
     case = spec(300, 128, 64)
     tensors = operands(case, 150)
-    for tile in (ProductTile(32, 96), ProductTile(128, 192), ProductTile(128, 96, few_rows=200)):
+    for tile in (ProductTile(32), ProductTile(96), ProductTile(few_rows=200)):
         kernel = instance(case, CPU, tile)
         (found,) = run(kernel, launcher(kernel), tensors, 150)
         assert_product(case, found, tensors)
@@ -280,8 +300,11 @@ class Layer(torch.nn.Module):
 
 
 @pytest.mark.parametrize("leading", [(), (4,)])
-def test_a_program_multiplies_what_it_quantized(leading: tuple[int, ...], tmp_path: Path) -> None:
+def test_a_program_multiplies_what_it_quantized(
+    leading: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Dynamic rows, none among them; the product is a kernel, and kernels.json says how it is launched."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     layer = Layer(200, 192, 64)
     example = torch.randn(7, *leading, 192, dtype=torch.bfloat16)
     compiled = lowering.compile(layer, (example,), dynamic_shapes=({0: torch.export.Dim("T")},))
@@ -289,7 +312,7 @@ def test_a_program_multiplies_what_it_quantized(leading: tuple[int, ...], tmp_pa
     compiled.dump_kernels(tmp_path)
     launch = json.loads((tmp_path / "kernels.json").read_text())["launches"][1]
     rows = example[..., 0].numel()
-    assert launch["grid"] == [3 * -(-rows // 128), 1, 1] and launch["constants"] == [rows]
+    assert launch["grid"] == [2 * -(-rows // 128), 1, 1] and launch["constants"] == [rows]
     shapes = [binding["shape"] for binding in launch["bindings"]]
     assert shapes == [[rows, 192], [200, 192], [rows, 3], [4, 3], [rows, 200]]
     program = lowering.load(compiled.vmfb)
@@ -334,24 +357,31 @@ def test_what_has_no_kernel_is_computed_by_iree() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 8, 64])
-def test_workers_share_one_row_of_tiles(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tile is some workgroup's; handed out one by one, no worker has an eighth more than its share."""
+def test_workers_share_the_columns(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every column is some workgroup's; handed out one by one, no worker has 16 more than its share."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: workers)
-    for tiles in range(1, 600):
-        values, rule = tile_defines(96 * tiles, ProductTile())
-        each, workgroups = values["TILES"], rule.workgroups(128)
-        assert (workgroups - 1) * each < tiles <= workgroups * each and rule.workgroups(129) == 2 * tiles
-        if each > 1:
-            assert workgroups < 8 * workers
-            assert -(-workgroups // workers) * each <= 1.125 * tiles / workers + 1
+    for sixteens in range(1, 3600):
+        values, rule = tile_defines(16 * sixteens - 5, ProductTile())
+        share, workgroups = values["SHARE"] // 16, rule.workgroups(128)
+        assert (workgroups - 1) * share < sixteens <= workgroups * share
+        assert rule.workgroups(129) == 2 * workgroups
+        if workgroups >= 8 * workers:
+            assert share == 6 and sixteens >= 6 * 64 * workers
+        else:
+            assert -(-workgroups // workers) * share <= sixteens / workers + 1
 
 
-def test_a_workgroup_of_several_tiles(launcher, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    case = spec(96 * 9 + 5, 192, 64)
-    kernel = instance(case, CPU)
-    assert dict(kernel.defines)["TILES"] == "2" and kernel.grid(128)[0] == 5 and kernel.grid(129)[0] == 20
-    for rows in (0, 1, 5, 128, 129):
+@pytest.mark.parametrize("arch", VARIANTS)
+@pytest.mark.parametrize("share", [1, 2, 3, 4, 5, 6, 7, 10, 17])
+def test_any_share_gives_the_same(share: int, arch: str, launcher) -> None:
+    """Tiles of every number of sixteens, as the rest of a share and of the last one."""
+    case = spec(16 * 17 - 5, 192, 64)
+    kernel = instance(case, variant(arch))
+    defines = tuple((name, str(16 * share) if name == "SHARE" else value) for name, value in kernel.defines)
+    entry, rule = f"share_of_{share}", GridRule(128, columns=-(-17 // share))
+    defines = (("ENTRY", entry), *defines[1:])
+    kernel = dataclasses.replace(kernel, entry=entry, defines=defines, grid_rule=rule)
+    for rows in (1, 6, 129):
         tensors = operands(case, rows)
         (actual,) = run(kernel, launcher(kernel), in_memory(case, tensors), rows)
         assert_product(case, actual, tensors)

@@ -66,9 +66,9 @@ def test_grid_rule() -> None:
     assert {rows: rule.workgroups(rows) for rows in grids} == grids
 
 
-def test_grid_rule_of_one_row_of_tiles() -> None:
-    rule = GridRule(128, columns=22, one=2)
-    grids = {0: 2, 1: 2, 128: 2, 129: 44, 257: 66}
+def test_grid_rule_of_columns() -> None:
+    rule = GridRule(128, columns=22)
+    grids = {0: 22, 1: 22, 128: 22, 129: 44, 257: 66}
     assert {rows: rule.workgroups(rows) for rows in grids} == grids
 
 

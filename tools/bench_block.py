@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import platform
 import shutil
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from command_line import PackAndRun, machine_name, write_json
 from gpu_timing import call_seconds, tensor_sets, time_calls, time_launch
 from kernel_launch import CpuKernel, CudaKernel, Launch, inputs_for, outputs_for, read_launches
 from torch import Tensor, nn
@@ -115,9 +115,7 @@ def run(options: argparse.Namespace) -> int:
     sizes = json.loads((options.directory / "block.json").read_text(encoding="utf-8"))
     launches = read_launches(options.directory / "kernels")
     device = torch.device("cpu" if launches[0].object.suffix == ".o" else "cuda")
-    machine = (
-        platform.processor() or platform.machine() if device.type == "cpu" else torch.cuda.get_device_name()
-    )
+    machine = machine_name(device)
     print(f"{machine}, torch {torch.__version__}; microseconds")
     block = Block(**sizes).to(device)
     print(" rows norm+quant  gate_up silu+quant    down       sum   program  inductor   ratio  error")
@@ -130,9 +128,8 @@ def run(options: argparse.Namespace) -> int:
         for rows in options.rows:
             table.append(measure(block, program, launches, rows, device))
             print(table[-1], flush=True)
-    if options.json:
-        record = {"machine": machine, "torch": torch.__version__, **sizes, "table": list(map(asdict, table))}
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record = {"machine": machine, "torch": torch.__version__, **sizes, "table": list(map(asdict, table))}
+    write_json(options.json, record)
     return 0 if all(item.error <= LARGEST_ERROR for item in table) else 1
 
 
@@ -199,27 +196,13 @@ def _product(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    packing = commands.add_parser("pack", help="compile the block into DIR")
-    packing.add_argument("--target", default="h200", help="what to compile for (default: %(default)s)")
-    packing.add_argument("--hidden", type=int, default=7168)
-    packing.add_argument("--intermediate", type=int, default=18432)
-    running = commands.add_parser("run", help="check and time what is in DIR")
-    running.add_argument("--rows", type=_numbers, default=ROWS, metavar="N,N,...")
-    running.add_argument("--json", type=Path, metavar="FILE", help="where the table is written")
-    for command in (packing, running):
-        command.add_argument("directory", type=Path, metavar="DIR")
-    options = parser.parse_args(arguments)
+    line = PackAndRun(__doc__, ROWS)
+    line.pack.add_argument("--hidden", type=int, default=7168)
+    line.pack.add_argument("--intermediate", type=int, default=18432)
+    options = line.parser.parse_args(arguments)
     if options.command == "pack":
         return pack(options.directory, options.target, options.hidden, options.intermediate)
     return run(options)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import statistics
 import sys
@@ -31,6 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from command_line import numbers, write_json
 from gpu_compare import BF16_STEP, compare, steps
 from kernel_launch import CpuKernel, Launch, outputs_for, read_launches, reference
 from torch import Tensor
@@ -71,8 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         times = measure(contenders, options.rounds)
     show(times, options)
-    if options.json:
-        options.json.write_text(json.dumps(times, indent=1) + "\n", encoding="utf-8")
+    write_json(options.json, times)
     return 0
 
 
@@ -80,16 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", type=_shape, default=(4, 512, 1024), help="default: 4,512,1024")
+    parser.add_argument("--shape", type=numbers, default=(4, 512, 1024), help="default: 4,512,1024")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--threads", type=int, default=2, help="for torch and IREE (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=40, help="turns of each (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every time to FILE")
     return parser
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
 
 
 def iree_threads(threads: int) -> None:

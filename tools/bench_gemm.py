@@ -18,7 +18,6 @@ waits, spinning for up to some milliseconds; that is not counted.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -31,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from bench_cpu import Contender, iree_threads
+from command_line import numbers, write_json
 from torch import Tensor
 
 import lowering
@@ -113,10 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for line in bench(shape, options):
                 lines.append(line)
                 print(row(line), flush=True)
-    if options.json:
-        options.json.write_text(
-            json.dumps([asdict(line) for line in lines], indent=1) + "\n", encoding="utf-8"
-        )
+    write_json(options.json, [asdict(line) for line in lines])
     return 0
 
 
@@ -128,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shape", type=Shape.parse, nargs="+", default=shapes, help=f"default: {' '.join(SHAPES)}"
     )
-    parser.add_argument("--rows", type=_numbers, default=ROWS, metavar="M,M,...", help="default: 1,16,64,128")
+    parser.add_argument("--rows", type=numbers, default=ROWS, metavar="M,M,...", help="default: 1,16,64,128")
     parser.add_argument("--threads", type=int, default=2, help="for torch and IREE (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=20, help="turns of each (default: %(default)s)")
     parser.add_argument(
@@ -136,10 +133,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every time to FILE")
     return parser
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
 
 
 # What is compared -------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import itertools
-import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from command_line import PackAndRun, add_target, write_json
 from gpu_timing import copy_bandwidth, time_calls
 from kernel_launch import CudaKernel, Launch, launch_of
 from torch import Tensor
@@ -111,27 +111,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    packing = commands.add_parser("pack", help="compile the kernels into DIR")
-    checking = commands.add_parser("check", help="check the kernels of DIR at ragged sizes")
-    running = commands.add_parser("run", help="check and time the kernels of DIR")
-    running.add_argument(
-        "--rows", type=_numbers, default=ROWS, metavar="M,M,...", help="default: %(default)s"
-    )
-    running.add_argument("--json", type=Path, metavar="FILE", help="where the table is written")
-    for command in (packing, checking, running):
-        command.add_argument("directory", type=Path, metavar="DIR")
-        command.add_argument("--target", default="h200", help="default: %(default)s")
-    for command in (packing, running):
+    line = PackAndRun(__doc__, ROWS)
+    checking = line.add("check", "check the kernels of DIR at ragged sizes")
+    for command in (checking, line.run):  # which kernels there are depends on it
+        add_target(command)
+    for command in (line.pack, line.run):
         command.add_argument("--shape", type=_shape, nargs="+", default=SHAPES, metavar="NxK")
-    return parser
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    return line.parser
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -202,7 +188,7 @@ def run(options: argparse.Namespace) -> int:
         record |= {"copy_bandwidth": bandwidth, "peak": PEAK[resolve(options.target).arch]}
         extras = [{"ratio": item.ratio, "teraflops": item.teraflops} for item in table]
         record["table"] = [{**asdict(item), **extra} for item, extra in zip(table, extras, strict=True)]
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, record)
     return failed or int(not all(item.right for item in table))
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import sys
 import time
@@ -28,6 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from command_line import numbers, write_json
 from iree.compiler import ir
 from torch import Tensor, nn
 
@@ -124,8 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(line(found[-1]), flush=True)
     if len(found) > 1:
         print(growth(found[0], found[-1]))
-    if options.json:
-        options.json.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n", encoding="utf-8")
+    write_json(options.json, [asdict(one) for one in found])
     goal = model.goal if options.goal is None else options.goal
     counted = sum(list(found[-1].seconds.values())[model.first_step :])
     print(f"{counted:.2f} s counted at {found[-1].layers} layers; the goal is {goal:g}")
@@ -137,16 +136,12 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=MODELS, default="llama", help="default: %(default)s")
-    parser.add_argument("--layers", type=_numbers, help="depths, as 2,4,8 (default: the model's own)")
+    parser.add_argument("--layers", type=numbers, help="depths, as 2,4,8 (default: the model's own)")
     parser.add_argument("--target", default="cpu", help="default: %(default)s")
     parser.add_argument("--repeat", type=int, default=2, help="runs of each depth (default: %(default)s)")
     parser.add_argument("--goal", type=float, help="seconds allowed (default: the model's own)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything found to FILE")
     return parser
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 def measure(model: Model, layers: int, target_name: str) -> Measured:

@@ -33,6 +33,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from command_line import write_json
 from float64_check import problems
 from gpu_timing import copy_bandwidth, is_cold, tensor_sets, time_calls, time_in_turn
 from kernel_families import CHECKED, CHECKED_HIDDEN, FAMILIES, HIDDEN, ROWS
@@ -194,17 +195,12 @@ def run(options: argparse.Namespace) -> int:
                 point = time_point(kernels, flashinfer, name, family(hidden), rows, bandwidth)
                 points.append(point)
                 print(line(point), flush=True)
-    _write(options.json, {**found, "points": points})
+    write_json(options.json, {**found, "points": points})
     if options.inductor:  # which may take longer than there is time
         time_inductor(points, lambda: time.perf_counter() - start < options.seconds)
-        _write(options.json, {**found, "points": points})
+        write_json(options.json, {**found, "points": points})
     print("\n".join(summary(points)))
     return 1 if any(point["problems"] for point in points) else 0
-
-
-def _write(path: Path | None, document: Mapping[str, Any]) -> None:
-    if path:
-        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def time_point(

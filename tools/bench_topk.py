@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from command_line import PackAndRun, machine_name, write_json
 from gpu_compare import steps
 from gpu_timing import call_seconds, copy_bandwidth
 from kernel_launch import Launch, inputs_for, kernel_for, outputs_for, read_launches
@@ -105,31 +104,12 @@ def as_hugging_face_writes_it(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = PackAndRun(__doc__, ROWS).parser.parse_args(arguments)
     try:
         return pack(options.directory, options.target) if options.command == "pack" else run(options)
     except (LoweringError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    packing = commands.add_parser("pack", help="compile the kernels into DIR")
-    packing.add_argument("--target", default="h200", help="what to compile for (default: %(default)s)")
-    running = commands.add_parser("run", help="check and time the kernels of DIR")
-    running.add_argument("--rows", type=_numbers, default=ROWS, metavar="N,N,...", help="numbers of tokens")
-    running.add_argument("--json", type=Path, metavar="FILE", help="where the table is written")
-    for command in (packing, running):
-        command.add_argument("directory", type=Path, metavar="DIR")
-    return parser
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
 
 
 def pack(directory: Path, target: str) -> int:
@@ -150,7 +130,7 @@ def run(options: argparse.Namespace) -> int:
     on_cpu = launches[DTYPES[0]].object.suffix == ".o"
     device = torch.device("cpu" if on_cpu else "cuda")
     bandwidth = None if on_cpu else copy_bandwidth()
-    machine = platform.processor() or platform.machine() if on_cpu else torch.cuda.get_device_name()
+    machine = machine_name(device)
     print(f"{machine}, torch {torch.__version__}; microseconds")
     print("gating    tokens    kernel  floor  inductor autotuned  speedup")
     table = []
@@ -159,10 +139,9 @@ def run(options: argparse.Namespace) -> int:
             table.append(measure(dtype, launch.resized(rows), device, bandwidth))
             print(table[-1], flush=True)
     file = options.json or (Path(os.environ["OUT"]) / "bench_topk.json" if os.environ.get("OUT") else None)
-    if file:
-        record = {"machine": machine, "torch": torch.__version__, "routing": dataclasses.asdict(ROUTING)}
-        record["table"] = [{**dataclasses.asdict(item), "speedup": item.speedup} for item in table]
-        file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record = {"machine": machine, "torch": torch.__version__, "routing": dataclasses.asdict(ROUTING)}
+    record["table"] = [{**dataclasses.asdict(item), "speedup": item.speedup} for item in table]
+    write_json(file, record)
     return 0 if all(item.right for item in table) else 1
 
 

@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,14 +35,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from command_line import numbers
 from gpu_cases import Case, Manifest, Packed, build, case_named, load_weights
 from gpu_compare import Difference, compare_all, compare_logits
 from gpu_timing import ROWS, call_seconds, check_kernel, copy_bandwidth, time_kernel
-from kernel_launch import read_launches, row_spec
+from kernel_launch import Launch, read_launches, row_spec
 from torch import Tensor, nn
 
 import lowering
 from lowering.errors import LoweringError, RunError, UsageError
+from patterns.contracts import RowSpec
 
 CASE_SECONDS = 400
 _THREADS, _CALLS_PER_THREAD = 4, 6
@@ -83,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         "--case", action="append", default=[], metavar="NAME", help="only this case (repeatable)"
     )
     parser.add_argument(
-        "--rows", type=_numbers, metavar="N,N,...", help="row counts instead of each case's own"
+        "--rows", type=numbers, metavar="N,N,...", help="row counts instead of each case's own"
     )
     parser.add_argument("--no-times", action="store_true", help="check only")
     parser.add_argument("--no-compile", action="store_true", help="do not time torch.compile")
@@ -93,10 +95,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 # All cases, each in a process of its own --------------------------------------------------------
@@ -175,14 +173,22 @@ def smoke(manifest: Manifest, directory: Path, names: Sequence[str]) -> int:
         packed = manifest.case(name)
         load_weights(build(case_named(name)), directory / packed.weights)
         launches = read_launches(directory / packed.kernels)
+        list(row_kernels(packed, directory))
         for launch in launches:
-            row_spec(packed.specs[launch.entry])
             for rows in (0, 1, 3, launch.rows):
                 launch.resized(rows)
             if launch.resized(launch.rows) != launch:
                 raise UsageError(f"{launch.entry}: its grid does not follow from its rows")
         print(f"ok     {name}: {len(launches)} launches, {packed.report}")
     return 0
+
+
+def row_kernels(packed: Packed, directory: Path) -> Iterator[tuple[Launch, RowSpec]]:
+    """Each row kernel of a case and what it computes; products and routing have checks of their own."""
+    for launch in read_launches(directory / packed.kernels):
+        data = packed.specs[launch.entry]
+        if "quantizations" in data:
+            yield launch, row_spec(data)
 
 
 # One case ---------------------------------------------------------------------------------------
@@ -275,16 +281,15 @@ def _steps(trial: Trial, options: argparse.Namespace, *, cuda: bool) -> Iterator
     yield "threads", "own programs", lambda: check_threads(trial, shared=False)
     for what, mistake in mistakes(trial):
         yield "mistakes", what, lambda mistake=mistake: refused(mistake)
-    launches = {launch.entry: launch for launch in read_launches(trial.directory / trial.packed.kernels)}
-    for entry, launch in launches.items():
-        spec = row_spec(trial.packed.specs[entry])
+    kernels = {launch.entry: (launch, spec) for launch, spec in row_kernels(trial.packed, trial.directory)}
+    for entry, (launch, spec) in kernels.items():
         for rows in (0, 1, 3, 17, 128):
             resized = launch.resized(rows)
             call = functools.partial(check_object, resized, spec, trial.device)
             yield "objects", f"{entry} T={rows}", call
     if not cuda or options.no_times:
         return
-    yield from _timings(trial, launches, options)
+    yield from _timings(trial, kernels.values(), options)
 
 
 # Right results ----------------------------------------------------------------------------------
@@ -391,15 +396,16 @@ def refused(mistake: Callable[[], object]) -> str:
 # Times ------------------------------------------------------------------------------------------
 
 
-def _timings(trial: Trial, launches: dict[str, Any], options: argparse.Namespace) -> Iterator[Step]:
+def _timings(
+    trial: Trial, kernels: Iterable[tuple[Launch, RowSpec]], options: argparse.Namespace
+) -> Iterator[Step]:
     for rows in _CALL_ROWS:
         yield "time", f"call T={rows}", lambda rows=rows: time_call(trial, rows)
     if not trial.case.timed:
         return
     bandwidth: list[float] = []
     yield "time", "copy", lambda: time_copy(bandwidth)
-    for entry, launch in launches.items():
-        spec = row_spec(trial.packed.specs[entry])
+    for launch, spec in kernels:
         for rows in ROWS:
             call = functools.partial(time_object, launch.resized(rows), spec, bandwidth, options)
             yield "time", f"object T={rows}", call
