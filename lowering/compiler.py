@@ -12,7 +12,7 @@ import tempfile
 import time
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +38,8 @@ from .layout import check, lay_out, reads_of
 from .normalize import normalize
 from .raising import RECOGNISERS, raise_function
 from .report import Change, Report, Site
-from .signature import SIGNATURE_KEY, Signature
+from .signature import SIGNATURE_KEY, Signature, known_sizes
+from .storage import add_entry
 from .targets import Target, resolve
 from .views import sink_views
 from .weight_scales import check_scales
@@ -168,8 +169,7 @@ class _Pipeline:
             ledger = self._fuse(program)
             dispatched = self._dispatch(program, ledger, Path(directory))
             with weights.archived(program.parameters, archive_path, self.progress) as archive:
-                signature = self._sign(program, archive)
-                vmfb = self._compile(program, archive)
+                signature, vmfb = self._compile(program, archive)
         report = _report(self.target, ledger, len(dispatched.launches), program)
         return Compiled(self.target, report, vmfb, dispatched, signature)
 
@@ -221,16 +221,10 @@ class _Pipeline:
         self.dump("dispatch", program.module)
         return dispatched
 
-    def _sign(self, program: Program, archive: weights.Archive) -> Signature:
-        """Record how the program is called on the function itself, for the runtime to read."""
-        signature = program.signature(self.target, archive.identity)
-        entry = ir.DictAttr.get({SIGNATURE_KEY: ir.StringAttr.get(signature.to_json())})
-        program.main().attributes["iree.reflection"] = entry
-        return signature
-
-    def _compile(self, program: Program, archive: weights.Archive) -> bytes:
+    def _compile(self, program: Program, archive: weights.Archive) -> tuple[Signature, bytes]:
         self.start("compile", self.target.name)
-        module = program.module
+        module, name = program.module, ir.StringAttr(program.main().attributes["sym_name"]).value
+        signature = program.signature(self.target, archive.identity)
         devices.declare_device(module, self.target)
         with _Diagnostics(self.context) as diagnostics:
             try:
@@ -238,8 +232,17 @@ class _Pipeline:
             except ir.MLIRError as error:
                 raise diagnostics.error("the model uses an operation that cannot be lowered", error) from None
         floats.rewrite_unsupported(module, self.target)
+        placed = add_entry(module, name, known_sizes(signature))
+        signature = replace(signature, placed=placed.results, scratch=placed.scratch)
+        _sign(module, name, signature)
         self.dump("linalg", module)
-        return _iree_compile(module, (*devices.flags(self.target), *archive.flags()))
+        return signature, _iree_compile(module, (*devices.flags(self.target), *archive.flags()))
+
+
+def _sign(module: ir.Module, name: str, signature: Signature) -> None:
+    """Record how the program is called on the function itself, for the runtime to read."""
+    entry = ir.DictAttr.get({SIGNATURE_KEY: ir.StringAttr.get(signature.to_json())})
+    ir.SymbolTable(module.operation)[name].operation.attributes["iree.reflection"] = entry
 
 
 class _Diagnostics:

@@ -24,7 +24,7 @@ from .group_quant import (
 )
 from .rms_norm import add_rms_norm, rms_norm, rms_norm_reference
 from .routing import grouped_topk, grouped_topk_reference
-from .scale_layouts import SCALE_LAYOUTS, from_physical, to_physical
+from .scale_layouts import SCALE_LAYOUTS, from_physical, physical_shape, to_physical
 from .weight_layouts import (
     shuffle_weight,
     shuffle_weight_reference,
@@ -45,6 +45,7 @@ __all__ = [
     "group_quant_reference",
     "grouped_topk",
     "grouped_topk_reference",
+    "physical_shape",
     "rms_norm",
     "rms_norm_reference",
     "shuffle_weight",

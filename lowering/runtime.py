@@ -19,12 +19,8 @@ from __future__ import annotations
 
 import io
 import json
-import re
-import threading
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +28,14 @@ import torch
 from iree import runtime as iree
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from . import ops
-from .errors import RunError, UsageError
+from .errors import RunError
+from .session import Place, Session, dtype_name, instance, reason, reported
 from .signature import (
+    ASYNC,
+    INTO,
+    SCRATCH_SIZE,
     SIGNATURE_KEY,
     Constant,
     Leaf,
@@ -44,39 +43,14 @@ from .signature import (
     Signature,
     Symbols,
     TensorSpec,
-    missing_on_host,
     parameter_digest,
     resolve,
 )
 
 __all__ = ["Function", "Program", "load"]
 
-_DRIVERS = {"cpu": "local-task", "cuda": "cuda", "hip": "hip"}
-_DLPACK_TYPES = {"cpu": 1, "cuda": 2, "hip": 10}
-_CPU_ALIGNMENT = 64
-# IREE's torch pipeline exports each function a second time, with this after its name.
-_ASYNC_TWIN = "$async"
-
-# Read by the drivers when they are created. With stream-ordered allocations the CUDA and HIP drivers
-# cannot export a result by DLPack.
-_DRIVER_FLAGS = {"cuda": "--cuda_async_allocations=false", "hip": "--hip_async_allocations=false"}
-
-# Element types that the runtime's DLPack does not know: they cross as bytes.
-_AS_BYTES = {
-    torch.float8_e4m3fn: iree.HalElementType.FLOAT_8_E4M3_FN,
-    torch.float8_e4m3fnuz: iree.HalElementType.FLOAT_8_E4M3_FNUZ,
-    torch.float8_e5m2: iree.HalElementType.FLOAT_8_E5M2,
-    torch.float8_e5m2fnuz: iree.HalElementType.FLOAT_8_E5M2_FNUZ,
-    torch.float8_e8m0fnu: iree.HalElementType.FLOAT_8_E8M0_FNU,
-}
-
-
-def _code(element: Any) -> int:
-    """The number of a HalElementType; the runtime's stubs do not say that it is an integer."""
-    return int(element)
-
-
-_FROM_BYTES = {_code(element): dtype for dtype, element in _AS_BYTES.items()}
+# Calls with new shapes are checked and planned; the plans of this many are kept, then all are made anew.
+_REMEMBERED_PLANS = 1024
 
 # The archive's entries are checked against their checksums, the small ones first, until this many
 # bytes have been read; the largest ones are weights, and stay unread until they are used.
@@ -99,15 +73,15 @@ def load(
     with, or when the device's driver is not available; UsageError for an unknown device name.
     """
     name = "the program" if isinstance(source, bytes) else str(source)
-    with _reported(f"{name} cannot be loaded"):
+    with reported(f"{name} cannot be loaded"):
         _check_archive(source, name)
         module = _open_module(source)
         signatures = _signatures(module, name)
     first = next(iter(signatures.values()))
-    place = _Place.for_program(first, device, name)
+    place = Place.for_program(first, device, name)
     needed = next((s.parameters for s in signatures.values() if s.parameters), None)
     providers = _parameter_modules(needed, parameters, name)
-    with _reported(f"{name} cannot be loaded on {place}"):
+    with reported(f"{name} cannot be loaded on {place}"):
         return Program(module, signatures, place, providers)
 
 
@@ -122,13 +96,12 @@ class Program:
         self,
         module: iree.VmModule,
         signatures: dict[str, Signature],
-        place: _Place,
+        place: Place,
         parameter_modules: Sequence[iree.VmModule] = (),
     ):
-        session = _Session(module, place, parameter_modules)
+        session = Session(module, place, parameter_modules)
         self._functions = {
-            name: Function(name, signature, session, _lookup(module, name))
-            for name, signature in signatures.items()
+            name: Function(name, signature, session, module) for name, signature in signatures.items()
         }
 
     @property
@@ -152,7 +125,7 @@ class Program:
 class Function:
     """One exported function of a program."""
 
-    def __init__(self, name: str, signature: Signature, session: _Session, function: iree.VmFunction):
+    def __init__(self, name: str, signature: Signature, session: Session, module: iree.VmModule):
         self.name = name
         self.signature = signature
         self.tensor_inputs = _tensors(signature.inputs)
@@ -160,10 +133,21 @@ class Function:
         self.tensor_outputs = _tensors(signature.outputs)
         """The results of ``run``; None when the program does not say."""
         self._session = session
-        self._function = function
+        into = bool(signature.placed) or signature.scratch
+        self._function = _lookup(module, name + INTO if into else name)
+        self._scratch_size = _lookup(module, name + INTO + SCRATCH_SIZE) if signature.scratch else None
         self._in_tree = _load_tree(signature.input_tree)
-        self._out_tree = _load_tree(signature.output_tree)
+        self._result_tree = _load_result_tree(signature.output_tree)
         self._keywords = _keywords(signature.input_tree)
+        self._positional = _positional(self._in_tree, signature.inputs)
+        self._constants = any(isinstance(leaf, Constant) for leaf in signature.outputs or ())
+        outputs = self.tensor_outputs or ()
+        self._strided = [(i, spec.strides) for i, spec in enumerate(outputs) if spec.strides]
+        self._dtypes = tuple(getattr(torch, spec.dtype) for spec in outputs)
+        placed = {number for numbers in signature.placed for number in numbers}
+        self._returned = [i for i in range(len(outputs)) if i not in placed]
+        self._returned_dtypes = [self._dtypes[i] for i in self._returned]
+        self._plans: dict[Any, _Plan] = {}
 
     @property
     def device(self) -> torch.device:
@@ -171,43 +155,80 @@ class Function:
         return self._session.place.device
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves = self._flatten(args, kwargs)
-        inputs = self.signature.inputs
-        if inputs is not None:
-            if len(leaves) != len(inputs):
-                raise RunError(f"{self._describe()}, got {len(leaves)}")
-            leaves = _drop_constants(inputs, leaves)
-        results = list(self._results(self.run(*leaves)))
-        if self._out_tree is not None and self._out_tree.num_leaves == len(results):
-            return pytree.tree_unflatten(results, self._out_tree)
+        plain = len(args) == self._positional and not kwargs and all(isinstance(x, Tensor) for x in args)
+        results = self.run(*(args if plain else self._leaves(args, kwargs)))
+        if self._constants:
+            results = list(self._with_constants(results))
+        tree = self._result_tree
+        if tree is not None and tree.num_leaves == len(results):
+            return pytree.tree_unflatten(results, tree)
         return results[0] if len(results) == 1 else tuple(results)
 
     def run(self, *tensors: Tensor) -> list[Tensor]:
         """Call with the tensor arguments alone, flat and in order; returns the tensors of the result."""
-        symbols = self._check(tensors)
+        plan = self._plan(tensors)
         session = self._session
-        if session.place.backend != "cpu" and (empty := self._all_empty(symbols)) is not None:
-            return empty
-        views = session.invoke(self._function, tensors)
-        outputs = self.tensor_outputs
-        if outputs is None:
+        if plan.all_empty and session.place.backend != "cpu":
+            return self._empty(plan)
+        with reported(f"{self.name} failed"):
+            storage = [session.allocate(like) for like in plan.storage]
+            views = session.invoke(self._function, tensors, [view for _, view in storage])
+        if self.tensor_outputs is None:
             return [session.to_torch(view, None) for view in views]
-        if len(outputs) != len(views):
-            raise RunError(f"{self.name} returned {len(views)} tensors, its signature says {len(outputs)}")
-        return [_result(session, view, spec, symbols) for view, spec in zip(views, outputs, strict=True)]
+        returned = self._returned
+        if len(returned) != len(views):
+            raise RunError(f"{self.name} returned {len(views)} tensors, its signature says {len(returned)}")
+        results = dict(zip(returned, map(session.to_torch, views, self._returned_dtypes), strict=True))
+        for numbers, (tensor, _) in zip(self.signature.placed, storage, strict=False):
+            results[numbers[0]] = tensor
+            for number in numbers[1:]:
+                results[number] = tensor.view(self._dtypes[number])
+        for number, layout in self._strided:
+            results[number] = ops.from_physical(results[number], plan.leading(number), layout)
+        return [results[number] for number in range(len(results))]
 
-    def _all_empty(self, symbols: Symbols) -> list[Tensor] | None:
-        """The results, if all of them are known to be empty, which no GPU driver of IREE's can make: CUDA
-        refuses an empty grid and fails the device with it; HIP has no address for an empty buffer, and
-        the driver waits for one for ever."""
-        results = []
-        for spec in self.tensor_outputs or ():
-            shape = [resolve(dim, symbols) for dim in spec.shape or (None,)]
-            sizes = [size for size in shape if size is not None]
-            if len(sizes) != len(shape) or 0 not in sizes:
-                return None
-            results.append(torch.empty(sizes, dtype=getattr(torch, spec.dtype), device=self.device))
-        return results or None
+    def _empty(self, plan: _Plan) -> list[Tensor]:
+        """Results that are all empty, which no GPU driver of IREE's can make: CUDA refuses an empty grid and
+        fails the device with it; HIP has no address for an empty buffer, and the driver waits for one for
+        ever."""
+        return [
+            torch.empty([size or 0 for size in sizes], dtype=dtype, device=self.device)
+            for sizes, dtype in zip(plan.sizes, self._dtypes, strict=True)
+        ]
+
+    def _plan(self, tensors: Sequence[Any]) -> _Plan:
+        """What is known of a call with ``tensors``; they are checked when first they have these shapes."""
+        key = tuple([(x.dtype, x.shape, x.device) if isinstance(x, Tensor) else None for x in tensors])
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._planned(tensors)
+            if len(self._plans) >= _REMEMBERED_PLANS:
+                self._plans.clear()
+            self._plans[key] = plan
+        return plan
+
+    def _planned(self, tensors: Sequence[Any]) -> _Plan:
+        """Check the arguments of ``run`` and plan the call."""
+        plan = _Plan(self._check(tensors), self.tensor_outputs or ())
+        layouts, session = dict(self._strided), self._session
+        for number, *_ in self.signature.placed:
+            shape = ops.physical_shape(plan.shape(number), layouts.get(number, "row"))
+            plan.storage.append(session.template(shape, self._dtypes[number]))
+        if self._scratch_size is not None:
+            with reported(f"{self.name} failed"):
+                size = session.query(self._scratch_size, tensors, len(plan.storage) + 1)
+            plan.storage.append(session.template((size,), torch.uint8))
+        return plan
+
+    def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
+        """The arguments of ``run``."""
+        leaves = self._flatten(args, kwargs)
+        inputs = self.signature.inputs
+        if inputs is None:
+            return leaves
+        if len(leaves) != len(inputs):
+            raise RunError(f"{self._describe()}, got {len(leaves)}")
+        return _drop_constants(inputs, leaves)
 
     def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
         if self._in_tree is None:
@@ -239,7 +260,7 @@ class Function:
             raise RunError(f"{self.name} takes {len(specs)} tensors ({names}), got {len(tensors)}")
         return _bind(specs, tensors)
 
-    def _results(self, tensors: Sequence[Tensor]) -> Iterator[Any]:
+    def _with_constants(self, tensors: Sequence[Tensor]) -> Iterator[Any]:
         """The leaves of the result: the tensors, with the burned-in constants between them."""
         remaining = iter(tensors)
         for leaf in self.signature.outputs or ():
@@ -255,6 +276,33 @@ class Function:
         keywords = f", keywords {', '.join(self._keywords)}" if self._keywords else ""
         plural = "" if len(leaves) == 1 else "s"
         return f"{self.name} takes {len(leaves)} argument{plural} ({names}{keywords})"
+
+
+class _Plan:
+    """What the arguments' dtypes and shapes decide about a call."""
+
+    def __init__(self, symbols: Symbols, outputs: Sequence[TensorSpec]):
+        self.outputs = outputs
+        self.sizes = [tuple(resolve(dim, symbols) for dim in spec.shape or (None,)) for spec in outputs]
+        """Of each result; None is a size that only the call itself tells."""
+        self.all_empty = bool(self.sizes) and all(0 in sizes and None not in sizes for sizes in self.sizes)
+        self.storage: list[Tensor] = []
+        """The memory to pass, by ``Session.template``: for results, and scratch memory after them."""
+
+    def shape(self, number: int) -> tuple[int, ...]:
+        """Of the result ``number``; RunError where a size does not follow from the arguments."""
+        return self._known(number, self.sizes[number])
+
+    def leading(self, number: int) -> tuple[int, ...]:
+        """All but the last size of ``shape``."""
+        return self._known(number, self.sizes[number][:-1])
+
+    def _known(self, number: int, sizes: tuple[int | None, ...]) -> tuple[int, ...]:
+        known = tuple(size for size in sizes if size is not None)
+        if len(known) != len(sizes):
+            spec = self.outputs[number]
+            raise RunError(f"result {spec.name}: the size of {spec} does not follow from the arguments")
+        return known
 
 
 # --- checking a call ---------------------------------------------------------------------------
@@ -280,7 +328,7 @@ def _bind(specs: Sequence[TensorSpec], tensors: Sequence[Tensor]) -> Symbols:
     """Check dtypes and shapes; the value of every symbol."""
     symbols: Symbols = {}
     for spec, tensor in zip(specs, tensors, strict=True):
-        if _dtype_name(tensor.dtype) != spec.dtype:
+        if dtype_name(tensor.dtype) != spec.dtype:
             raise _mismatch(spec, tensor)
         if spec.shape is None:
             continue
@@ -299,7 +347,7 @@ def _bind(specs: Sequence[TensorSpec], tensors: Sequence[Tensor]) -> Symbols:
 
 
 def _mismatch(spec: TensorSpec, tensor: Tensor, why: str = "") -> RunError:
-    got = f"{_dtype_name(tensor.dtype)}[{', '.join(str(size) for size in tensor.shape)}]"
+    got = f"{dtype_name(tensor.dtype)}[{', '.join(str(size) for size in tensor.shape)}]"
     return RunError(f"argument {spec.name}: expected {spec}, got {got}{why}")
 
 
@@ -307,21 +355,6 @@ def _describe_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """'3 and keywords mask', or that only the nesting differs."""
     keywords = f" and keywords {', '.join(kwargs)}" if kwargs else ""
     return f"{len(args)} positional{keywords}, or other containers inside them"
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _result(session: _Session, view: iree.HalBufferView, spec: TensorSpec, symbols: Symbols) -> Tensor:
-    tensor = session.to_torch(view, getattr(torch, spec.dtype))
-    if spec.strides is None:
-        return tensor
-    leading = [resolve(dim, symbols) for dim in (spec.shape or ())[:-1]]
-    known = [size for size in leading if size is not None]
-    if len(known) != len(leading):
-        raise RunError(f"result {spec.name}: the size of {spec} does not follow from the arguments")
-    return ops.from_physical(tensor, tuple(known), spec.strides)
 
 
 # --- trees -------------------------------------------------------------------------------------
@@ -337,191 +370,32 @@ def _load_tree(text: str | None) -> pytree.TreeSpec | None:
         return None
 
 
+def _load_result_tree(text: str | None) -> pytree.TreeSpec | None:
+    """The tree of a result, or None where that is what there is without one: the one leaf, or a tuple."""
+    tree = _load_tree(text)
+    if tree is None:
+        return None
+    count = tree.num_leaves
+    built = pytree.tree_unflatten(list(range(count)), tree)
+    plain = 0 if count == 1 else tuple(range(count))
+    return None if type(built) is type(plain) and built == plain else tree
+
+
+def _positional(tree: pytree.TreeSpec | None, inputs: tuple[Leaf, ...] | None) -> int | None:
+    """How many arguments a call has, if all are tensors, none in a container and none a keyword."""
+    if tree is None or any(isinstance(leaf, Constant) for leaf in inputs or ()):
+        return None
+    count = tree.num_leaves
+    plain = pytree.tree_unflatten(list(range(count)), tree) == (tuple(range(count)), {})
+    return count if plain else None
+
+
 def _keywords(text: str | None) -> tuple[str, ...]:
     """The keyword arguments of an input tree ``(args, kwargs)``, in order."""
     if text is None:
         return ()
     children = json.loads(text)[1]["children_spec"]
     return tuple(json.loads(children[1]["context"])) if len(children) == 2 else ()
-
-
-# --- devices and invocation --------------------------------------------------------------------
-
-
-class _Place:
-    """A device, by IREE's name and by torch's."""
-
-    def __init__(self, backend: str, index: int):
-        self.backend = backend
-        self.index = index
-        self.emulated = _emulated_arch(index) if backend == "hip" else None
-        """The architecture of a GPU that the cpu plays, whose tensors are torch's cpu tensors; else None."""
-        on_host = backend == "cpu" or self.emulated is not None
-        # torch's ROCm build calls its devices cuda.
-        self.device = torch.device("cpu") if on_host else torch.device("cuda", index)
-
-    def __str__(self) -> str:
-        return "cpu" if self.backend == "cpu" else f"{self.backend}:{self.index}"
-
-    @staticmethod
-    def for_program(signature: Signature, device: str | torch.device | None, name: str) -> _Place:
-        """Where ``signature`` is to run; RunError unless it can."""
-        backend, index = _parse_device(str(device or signature.backend))
-        compiled = f"{name} was compiled for {signature.target}"
-        if backend == "cuda" and isinstance(device, torch.device) and torch.version.hip:
-            backend = "hip"
-        if backend != signature.backend:
-            raise RunError(f"{compiled} ({signature.backend}) and cannot run on {backend}")
-        place = _Place(backend, index)
-        refusal = place.refusal(signature.arch)
-        if refusal is not None:
-            raise RunError(f"{compiled}; {refusal}")
-        return place
-
-    def refusal(self, arch: str) -> str | None:
-        """Why this device cannot run code for ``arch``, or None."""
-        if self.backend == "cpu":
-            missing = missing_on_host(arch)
-            return missing and f"this machine lacks {missing}"
-        # The driver first: without one, torch says less about what is missing.
-        _hal_device(self.backend, self.index)
-        if self.emulated is not None:
-            return None if self.emulated == arch else f"{self} is an emulated {self.emulated}"
-        built_for = "HIP" if torch.version.hip else "CUDA" if torch.version.cuda else "the cpu alone"
-        if built_for.lower() != self.backend:
-            return f"the torch {torch.__version__} here is built for {built_for}"
-        if self.index >= torch.cuda.device_count():
-            return f"this machine has no {self}"
-        actual = _gpu_arch(self.index)
-        # sm_90a: the a says that nothing but this very architecture will do, as for every cubin here.
-        needed = arch.removesuffix("a") if self.backend == "cuda" else arch
-        return None if actual == needed else f"{self} is {actual}"
-
-
-def _gpu_arch(index: int) -> str:
-    properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip:
-        return properties.gcnArchName.partition(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
-
-
-def _emulated_arch(index: int) -> str | None:
-    """What the HIP stand-in of ``tools/gfx950`` calls its device "emulated" of; None of any other device."""
-    _hal_device("hip", index)
-    name = iree.get_driver("hip").query_available_devices()[index]["name"]
-    found = re.fullmatch(r"emulated (gfx\w+)", name)
-    return found and found[1]
-
-
-def _parse_device(text: str) -> tuple[str, int]:
-    backend, _, index = text.partition(":")
-    if backend not in _DRIVERS or not (index or "0").isdecimal():
-        raise UsageError(f"unknown device {text!r}; known devices: cpu, cuda, cuda:N, hip, hip:N")
-    return backend, int(index or 0)
-
-
-@cache
-def _instance() -> iree.VmInstance:
-    return iree.VmInstance()
-
-
-_DEVICE_LOCK = threading.Lock()
-_API_NAMES = {"cpu": "cpu", "cuda": "CUDA", "hip": "HIP"}
-
-
-def _hal_device(backend: str, index: int) -> iree.HalDevice:
-    """IREE's device, one per process; RunError when its driver is not available."""
-    uri = _DRIVERS[backend] if backend == "cpu" else f"{_DRIVERS[backend]}://{index}"
-    try:
-        with _DEVICE_LOCK:
-            if backend in _DRIVER_FLAGS:
-                iree.flags.parse_flags(_DRIVER_FLAGS[backend])
-            return iree.get_device(uri)
-    except (RuntimeError, ValueError, OSError) as error:
-        what = f"no {_API_NAMES[backend]} driver or device"
-        raise RunError(f"there is {what} on this machine: {_reason(error)}") from error
-
-
-class _Session:
-    """One IREE context on one device; calls take turns."""
-
-    def __init__(self, module: iree.VmModule, place: _Place, parameter_modules: Sequence[iree.VmModule]):
-        self.place = place
-        # What an empty tensor points to: torch's points nowhere, which crashes the cpu driver.  Made first:
-        # on a GPU it also makes the device current in this thread, which IREE's module loading relies on.
-        self._somewhere = torch.zeros(_CPU_ALIGNMENT, dtype=torch.uint8, device=place.device)
-        self._hal = _hal_device(place.backend, place.index)
-        hal_module = iree.create_hal_module(_instance(), self._hal)
-        self._context = iree.VmContext(_instance(), [hal_module, *parameter_modules, module])
-        self._lock = threading.Lock()
-
-    def invoke(self, function: iree.VmFunction, tensors: Sequence[Tensor]) -> list[iree.HalBufferView]:
-        """Call ``function`` and wait for its results."""
-        arguments = iree.VmVariantList(len(tensors))
-        for tensor in tensors:
-            arguments.push_ref(self.to_iree(tensor).ref)
-        results = iree.VmVariantList(4)
-        if self.place.device.type == "cuda":
-            # After the conversions above, which may have queued copies.
-            torch.cuda.current_stream(self.place.device).synchronize()
-        with self._lock, _reported(f"{function.name} failed"):
-            self._context.invoke(function, arguments, results)
-        return [results.get_as_object(i, iree.HalBufferView) for i in range(len(results))]
-
-    def to_iree(self, tensor: Tensor) -> iree.HalBufferView:
-        """The tensor's memory as a buffer view, which keeps it alive."""
-        tensor = tensor.detach().contiguous()
-        if tensor.numel() == 0:
-            return self._empty(tensor)
-        if self.place.backend == "cpu" and tensor.data_ptr() % _CPU_ALIGNMENT:
-            tensor = tensor.clone()
-        element = _AS_BYTES.get(tensor.dtype)
-        if element is None:
-            return self._import(tensor)
-        view = self._import(tensor.view(torch.uint8))
-        return iree.HalBufferView(view.get_buffer(), list(tensor.shape), element)
-
-    def _empty(self, tensor: Tensor) -> iree.HalBufferView:
-        element = _AS_BYTES.get(tensor.dtype)
-        if element is None:
-            element = self._import(self._somewhere.view(tensor.dtype)).element_type
-        return iree.HalBufferView(self._import(self._somewhere).get_buffer(), list(tensor.shape), element)
-
-    def _import(self, tensor: Tensor) -> iree.HalBufferView:
-        view = self._hal.from_dlpack_capsule(to_dlpack(tensor))
-        return view if self.place.emulated is None else self._upload(tensor, view)
-
-    def _upload(self, tensor: Tensor, view: iree.HalBufferView) -> iree.HalBufferView:
-        """A copy in the emulated GPU's own memory, so that it knows where a buffer ends."""
-        buffer = self._hal.allocator.allocate_buffer_copy(
-            memory_type=iree.MemoryType.DEVICE_LOCAL,
-            allowed_usage=iree.BufferUsage.DEFAULT,
-            device=self._hal,
-            buffer=tensor.reshape(-1).view(torch.uint8).numpy(),
-        )
-        assert isinstance(buffer, iree.HalBuffer)  # a view only where an element type is given
-        return iree.HalBufferView(buffer, view.shape, view.element_type)
-
-    def to_torch(self, view: iree.HalBufferView, dtype: torch.dtype | None) -> Tensor:
-        """The buffer as a tensor, which keeps it alive; dtype None: by the buffer's element type."""
-        as_bytes = _FROM_BYTES.get(_code(view.element_type))
-        dtype = dtype or as_bytes
-        if 0 in view.shape and dtype is not None:
-            return torch.empty(view.shape, dtype=dtype, device=self.place.device)
-        if as_bytes is not None:
-            view = iree.HalBufferView(view.get_buffer(), view.shape, iree.HalElementType.UINT_8)
-        on_host = self.place.device.type == "cpu"
-        dlpack_type = _DLPACK_TYPES["cpu" if on_host else self.place.backend]
-        capsule = self._hal.create_dlpack_capsule(view, dlpack_type, 0 if on_host else self.place.index)
-        tensor = from_dlpack(capsule)
-        if dtype in (None, tensor.dtype):
-            return tensor
-        if dtype.itemsize != tensor.element_size():
-            raise RunError(
-                f"a result is {_dtype_name(tensor.dtype)}, the signature says {_dtype_name(dtype)}"
-            )
-        # IREE's integers have no sign: an unsigned result arrives as a signed one.
-        return tensor.view(dtype)
 
 
 # --- files -------------------------------------------------------------------------------------
@@ -550,15 +424,15 @@ def _check_archive(source: str | Path | bytes, name: str) -> None:
 
 def _open_module(source: str | Path | bytes) -> iree.VmModule:
     if isinstance(source, bytes):
-        return iree.VmModule.copy_buffer(_instance(), source)
-    return iree.VmModule.mmap(_instance(), str(source))
+        return iree.VmModule.copy_buffer(instance(), source)
+    return iree.VmModule.mmap(instance(), str(source))
 
 
 def _signatures(module: iree.VmModule, name: str) -> dict[str, Signature]:
     """The functions of a program that carry a signature, by name; not their twins that take fences."""
     found: dict[str, Signature] = {}
     for function in module.function_names:
-        if function.endswith(_ASYNC_TWIN):
+        if function.endswith(ASYNC):
             continue
         text = _lookup(module, function).reflection.get(SIGNATURE_KEY)
         if text is None:
@@ -596,24 +470,6 @@ def _parameter_modules(needed: Parameters | None, path: str | Path | None, name:
     except OSError as error:
         raise RunError(f"parameters {path} cannot be read: {error.strerror or error}") from error
     except (ValueError, IndexError) as error:
-        raise RunError(f"parameters {path} cannot be used: {_reason(error)}") from error
+        raise RunError(f"parameters {path} cannot be used: {reason(error)}") from error
     provider = index.create_provider(scope=needed.scope)
-    return [iree.create_io_parameters_module(_instance(), provider)]
-
-
-# --- errors ------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _reported(what: str) -> Iterator[None]:
-    """Turn the IREE runtime's exceptions into a RunError that begins with ``what``."""
-    try:
-        yield
-    except (RuntimeError, ValueError, IndexError, OSError) as error:
-        raise RunError(f"{what}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """The part of an IREE message that is about the problem, not about IREE's source."""
-    text = str(error).strip().partition("\n")[0]
-    return re.sub(r"^.*?\.c(?:c|pp)?:\d+: ", "", text).rstrip("; ")
+    return [iree.create_io_parameters_module(instance(), provider)]

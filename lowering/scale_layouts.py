@@ -5,6 +5,7 @@ A scale is logically [..., S]; column-major layouts hold it transposed, in colum
 
 from __future__ import annotations
 
+import math
 from typing import get_args
 
 import torch
@@ -47,6 +48,13 @@ def to_physical(scale: Tensor, layout: str) -> Tensor:
     columns = columns.contiguous()
     rows = columns.shape[1]
     return torch.nn.functional.pad(columns, (0, padded_rows(rows, layout) - rows))
+
+
+def physical_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
+    """The shape of what ``to_physical`` returns for a scale of ``shape``."""
+    if check_layout(layout) == "row":
+        return shape
+    return shape[-1], padded_rows(math.prod(shape[:-1]), layout)
 
 
 def from_physical(physical: Tensor, leading: tuple[int, ...] | torch.Size, layout: str) -> Tensor:

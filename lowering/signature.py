@@ -23,8 +23,15 @@ SIGNATURE_KEY = "vmfuse.signature"
 PARAMETER_SCOPE = "model"
 VERSION = 1
 
+ASYNC = "$async"
+"""After the name of a function: its twin that takes fences, which IREE's torch pipeline makes."""
+INTO = "$into"
+"""After the name of a function: the one that writes into memory of the caller's (``lowering.storage``)."""
+SCRATCH_SIZE = ASYNC + "_transients_size"
+"""After that: how many bytes of scratch memory it takes; it has the arguments of the twin."""
+
 Dim = int | str | None
-"""A size; a symbol or an expression of symbols in ``+ - * // %``; None: whatever it is."""
+"""A size; a symbol or an expression of symbols in ``+ - * // % **``; None: whatever it is."""
 
 Symbols = dict[str, int]
 
@@ -81,6 +88,9 @@ class Signature:
     result is returned as the runtime describes it).
     input_tree, output_tree: ``torch.utils._pytree.treespec_dumps`` of ``(args, kwargs)`` and of the
     result; None: the arguments are the leaves, the result is a flat tuple, or bare if there is one.
+    placed, scratch: of the entry point that writes into memory of the caller's (``lowering.storage``): for
+    each buffer the tensors of the result, by number, that it holds, several where one is returned several
+    times; and whether it takes scratch memory.  Programs of earlier releases have no such entry point.
     """
 
     target: str
@@ -91,6 +101,8 @@ class Signature:
     input_tree: str | None = None
     output_tree: str | None = None
     parameters: Parameters | None = None
+    placed: tuple[tuple[int, ...], ...] = ()
+    scratch: bool = False
     version: int = VERSION
 
     def to_json(self) -> str:
@@ -105,6 +117,8 @@ class Signature:
                 raise ValueError(f"its signature has version {data['version']}, this vmfuse reads {VERSION}")
             data["inputs"] = _leaves(data["inputs"])
             data["outputs"] = _leaves(data["outputs"])
+            data["placed"] = tuple(map(tuple, data.get("placed", ())))
+            data["scratch"] = data.get("scratch", False)
             data["parameters"] = Parameters(**data["parameters"]) if data["parameters"] else None
             return Signature(**{field.name: data[field.name] for field in fields(Signature)})
         except (KeyError, TypeError, json.JSONDecodeError) as error:
@@ -124,6 +138,23 @@ def _leaf(item: dict[str, Any]) -> Leaf:
     return TensorSpec(item["name"], item["dtype"], shape, item["strides"])
 
 
+def known_sizes(signature: Signature) -> tuple[int, ...]:
+    """The tensors of the result, by number, whose bytes all follow from the arguments' shapes.
+
+    None of float64, which IREE computes, and would store, in float32.
+    """
+    shapes = [leaf.shape or () for leaf in signature.inputs or () if isinstance(leaf, TensorSpec)]
+    symbols = {dim: 1 for shape in shapes for dim in shape if isinstance(dim, str) and dim.isidentifier()}
+    results = [leaf for leaf in signature.outputs or () if isinstance(leaf, TensorSpec)]
+    return tuple(
+        number
+        for number, spec in enumerate(results)
+        if spec.dtype != "float64"
+        and spec.shape is not None
+        and all(resolve(dim, symbols) is not None for dim in spec.shape)
+    )
+
+
 # --- sizes -------------------------------------------------------------------------------------
 
 _ARITHMETIC: dict[type[ast.operator], Callable[[int, int], int]] = {
@@ -132,6 +163,7 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Mult: operator.mul,
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
 }
 
 

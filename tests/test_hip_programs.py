@@ -21,6 +21,7 @@ import torch
 from bench_block import LARGEST_ERROR, Block
 from gfx950.hip import library
 from safetensors.torch import load_file, save_file
+from test_storage import BY_ROWS, Counted, Passed
 from torch import Tensor, nn
 
 import lowering
@@ -121,6 +122,15 @@ def test_the_command_line_runs_a_residual_block(build: Build, tmp_path: Path):
     found = load_file(tmp_path / "out.safetensors")
     results = [found[f"output_{i}"] for i in range(4)]
     assert_same_bits(results, on_cpu(build("cpu", model, call), call))
+
+
+@pytest.mark.parametrize("model", [Passed(), Counted()], ids=["passed", "counted"])
+def test_results_of_every_kind_equal_the_cpu_target(build: Build, model: nn.Module):
+    """Arguments, constants and repeated results in memory of the caller's; sizes that only values tell."""
+    programs = [build(target, model, (integers(5, 256),), BY_ROWS) for target in ("gfx950", "cpu")]
+    calls = [(integers(rows, 256, seed=rows),) for rows in (1, 5)]
+    for call, results in zip(calls, run(programs[0], calls), strict=True):
+        assert_same_bits(results, on_cpu(programs[1], call))
 
 
 # -- products --------------------------------------------------------------------------------------

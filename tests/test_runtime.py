@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from lowering import ops, run_cli, runtime
+from lowering import ops, run_cli, runtime, session
 from lowering.errors import RunError, UsageError
 from lowering.signature import (
     SIGNATURE_KEY,
@@ -197,6 +197,17 @@ def test_wrong_calls(program, call, message):
         call(program)
 
 
+def test_shapes_that_passed_once_admit_no_others(program, monkeypatch):
+    """Checks are remembered by dtype, shape and device; more shapes than are remembered work as well."""
+    monkeypatch.setattr(runtime, "_REMEMBERED_PLANS", 2)
+    for rows in (1, 2, 3, 1, 2, 3):
+        x = torch.randn(rows, 4)
+        assert torch.equal(program(x), x + x)
+        for wrong in (x.half(), x.t().contiguous().repeat(2, 1), x.to("meta"), x.numpy()):
+            with pytest.raises(RunError, match="argument x"):
+                program(wrong)
+
+
 def test_symbols_are_one_size_everywhere():
     inputs = (
         TensorSpec("pairs", "float32", ("2*s0", "s1 + 1")),
@@ -358,6 +369,17 @@ def test_a_later_version_is_named():
         runtime.load(compiled(DOUBLE.replace("@SIG(negate)", ""), main=signature(version=99)))
 
 
+def test_programs_of_earlier_releases_are_called_as_they_were():
+    """Their signatures say nothing of an entry point that writes into the caller's memory."""
+    said = signature((X,), (X,))
+    earlier = said.to_json().replace('"placed":[],"scratch":false,', "")
+    assert earlier != said.to_json() and Signature.from_json(earlier) == said
+    text = attributes(said).replace(r"\22placed\22:[],\22scratch\22:false,", "")
+    assert "placed" not in text
+    program = runtime.load(compiled(DOUBLE.replace("@SIG(main)", text), negate=said))
+    assert torch.equal(program(torch.ones(3, 4)), torch.full((3, 4), 2.0))
+
+
 def test_truncated_and_damaged_files_are_refused(double, tmp_path):
     """In a process of its own: what is being tested for is a crash."""
     script = """
@@ -425,19 +447,19 @@ def test_a_missing_driver_is_named(name, backend):
 )
 def test_another_gpu_is_refused(monkeypatch, backend, arch, message):
     """On a pretended machine: torch for CUDA, and one sm_90."""
-    monkeypatch.setattr(runtime, "_hal_device", lambda backend, index: None)
-    monkeypatch.setattr(runtime, "_emulated_arch", lambda index: None)
-    monkeypatch.setattr(runtime, "_gpu_arch", lambda index: "sm_90")
+    monkeypatch.setattr(session, "hal_device", lambda backend, index: None)
+    monkeypatch.setattr(session, "emulated_arch", lambda index: None)
+    monkeypatch.setattr(session, "gpu_arch", lambda index: "sm_90")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     told = signature(target=arch, backend=backend, arch=arch)
     if message is None:
-        assert str(runtime._Place.for_program(told, None, "m.vmfb")) == "cuda:0"
+        assert str(session.Place.for_program(told, None, "m.vmfb")) == "cuda:0"
         with pytest.raises(RunError, match="this machine has no cuda:1"):
-            runtime._Place.for_program(told, "cuda:1", "m.vmfb")
+            session.Place.for_program(told, "cuda:1", "m.vmfb")
         return
     with pytest.raises(RunError, match=message):
-        runtime._Place.for_program(told, None, "m.vmfb")
+        session.Place.for_program(told, None, "m.vmfb")
 
 
 def test_code_for_another_processor_is_an_error():
@@ -519,6 +541,8 @@ def test_signatures_survive_json():
         (TensorSpec("s", "float32", ("2*s0", 56), "column_tma"), TensorSpec("q", "float8_e4m3fn", None)),
         input_tree="[1, {}]",
         parameters=Parameters("model", "abc"),
+        placed=((0,), (1,)),
+        scratch=True,
     )
     assert Signature.from_json(said.to_json()) == said
     assert Signature.from_json(signature().to_json()) == signature()
