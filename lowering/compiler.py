@@ -232,8 +232,7 @@ class _Pipeline:
             except ir.MLIRError as error:
                 raise diagnostics.error("the model uses an operation that cannot be lowered", error) from None
         floats.rewrite_unsupported(module, self.target)
-        placed = add_entry(module, name, known_sizes(signature))
-        signature = replace(signature, placed=placed.results, scratch=placed.scratch)
+        signature = replace(signature, placed=add_entry(module, name, known_sizes(signature)))
         _sign(module, name, signature)
         self.dump("linalg", module)
         return signature, _iree_compile(module, (*devices.flags(self.target), *archive.flags()))

@@ -133,9 +133,9 @@ class Function:
         self.tensor_outputs = _tensors(signature.outputs)
         """The results of ``run``; None when the program does not say."""
         self._session = session
-        into = bool(signature.placed) or signature.scratch
+        into = bool(signature.placed)
         self._function = _lookup(module, name + INTO if into else name)
-        self._scratch_size = _lookup(module, name + INTO + SCRATCH_SIZE) if signature.scratch else None
+        self._scratch_size = _lookup(module, name + INTO + SCRATCH_SIZE) if into else None
         self._in_tree = _load_tree(signature.input_tree)
         self._result_tree = _load_result_tree(signature.output_tree)
         self._keywords = _keywords(signature.input_tree)
@@ -283,7 +283,8 @@ class _Plan:
 
     def __init__(self, symbols: Symbols, outputs: Sequence[TensorSpec]):
         self.outputs = outputs
-        self.sizes = [tuple(resolve(dim, symbols) for dim in spec.shape or (None,)) for spec in outputs]
+        shapes = [(None,) if spec.shape is None else spec.shape for spec in outputs]
+        self.sizes = [tuple(resolve(dim, symbols) for dim in shape) for shape in shapes]
         """Of each result; None is a size that only the call itself tells."""
         self.all_empty = bool(self.sizes) and all(0 in sizes and None not in sizes for sizes in self.sizes)
         self.storage: list[Tensor] = []

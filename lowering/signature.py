@@ -88,9 +88,9 @@ class Signature:
     result is returned as the runtime describes it).
     input_tree, output_tree: ``torch.utils._pytree.treespec_dumps`` of ``(args, kwargs)`` and of the
     result; None: the arguments are the leaves, the result is a flat tuple, or bare if there is one.
-    placed, scratch: of the entry point that writes into memory of the caller's (``lowering.storage``): for
-    each buffer the tensors of the result, by number, that it holds, several where one is returned several
-    times; and whether it takes scratch memory.  Programs of earlier releases have no such entry point.
+    placed: of the entry point that writes into memory of the caller's (``lowering.storage``): for each buffer
+    the tensors of the result, by number, that it holds, several where one is returned several times.  Empty
+    where there is no such entry point, as in programs of earlier releases.
     """
 
     target: str
@@ -102,7 +102,6 @@ class Signature:
     output_tree: str | None = None
     parameters: Parameters | None = None
     placed: tuple[tuple[int, ...], ...] = ()
-    scratch: bool = False
     version: int = VERSION
 
     def to_json(self) -> str:
@@ -118,7 +117,6 @@ class Signature:
             data["inputs"] = _leaves(data["inputs"])
             data["outputs"] = _leaves(data["outputs"])
             data["placed"] = tuple(map(tuple, data.get("placed", ())))
-            data["scratch"] = data.get("scratch", False)
             data["parameters"] = Parameters(**data["parameters"]) if data["parameters"] else None
             return Signature(**{field.name: data[field.name] for field in fields(Signature)})
         except (KeyError, TypeError, json.JSONDecodeError) as error:

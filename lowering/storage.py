@@ -20,46 +20,35 @@ _BARRIER = "hal.tensor.barrier"
 _RESHAPES = ("tensor.cast", "tensor.expand_shape", "tensor.collapse_shape")
 # Behind these IREE may not be able to say how much scratch memory a call needs before it begins.
 _UNKNOWN_SIZES = ("tensor.extract", "util.call", "func.call", "scf.if", "scf.for", "scf.while")
-_NOT_COMPUTED = ("hal.tensor.import", "util.global.load", "arith.constant")
+_GIVEN = ("hal.tensor.import", "util.global.load", "arith.constant", "tensor.empty")
+_SLICES = ("tensor.extract_slice", "tensor.insert_slice", "tensor.concat")
+_MOVES = (*_RESHAPES, *_SLICES, "tensor.splat", "linalg.fill")
+
+Placed = tuple[tuple[int, ...], ...]
+"""The results that have a buffer of the caller's: for each buffer the numbers of those it holds.  Several are
+one tensor, returned several times."""
 
 
-@dataclass(frozen=True)
-class Storage:
-    """What a caller of the second entry point allocates.
-
-    results: for each buffer the numbers of the results it holds; several are one tensor, returned several
-    times.  scratch: whether there is a buffer for what lives only during the call.
-    """
-
-    results: tuple[tuple[int, ...], ...] = ()
-    scratch: bool = False
-
-    @property
-    def buffers(self) -> int:
-        return len(self.results) + self.scratch
-
-    def others(self, count: int) -> list[int]:
-        """Those of ``count`` results that are returned."""
-        return sorted(set(range(count)) - {number for numbers in self.results for number in numbers})
-
-
-def add_entry(module: ir.Module, name: str, numbers: Sequence[int]) -> Storage:
+def add_entry(module: ir.Module, name: str, numbers: Sequence[int]) -> Placed:
     """Add ``@name$into`` to ``module``, as it is after IREE's torch pipeline.
 
     numbers: the results whose sizes a caller knows.  The arguments after those of ``@name`` are a buffer view
-    for each of them and, if there is scratch memory, one for that; of the views only the memory counts.  The
-    other results are returned.  Where a value is read from a tensor there is no scratch memory, since its
-    size may not be known before the call; nothing is added for a function of several blocks.
+    for each that is computed, and one for scratch memory; of the views only the memory counts.  The other
+    results are returned.  Nothing is added where none is computed, where a value is read from a tensor (the
+    size of the scratch memory may then not be known before the call), and for a function of several blocks.
     """
     functions = {ir.StringAttr(op.attributes["sym_name"]).value: op for op in _functions(module)}
     work, entry = functions.get(name + ASYNC), functions.get(name)
     if work is None or entry is None or len(work.regions[0].blocks) != 1:
-        return Storage()
+        return ()
+    unknown = any(op.operation.name in _UNKNOWN_SIZES for op in work.regions[0].blocks[0].operations)
+    if unknown or not _placed(work, numbers):
+        return ()
     with module.context, ir.Location.unknown():
         work, entry = _copy(work, name + INTO + ASYNC), _copy(entry, name + INTO)
-        storage = _write_into(work, numbers)
-        _forward(entry, name + INTO + ASYNC, storage)
-    return storage
+        placed = _write_into(work, numbers)
+        _forward(entry, name + INTO + ASYNC, placed)
+    return placed
 
 
 def _functions(module: ir.Module) -> Iterator[ir.Operation]:
@@ -74,27 +63,24 @@ def _copy(function: ir.Operation, name: str) -> ir.Operation:
     return copy
 
 
-def _write_into(work: ir.Operation, numbers: Sequence[int]) -> Storage:
+def _write_into(work: ir.Operation, numbers: Sequence[int]) -> Placed:
     """Make the function that does the work take its storage."""
     block = work.regions[0].blocks[0]
     # As for the arguments: the other fence is signalled when the results are there.
     available = block.arguments[len(block.arguments) - 2]
-    results = _results(list(block.operations)[-1].operation)
-    placed = [same for same in results if {result.number for result in same} <= set(numbers)]
-    scratch = not any(op.operation.name in _UNKNOWN_SIZES for op in block.operations)
-    storage = Storage(tuple(tuple(result.number for result in same) for same in placed), scratch)
-    buffers = _add_arguments(work, storage)
-    _return_others(work, storage)
-    for result in (result for same in placed for result in same):
+    results = _placed(work, numbers)
+    placed = tuple(tuple(result.number for result in same) for same in results)
+    *buffers, scratch = _add_arguments(work, placed)
+    _return_others(work, placed)
+    for result in (result for same in results for result in same):
         if not list(result.export.results[0].uses):
             result.export.erase()
     aliases: set[ir.Value] = set()
-    for same, buffer in zip(placed, buffers, strict=False):
+    for same, buffer in zip(results, buffers, strict=True):
         aliases.add(_alias(same, buffer, available, aliases))
-    if scratch:
-        for barrier in [op.operation for op in block.operations if op.operation.name == _BARRIER]:
-            _take_scratch(barrier, buffers[-1])
-    return storage
+    for barrier in [op.operation for op in block.operations if op.operation.name == _BARRIER]:
+        _take_scratch(barrier, scratch)
+    return placed
 
 
 @dataclass(frozen=True)
@@ -107,7 +93,31 @@ class _Result:
     operand: int
 
 
-def _results(returned: ir.Operation) -> list[list[_Result]]:
+def _placed(work: ir.Operation, numbers: Sequence[int]) -> list[list[_Result]]:
+    """The results among ``numbers`` that get a buffer: those that are computed.
+
+    What is only given or moved IREE may write by a transfer of its own, which its cpu driver refuses for
+    memory that it did not allocate.
+    """
+    returned = list(work.regions[0].blocks[0].operations)[-1].operation
+    return [
+        same
+        for value, same in _results(returned).items()
+        if {result.number for result in same} <= set(numbers) and _is_computed(value)
+    ]
+
+
+def _is_computed(value: ir.Value) -> bool:
+    """Whether anything but moves makes ``value`` from what is given."""
+    op = _producer(value)
+    if op is None or op.name in _GIVEN:
+        return False
+    return op.name not in _MOVES or any(
+        _is_computed(operand) for operand in op.operands if isinstance(operand.type, ir.RankedTensorType)
+    )
+
+
+def _results(returned: ir.Operation) -> dict[ir.Value, list[_Result]]:
     """The tensors that are returned, each with all the results it is."""
     found: dict[ir.Value, list[_Result]] = {}
     for number, value in enumerate(returned.operands):
@@ -119,7 +129,7 @@ def _results(returned: ir.Operation) -> list[list[_Result]]:
             operand = ir.OpResult(export.operands[0]).result_number
             result = _Result(number, export, barrier, operand)
             found.setdefault(barrier.operands[operand], []).append(result)
-    return list(found.values())
+    return found
 
 
 def _producer(value: ir.Value) -> ir.Operation | None:
@@ -133,12 +143,11 @@ def _alias(
     """Write the tensor of these results into ``buffer``.
 
     In place: the alias follows what computes the tensor, and all other uses read the alias; behind such a
-    use it would be a copy.  It is one where nothing computes the tensor (an argument, a constant), and where
-    it is another shape of a tensor that has a buffer already.
+    use it would be a copy.  It is one where it is another shape of a tensor that has a buffer already.
     """
     source = same[0].barrier.operands[same[0].operand]
     root = _root(source)
-    if root in aliases or root.owner.operation.name in _NOT_COMPUTED:
+    if root in aliases:
         with ir.InsertionPoint(same[0].barrier):
             alias = hal.TensorAliasOp(source, _dims(source), buffer, wait_fence=available)
         for result in same:
@@ -172,13 +181,13 @@ def _take_scratch(barrier: ir.Operation, buffer: ir.Value) -> None:
             barrier.operands[number] = hal.TensorTransientsOp(value, _dims(value), buffer).result
 
 
-def _forward(entry: ir.Operation, callee: str, storage: Storage) -> None:
+def _forward(entry: ir.Operation, callee: str, placed: Placed) -> None:
     """Make the function that calls the work and waits pass the storage on."""
-    buffers = _add_arguments(entry, storage)
+    buffers = _add_arguments(entry, placed)
     block = entry.regions[0].blocks[0]
     call = next(op.operation for op in block.operations if op.operation.name == "util.call")
-    _return_others(entry, storage)
-    kept = [call.results[i] for i in storage.others(len(call.results))]
+    _return_others(entry, placed)
+    kept = [call.results[i] for i in _others(placed, len(call.results))]
     with ir.InsertionPoint(call):
         new = ir.Operation.create(
             "util.call",
@@ -191,10 +200,15 @@ def _forward(entry: ir.Operation, callee: str, storage: Storage) -> None:
     call.erase()
 
 
-def _add_arguments(function: ir.Operation, storage: Storage) -> list[ir.Value]:
+def _others(placed: Placed, count: int) -> list[int]:
+    """Those of ``count`` results that are returned."""
+    return sorted(set(range(count)) - {number for numbers in placed for number in numbers})
+
+
+def _add_arguments(function: ir.Operation, placed: Placed) -> list[ir.Value]:
     """The arguments for the storage, behind all others."""
     view = ir.Type.parse("!hal.buffer_view")
-    added = [view] * storage.buffers
+    added = [view] * (len(placed) + 1)
     type_ = ir.FunctionType(ir.TypeAttr(function.attributes["function_type"]).value)
     type_ = ir.FunctionType.get([*type_.inputs, *added], type_.results)
     function.attributes["function_type"] = ir.TypeAttr.get(type_)
@@ -205,10 +219,10 @@ def _add_arguments(function: ir.Operation, storage: Storage) -> list[ir.Value]:
     return [block.add_argument(type_, ir.Location.unknown()) for type_ in added]
 
 
-def _return_others(function: ir.Operation, storage: Storage) -> None:
+def _return_others(function: ir.Operation, placed: Placed) -> None:
     """Return only what has no storage."""
     old = list(function.regions[0].blocks[0].operations)[-1].operation
-    kept = storage.others(len(old.operands))
+    kept = _others(placed, len(old.operands))
     with ir.InsertionPoint(old):
         ir.Operation.create("util.return", operands=[old.operands[i] for i in kept])
     old.erase()
