@@ -76,3 +76,13 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return path
 
     return compile_for
+
+
+@pytest.fixture(scope="session")
+def double(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program: main(x) = x + x and negate(x) = -x for float32 [s0, 4]."""
+    from small_programs import DOUBLE, X, compiled, signature
+
+    path = tmp_path_factory.mktemp("double") / "double.vmfb"
+    path.write_bytes(compiled(DOUBLE, main=signature((X,), (X,)), negate=signature((X,), (X,))))
+    return path

@@ -1,4 +1,4 @@
-"""Loading and calling programs: tensors in and out, checks, bad files, threads, run-vmfb."""
+"""Loading and calling programs: tensors in and out, checks, bad files, threads."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_programs import DOUBLE, ELEMENTS, X, attributes, compiled, signature
 from torch.utils import _pytree as pytree
 
-from lowering import ops, run_cli, runtime, session
+from lowering import ops, runtime, session
 from lowering.errors import RunError, UsageError
 from lowering.signature import (
     SIGNATURE_KEY,
@@ -21,70 +22,10 @@ from lowering.signature import (
     Signature,
     TensorSpec,
     host_arch,
-    missing_on_host,
     parameter_digest,
-    resolve,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-ELEMENTS = {
-    "float32": "f32",
-    "bfloat16": "bf16",
-    "float16": "f16",
-    "float64": "f64",
-    "float8_e4m3fn": "f8E4M3FN",
-    "float8_e4m3fnuz": "f8E4M3FNUZ",
-    "float8_e5m2": "f8E5M2",
-    "float8_e8m0fnu": "f8E8M0FNU",
-    "int64": "i64",
-    "int32": "i32",
-    "int16": "i16",
-    "int8": "i8",
-    "uint8": "i8",
-    "bool": "i1",
-}
-
-
-def signature(inputs=None, outputs=None, **fields) -> Signature:
-    return Signature(
-        **{"target": "cpu", "backend": "cpu", "arch": host_arch(), **fields}, inputs=inputs, outputs=outputs
-    )
-
-
-def attributes(value: Signature) -> str:
-    text = value.to_json().replace("\\", "\\5C").replace('"', "\\22")
-    return f'attributes {{iree.reflection = {{{SIGNATURE_KEY} = "{text}"}}}}'
-
-
-def compiled(mlir: str, **signatures: Signature) -> bytes:
-    """A cpu program; ``@SIG(name)`` in ``mlir`` stands for the attributes of that function."""
-    from iree import compiler
-
-    for name, value in signatures.items():
-        mlir = mlir.replace(f"@SIG({name})", attributes(value))
-    flags = ["--iree-llvmcpu-target-cpu=host"]
-    return compiler.compile_str(mlir, target_backends=["llvm-cpu"], extra_args=flags)
-
-
-X = TensorSpec("x", "float32", ("s0", 4))
-DOUBLE = """
-func.func @main(%x: tensor<?x4xf32>) -> tensor<?x4xf32> @SIG(main) {
-  %y = arith.addf %x, %x : tensor<?x4xf32>
-  return %y : tensor<?x4xf32>
-}
-func.func @negate(%x: tensor<?x4xf32>) -> tensor<?x4xf32> @SIG(negate) {
-  %y = arith.negf %x : tensor<?x4xf32>
-  return %y : tensor<?x4xf32>
-}
-"""
-
-
-@pytest.fixture(scope="module")
-def double(tmp_path_factory) -> Path:
-    """main(x) = x + x and negate(x) = -x for float32 [s0, 4]."""
-    path = tmp_path_factory.mktemp("double") / "double.vmfb"
-    path.write_bytes(compiled(DOUBLE, main=signature((X,), (X,)), negate=signature((X,), (X,))))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -532,44 +473,6 @@ def test_the_digest_sees_every_region_of_a_large_file(tmp_path):
     assert len(digests) == 4
 
 
-# --- signature ---------------------------------------------------------------------------------
-
-
-def test_signatures_survive_json():
-    said = signature(
-        (TensorSpec("x", "bfloat16", ("s0", 7168)), Constant(1.5), Constant(None)),
-        (TensorSpec("s", "float32", ("2*s0", 56), "column_tma"), TensorSpec("q", "float8_e4m3fn", None)),
-        input_tree="[1, {}]",
-        parameters=Parameters("model", "abc"),
-        placed=((0,), (1,)),
-    )
-    assert Signature.from_json(said.to_json()) == said
-    assert Signature.from_json(signature().to_json()) == signature()
-    for text in ("", "[]", "{}", '{"version": 1}'):
-        with pytest.raises(ValueError, match="signature cannot be read"):
-            Signature.from_json(text)
-
-
-def test_unknown_strides_are_refused():
-    said = signature((), (TensorSpec("s", "float32", (4, 2), "column"),)).to_json()
-    with pytest.raises(ValueError, match="its signature names the unknown strides 'swizzled'"):
-        Signature.from_json(said.replace('"column"', '"swizzled"'))
-
-
-def test_sizes():
-    symbols = {"s0": 6, "s1": 4}
-    assert [resolve(d, symbols) for d in (3, None, "s0", "s2", "s0*s1 - 1", "(s0 + 3)//4*4", "s0 % 4")] == [
-        3, None, 6, None, 23, 8, 2,
-    ]  # fmt: skip
-    for other in ("__import__('os')", "s0//0", "Mod(s0, 2)", "s0 +"):
-        assert resolve(other, symbols) is None
-
-
-def test_host_arch():
-    assert missing_on_host(host_arch()) is None
-    assert missing_on_host("native") is None
-
-
 def test_only_the_runtime_is_imported(double):
     script = """
 import sys
@@ -589,111 +492,3 @@ assert not any(name.startswith("iree.compiler") for name in sys.modules)
     command = [sys.executable, "-c", script, str(double)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.returncode == 0, result.stderr
-
-
-# --- run-vmfb ----------------------------------------------------------------------------------
-
-PAIR = """func.func @main(%x: tensor<?x4xbf16>, %n: tensor<?xi64>)
-    -> (tensor<?x4xbf16>, tensor<?xi64>) @SIG(main) {
-  %m = arith.addi %n, %n : tensor<?xi64>
-  return %x, %m : tensor<?x4xbf16>, tensor<?xi64>
-}"""
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> str:
-    """main(x: bfloat16 [s0, 4], n: int64 [s1]) -> (x, n + n)."""
-    specs = (TensorSpec("x", "bfloat16", ("s0", 4)), TensorSpec("n", "int64", ("s1",)))
-    path = tmp_path_factory.mktemp("pair") / "pair.vmfb"
-    path.write_bytes(compiled(PAIR, main=signature(specs, specs)))
-    return str(path)
-
-
-def test_run_prints_results(pair, capsys):
-    assert run_cli.main([pair, "--input", "1x4xbf16=1.5", "--input", "3xi64=1,2,-3"]) == 0
-    expected = "output_0: 1x4xbf16\n[[1.5000, 1.5000, 1.5000, 1.5000]]\noutput_1: 3xi64\n[ 2,  4, -6]\n"
-    assert capsys.readouterr().out == expected
-
-
-def test_run_writes_and_reads_files(pair, tmp_path, capsys):
-    both, x, n = tmp_path / "both.safetensors", tmp_path / "x.npy", tmp_path / "n.npy"
-    inputs = ["--input", "5x4xbf16=rand:7", "--input", "2xi64=rand:1"]
-    assert run_cli.main([pair, *inputs, "--output", f"@{both}"]) == 0
-    assert run_cli.main([pair, *inputs, "--output", f"@{x}", "--output", f"@{n}"]) == 0
-    assert capsys.readouterr().out == ""
-    from safetensors.torch import load_file
-
-    written = load_file(both)
-    expected = torch.randn(5, 4, generator=torch.Generator().manual_seed(7)).bfloat16()
-    assert torch.equal(written["output_0"], expected)
-    assert np.array_equal(np.load(n), written["output_1"].numpy())
-    again = tmp_path / "again.safetensors"
-    for first in (f"@{x}", f"@{both}:output_0"):
-        assert run_cli.main([pair, "--input", first, "--input", f"@{n}", "--output", f"@{again}"]) == 0
-        assert torch.equal(load_file(again)["output_0"], expected)
-        assert torch.equal(load_file(again)["output_1"], written["output_1"] * 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "again.safetensors", "both.safetensors", "n.npy", "x.npy",
-    ]  # fmt: skip
-
-
-def test_run_function_and_benchmark(double, capsys):
-    assert run_cli.main([str(double), "--function", "negate", "--input", "0x4xf32"]) == 0
-    assert capsys.readouterr().out == "output_0: 0x4xf32\n[], size=(0, 4)\n"
-    assert run_cli.main([str(double), "--input", "2x4xf32=1", "--benchmark", "5"]) == 0
-    line = capsys.readouterr().out
-    assert line.startswith("main: 5 calls, median ")
-    assert "min" in line and "mean" in line and line.count("\n") == 1
-
-
-X_ = "--input=1x4xbf16=1"
-N_ = "--input=2xi64=1"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["--input=4xbf17=1"], 2, "unknown element type 'bf17'"),
-        (["--input=axbf16=1"], 2, "expected sizes and an element type, such as 8x7168xbf16"),
-        (["--input=4xi64=one", N_], 2, "expected rand:SEED or values, got 'one'"),
-        (["--input=4xi8=300", N_], 2, "expected rand:SEED or values, got '300'"),
-        (["--input=1x4xbf16=1,2", N_], 2, "expected 1 or 4 values, got 2"),
-        (["--input=1x4xbf16=rand:x", N_], 2, "expected rand:SEED, got 'rand:x'"),
-        (["--input=@nowhere.npy"], 2, "there is no file nowhere.npy"),
-        (["--input=@tests"], 2, "expected @FILE.npy or @FILE.safetensors[:NAME]"),
-        ([X_, N_, "--output=y.npy"], 2, "expected -, @FILE.npy or @FILE.safetensors"),
-        ([X_, N_, "--output=@nowhere/y.npy"], 2, "nowhere/y.npy cannot be written"),
-        ([X_, N_, "--output=@y.npy"], 2, "main returns 2 tensors, y.npy holds one; use .safetensors"),
-        ([X_, N_, "--output=-", "--output=-", "--output=-"], 2, "3 --output options given"),
-        ([X_], 1, "main takes 2 inputs (x: bfloat16[s0, 4]; n: int64[s1]), got 1"),
-        (["--input=1x4xf32=1", N_], 1, "argument x: expected bfloat16[s0, 4], got float32[1, 4]"),
-        ([X_, N_, "--function=other"], 1, "the program has no function 'other'; it has main"),
-        ([X_, N_, "--device=tpu"], 2, "unknown device 'tpu'"),
-        ([X_, N_, "--benchmark=0"], 2, "expected a positive number of calls, got '0'"),
-        ([X_, N_, "--parameters=w.irpa"], 1, "carries its own parameters"),
-    ],
-)
-def test_run_with_bad_arguments(pair, capsys, arguments, code, message):
-    try:
-        result = run_cli.main([pair, *arguments])
-    except SystemExit as stop:
-        result = stop.code
-    captured = capsys.readouterr()
-    assert result == code
-    assert captured.err.splitlines()[-1].startswith("run-vmfb: error: ")
-    assert message in captured.err
-    assert captured.out == ""
-
-
-def test_run_refuses_damaged_input_files(pair, tmp_path, capsys):
-    for name in ("x.npy", "x.safetensors"):
-        (tmp_path / name).write_bytes(b"not a tensor")
-        assert run_cli.main([pair, f"--input=@{tmp_path / name}", N_]) == 2
-        assert f"{name} cannot be read: " in capsys.readouterr().err
-
-
-def test_run_as_a_command(pair):
-    command = [sys.executable, "-m", "lowering.run_cli", "nowhere.vmfb"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == "run-vmfb: error: nowhere.vmfb cannot be read: No such file or directory\n"
