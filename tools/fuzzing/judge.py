@@ -1,0 +1,160 @@
+"""Whether the results of a compiled program are those of eager PyTorch; one sentence where they are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from . import evaluate
+
+_DRAWS = 3  # of rounding errors
+_FACTOR = 6.0  # how often the largest error of these few draws
+_ORDINARY = {
+    torch.float32: 2.0**-20,
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-10,
+}  # of an element: a step
+_SHARE = 0.01  # of a 16-bit result may be a step off, where errors of its operands do not explain more
+_CODES = 2e-3
+
+
+class Reference:
+    """Eager's results for some arguments, and when they are not met exactly what they may be off."""
+
+    def __init__(self, module: Callable[..., Any], args: Sequence[torch.Tensor]) -> None:
+        self.module, self.args = module, [a.clone() for a in args]
+        with torch.no_grad():
+            self.results: list[torch.Tensor] = list(module(*_copies(args)))
+        self._others: list[list[torch.Tensor]] | None = None
+        self._exact: list[torch.Tensor] | None = None
+
+    def others(self) -> list[list[torch.Tensor]]:
+        """What eager could have given as well."""
+        if self._others is None:
+            self._others = [evaluate.disturbed(self.module, _copies(self.args), n) for n in range(_DRAWS)]
+            self._exact = evaluate.in_float64(self.module, _copies(self.args))
+        return self._others
+
+    def problem(self, index: int, ours: torch.Tensor) -> str | None:
+        """What is wrong with ``ours`` as result ``index``."""
+        eager = self.results[index]
+        if ours.shape != eager.shape:
+            return f"shape: {tuple(ours.shape)} for {tuple(eager.shape)}"
+        if ours.dtype != eager.dtype:
+            return f"dtype: {ours.dtype} for {eager.dtype}"
+        if same(ours, eager):
+            return None
+        draws = [draw[index] for draw in self.others()]
+        exact = self._exact[index] if self._exact is not None else None
+        if not eager.dtype.is_floating_point:
+            return _integers(ours, eager, draws)
+        if not torch.equal(ours.float().isnan(), eager.float().isnan()):
+            share = _share(ours.float().isnan() != eager.float().isnan())
+            drawn = max(_share(d.float().isnan() != eager.float().isnan()) for d in draws)
+            return (
+                f"NaN: {share:.2%} of the elements are NaN on one side alone" if share > 4 * drawn else None
+            )
+        if eager.dtype.itemsize == 1:
+            return _codes(ours, eager, draws)
+        return _floats(ours, eager, draws, exact)
+
+
+def _copies(args: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies; a tensor that is given twice is one tensor again."""
+    made: dict[int, torch.Tensor] = {}
+    return [made.setdefault(id(a), a.clone()) for a in args]
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether all values are equal, a NaN being equal to a NaN."""
+    if a.dtype.is_floating_point:
+        a, b = a.double(), b.double()
+        return bool(((a == b) | (a.isnan() & b.isnan())).all())
+    return torch.equal(a, b)
+
+
+def _share(mask: torch.Tensor) -> float:
+    return float(mask.float().mean()) if mask.numel() else 0.0
+
+
+def _integers(ours: torch.Tensor, eager: torch.Tensor, draws: list[torch.Tensor]) -> str | None:
+    """int8 may be a code, and anything may come from a comparison: what other roundings move may move."""
+    if eager.dtype == torch.int8:
+        return _codes(ours, eager, draws)
+    moved = torch.stack([draw != eager for draw in draws]).any(0)
+    wrong = (ours != eager) & ~moved
+    allowed = 4 * _share(moved)
+    if _share(wrong) > allowed:
+        return f"integers: {int(wrong.sum())} of {eager.numel()} differ"
+    return None
+
+
+def _ordinals(t: torch.Tensor) -> torch.Tensor:
+    """The place of each value among those of its type."""
+    if t.dtype == torch.int8:
+        return t.to(torch.int16)
+    bits = t.contiguous().view(torch.uint8).to(torch.int16)
+    magnitude = bits & 0x7F
+    return torch.where(bits >= 0x80, -magnitude, magnitude)
+
+
+def _codes(ours: torch.Tensor, eager: torch.Tensor, draws: list[torch.Tensor]) -> str | None:
+    """One step, in few elements, unless other roundings of eager itself do more."""
+    steps = (_ordinals(ours) - _ordinals(eager)).abs()
+    drawn = [(_ordinals(draw) - _ordinals(eager)).abs() for draw in draws]
+    allowed = max(1, *(2 * int(d.max()) for d in drawn))
+    share, usual = _share(steps > 0), max(_share(d > 0) for d in drawn)
+    if int(steps.max()) > allowed:
+        return f"codes: {int(steps.max())} steps, {allowed} allowed, in {share:.2%}"
+    if share > max(_CODES, 4 * usual) and int((steps > 0).sum()) > 1:
+        return f"codes: {share:.2%} differ, {max(_CODES, 4 * usual):.2%} allowed"
+    return None
+
+
+def _floats(
+    ours: torch.Tensor, eager: torch.Tensor, draws: list[torch.Tensor], exact: torch.Tensor | None
+) -> str | None:
+    """The error against eager's own: from float64, and under other roundings."""
+    a, e = ours.double(), eager.double()
+    finite = e.isfinite()
+    away = [(draw.double() - e).abs() for draw in draws]
+    if exact is not None and exact.shape == e.shape:
+        away.append((exact.double() - e).abs())
+    reach = torch.stack([_finite(d) for d in away]).amax(0)
+    infinite = ~torch.stack([d.isfinite() for d in away]).all(0)
+    strange = (a != e) & (~finite | ~a.isfinite()) & ~infinite
+    if bool(strange.any()):
+        return f"infinite: {_share(strange):.2%} of the elements are, on one side alone"
+    reach = torch.maximum(reach, _mean_of_row(reach))
+    step = _ORDINARY.get(eager.dtype, 1e-12)
+    allowed = _FACTOR * reach + step * e.abs() + torch.finfo(torch.float32).tiny
+    over = _finite((a - e).abs()) > torch.where(finite & ~infinite, allowed, torch.inf)
+    if bool(over.any()):
+        worst = float((_finite((a - e).abs()) * over).max())
+        largest = float(_finite(e).abs().max())
+        return f"values: {_share(over):.2%} are further off than eager, by up to {worst:.1e} of {largest:.1e}"
+    if eager.dtype.itemsize == 2:
+        share, usual = _share(a != e), max(_share(draw.double() != e) for draw in draws)
+        if share > max(_SHARE, 4 * usual) and int((a != e).sum()) > 4:
+            return f"roundings: {share:.2%} of the elements differ, {max(_SHARE, 4 * usual):.2%} allowed"
+    return None
+
+
+def _finite(t: torch.Tensor) -> torch.Tensor:
+    return torch.where(t.isfinite(), t, 0.0)
+
+
+def _mean_of_row(t: torch.Tensor) -> torch.Tensor:
+    return t.mean(-1, keepdim=True) if t.dim() else t
+
+
+def strides_problem(ours: torch.Tensor, eager: torch.Tensor, *, strided: bool) -> str | None:
+    """Where eager is contiguous, and where the model asked for a layout, strides are eager's."""
+    if not strided and not eager.is_contiguous():
+        return None
+    pairs = zip(ours.shape, ours.stride(), eager.stride(), strict=True)
+    if any(size > 1 and a != b for size, a, b in pairs) and eager.numel():
+        return f"strides: {ours.stride()} for {eager.stride()} of {tuple(eager.shape)}"
+    return None
