@@ -29,7 +29,6 @@ from fuzzing.shrink import shrink
 
 _SPECIAL_EVERY = 4  # one module in so many has NaN, infinities and denormals in its arguments
 _SHRUNK_OF_A_KIND = 8
-_TRIALS = 60
 
 
 @dataclass
@@ -65,8 +64,8 @@ class Tally:
 class Campaign:
     """One run over seeds."""
 
-    def __init__(self, workers: Workers, out: Path, tally: Tally) -> None:
-        self.workers, self.out, self.tally = workers, out, tally
+    def __init__(self, workers: Workers, out: Path, tally: Tally, trials: int) -> None:
+        self.workers, self.out, self.tally, self.trials = workers, out, tally, trials
         out.mkdir(parents=True, exist_ok=True)
 
     def module(self, seeds: Sequence[int], special: bool) -> None:
@@ -94,7 +93,7 @@ class Campaign:
 
     def shrunk(self, graph: Graph, outcome: Outcome) -> Graph:
         """``graph`` with less in it that has an outcome of the same kind."""
-        return shrink(graph, lambda smaller: self.workers.judge([smaller]).kind == outcome.kind, _TRIALS)
+        return shrink(graph, lambda smaller: self.workers.judge([smaller]).kind == outcome.kind, self.trials)
 
     def together(self, seeds: Sequence[int], special: bool, outcome: Outcome) -> None:
         """Graphs that are right alone and not in one module; without those that it takes not."""
@@ -146,6 +145,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--together", type=int, default=8, metavar="N", help="graphs of a module (%(default)s)"
     )
     parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="of a module (%(default)s)")
+    parser.add_argument(
+        "--trials", type=int, default=60, metavar="N", help="to shrink a finding (%(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path("findings"), metavar="DIR", help="(%(default)s)")
     return parser.parse_args(argv)
 
@@ -154,7 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run; 1 where something is wrong."""
     options = _arguments(argv)
     workers = Workers(options.target, options.timeout)
-    campaign = Campaign(workers, options.out, Tally(options.seed, options.target, options.seed))
+    campaign = Campaign(
+        workers, options.out, Tally(options.seed, options.target, options.seed), options.trials
+    )
     try:
         if options.seeds:
             for seed in options.seeds.split(","):
