@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,35 +13,43 @@ from . import evaluate
 # Sums in another order, a product and a sum rounded once, other approximations of functions, relative to a
 # result in float32.  The larger shows what happens rarely, such as a code that is a step off.
 _NOISES = (2.0**-21,) * 3 + (2.0**-19,) * 3
+_LARGE_NOISES = (2.0**-14,) * 2  # show how far a flip moves a value, wherever it happens
 _FACTOR = 6.0  # how often the largest error of these few draws
 _STEP = {
     torch.float32: 2.0**-20,
     torch.bfloat16: 2.0**-8,
     torch.float16: 2.0**-10,
 }  # of an element's magnitude
-_SHARE = 0.01  # of the elements may be further off, by no more than a step or eager's distance from float64
+_SHARE = (
+    0.01  # of the elements may be further off, by no more than such a flip or eager's distance from float64
+)
 _CODES = 2e-3
 
 
 class Reference:
-    """Eager's results for some arguments, and when they are not met exactly what they may be off."""
+    """Eager's results for some arguments and, where ours are others, what those may be off."""
 
     def __init__(self, module: Callable[..., Any], args: Sequence[torch.Tensor]) -> None:
         self.module, self.args = module, [a.clone() for a in args]
         with torch.no_grad():
             self.results: list[torch.Tensor] = list(module(*_copies(args)))
-        self._others: list[list[torch.Tensor]] | None = None
-        self._exact: list[torch.Tensor] | None = None
 
-    def others(self) -> list[list[torch.Tensor]]:
+    @cached_property
+    def draws(self) -> list[list[torch.Tensor]]:
         """What eager could have given as well."""
-        if self._others is None:
-            self._others = [
-                evaluate.disturbed(self.module, _copies(self.args), seed, noise)
-                for seed, noise in enumerate(_NOISES)
-            ]
-            self._exact = evaluate.in_float64(self.module, _copies(self.args))
-        return self._others
+        return self._disturbed(_NOISES)
+
+    @cached_property
+    def far(self) -> list[list[torch.Tensor]]:
+        """Where a rounding leads that goes another way, and float64."""
+        exact = evaluate.in_float64(self.module, _copies(self.args))
+        return [*self._disturbed(_LARGE_NOISES), *([exact] if exact is not None else [])]
+
+    def _disturbed(self, noises: Sequence[float]) -> list[list[torch.Tensor]]:
+        return [
+            evaluate.disturbed(self.module, _copies(self.args), seed, noise)
+            for seed, noise in enumerate(noises)
+        ]
 
     def problem(self, index: int, ours: torch.Tensor) -> str | None:
         """What is wrong with ``ours`` as result ``index``."""
@@ -51,8 +60,7 @@ class Reference:
             return f"dtype: {ours.dtype} for {eager.dtype}"
         if same(ours, eager):
             return None
-        draws = [draw[index] for draw in self.others()]
-        exact = self._exact[index] if self._exact is not None else None
+        draws = [draw[index] for draw in self.draws]
         if not eager.dtype.is_floating_point:
             return _integers(ours, eager, draws)
         if not torch.equal(ours.float().isnan(), eager.float().isnan()):
@@ -63,7 +71,7 @@ class Reference:
             )
         if eager.dtype.itemsize == 1:
             return _codes(ours, eager, draws)
-        return _floats(ours, eager, draws, exact)
+        return _floats(ours, eager, draws, [far[index] for far in self.far])
 
 
 def _copies(args: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -119,11 +127,11 @@ def _codes(ours: torch.Tensor, eager: torch.Tensor, draws: list[torch.Tensor]) -
 
 
 def _floats(
-    ours: torch.Tensor, eager: torch.Tensor, draws: list[torch.Tensor], exact: torch.Tensor | None
+    ours: torch.Tensor, eager: torch.Tensor, draws: list[torch.Tensor], far: list[torch.Tensor]
 ) -> str | None:
-    """The error against what other roundings do to eager; in few elements against its distance from float64.
+    """The error against what other roundings do to eager; in few elements against how ``far`` they lead.
 
-    The first knows of the roundings that the model asks for: one that is left out is an error of many elements.
+    The first knows of the roundings that the model asks for: one that is left out moves many elements.
     """
     a, e = ours.double(), eager.double()
     away = torch.stack([_distance(draw.double(), e) for draw in draws])
@@ -139,11 +147,11 @@ def _floats(
     share, most = _share(off > allowed), max(_SHARE, 4 * usual)
     if share > most and int((off > allowed).sum()) > 4:
         return f"values: {share:.2%} off by more than roundings, {most:.2%} allowed; {_by(off, largest)}"
-    if exact is not None and exact.shape == e.shape:
-        reach = torch.maximum(reach, _finite(_distance(exact.double(), e)))
+    for other in far:
+        reach = torch.maximum(reach, _finite(_distance(other.double(), e)))
     limit = _FACTOR * _largest_of_row(reach) + 2 * _STEP.get(eager.dtype, 0.0) * e.abs() + tiny
     if bool((off > limit).any()):
-        return f"values: {_share(off > limit):.2%} further off than eager from float64; {_by(off, largest)}"
+        return f"values: {_share(off > limit):.2%} further off than a flip or float64; {_by(off, largest)}"
     return None
 
 
