@@ -110,6 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--target", metavar="NAME", default="cpu", help=_target_help())
     parser.add_argument(
+        "--trust-source",
+        action="store_true",
+        help="run the code a .pt2 holds: pickled objects and the like; without it such a file is refused",
+    )
+    parser.add_argument(
         "--parameters", metavar="F.irpa", type=Path, help="keep the weights in F.irpa instead of in the .vmfb"
     )
     parser.add_argument(
@@ -215,7 +220,7 @@ def _load(options: argparse.Namespace, target: Target) -> Model | MlirText:
         from .verify import require_device
 
         require_device(target)
-    model = resolve(options.source)
+    model = resolve(options.source, trusted=options.trust_source)
     if options.verify and isinstance(model, Model) and not model.args:
         raise UsageError(f"--verify needs arguments to run on, and {options.source} comes with none")
     return model

@@ -92,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--function", default="main", metavar="NAME", help="function to call (default: main)")
     parser.add_argument("--parameters", metavar="F.irpa", help="the weights, if they were kept outside")
     parser.add_argument(
+        "--check",
+        choices=("whole", "headers"),
+        default="whole",
+        help="compare checksums of all weights before running (default), or leave large ones unread",
+    )
+    parser.add_argument(
         "--input", action="append", default=[], metavar="SPEC", help="one argument; repeat in order"
     )
     parser.add_argument(
@@ -117,7 +123,9 @@ def _run(options: argparse.Namespace) -> None:
 
     inputs = [_parse_input(text) for text in options.input]
     sinks = [_parse_output(text) for text in options.output]
-    program = runtime.load(options.program, device=options.device, parameters=options.parameters)
+    program = runtime.load(
+        options.program, device=options.device, parameters=options.parameters, check=options.check
+    )
     function = program[options.function]
     _check_outputs(function, sinks)
     tensors = [_read(source, spec).to(function.device) for source, spec in _with_specs(inputs, function)]
