@@ -1,8 +1,8 @@
 """Sorts and top-k as ranks, which need no operand to be updated in place.
 
 IREE's sort swaps neighbours in the very tensor it is given, and two sorts of one program may be given the
-same one.  Here an element's rank is the number of elements that stand before it, those that are smaller and, of
-the equal ones, those with a smaller index; the r-th result is the element of rank r.  That takes as many
+same one.  Here an element's rank is the number of elements that stand before it, those that are smaller and,
+of the equal ones, those with a smaller index; the r-th result is the element of rank r.  It takes as many
 comparisons as a sort by insertion, but each is independent of all others.
 
 Elements are compared as integers made from their bits, in torch's order: a NaN is larger than everything and
