@@ -72,6 +72,19 @@ def check_form(source: str) -> None:
         raise UsageError(f"{where}: no such file")
 
 
+def source_file(source: str) -> Path | None:
+    """The file that ``source`` is read from; of a module, once that has been imported."""
+    if source == "-":
+        return None
+    where, colon, _ = source.rpartition(":")
+    if not colon or source.endswith((".pt2", ".mlir")):
+        return Path(source)
+    if where.endswith(".py"):
+        return Path(where)
+    file = getattr(sys.modules.get(where), "__file__", None)
+    return Path(file) if file else None
+
+
 def resolve(source: str, stdin: IO[str] | None = None, *, trusted: bool = False) -> Model | MlirText:
     """The model or MLIR text that ``source`` names; ``trusted``: code inside a .pt2 may be run."""
     check_form(source)
