@@ -34,6 +34,7 @@ from .layout import check, lay_out, reads_of
 from .normalize import normalize
 from .raising import RECOGNISERS, raise_function
 from .report import Change, Report, Site
+from .respell import respell
 from .signature import SIGNATURE_KEY, Signature, known_sizes
 from .storage import add_entry
 from .targets import Target, resolve
@@ -217,6 +218,7 @@ class _Pipeline:
         )
         program.mark_strides(return_physical_scales(function, dispatched.physical_scales))
         Expander(spell_attention=self.target.backend == "cpu").expand(function)
+        respell(function)
         self.dump("dispatch", program.module)
         return dispatched
 
