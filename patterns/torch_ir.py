@@ -329,6 +329,16 @@ def make_int(value: int) -> ir.Value:
     )
 
 
+def rounded(value: float, dtype: str) -> float:
+    """``value`` rounded to the float ``dtype``, by way of float32, as PyTorch does."""
+    return ir.FloatAttr.get(element_type(dtype), to_float32(value)).value
+
+
+def make_float(value: float) -> ir.Value:
+    """A torch float constant."""
+    return _constant("torch.constant.float", "!torch.float", ir.FloatAttr.get(ir.F64Type.get(), value))
+
+
 def make_bool(value: bool) -> ir.Value:
     """A torch bool constant."""
     return _constant("torch.constant.bool", "!torch.bool", ir.BoolAttr.get(value))
