@@ -36,6 +36,7 @@ from .importer import Program, import_module, parse_module
 from .kernel import hardware_floats
 from .layout import check, lay_out, reads_of
 from .normalize import normalize
+from .ownership import keep_arguments
 from .raising import RECOGNISERS, raise_function
 from .report import Change, Report, Site
 from .signature import SIGNATURE_KEY, Signature, known_sizes
@@ -233,6 +234,7 @@ class _Pipeline:
                 raise diagnostics.error("the model uses an operation that cannot be lowered", error) from None
         floats.rewrite_unsupported(module, self.target)
         signature = replace(signature, placed=add_entry(module, name, known_sizes(signature)))
+        keep_arguments(module)
         _sign(module, name, signature)
         self.dump("linalg", module)
         return signature, _iree_compile(module, (*devices.flags(self.target), *archive.flags()))
