@@ -40,7 +40,7 @@ from .ownership import keep_arguments
 from .raising import RECOGNISERS, raise_function
 from .report import Change, Report, Site
 from .signature import SIGNATURE_KEY, Signature, known_sizes
-from .storage import add_entry
+from .storage import add_entry, remove_entry
 from .targets import Target, resolve
 from .views import sink_views
 from .weight_scales import check_scales
@@ -170,7 +170,7 @@ class _Pipeline:
             ledger = self._fuse(program)
             dispatched = self._dispatch(program, ledger, Path(directory))
             with weights.archived(program.parameters, archive_path, self.progress) as archive:
-                signature, vmfb = self._compile(program, archive)
+                signature, vmfb = self._compile(program, archive, ledger)
         report = _report(self.target, ledger, len(dispatched.launches), program)
         return Compiled(self.target, report, vmfb, dispatched, signature)
 
@@ -222,7 +222,9 @@ class _Pipeline:
         self.dump("dispatch", program.module)
         return dispatched
 
-    def _compile(self, program: Program, archive: weights.Archive) -> tuple[Signature, bytes]:
+    def _compile(
+        self, program: Program, archive: weights.Archive, ledger: Ledger
+    ) -> tuple[Signature, bytes]:
         self.start("compile", self.target.name)
         module, name = program.module, ir.StringAttr(program.main().attributes["sym_name"]).value
         signature = program.signature(self.target, archive.identity)
@@ -237,7 +239,20 @@ class _Pipeline:
         keep_arguments(module)
         _sign(module, name, signature)
         self.dump("linalg", module)
-        return signature, _iree_compile(module, (*devices.flags(self.target), *archive.flags()))
+        flags = (*devices.flags(self.target), *archive.flags())
+        try:
+            return signature, _iree_compile(module, flags)
+        except CompileError as error:
+            if not signature.placed:
+                raise
+            why = str(error).partition("\n")[2].strip() or str(error)
+        # What a caller's memory asks of IREE must not cost the program.
+        remove_entry(module, name)
+        signature = replace(signature, placed=())
+        _sign(module, name, signature)
+        vmfb = _iree_compile(module, flags)
+        ledger.remark(name, "", f"it allocates its results in each call; with memory of the caller's: {why}")
+        return signature, vmfb
 
 
 def _sign(module: ir.Module, name: str, signature: Signature) -> None:
