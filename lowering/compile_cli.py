@@ -8,20 +8,19 @@ answer at once.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-import stat
+import io
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import CompileError, LoweringError, UnfusedError, UsageError
-from .source import MlirText, Model, check_form, resolve
+from .command import DEBUG, guarded, tell, write
+from .errors import UnfusedError, UsageError
+from .outputs import Output, Outputs, check_apart, check_dump, make_directory, writing
+from .source import MlirText, Model, check_form, resolve, source_file
 from .targets import TARGETS, Target
 from .targets import resolve as resolve_target
 
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from .report import Report
 
 PROG = "compile-to-vmfb"
-DEBUG = "LOWERING_DEBUG"
 
 _DESCRIPTION = """\
 Compile a PyTorch model to one IREE program (.vmfb) in which every RMSNorm with its residual add and its
@@ -59,6 +57,7 @@ exit codes:
   2  the request is wrong: an option, the source, a path that cannot be written
   3  --require-fused, and a site did not fuse
   4  --verify, and compiled and eager differ
+  130, 143  interrupted (Ctrl-C), terminated
 The report and the dumps are written in cases 3 and 4 too, since they say what is wrong; the .vmfb and
 the .irpa are not. Set {DEBUG}=1 for the traceback of an error."""
 
@@ -69,29 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse has printed its help or its error
         return int(stop.code or 0)
-    try:
-        _run(options)
-    except LoweringError as error:
-        return _failed(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _failed("interrupted", 130)
-    except OSError as error:  # a disk that filled up, a directory that went away
-        return _failed(
-            f"{error.filename or 'cannot write'}: {error.strerror or error}", CompileError.exit_code
-        )
-    except Exception as error:
-        words = f"{type(error).__name__}: {error}".strip()
-        return _failed(f"this is a bug in {PROG}, please report it: {words}", CompileError.exit_code)
-    return 0
-
-
-def _failed(message: str, code: int) -> int:
-    if os.environ.get(DEBUG):
-        import traceback
-
-        traceback.print_exc()
-    print(f"{PROG}: error: {message}", file=sys.stderr)
-    return code
+    return guarded(PROG, lambda: _run(options))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,6 +86,11 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", metavar="OUT.vmfb", type=Path, required=True, help="the program to write"
     )
     parser.add_argument("--target", metavar="NAME", default="cpu", help=_target_help())
+    parser.add_argument(
+        "--trust-source",
+        action="store_true",
+        help="run the code a .pt2 holds: pickled objects and the like; without it such a file is refused",
+    )
     parser.add_argument(
         "--parameters", metavar="F.irpa", type=Path, help="keep the weights in F.irpa instead of in the .vmfb"
     )
@@ -171,15 +153,18 @@ def _run(options: argparse.Namespace) -> None:
         irpa = outputs.file(options.parameters) if options.parameters else None
         report = outputs.file(options.report) if options.report else None
         for directory in filter(None, (options.dump_kernels, options.dump_phases_to)):
-            _make_directory(directory)
+            make_directory(directory)
         progress("load", options.source)
         model = _load(options, target)
+        _check_files(options)  # again: only now is it known which file a module comes from
         compiled = _compile(model, options, irpa, progress)
         if report is not None:
-            report.temporary.write_text(_rendered(compiled.report, report.path), encoding="utf-8")
+            with writing(report.path):
+                report.temporary.write_text(_rendered(compiled.report, report.path), encoding="utf-8")
             report.commit()
         if options.dump_kernels:
-            compiled.dump_kernels(options.dump_kernels)
+            with writing(options.dump_kernels):
+                compiled.dump_kernels(options.dump_kernels)
         progress.finish()
         if options.explain:
             _print(compiled.report.table())
@@ -205,9 +190,22 @@ def _check_options(options: argparse.Namespace) -> None:
         raise UsageError(f"--report {options.report}: the file name must end in .json or .html")
     if options.verify and (options.source == "-" or options.source.endswith(".mlir")):
         raise UsageError("--verify compares with the PyTorch model, and an MLIR source has none")
-    files = [p.resolve() for p in (options.output, options.parameters, options.report) if p is not None]
-    if len(set(files)) != len(files):
-        raise UsageError("two outputs have the same path")
+    _check_files(options)
+
+
+def _check_files(options: argparse.Namespace) -> None:
+    """No output may be a file that is read, or another output."""
+    outputs = {"-o": options.output, "--parameters": options.parameters, "--report": options.report}
+    outputs = {label: path for label, path in outputs.items() if path is not None}
+    inputs = {f"patterns {path}": path for path in options.patterns}
+    if (file := source_file(options.source)) is not None:
+        inputs["source"] = file
+    check_apart(outputs, inputs)
+    files = {**outputs, "the source": inputs["source"]} if "source" in inputs else outputs
+    if options.dump_phases_to:
+        check_dump(options.dump_phases_to, r"\d+-\w+\.mlir", files)
+    if options.dump_kernels:
+        check_dump(options.dump_kernels, r"kernels\.json|.*\.(o|cubin|hsaco)", files)
 
 
 def _load(options: argparse.Namespace, target: Target) -> Model | MlirText:
@@ -215,7 +213,7 @@ def _load(options: argparse.Namespace, target: Target) -> Model | MlirText:
         from .verify import require_device
 
         require_device(target)
-    model = resolve(options.source)
+    model = resolve(options.source, trusted=options.trust_source)
     if options.verify and isinstance(model, Model) and not model.args:
         raise UsageError(f"--verify needs arguments to run on, and {options.source} comes with none")
     return model
@@ -248,7 +246,9 @@ def _print(table: RenderableType) -> None:
 
     # A pipe has no width of its own; 100 columns are what the table is laid out for.
     width = None if sys.stdout.isatty() else 100
-    Console(file=sys.stdout, width=width, highlight=False).print(table)
+    text = io.StringIO()
+    Console(file=text, width=width, highlight=False, force_terminal=sys.stdout.isatty()).print(table)
+    write(text.getvalue().rstrip("\n"))
 
 
 def _require_fused(report: Report) -> None:
@@ -287,74 +287,6 @@ def _result(report: Report, path: Path) -> str:
 def _size(path: Path) -> str:
     size = path.stat().st_size
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
-
-
-# Outputs ----------------------------------------------------------------------------------------
-
-
-@dataclass
-class Output:
-    """A file that appears whole or not at all: written at ``temporary``, moved to ``path``."""
-
-    path: Path
-    temporary: Path
-
-    def commit(self) -> None:
-        """Give the file its name."""
-        self.temporary.chmod(0o666 & ~_umask())
-        self.temporary.replace(self.path)
-
-
-class Outputs:
-    """The files of one run; those not committed when it ends are removed."""
-
-    def __init__(self) -> None:
-        self._files: list[Output] = []
-
-    def __enter__(self) -> Outputs:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for output in self._files:
-            output.temporary.unlink(missing_ok=True)
-
-    def file(self, path: Path) -> Output:
-        """Reserve ``path`` now, so that what cannot be written is known before the work is done."""
-        real = path.resolve()  # a link stays a link: what it points to is replaced
-        if real.is_dir():
-            raise UsageError(f"cannot write {path}: it is a directory")
-        if real.exists() and not stat.S_ISREG(real.stat().st_mode):
-            raise UsageError(f"cannot write {path}: it is not a regular file")
-        with _writing(path):
-            handle, name = tempfile.mkstemp(dir=real.parent, prefix=f".{real.stem}-", suffix=real.suffix)
-        os.close(handle)
-        output = Output(real, Path(name))
-        self._files.append(output)
-        return output
-
-
-def _make_directory(path: Path) -> None:
-    with _writing(path):
-        path.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path)
-        os.close(handle)
-        Path(name).unlink()
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError:
-        raise UsageError(f"cannot write {path}: the directory {path.parent} does not exist") from None
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 # Progress ---------------------------------------------------------------------------------------
@@ -410,7 +342,7 @@ class Progress:
 
     def _line(self, head: str, tail: str) -> None:
         if self._console is None:
-            print(f"{head}  {tail}".rstrip(), file=sys.stderr, flush=True)
+            tell(f"{head}  {tail}".rstrip())
             return
         from rich.text import Text
 

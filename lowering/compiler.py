@@ -39,6 +39,7 @@ from .normalize import normalize
 from .ownership import keep_arguments
 from .raising import RECOGNISERS, raise_function
 from .report import Change, Report, Site
+from .respell import respell
 from .signature import SIGNATURE_KEY, Signature, known_sizes
 from .storage import add_entry, remove_entry
 from .targets import Target, resolve
@@ -219,6 +220,7 @@ class _Pipeline:
         )
         program.mark_strides(return_physical_scales(function, dispatched.physical_scales))
         Expander(spell_attention=self.target.backend == "cpu").expand(function)
+        respell(function)
         self.dump("dispatch", program.module)
         return dispatched
 

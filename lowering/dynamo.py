@@ -35,7 +35,8 @@ def backend(graph: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Calla
 def _compile(graph: torch.fx.GraphModule, inputs: tuple[Any, ...]) -> Callable[..., Any]:
     from . import compiler, runtime
 
-    return runtime.load(compiler.compile(graph, inputs, target=_target(inputs)).vmfb)
+    program = compiler.compile(graph, inputs, target=_target(inputs)).vmfb
+    return runtime.load(program, check="headers")  # it has been in this memory ever since it was made
 
 
 def _target(inputs: tuple[Any, ...]) -> str:

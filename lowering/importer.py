@@ -287,7 +287,19 @@ def _example(meta: Any) -> tuple[int, ...] | None:
     if not isinstance(meta, torch.Tensor) or all(isinstance(dim, int) for dim in meta.shape):
         return None
     sizes = [dim if isinstance(dim, int) else dim.node.hint for dim in meta.shape]
-    return None if None in sizes else tuple(int(size) for size in sizes)
+    if None in sizes:
+        return None
+    return tuple(
+        torch_ir.ExampleSize(int(size), () if isinstance(dim, int) else _factors(dim))
+        for size, dim in zip(sizes, meta.shape, strict=True)
+    )
+
+
+def _factors(size: torch.SymInt) -> list[str]:
+    """The factors of a size's expression, a power once for each time it counts."""
+    powers = [factor.as_base_exp() for factor in size.node.expr.as_ordered_factors()]
+    whole = all(count.is_Integer and count > 0 for _, count in powers)
+    return sorted(str(base) for base, count in powers for _ in range(int(count))) if whole else []
 
 
 @dataclass

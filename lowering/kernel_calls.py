@@ -18,6 +18,7 @@ from patterns.contracts import ScaleLayout
 
 from .kernel import Binding, KernelInstance
 from .kernel_functions import binding_type, function_name, index_constant
+from .tensors import cast, reassociation
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def _argument(binding: Binding, operand: ir.Value, physical: Sequence[PhysicalSc
     if binding.layout != "row":
         source, columns = views.same_rows(operand), views.transposed(operand)
         if columns is not None:
-            return _cast(torch_ir.to_builtin(columns), binding_type(binding))
+            return cast(torch_ir.to_builtin(columns), binding_type(binding))
         return next(s.buffer for s in physical if (s.logical, s.layout) == (source, binding.layout))
     value = torch_ir.to_builtin(operand)
     return _collapse(value) if binding.has_rows else value
@@ -95,7 +96,7 @@ def _collapse(value: ir.Value) -> ir.Value:
     type_ = ir.RankedTensorType(value.type)
     if type_.rank == 1:
         row = ir.RankedTensorType.get([1, type_.shape[0]], type_.element_type)
-        value = tensor.ExpandShapeOp(row, value, _reassociation([[0, 1]]), [], [1, type_.shape[0]]).result
+        value = tensor.ExpandShapeOp(row, value, reassociation([[0, 1]]), [], [1, type_.shape[0]]).result
         type_ = row
     rows = ir.RankedTensorType.get([ir.ShapedType.get_dynamic_size(), type_.shape[-1]], type_.element_type)
     if type_.rank > 2:
@@ -103,24 +104,13 @@ def _collapse(value: ir.Value) -> ir.Value:
         leading = [type_.shape[i] for i in range(type_.rank - 1)]
         count = _product(leading)
         collapsed = ir.RankedTensorType.get([count, type_.shape[-1]], type_.element_type)
-        value = tensor.CollapseShapeOp(collapsed, value, _reassociation(groups)).result
-    return _cast(value, rows)
+        value = tensor.CollapseShapeOp(collapsed, value, reassociation(groups)).result
+    return cast(value, rows)
 
 
 def _product(sizes: Sequence[int]) -> int:
     dynamic = ir.ShapedType.get_dynamic_size()
     return dynamic if dynamic in sizes else math.prod(sizes)
-
-
-def _reassociation(groups: Sequence[Sequence[int]]) -> ir.ArrayAttr:
-    i64 = ir.IntegerType.get_signless(64)
-    return ir.ArrayAttr.get(
-        [ir.ArrayAttr.get([ir.IntegerAttr.get(i64, i) for i in group]) for group in groups]
-    )
-
-
-def _cast(value: ir.Value, type_: ir.Type) -> ir.Value:
-    return value if value.type == type_ else tensor.CastOp(type_, value).result
 
 
 def _restore(result: ir.Value, old: ir.Value, source: ir.Value) -> ir.Value:
@@ -132,10 +122,10 @@ def _restore(result: ir.Value, old: ir.Value, source: ir.Value) -> ir.Value:
     if rank > 2:
         known = torch_ir.to_builtin(source)
         leading = _product([target.shape[i] for i in range(rank - 1)])
-        result = _cast(result, ir.RankedTensorType.get([leading, target.shape[-1]], target.element_type))
+        result = cast(result, ir.RankedTensorType.get([leading, target.shape[-1]], target.element_type))
         dynamic = [i for i in range(rank) if target.is_dynamic_dim(i)]
         sizes = [tensor.DimOp(known, index_constant(i)).result for i in dynamic]
-        groups = _reassociation([list(range(rank - 1)), [rank - 1]])
+        groups = reassociation([list(range(rank - 1)), [rank - 1]])
         shape = [
             ir.ShapedType.get_dynamic_size() if target.is_dynamic_dim(i) else target.shape[i]
             for i in range(rank)
@@ -143,8 +133,8 @@ def _restore(result: ir.Value, old: ir.Value, source: ir.Value) -> ir.Value:
         result = tensor.ExpandShapeOp(target, result, groups, sizes, shape).result
     elif rank == 1:
         flat = ir.RankedTensorType.get([1, target.shape[0]], target.element_type)
-        result = tensor.CollapseShapeOp(target, _cast(result, flat), _reassociation([[0, 1]])).result
-    return torch_ir.from_builtin(_cast(result, target), wanted)
+        result = tensor.CollapseShapeOp(target, cast(result, flat), reassociation([[0, 1]])).result
+    return torch_ir.from_builtin(cast(result, target), wanted)
 
 
 def _logical_scale(result: ir.Value, old: ir.Value, source: ir.Value) -> ir.Value:

@@ -6,7 +6,8 @@ which is what the compiler fuses with the norm before it.  No compiler is import
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 import torch
@@ -17,6 +18,9 @@ from . import ops as _ops  # noqa: F401  registers torch.ops.lowering.*
 WEIGHT_DTYPE = torch.float8_e4m3fn
 _QMAX = torch.finfo(WEIGHT_DTYPE).max
 _AMAX_FLOOR = 1e-10
+
+LM_HEAD = ("lm_head",)
+"""What ``quantize`` leaves alone unless it is told otherwise: the projection to a model's vocabulary."""
 
 
 class BlockScaledLinear(nn.Module):
@@ -105,20 +109,23 @@ def quantize_weight(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     return q.flatten(2, 3).flatten(0, 1)[:rows].clone(), scale
 
 
-def quantize(
-    model: nn.Module, *, group_size: int = 128, exclude: tuple[str, ...] = ("lm_head",)
-) -> nn.Module:
+def quantize(model: nn.Module, *, group_size: int = 128, exclude: str | Iterable[str] = LM_HEAD) -> nn.Module:
     """Replace the nn.Linear layers of ``model``, in place and one by one, by BlockScaledLinear.
 
-    A layer is left alone when a pattern of ``exclude`` (fnmatch) is its qualified name or the last
-    part of it; so are subclasses of nn.Linear, which may mean something else.  A layer or a weight
-    that is used in several places is quantized once and stays shared.  Returns ``model`` (the new layer
-    when ``model`` is an nn.Linear itself).
+    A layer is left alone when ``exclude``, one pattern (fnmatch) or several, names it or a module around it,
+    in full or by the last part of the name; so are subclasses of nn.Linear, which may mean something
+    else.  A layer or a weight that is used in several places is quantized once and stays shared.  Returns
+    ``model`` (the new layer when ``model`` is an nn.Linear itself).
+
+    Raises TypeError when ``exclude`` is no name, and ValueError when it names nothing in this model (but for
+    an lm_head, which not every model has): a mistyped name would be quantized in silence.
 
     Raises ValueError naming the first layer whose in_features ``group_size`` does not divide; the
     model is then unchanged.
     """
-    sites = [site for site in _linear_layers(model) if not _excluded(site[0], exclude)]
+    patterns = _patterns(exclude)
+    _check_patterns(patterns, model)
+    sites = [site for site in _linear_layers(model) if not _excluded(site[0], patterns)]
     for name, _, linear in sites:
         label = f"layer {name!r} (in {linear.in_features}, out {linear.out_features})"
         _check_group(group_size, linear.in_features, label)
@@ -149,9 +156,35 @@ def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None, nn
                 yield f"{prefix}.{child}".lstrip("."), parent, module
 
 
+def _patterns(exclude: str | Iterable[str]) -> tuple[str, ...]:
+    """``exclude`` as several patterns: a string is one, not the letters of it."""
+    if isinstance(exclude, str) or not isinstance(exclude, Iterable):
+        exclude = (exclude,)
+    patterns = tuple(exclude)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"exclude is the name of a layer or several, and {pattern!r} is no name")
+    return patterns
+
+
+def _check_patterns(patterns: tuple[str, ...], model: nn.Module) -> None:
+    names = [name for name, _ in model.named_modules() if name]
+    for pattern in patterns:
+        if pattern in LM_HEAD or any(_excluded(name, (pattern,)) for name in names):
+            continue
+        linear = [name for name, _, _ in _linear_layers(model) if name]
+        candidates = list(dict.fromkeys([*(name.rpartition(".")[2] for name in linear), *linear]))
+        near = get_close_matches(pattern, candidates, n=6) or candidates[:6]
+        raise ValueError(
+            f"exclude {pattern!r} names no layer of the model; it has {', '.join(near) or 'none'}"
+        )
+
+
 def _excluded(name: str, patterns: tuple[str, ...]) -> bool:
-    last = name.rpartition(".")[2]
-    return any(fnmatchcase(name, pattern) or fnmatchcase(last, pattern) for pattern in patterns)
+    """Whether a pattern names the layer or a module around it, in full or by the last part of the name."""
+    parts = name.split(".")
+    names = (*parts, *(".".join(parts[:count]) for count in range(2, len(parts) + 1)))
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def _check_group(group_size: int, in_features: int, label: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from . import temporary
 from .archive import ArchiveWriter, TensorType
 from .errors import UsageError
 from .recipes import WORKING, Recipe
@@ -52,22 +52,23 @@ def archived(
     if path is None and not tensors:
         yield Archive(None, embedded=True)
     elif path is None:
-        with tempfile.TemporaryDirectory() as directory:
-            temporary = Path(directory) / "parameters.irpa"
-            with _written(temporary):
-                write_archive(tensors, temporary, progress)
-            yield Archive(temporary, embedded=True)
+        with temporary.directory() as directory:
+            file = directory / "parameters.irpa"
+            with _written(file):
+                write_archive(tensors, file, progress)
+            yield Archive(file, embedded=True)
     else:
-        temporary = _temporary_beside(path)
+        with _written(path):
+            file = temporary.beside(path)
         try:
             with _written(path):
-                write_archive(tensors, temporary, progress)
-            identity = Parameters(PARAMETER_SCOPE, parameter_digest(temporary))
-            yield Archive(temporary, embedded=False, identity=identity)
+                write_archive(tensors, file, progress)
+            identity = Parameters(PARAMETER_SCOPE, parameter_digest(file))
+            yield Archive(file, embedded=False, identity=identity)
             with _written(path):
-                temporary.replace(path)
+                file.replace(path)
         finally:
-            temporary.unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
 
 
 def write_archive(
@@ -134,12 +135,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises UsageError if it cannot be written.
     """
     with _written(path):
-        temporary = _temporary_beside(path)
-        try:
-            write(temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        temporary.replace(path, write)
 
 
 @contextlib.contextmanager
@@ -147,13 +143,4 @@ def _written(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _temporary_beside(path: Path) -> Path:
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from error
-    os.close(handle)
-    return Path(name)
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error

@@ -22,14 +22,14 @@ import json
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from iree import runtime as iree
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import ops
+from . import integrity, ops
 from .errors import RunError
 from .session import Place, Session, Storage, dtype_name, instance, reason, reported
 from .signature import (
@@ -52,35 +52,42 @@ __all__ = ["Function", "Program", "load"]
 # Calls with new shapes are checked and planned; the plans of this many are kept, then all are made anew.
 _REMEMBERED_PLANS = 1024
 
-# The archive's entries are checked against their checksums, the small ones first, until this many
-# bytes have been read; the largest ones are weights, and stay unread until they are used.
-_CHECKED_BYTES = 64 << 20
+Check = Literal["whole", "headers"]
+
+# What ``check="headers"`` reads of a program: the module and its code, and no part larger than this, which is
+# weights and then stays unread until it is used.
+_LARGEST_HEADER = 16 << 20
 
 
 def load(
     source: str | Path | bytes,
     device: str | torch.device | None = None,
     parameters: str | Path | None = None,
+    *,
+    check: Check = "whole",
 ) -> Program:
     """Load a compiled program.
 
     source: path of a .vmfb, which is memory-mapped and must not be overwritten in place while the
     program lives, or its bytes.  device: 'cpu', 'cuda', 'cuda:1', 'hip', ...; default: what the
     program was compiled for.  parameters: the .irpa file, if the weights were kept outside.
+    check: 'whole' reads the program and its weights once and compares checksums, 'headers' leaves large
+    weights unread until they are used (docs/weights.md says what that takes and finds).
 
     Raises RunError with one sentence when the file is missing, truncated, not ours or compiled for
-    another device or architecture, when its parameters are missing or not the ones it was compiled
-    with, or when the device's driver is not available; UsageError for an unknown device name.
+    another device or architecture, when it or its parameters are damaged, when these are missing or not the
+    ones it was compiled with, or when the device's driver is not available; UsageError for an unknown device
+    name.
     """
     name = "the program" if isinstance(source, bytes) else str(source)
     with reported(f"{name} cannot be loaded"):
-        _check_archive(source, name)
+        _check_archive(source, name, check)
         module = _open_module(source)
         signatures = _signatures(module, name)
     first = next(iter(signatures.values()))
     place = Place.for_program(first, device, name)
     needed = next((s.parameters for s in signatures.values() if s.parameters), None)
-    providers = _parameter_modules(needed, parameters, name)
+    providers = _parameter_modules(needed, parameters, name, check)
     with reported(f"{name} cannot be loaded on {place}"):
         return Program(module, signatures, place, providers)
 
@@ -422,23 +429,24 @@ def _keywords(text: str | None) -> tuple[str, ...]:
 # --- files -------------------------------------------------------------------------------------
 
 
-def _check_archive(source: str | Path | bytes, name: str) -> None:
-    """RunError unless ``source`` is a complete .vmfb: a ZIP archive whose first entry is the module.
+def _check_archive(source: str | Path | bytes, name: str, check: Check) -> None:
+    """RunError unless ``source`` is a complete .vmfb, a ZIP archive with the module in it, and undamaged.
 
     IREE accepts a file whose tail is missing and reads beyond its end.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(source) if isinstance(source, bytes) else source) as archive:
-            if "module.fb" not in archive.namelist():
-                raise RunError(f"{name} is not a compiled program")
-            budget = _CHECKED_BYTES
-            for entry in sorted(archive.infolist(), key=lambda entry: entry.file_size):
-                budget -= entry.file_size
-                if budget < 0:
-                    break
-                archive.read(entry)
+            entries = archive.infolist()
+        if "module.fb" not in [entry.filename for entry in entries]:
+            raise RunError(f"{name} is not a compiled program")
+        if check == "headers":
+            entries = [entry for entry in entries if entry.file_size <= _LARGEST_HEADER]
+        data = memoryview(source) if isinstance(source, bytes) else integrity.mapped(Path(source))
+        integrity.check(integrity.parts_of_program(data, entries))
     except OSError as error:
         raise RunError(f"{name} cannot be read: {error.strerror or error}") from error
+    except integrity.Damaged as error:
+        raise RunError(f"{name} is damaged: {error}") from error
     except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, RuntimeError) as error:
         raise RunError(f"{name} is not a compiled program, or it is truncated or damaged") from error
 
@@ -474,7 +482,9 @@ def _lookup(module: iree.VmModule, name: str) -> iree.VmFunction:
     return function
 
 
-def _parameter_modules(needed: Parameters | None, path: str | Path | None, name: str) -> list[iree.VmModule]:
+def _parameter_modules(
+    needed: Parameters | None, path: str | Path | None, name: str, check: Check
+) -> list[iree.VmModule]:
     """The module that gives a program its weights, after checking that they are the right ones."""
     if needed is None:
         if path is not None:
@@ -486,10 +496,14 @@ def _parameter_modules(needed: Parameters | None, path: str | Path | None, name:
         digest = parameter_digest(path)
         if digest != needed.digest:
             raise RunError(f"{path} does not hold the parameters that {name} was compiled with")
+        if check == "whole":
+            integrity.check(integrity.parts_of_archive(integrity.mapped(Path(path))))
         index = iree.ParameterIndex()
         index.load(str(path))
     except OSError as error:
         raise RunError(f"parameters {path} cannot be read: {error.strerror or error}") from error
+    except integrity.Damaged as error:
+        raise RunError(f"parameters {path} are damaged: {error}") from error
     except (ValueError, IndexError) as error:
         raise RunError(f"parameters {path} cannot be used: {reason(error)}") from error
     provider = index.create_provider(scope=needed.scope)

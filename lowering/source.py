@@ -72,8 +72,21 @@ def check_form(source: str) -> None:
         raise UsageError(f"{where}: no such file")
 
 
-def resolve(source: str, stdin: IO[str] | None = None) -> Model | MlirText:
-    """The model or MLIR text that ``source`` names."""
+def source_file(source: str) -> Path | None:
+    """The file that ``source`` is read from; of a module, once that has been imported."""
+    if source == "-":
+        return None
+    where, colon, _ = source.rpartition(":")
+    if not colon or source.endswith((".pt2", ".mlir")):
+        return Path(source)
+    if where.endswith(".py"):
+        return Path(where)
+    file = getattr(sys.modules.get(where), "__file__", None)
+    return Path(file) if file else None
+
+
+def resolve(source: str, stdin: IO[str] | None = None, *, trusted: bool = False) -> Model | MlirText:
+    """The model or MLIR text that ``source`` names; ``trusted``: code inside a .pt2 may be run."""
     check_form(source)
     if source == "-":
         return _mlir((stdin or sys.stdin).read(), "standard input")
@@ -82,7 +95,7 @@ def resolve(source: str, stdin: IO[str] | None = None) -> Model | MlirText:
         return _mlir(_read(path), source)
     importlib.import_module("lowering.ops")  # models call torch.ops.lowering.*, saved ones too
     if path.suffix == ".pt2":
-        return _exported(path)
+        return _exported(path, trusted)
     where, _, name = source.rpartition(":")
     module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
     return _call(_lookup(module, name, where), source, module)
@@ -106,13 +119,18 @@ def _mlir(text: str, where: str) -> MlirText:
     return MlirText(text)
 
 
-def _exported(path: Path) -> Model:
-    import torch
+def _exported(path: Path, trusted: bool) -> Model:
+    from .pt2 import load_exported
 
     try:
-        program = torch.export.load(path)
+        program = load_exported(path, trusted=trusted)
+    except UsageError:
+        raise
     except Exception as error:
-        raise UsageError(f"{path} is not a program torch.export.save wrote: {_describe(error)}") from error
+        words = (str(error).strip().splitlines() or [""])[0]
+        raise UsageError(
+            f"{path} is not a program torch.export.save wrote: {type(error).__name__}: {words}"
+        ) from error
     args, kwargs = program.example_inputs or ((), {})
     if kwargs:
         names = ", ".join(kwargs)

@@ -114,14 +114,34 @@ def op_name(op: ir.Operation) -> str:
     return op.name
 
 
-# The sizes a dynamic tensor had for the example arguments, one array per result of its operation.
+# The sizes a dynamic tensor had for the example arguments, one array per result of its operation; and what
+# torch.export called them.
 _EXAMPLE = "example"
+_FACTORS = "factors"
+
+
+class ExampleSize(int):
+    """A size that a tensor had for the example arguments, and the factors of torch.export's expression of it.
+
+    Sizes with equal factors are equal in every call; () where nothing is known.
+    """
+
+    factors: tuple[str, ...]
+
+    def __new__(cls, size: int, factors: Sequence[str] = ()) -> ExampleSize:
+        made = super().__new__(cls, size)
+        made.factors = tuple(factors)
+        return made
 
 
 def set_example(op: ir.Operation, shapes: Sequence[Sequence[int] | None]) -> None:
     """Remember the example sizes of each result of ``op``; None (nothing known) is kept as ()."""
     if any(shapes):
         op.attributes[_EXAMPLE] = ir.ArrayAttr.get([ir.DenseI64ArrayAttr.get(list(s or ())) for s in shapes])
+        factors = [["|".join(getattr(size, "factors", ())) for size in shape or ()] for shape in shapes]
+        op.attributes[_FACTORS] = ir.ArrayAttr.get(
+            [ir.ArrayAttr.get([ir.StringAttr.get(text) for text in shape]) for shape in factors]
+        )
 
 
 def example_shape(value: ir.Value) -> tuple[int, ...] | None:
@@ -134,7 +154,9 @@ def example_shape(value: ir.Value) -> tuple[int, ...] | None:
     if _EXAMPLE not in attributes:
         return None
     number = ir.OpResult(value).result_number if op is not None else ir.BlockArgument(value).arg_number
-    return tuple(ir.DenseI64ArrayAttr(ir.ArrayAttr(attributes[_EXAMPLE])[number])) or None
+    sizes = ir.DenseI64ArrayAttr(ir.ArrayAttr(attributes[_EXAMPLE])[number])
+    names = [ir.StringAttr(name).value for name in ir.ArrayAttr(ir.ArrayAttr(attributes[_FACTORS])[number])]
+    return tuple(ExampleSize(s, n.split("|") if n else ()) for s, n in zip(sizes, names, strict=True)) or None
 
 
 def example_bytes(value: ir.Value) -> int | None:

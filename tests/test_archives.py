@@ -79,6 +79,36 @@ def test_an_archive_of_another_compilation_is_refused_whatever_differs(tmp_path:
         lowering.load(vmfb, parameters=wrong)
 
 
+def flipped(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        (byte,) = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte ^ 4]))
+
+
+def test_one_flipped_bit_of_a_weight_is_found(tmp_path: Path) -> None:
+    """In a file of its own and inside the program, between the samples of the digest."""
+    args = (torch.randn(1, 4096),)
+    model, archive, inside = Multiplies(torch.randn(4096, 1500)), tmp_path / "w.irpa", tmp_path / "m.vmfb"
+    outside = lowering.compile(model, args, parameters=archive).vmfb
+    lowering.compile(model, args).save(inside)
+    expected = lowering.load(outside, parameters=archive)(*args)
+    assert torch.equal(lowering.load(inside, check="headers")(*args), expected)
+    flipped(archive, 12_345_678)
+    with pytest.raises(RunError, match=r"parameters .*w\.irpa are damaged: the checksum of w "):
+        lowering.load(outside, parameters=archive)
+    assert lowering.load(outside, parameters=archive, check="headers") is not None
+    flipped(inside, 12_345_678)
+    for source in (inside, inside.read_bytes()):
+        with pytest.raises(RunError, match=r"is damaged: the checksum of _const\.bin is not that"):
+            lowering.load(source)
+    assert lowering.load(inside, check="headers") is not None
+    inside.write_bytes(inside.read_bytes()[:-100])
+    with pytest.raises(RunError, match="truncated or damaged"):
+        lowering.load(inside, check="headers")
+
+
 def test_an_archive_that_cannot_be_written_is_a_wrong_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

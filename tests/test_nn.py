@@ -113,6 +113,8 @@ def test_quantize_replaces_the_linear_layers():
         ((), []),
         (("lm_head",), ["lm_head"]),
         (("down",), ["layers.0.down", "layers.1.down"]),
+        ("down", ["layers.0.down", "layers.1.down"]),
+        (["layers.1", "lm_head"], ["layers.1.up", "layers.1.down", "lm_head"]),
         (("layers.1.*", "lm_*"), ["layers.1.up", "layers.1.down", "lm_head"]),
         (("*",), ["layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down", "lm_head"]),
     ],
@@ -120,6 +122,24 @@ def test_quantize_replaces_the_linear_layers():
 def test_exclude(exclude, left):
     model = quantize(seeded(Model()), exclude=exclude)
     assert [name for name, module in model.named_modules() if type(module) is nn.Linear] == left
+
+
+@pytest.mark.parametrize(
+    ("exclude", "error", "words"),
+    [
+        ("dwon", ValueError, "exclude 'dwon' names no layer of the model; it has down"),
+        (["layers.0.upp"], ValueError, "it has layers.0.up"),
+        (("down", 3), TypeError, "3 is no name"),
+        (None, TypeError, "None is no name"),
+    ],
+)
+def test_exclude_must_name_something(exclude, error, words):
+    model = seeded(Model())
+    with pytest.raises(error, match=words):
+        quantize(model, exclude=exclude)
+    assert not any(isinstance(module, BlockScaledLinear) for module in model.modules())
+    no_head = nn.Sequential(nn.Linear(128, 128))
+    assert isinstance(quantize(no_head, exclude=("lm_head",))[0], BlockScaledLinear)
 
 
 def test_shared_layers_and_weights_stay_shared():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,14 @@ N_ = "--input=2xi64=1"
         (["--input=4xi64=one", N_], 2, "expected rand:SEED or values, got 'one'"),
         (["--input=4xi8=300", N_], 2, "expected rand:SEED or values, got '300'"),
         (["--input=1x4xbf16=1,2", N_], 2, "expected 1 or 4 values, got 2"),
+        (["--input=9999999999999999999xbf16", N_], 2, "no machine has memory for a tensor of this size"),
+        (["--input=100000000000000xbf16=rand", N_], 1, "there is not enough memory for it"),
+        (["--input=-4xbf16", N_], 2, "expected sizes and an element type, such as 8x7168xbf16"),
+        (["--input=1x4xbf16=rand:99999999999999999999", N_], 2, "a seed is less than 2^64"),
+        ([X_, N_, "--benchmark=-1"], 2, "expected a positive number of calls, got '-1'"),
+        ([X_, N_, "--device=cuda:9999"], 1, "cannot run on cuda"),
+        ([X_, N_, "--output=@/proc/y.npy", "--output=-"], 2, "cannot write /proc/y.npy"),
+        ([X_, N_, "--output=@y.npy", "--output=@./y.npy"], 2, "has the same path as the output y.npy"),
         (["--input=1x4xbf16=rand:x", N_], 2, "expected rand:SEED, got 'rand:x'"),
         (["--input=@nowhere.npy"], 2, "there is no file nowhere.npy"),
         (["--input=@tests"], 2, "expected @FILE.npy or @FILE.safetensors[:NAME]"),
@@ -112,6 +121,53 @@ def test_run_refuses_damaged_input_files(pair, tmp_path, capsys):
         (tmp_path / name).write_bytes(b"not a tensor")
         assert run_cli.main([pair, f"--input=@{tmp_path / name}", N_]) == 2
         assert f"{name} cannot be read: " in capsys.readouterr().err
+
+
+def test_no_output_is_a_file_that_is_read(double, tmp_path, capsys):
+    file, link = tmp_path / "x.safetensors", tmp_path / "link.safetensors"
+    assert run_cli.main([str(double), "--input=1x4xf32=3", f"--output=@{file}"]) == 0
+    link.hardlink_to(file)
+    before = file.read_bytes()
+    for arguments in ([f"--input=@{file}:output_0", f"--output=@{link}"],):
+        assert run_cli.main([str(double), *arguments]) == 2
+        assert "has the same path as the input" in capsys.readouterr().err
+    assert file.read_bytes() == before
+
+
+def test_files_get_the_permissions_that_the_umask_gives(double, tmp_path):
+    plain = tmp_path / "plain"
+    plain.touch()
+    for name in ("y.npy", "y.safetensors"):
+        assert run_cli.main([str(double), "--input=1x4xf32=3", f"--output=@{tmp_path / name}"]) == 0
+        assert (tmp_path / name).stat().st_mode == plain.stat().st_mode
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+def test_nobody_to_write_to(double):
+    """A full disk is an error in one sentence; a reader who leaves (``| head``) is none."""
+    command = f"{sys.executable} -m lowering.run_cli {double} --input 900x4xf32"
+    for redirected, code, message in (
+        (">/dev/full", 1, "run-vmfb: error: standard output cannot be written: No space left on device\n"),
+        ("| true; exit ${PIPESTATUS[0]}", 0, ""),
+        (">&-", 0, ""),
+    ):
+        shell = ["bash", "-c", f"{command} {redirected}"]
+        done = subprocess.run(shell, capture_output=True, text=True, cwd=ROOT, check=False)
+        assert (done.returncode, done.stderr) == (code, message), redirected
+
+
+@pytest.mark.parametrize(("number", "code", "word"), [(2, 130, "interrupted"), (15, 143, "terminated")])
+def test_a_signal_ends_it_and_leaves_nothing(double, tmp_path, number, code, word):
+    arguments = ["--input=1x4xf32=3", "--benchmark=1000000000", f"--output=@{tmp_path / 'y.npy'}"]
+    command = [sys.executable, "-m", "lowering.run_cli", str(double), *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    while not list(tmp_path.iterdir()):  # the output is reserved: torch is imported, and the run has begun
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (code, f"run-vmfb: error: {word}\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_run_as_a_command(pair):

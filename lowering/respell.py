@@ -1,0 +1,34 @@
+"""Step 6, what torch-mlir would lower wrongly, or not at all: respelled as builtin operations.
+
+Run last, on what is left of the torch dialect when every kernel has been called, so that no recogniser sees
+it.  Each ``respell_*`` file is about one kind of operation and has a table of rules; a rule builds, in front
+of an operation, what its results are to be replaced by, or leaves it with None.
+"""
+
+from __future__ import annotations
+
+from iree.compiler import ir
+
+from patterns import torch_ir
+
+from . import respell_sorts, respell_views
+
+_RULES = {**respell_views.RULES, **respell_sorts.RULES}
+
+
+def respell(function: ir.Operation) -> int:
+    """Replace what has a rule in the body of ``function``, in place; returns how many operations went."""
+    block = torch_ir.block_of(function)
+    count = 0
+    for op in [op.operation for op in block.operations]:
+        rule = _RULES.get(torch_ir.op_name(op))
+        if rule is None:
+            continue
+        with ir.InsertionPoint(op), op.location:
+            made = rule(op)
+        if made is not None:
+            for old, new in zip(op.results, made, strict=True):
+                old.replace_all_uses_with(new)
+            count += 1
+    torch_ir.erase_dead(block)
+    return count

@@ -1,0 +1,171 @@
+"""Random graphs: that a seed is a graph, that the judge sees what is wrong, and some through the compiler."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from fuzzing import judge, runner
+from fuzzing.grammar import graph_of
+from fuzzing.graph import Graph, Step, Tensor, source
+from fuzzing.runner import Outcome, Workers
+from fuzzing.shrink import shrink
+from fuzzing.worker import verdict_of
+from torch import nn
+
+# Seeds of graphs that go through the compiler: ordinary arguments.  tools/fuzz.py tries others.
+ORDINARY = (5, 105, 113)
+
+
+def test_a_seed_is_a_graph() -> None:
+    graphs = [graph_of(seed, special=seed % 4 == 0) for seed in range(12)]
+    assert graphs == [graph_of(seed, special=seed % 4 == 0) for seed in range(12)]
+    assert [Graph.from_dict(json.loads(json.dumps(graph.to_dict()))) for graph in graphs] == graphs
+
+
+def test_a_graph_is_a_file_that_runs(tmp_path: Path) -> None:
+    graphs = [graph_of(seed) for seed in range(6)]
+    text, places = source(graphs, "Six graphs.")
+    names: dict = {}
+    exec(compile(text, "graphs.py", "exec"), names)
+    module, args, shapes = names["build"]()
+    assert len(shapes) == len(args)
+    results = sum(len(graph.results) for graph in graphs)
+    assert len(module(*args)) == len(module(*names["arguments"](1))) == results
+    lines = text.splitlines()
+    for graph, of_steps in zip(graphs, places, strict=True):
+        for step, numbers in zip(graph.steps, of_steps, strict=True):
+            assert [lines[number - 1].strip() for number in numbers] == step.code.splitlines()
+
+
+# -- the judge --------------------------------------------------------------------------------------------
+
+
+def verdict(module: nn.Module, ours: nn.Module, *args: torch.Tensor) -> str | None:
+    return judge.Reference(module, args).problem(0, ours(*args)[0])
+
+
+class Rounded(nn.Module):
+    """A bfloat16 sum, its rounding optional, in one order or the other."""
+
+    def __init__(self, *, rounds: bool = True, backwards: bool = False):
+        super().__init__()
+        self.rounds, self.backwards = rounds, backwards
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor):
+        total = (x + y).float() if self.rounds else x.float() + y.float()
+        squares = (total * total).flip(-1) if self.backwards else total * total
+        return (total * torch.rsqrt(squares.mean(-1, keepdim=True) + 1e-6),)
+
+
+def test_another_order_of_a_sum_is_right_and_a_rounding_left_out_is_not() -> None:
+    x, y = torch.randn(2, 16, 256).bfloat16()
+    assert verdict(Rounded(), Rounded(backwards=True), x, y) is None
+    assert "values" in (verdict(Rounded(), Rounded(rounds=False), x, y) or "")
+
+
+class Codes(nn.Module):
+    def __init__(self, off: float = 0.0, share: float = 0.0):
+        super().__init__()
+        self.off, self.share = off, share
+
+    def forward(self, x: torch.Tensor):
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True))
+        moved = torch.arange(x.numel()).view(x.shape) < self.share * x.numel()
+        q = (x * 30).round().clamp(-127, 127)
+        return ((q + torch.where(moved, self.off, 0.0)).to(torch.int8),)
+
+
+@pytest.mark.parametrize(
+    ("off", "share", "word"), [(1, 0.001, None), (1, 0.1, "differ"), (2, 0.001, "steps"), (0, 0, None)]
+)
+def test_codes_may_be_a_step_off_in_few_places(off: float, share: float, word: str | None) -> None:
+    found = verdict(Codes(), Codes(off, share), torch.randn(16, 256))
+    assert found is None if word is None else word in (found or "")
+
+
+class Transposed(nn.Module):
+    """A statistic of the right rows, and of the wrong ones."""
+
+    def __init__(self, axis: int):
+        super().__init__()
+        self.axis = axis
+
+    def forward(self, x: torch.Tensor):
+        return (x * torch.rsqrt(x.pow(2).mean(self.axis, keepdim=True) + 1e-6),)
+
+
+def test_wrong_rows_nan_and_another_sign_of_infinity_are_seen() -> None:
+    x = torch.randn(64, 64)
+    assert "values" in (verdict(Transposed(0), Transposed(1), x) or "")
+    special = x.clone()
+    special[3, 5], special[7, 1] = torch.nan, torch.inf
+    reference = judge.Reference(lambda t: [t.clone()], [special])
+    assert reference.problem(0, special) is None
+    assert "NaN" in (reference.problem(0, special.nan_to_num(0.0, torch.inf)) or "")
+    assert "infinite" in (reference.problem(0, torch.where(special == torch.inf, -torch.inf, special)) or "")
+    assert "shape" in (reference.problem(0, special[:32]) or "")
+    assert "dtype" in (reference.problem(0, special.double()) or "")
+
+
+def test_strides_are_those_of_eager_where_it_is_contiguous() -> None:
+    x = torch.randn(4, 6)
+    assert judge.strides_problem(x, x, strided=False) is None
+    assert judge.strides_problem(x.t().contiguous().t(), x, strided=False)
+    assert judge.strides_problem(x.t().contiguous(), x.t(), strided=False) is None
+    assert judge.strides_problem(x.t().contiguous(), x.t(), strided=True)
+
+
+# -- shrinking and children -------------------------------------------------------------------------------
+
+
+def test_shrinking_leaves_the_step_that_fails() -> None:
+    graph = next(g for g in map(graph_of, range(99)) if any("softmax" in s.code for s in g.steps[2:]))
+
+    def fails(smaller: Graph) -> bool:
+        return any("softmax" in step.code for step in smaller.steps)
+
+    small = shrink(graph, fails, trials=500)
+    assert fails(small) and len(small.steps) == 1
+    assert len(small.steps[0].code.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("import os; os.abort()", Outcome("crash", "SIGABRT ")),
+        ("import sys; sys.exit('no more memory')", Outcome("crash", "exit code 1 no more memory")),
+        ("import time; time.sleep(60)", Outcome("hang", "no answer in 1 s")),
+    ],
+)
+def test_a_child_that_dies_or_hangs_is_an_outcome(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, expected: Outcome
+) -> None:
+    script = tmp_path / "child.py"
+    script.write_text(f"input()\n{body}\n")
+    monkeypatch.setattr(runner, "_WORKER", script)
+    workers = Workers(seconds=1)
+    assert workers.judge_seeds([0], special=False) == expected
+    assert workers.judge_seeds([0], special=False) == expected  # another child
+    workers.close()
+
+
+# -- through the compiler -----------------------------------------------------------------------------------
+
+ARGUMENT = Tensor("a0", ("T", 64), "bfloat16", "normal", 1)
+
+
+def test_a_site_that_a_report_lacks_is_a_finding() -> None:
+    step = Step("v1 = a0 + 1", ("v1",), ("rms_norm",))
+    graph = Graph(0, False, ((3, 5), (7, 2)), (ARGUMENT,), (), (step,), ("v1",))
+    assert verdict_of([graph]) == ("sites", "no rms_norm in the report of: v1 = a0 + 1")
+    assert verdict_of([replace(graph, steps=(replace(step, sites=()),))])[0] == "right"
+
+
+@pytest.mark.parametrize(("seeds", "special"), [(ORDINARY, False)], ids=["ordinary"])
+def test_random_graphs_are_right(seeds: tuple[int, ...], special: bool) -> None:
+    graphs = [graph_of(seed, special=special) for seed in seeds]
+    assert verdict_of(graphs) == ("right", "")

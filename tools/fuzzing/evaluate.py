@@ -1,0 +1,162 @@
+"""Eager PyTorch once more: in float64, and with its rounding errors drawn anew.
+
+How far eager is from float64 and how far it moves when every operation is rounded a little otherwise is what
+a compiled program may be away from it: that measures what a model does with an error, also where a
+quantization makes a whole step of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+_NARROW = (torch.float16, torch.bfloat16, torch.float32)
+# They move data and round nothing; what a cast rounds has been disturbed where it was made.
+_EXACT = frozenset(
+    [
+        "_local_scalar_dense",
+        "_to_copy",
+        "abs",
+        "amax",
+        "amin",
+        "arange",
+        "cat",
+        "ceil",
+        "clamp",
+        "clamp_max",
+        "clamp_min",
+        "clone",
+        "constant_pad_nd",
+        "copy",
+        "embedding",
+        "empty",
+        "expand_copy",
+        "flip",
+        "floor",
+        "full",
+        "full_like",
+        "gather",
+        "index",
+        "index_copy",
+        "index_fill",
+        "index_put",
+        "index_select",
+        "isnan",
+        "lift_fresh_copy",
+        "masked_fill",
+        "masked_scatter",
+        "max",
+        "maximum",
+        "min",
+        "minimum",
+        "nan_to_num",
+        "neg",
+        "new_full",
+        "new_zeros",
+        "ones",
+        "ones_like",
+        "relu",
+        "repeat",
+        "roll",
+        "round",
+        "scalar_tensor",
+        "scatter",
+        "select_scatter",
+        "sign",
+        "slice_scatter",
+        "sort",
+        "stack",
+        "take_along_dim",
+        "topk",
+        "tril",
+        "triu",
+        "trunc",
+        "where",
+        "zeros",
+        "zeros_like",
+    ]
+)
+
+# Of 16-bit operands: their float32 result is exact, often a tie, and there is one way to round it.
+_ROUNDED_ONCE = ("add", "sub", "rsub", "mul", "div")
+
+
+class InFloat64(TorchDispatchMode):
+    """Whatever would be float32 or narrower is float64; 8-bit floats stay as they are."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") in _NARROW:
+            kwargs["dtype"] = torch.float64
+        if func.namespace == "lowering":  # these take no float64
+            args = tree_map(lambda t: _cast(t, torch.float32, (torch.float64,)), args)
+        return tree_map(lambda t: _cast(t, torch.float64, _NARROW), func(*args, **kwargs))
+
+
+class Disturbed(TorchDispatchMode):
+    """Every operation that rounds is off by a little more, up or down, relative to its result: ``noise``.
+
+    Whole numbers stay: what computes them does so exactly.
+    """
+
+    def __init__(self, seed: int, noise: float) -> None:
+        super().__init__()
+        self.noise = noise
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if func.is_view or func._schema.is_mutable or name in _EXACT:
+            return func(*args, **kwargs)
+        plain = func(*args, **kwargs)
+        if func.namespace != "lowering" and not _has_floats(plain):
+            return plain
+        if name in _ROUNDED_ONCE and plain.dtype.itemsize == 2:
+            return plain
+        wide = tree_map(lambda t: self._moved(_cast(t, torch.float32, _NARROW)), (args, kwargs))
+        try:
+            found = func(*wide[0], **wide[1])
+        except (RuntimeError, ValueError):  # an operation of one dtype
+            return tree_map(self._moved, plain)
+        return tree_map(lambda new, old: _narrowed(self._moved(new), old), found, plain)
+
+    def _moved(self, value: Any) -> Any:
+        """``value``, each element moved where it is a float."""
+        if not isinstance(value, torch.Tensor) or value.dtype not in (*_NARROW, torch.float64):
+            return value
+        signs = torch.randint(0, 2, value.shape, generator=self.generator) * 2 - 1
+        moved = (value * (1 + signs * self.noise)).to(value.dtype)
+        return torch.where(value == value.round(), value, moved)
+
+
+def _cast(value: Any, to: torch.dtype, of: Iterable[torch.dtype]) -> Any:
+    return value.to(to) if isinstance(value, torch.Tensor) and value.dtype in of else value
+
+
+def _narrowed(new: Any, old: Any) -> Any:
+    return new.to(old.dtype) if isinstance(old, torch.Tensor) else new
+
+
+def _has_floats(value: Any) -> bool:
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return any(isinstance(t, torch.Tensor) and t.dtype in _NARROW for t in values)
+
+
+def in_float64(module: Callable[..., Any], args: Iterable[Any]) -> list[torch.Tensor] | None:
+    """The results in float64, None where the module takes none (it looks at bits)."""
+    try:
+        with torch.no_grad(), InFloat64():
+            return list(module(*(_cast(a, torch.float64, _NARROW) for a in args)))
+    except (RuntimeError, ValueError):
+        return None
+
+
+def disturbed(module: Callable[..., Any], args: Iterable[Any], seed: int, noise: float) -> list[torch.Tensor]:
+    """The results with other rounding errors."""
+    with torch.no_grad(), Disturbed(seed, noise):
+        return list(module(*args))
