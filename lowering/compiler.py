@@ -224,9 +224,7 @@ class _Pipeline:
         self.dump("dispatch", program.module)
         return dispatched
 
-    def _compile(
-        self, program: Program, archive: weights.Archive, ledger: Ledger
-    ) -> tuple[Signature, bytes]:
+    def _compile(self, program: Program, archive: weights.Archive, ledger: Ledger) -> tuple[Signature, bytes]:
         self.start("compile", self.target.name)
         module, name = program.module, ir.StringAttr(program.main().attributes["sym_name"]).value
         signature = program.signature(self.target, archive.identity)

@@ -2,8 +2,8 @@
 
 IREE updates a tensor in place where an operation is the last to read it, and takes an argument for such a
 tensor: its copy-on-write asks whether a value has another reader, not whose memory it is.  So every argument
-gets one more reader, the barrier at the end of the function.  IREE then puts a copy before each operation that
-would write into an argument, and removes it again where nothing is written: what is only read is not copied.
+gets one more reader, the barrier at the end of the function.  IREE then puts a copy before each operation
+that would write into an argument, and none where nothing is written: what is only read is not copied.
 """
 
 from __future__ import annotations

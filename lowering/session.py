@@ -148,9 +148,11 @@ class Storage:
     """What the memory of a tensor has to be; it occupies none itself."""
 
     like: Tensor
-    shape: list[int]
+    shape: tuple[int, ...]
     element: Any
-    """Of the shape and dtype, in IREE's words; of bytes, where ``_AS_BYTES`` says so."""
+    """The dtype in IREE's words."""
+    typed: bool
+    """Whether DLPack has a word for the dtype; ``element`` is a byte where it has none."""
     size: int
     """In bytes."""
 
@@ -165,6 +167,10 @@ class Session:
         self._somewhere = torch.zeros(_CPU_ALIGNMENT, dtype=torch.uint8, device=place.device)
         self._hal = hal_device(place.backend, place.index)
         self._allocator = self._hal.allocator
+        self._on_host = place.device.type == "cpu"
+        self._dlpack = (
+            (_DLPACK_TYPES["cpu"], 0) if self._on_host else (_DLPACK_TYPES[place.backend], place.index)
+        )
         hal_module = iree.create_hal_module(instance(), self._hal)
         self._context = iree.VmContext(instance(), [hal_module, *parameter_modules, module])
         self._lock = threading.Lock()
@@ -209,9 +215,11 @@ class Session:
     def storage(self, shape: tuple[int, ...], dtype: torch.dtype) -> Storage:
         """Memory for a tensor, as ``allocate`` takes it."""
         like = self._somewhere.view(dtype)[0].expand(shape)
-        crossing = self._somewhere.view(torch.uint8 if dtype in _AS_BYTES else dtype)
-        element = self._hal.from_dlpack_capsule(to_dlpack(crossing)).element_type
-        return Storage(like, list(shape), element, like.numel() * like.element_size())
+        crossing = self._hal.from_dlpack_capsule(
+            to_dlpack(self._somewhere.view(torch.uint8 if dtype in _AS_BYTES else dtype))
+        )
+        typed = from_dlpack(self._hal.create_dlpack_capsule(crossing, *self._dlpack)).dtype == dtype
+        return Storage(like, shape, crossing.element_type, typed, like.numel() * like.element_size())
 
     def allocate(self, storage: Storage) -> tuple[Tensor, iree.HalBufferView]:
         """A tensor, contiguous and not set to anything, and a view of its bytes.
@@ -219,22 +227,21 @@ class Session:
         Where torch's tensors are the host's, the memory is IREE's: its cpu driver fills and copies into no
         other.  On a GPU it is torch's, whose allocator keeps what is freed.
         """
-        like = storage.like
-        if not storage.size or self.place.device.type != "cpu":
-            # Half the time of torch.empty, which has more arguments to read.
-            tensor = torch.empty_like(like, memory_format=torch.contiguous_format)
-            return tensor, self._bytes(tensor)
-        view = iree.HalBufferView(self._host_buffer(storage.size), storage.shape, storage.element)
-        return self._exported(view, like.dtype), view
+        if self._on_host and storage.size:
+            buffer = self._allocator.allocate_buffer(_DEVICE_LOCAL, _ANY_USAGE, storage.size)
+            view = iree.HalBufferView(buffer, storage.shape, storage.element)
+            tensor = from_dlpack(self._hal.create_dlpack_capsule(view, *self._dlpack))
+            return (tensor if storage.typed else tensor.view(storage.like.dtype)), view
+        # Half the time of torch.empty, which has more arguments to read.
+        tensor = torch.empty_like(storage.like, memory_format=torch.contiguous_format)
+        return tensor, self._bytes(tensor)
 
     def scratch(self, size: int) -> iree.HalBufferView:
         """Memory that no tensor is made of."""
-        if size and self.place.device.type == "cpu":
-            return iree.HalBufferView(self._host_buffer(size), [size], iree.HalElementType.UINT_8)
+        if self._on_host and size:
+            buffer = self._allocator.allocate_buffer(_DEVICE_LOCAL, _ANY_USAGE, size)
+            return iree.HalBufferView(buffer, (size,), iree.HalElementType.UINT_8)
         return self._bytes(torch.empty(size, dtype=torch.uint8, device=self.place.device))
-
-    def _host_buffer(self, size: int) -> iree.HalBuffer:
-        return self._allocator.allocate_buffer(_DEVICE_LOCAL, _ANY_USAGE, size)
 
     def _bytes(self, tensor: Tensor) -> iree.HalBufferView:
         if not tensor.numel():
@@ -286,13 +293,7 @@ class Session:
             return torch.empty(view.shape, dtype=dtype, device=self.place.device)
         if as_bytes is not None:
             view = iree.HalBufferView(view.get_buffer(), view.shape, iree.HalElementType.UINT_8)
-        return self._exported(view, dtype)
-
-    def _exported(self, view: iree.HalBufferView, dtype: torch.dtype | None) -> Tensor:
-        on_host = self.place.device.type == "cpu"
-        dlpack_type = _DLPACK_TYPES["cpu" if on_host else self.place.backend]
-        capsule = self._hal.create_dlpack_capsule(view, dlpack_type, 0 if on_host else self.place.index)
-        tensor = from_dlpack(capsule)
+        tensor = from_dlpack(self._hal.create_dlpack_capsule(view, *self._dlpack))
         if dtype in (None, tensor.dtype):
             return tensor
         if dtype.itemsize != tensor.element_size():
