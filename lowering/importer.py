@@ -9,6 +9,7 @@ into the IR.  Nothing here knows about fusion or targets.
 from __future__ import annotations
 
 import re
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
@@ -110,6 +111,10 @@ class Program:
         )
 
 
+# torch.export keeps what it is at in variables of its modules.
+_EXPORTING = threading.RLock()
+
+
 def import_module(
     module: torch.nn.Module | torch.export.ExportedProgram,
     args: tuple[Any, ...],
@@ -121,12 +126,15 @@ def import_module(
     """Export ``module`` for ``args`` and import it into ``context``.
 
     An ExportedProgram is taken as it is.  Raises CompileError with torch.export's own words when
-    the module cannot be exported.
+    the module cannot be exported.  One thread at a time exports, the others wait.
     """
-    if isinstance(module, torch.export.ExportedProgram):
-        exported = module
-    else:
-        exported = _export(module, args, dict(kwargs or {}), dynamic_shapes)
+    with _EXPORTING:
+        if not isinstance(module, torch.export.ExportedProgram):
+            module = _export(module, args, dict(kwargs or {}), dynamic_shapes)
+        return _import(module, context)
+
+
+def _import(exported: torch.export.ExportedProgram, context: ir.Context) -> Program:
     with warnings.catch_warnings():
         # torch copies its own tree specs in a way it has deprecated.
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)

@@ -13,7 +13,8 @@ from iree import compiler as iree_compiler
 from torch import Tensor, nn
 
 import lowering
-from lowering import compiler, runtime
+from lowering import runtime
+from lowering.iree_steps import Iree
 from lowering.signature import Signature, TensorSpec, known_sizes
 
 ROWS = torch.export.Dim("T")
@@ -81,14 +82,14 @@ def stream_ir(monkeypatch: pytest.MonkeyPatch, model: nn.Module, example: Tensor
     """The program where all allocations, copies and dispatches are explicit."""
     found: list[str] = []
 
-    def stop_at_streams(module, flags) -> bytes:
+    def stop_at_streams(_, module, flags) -> bytes:
         bytecode = io.BytesIO()
         module.operation.write_bytecode(bytecode)
         options = ["--iree-input-type=none", "--compile-to=stream", *flags]
         found.append(iree_compiler.compile_str(bytecode.getvalue(), extra_args=options).decode())
         return b""
 
-    monkeypatch.setattr(compiler, "_iree_compile", stop_at_streams)
+    monkeypatch.setattr(Iree, "compile", stop_at_streams)
     lowering.compile(model, (example,), dynamic_shapes=BY_ROWS, target=target)
     return found[0]
 
@@ -258,19 +259,19 @@ def test_memory_that_is_not_there_is_an_error():
 
 def test_a_program_is_not_refused_for_the_second_entry_point(monkeypatch, tmp_path):
     """Where IREE cannot compile it, the program has ``main`` alone, and the report says why."""
-    known = compiler._iree_compile
+    known = Iree.compile
 
-    def refuse(module, flags):
-        text = str(module)
-        if "main$into" in text:
+    def refuse(iree, module, flags):
+        if "main$into" in str(module):
             raise lowering.CompileError("IREE could not compile the program:\n  model.py:3: no such luck")
-        return known(module, flags)
+        return known(iree, module, flags)
 
-    monkeypatch.setattr(compiler, "_iree_compile", refuse)
+    monkeypatch.setattr(Iree, "compile", refuse)
     compiled = lowering.compile(Nested(), (rows(5),), dynamic_shapes=BY_ROWS)
     assert compiled.signature.placed == ()
     (remark,) = compiled.report.remarks
-    assert remark.op == "main" and "model.py:3: no such luck" in remark.text
+    assert (remark.op, remark.location) == ("main", "model.py:3")
+    assert "allocates its results in each call" in remark.text and "no such luck" in remark.text
     found, expected = lowering.load(compiled.vmfb)(rows(7)), Nested()(rows(7))
     assert_same(tuple(found["quantized"]), tuple(expected["quantized"]))
 
