@@ -22,8 +22,10 @@ from patterns.sites import Ledger, SiteRecord
 
 from . import devices, extensions, floats
 from . import parameters as weights
+from .constants import round_constants
 from .dispatch import Dispatched, choose_kernels, dispatch, return_physical_scales, supported
 from .errors import CompileError, UsageError
+from .exact import spell_out
 from .expand import Expander
 from .folding import fold
 from .fuse import fuse
@@ -41,6 +43,7 @@ from .storage import add_entry, remove_entry
 from .targets import Target, resolve
 from .views import sink_views
 from .weight_scales import check_scales
+from .widen import widen
 
 Progress = Callable[[str, str], None]
 Fp8 = Literal["as-is", "native"]
@@ -219,6 +222,8 @@ class _Pipeline:
         )
         program.mark_strides(return_physical_scales(function, dispatched.physical_scales))
         Expander(spell_attention=self.target.backend == "cpu").expand(function)
+        spell_out(function)
+        widen(function)
         respell(function)
         self.dump("dispatch", program.module)
         return dispatched
@@ -229,6 +234,7 @@ class _Pipeline:
         signature = program.signature(self.target, archive.identity)
         devices.declare_device(program.module, self.target)
         module = self.iree.lower(program.module)
+        round_constants(module)
         floats.rewrite_unsupported(module, self.target)
         signature = replace(signature, placed=add_entry(module, name, known_sizes(signature)))
         keep_arguments(module)
