@@ -268,13 +268,16 @@ def _verify(model: Model, compiled: Compiled, vmfb: Output, irpa: Output | None)
     from torch.utils import _pytree as pytree
 
     from . import runtime
-    from .verify import is_quantized, require_device, verify
+    from .sizes import exported_shapes
+    from .verify import require_device, verify
 
     device = require_device(compiled.target)
     program = runtime.load(vmfb.temporary, parameters=irpa.temporary if irpa else None)
     args = pytree.tree_map(lambda a: a.to(device) if isinstance(a, torch.Tensor) else a, model.args)
-    comparison = verify(program, model.eager().to(device), args, quantized=is_quantized(compiled.report))
-    return str(comparison)
+    shapes = model.dynamic_shapes
+    if isinstance(model.module, torch.export.ExportedProgram):
+        shapes = exported_shapes(model.module)
+    return str(verify(program, model.eager().to(device), args, dynamic_shapes=shapes))
 
 
 def _result(report: Report, path: Path) -> str:

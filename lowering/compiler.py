@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import io
 import os
-import re
 import tempfile
 import time
 import typing
@@ -18,21 +16,21 @@ from typing import Any, Literal
 
 import torch
 from iree.compiler import ir
-from iree.compiler.api import Invocation, Output, Session, Source
-from iree.compiler.passmanager import PassManager
 
-from patterns import torch_ir
 from patterns.flavour import use_flavours
 from patterns.sites import Ledger, SiteRecord
 
 from . import devices, extensions, floats
 from . import parameters as weights
+from .constants import round_constants
 from .dispatch import Dispatched, choose_kernels, dispatch, return_physical_scales, supported
-from .errors import CompileError, UsageError
+from .errors import UsageError
+from .exact import spell_out
 from .expand import Expander
 from .folding import fold
 from .fuse import fuse
 from .importer import Program, import_module, parse_module
+from .iree_steps import Iree
 from .kernel import hardware_floats
 from .layout import check, lay_out, reads_of
 from .normalize import normalize
@@ -44,6 +42,7 @@ from .storage import add_entry
 from .targets import Target, resolve
 from .views import sink_views
 from .weight_scales import check_scales
+from .widen import widen
 
 Progress = Callable[[str, str], None]
 Fp8 = Literal["as-is", "native"]
@@ -152,6 +151,9 @@ class _Pipeline:
         self.dump_to = Path(dump_phases_to) if dump_phases_to is not None else None
         self.progress = progress or (lambda phase, detail: None)
         self.context = ir.Context()
+        # What would use threads runs elsewhere; in a child that a user forks they would be missing.
+        self.context.enable_multithreading(False)
+        self.iree = Iree(self.dump_to)
         self.phase = 0
 
     def start(self, phase: str, detail: str = "") -> None:
@@ -219,93 +221,30 @@ class _Pipeline:
         )
         program.mark_strides(return_physical_scales(function, dispatched.physical_scales))
         Expander(spell_attention=self.target.backend == "cpu").expand(function)
+        spell_out(function)
+        widen(function)
         respell(function)
         self.dump("dispatch", program.module)
         return dispatched
 
     def _compile(self, program: Program, archive: weights.Archive) -> tuple[Signature, bytes]:
         self.start("compile", self.target.name)
-        module, name = program.module, ir.StringAttr(program.main().attributes["sym_name"]).value
+        name = ir.StringAttr(program.main().attributes["sym_name"]).value
         signature = program.signature(self.target, archive.identity)
-        devices.declare_device(module, self.target)
-        with _Diagnostics(self.context) as diagnostics:
-            try:
-                PassManager.parse("builtin.module(torch-to-iree)").run(module.operation)
-            except ir.MLIRError as error:
-                raise diagnostics.error("the model uses an operation that cannot be lowered", error) from None
+        devices.declare_device(program.module, self.target)
+        module = self.iree.lower(program.module)
+        round_constants(module)
         floats.rewrite_unsupported(module, self.target)
         signature = replace(signature, placed=add_entry(module, name, known_sizes(signature)))
         _sign(module, name, signature)
         self.dump("linalg", module)
-        return signature, _iree_compile(module, (*devices.flags(self.target), *archive.flags()))
+        return signature, self.iree.compile(module, (*devices.flags(self.target), *archive.flags()))
 
 
 def _sign(module: ir.Module, name: str, signature: Signature) -> None:
     """Record how the program is called on the function itself, for the runtime to read."""
     entry = ir.DictAttr.get({SIGNATURE_KEY: ir.StringAttr.get(signature.to_json())})
     ir.SymbolTable(module.operation)[name].operation.attributes["iree.reflection"] = entry
-
-
-class _Diagnostics:
-    """Collects what MLIR says while something runs, for the error message."""
-
-    def __init__(self, context: ir.Context):
-        self.context = context
-        self.errors: list[tuple[str, str]] = []
-
-    def __enter__(self) -> _Diagnostics:
-        self.handler = self.context.attach_diagnostic_handler(self._record)
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self.handler.detach()
-
-    def _record(self, diagnostic: Any) -> bool:
-        if diagnostic.severity == ir.DiagnosticSeverity.ERROR:
-            self.errors.append((torch_ir.model_line(str(diagnostic.location)), _plain(diagnostic.message)))
-        return True
-
-    def error(self, summary: str, caught: ir.MLIRError | None = None) -> CompileError:
-        for item in caught.error_diagnostics if caught else ():
-            self._record(item)
-        lines = [f"{where}: {message}" for where, message in dict.fromkeys(self.errors[:3])]
-        return CompileError("\n  ".join([f"{summary}:", *lines]) if lines else summary)
-
-
-_ILLEGAL = re.compile(
-    r"failed to legalize (?:unresolved )?operation '([^']+)'(?:.*?\bname = \"([^\"]+)\")?", re.S
-)
-
-
-def _plain(message: str) -> str:
-    """The first line of an MLIR error; which operation, where it is about one nothing lowers."""
-    illegal = _ILLEGAL.match(message)
-    if illegal:
-        return f"nothing lowers {illegal[2] or illegal[1]}; write it with operations that IREE knows"
-    return message.splitlines()[0][:300]
-
-
-def _iree_compile(module: ir.Module, flags: tuple[str, ...]) -> bytes:
-    """Hand ``module`` to a fresh IREE session (as bytecode: the session has a context of its own)."""
-    bytecode = io.BytesIO()
-    module.operation.write_bytecode(bytecode)
-    with Session() as session:
-        session.set_flags("--iree-input-type=none", *flags)
-        with _Diagnostics(session.context) as diagnostics, session.invocation() as invocation:
-            source = Source.wrap_buffer(session, bytecode.getvalue())
-            if not (invocation.parse_source(source) and invocation.execute()):
-                raise diagnostics.error("IREE could not compile the program")
-            return _bytes(invocation)
-
-
-def _bytes(invocation: Invocation) -> bytes:
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "program.vmfb"
-        output = Output.open_file(str(path))
-        invocation.output_vm_bytecode(output)
-        output.keep()
-        output.close()
-        return path.read_bytes()
 
 
 def _report(target: Target, ledger: Ledger, dispatches: int, program: Program) -> Report:

@@ -36,7 +36,7 @@ _FLAGS = {
 
 # What depends on weights alone runs once, at load.  Evaluating it while compiling would store a second,
 # transposed copy of large weights in the program.
-_COMMON_FLAGS = ("--iree-opt-const-eval=false",)
+_COMMON_FLAGS = ("--iree-opt-const-eval=false", "--iree-input-demote-f64-to-f32=false")
 
 _FORMATS = {
     "cpu": '"llvm-cpu", "embedded-elf-x86_64"',

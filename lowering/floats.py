@@ -1,7 +1,8 @@
-"""Step 7, float8 conversions a target's code generation lacks, rewritten as integer arithmetic.
+"""Step 7, conversions of small floats that a target's code generation lacks or drops, as integer arithmetic.
 
-IREE lowers no float8 conversion for CUDA, on AMD only those of the hardware's own flavour, and
-narrows wrongly near the smallest normal number on the CPU.
+IREE lowers no float8 conversion for CUDA and on AMD only those of the hardware's own flavour.  On the CPU it
+reads a NaN as a number, narrows wrongly near the smallest normal number, and computes bfloat16 in float32:
+there a narrowing that is widened again in the same dispatch would round nothing.
 Loading and storing the bytes works everywhere, so a conversion becomes bit operations on them,
 exact for every input: round to nearest even, overflow as torch's own conversion does it.
 """
@@ -45,16 +46,17 @@ FORMATS = {
 
 # A format of exponents only: powers of two, 0xFF is NaN.
 _SCALE = "f8E8M0FNU"
+_BRAIN = "bf16"
 
 _LACKING = {
     "arith.extf": {
+        "cpu": set(FORMATS),
         "cuda": {*FORMATS, _SCALE},
         "gfx950": {"f8E4M3FNUZ"},
         "gfx942": {"f8E4M3FN", "f8E5M2"},
     },
-    # IREE's own narrowing on the CPU makes zero of values that round up to the smallest normal number.
     "arith.truncf": {
-        "cpu": set(FORMATS),
+        "cpu": {*FORMATS, _BRAIN},
         "cuda": set(FORMATS),
         "gfx950": {"f8E4M3FNUZ"},
         "gfx942": {"f8E4M3FN", "f8E5M2"},
@@ -63,7 +65,7 @@ _LACKING = {
 
 
 def rewrite_unsupported(module: ir.Module, target: Target) -> int:
-    """Rewrite ``arith.extf`` and ``arith.truncf`` of float8 scalars in place; returns how many."""
+    """Rewrite ``arith.extf`` and ``arith.truncf`` of small scalars in place; returns how many."""
     lacking = {
         name: table.get(target.backend, set()) | table.get(target.name, set())
         for name, table in _LACKING.items()
@@ -78,7 +80,7 @@ def rewrite_unsupported(module: ir.Module, target: Target) -> int:
     module.operation.walk(visit)
     for op in found:
         with ir.InsertionPoint(op), op.location:
-            value = _widened(op) if op.name == "arith.extf" else _encode(op)
+            value = _widened(op) if op.name == "arith.extf" else _narrowed(op)
         op.result.replace_all_uses_with(value)
         op.erase()
     return len(found)
@@ -122,6 +124,23 @@ class _Bits:
 
 def _widened(op: ir.Operation) -> ir.Value:
     return _decode_scale(op) if str(op.operands[0].type) == _SCALE else _decode(op)
+
+
+def _narrowed(op: ir.Operation) -> ir.Value:
+    return _encode_brain(op) if str(op.result.type) == _BRAIN else _encode(op)
+
+
+def _encode_brain(op: ir.Operation) -> ir.Value:
+    """The upper half of a float32, rounded to nearest even."""
+    bits = _Bits()
+    wide = bits.as_bits(_convert(op.operands[0], bits.f32))
+    odd = bits.two(arith.AndIOp, bits.two(arith.ShRUIOp, wide, 16), 1)
+    rounded = arith.AddIOp(bits.two(arith.AddIOp, wide, 0x7FFF), odd).result
+    upper = bits.two(arith.ShRUIOp, rounded, 16)
+    magnitude = bits.two(arith.AndIOp, wide, 0x7FFFFFFF)
+    code = bits.when(arith.CmpIPredicate.ugt, magnitude, 0x7F800000, bits.const(0x7FC0), upper)
+    code16 = arith.TruncIOp(ir.IntegerType.get_signless(16), code).result
+    return arith.BitcastOp(op.result.type, code16).result
 
 
 def _decode_scale(op: ir.Operation) -> ir.Value:

@@ -24,6 +24,7 @@ from patterns import (
 from patterns.recogniser import NearMiss, Raised, Recogniser, Suspicion, WithoutLastAxis
 from patterns.sites import Ledger
 from patterns.torch_ir import TensorType
+from patterns.well_typed import is_well_typed
 
 RECOGNISERS: tuple[Recogniser, ...] = (
     *named_ops.RECOGNISERS,
@@ -65,7 +66,7 @@ def _recognise(
 ) -> Raised | None:
     for recogniser in by_root.get(torch_ir.op_name(op), ()):
         raised = ledger.timing.of(_name(recogniser)).call(recogniser.recognise, op)
-        if raised is not None:
+        if raised is not None and is_well_typed(raised):
             return raised
     return None
 

@@ -13,7 +13,8 @@ from iree import compiler as iree_compiler
 from torch import Tensor, nn
 
 import lowering
-from lowering import compiler, runtime
+from lowering import runtime
+from lowering.iree_steps import Iree
 from lowering.signature import Signature, TensorSpec, known_sizes
 
 ROWS = torch.export.Dim("T")
@@ -81,14 +82,14 @@ def stream_ir(monkeypatch: pytest.MonkeyPatch, model: nn.Module, example: Tensor
     """The program where all allocations, copies and dispatches are explicit."""
     found: list[str] = []
 
-    def stop_at_streams(module, flags) -> bytes:
+    def stop_at_streams(_, module, flags) -> bytes:
         bytecode = io.BytesIO()
         module.operation.write_bytecode(bytecode)
         options = ["--iree-input-type=none", "--compile-to=stream", *flags]
         found.append(iree_compiler.compile_str(bytecode.getvalue(), extra_args=options).decode())
         return b""
 
-    monkeypatch.setattr(compiler, "_iree_compile", stop_at_streams)
+    monkeypatch.setattr(Iree, "compile", stop_at_streams)
     lowering.compile(model, (example,), dynamic_shapes=BY_ROWS, target=target)
     return found[0]
 

@@ -1,7 +1,7 @@
 """Random graphs through the compiler: each against eager PyTorch and float64, in a child process.
 
     python tools/fuzz.py --minutes 10 --seed 1000 --out findings
-    python tools/fuzz.py --minutes 5 --target h200            # compiled only
+    python tools/fuzz.py --minutes 5 --target h200            # run on such a GPU, elsewhere compiled only
     python tools/fuzz.py --seeds 17,33 --out findings         # these again, one by one
 
 A graph follows from its seed alone.  Eight graphs share a module, since compiling is what takes time; where
@@ -140,7 +140,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seeds", metavar="N,N,...", help="these alone, one by one; :special for special values"
     )
-    parser.add_argument("--target", default="cpu", help="cpu is run, others are compiled (%(default)s)")
+    parser.add_argument(
+        "--target", default="cpu", help="run where there is one, else compiled only (%(default)s)"
+    )
     parser.add_argument(
         "--together", type=int, default=8, metavar="N", help="graphs of a module (%(default)s)"
     )

@@ -54,9 +54,14 @@ def verdict_of(graphs: Sequence[Graph], target: str = "cpu") -> Verdict:
         missing = _missing(graphs, places, compiled.report, path)
         if missing:
             return "sites", missing
-        if target != "cpu":
-            return RIGHT, ""
-        return _called(graphs, module, compiled.vmfb, built)
+        device = _device(compiled.target.backend)
+        return (RIGHT, "") if device is None else _called(graphs, module, compiled.vmfb, built, device)
+
+
+def _device(backend: str) -> str | None:
+    """Where programs of ``backend`` can be run on this machine; None: they are compiled only."""
+    there = backend == "cpu" or (backend == "cuda" and torch.cuda.is_available())
+    return backend if there else None
 
 
 def _where(error: Exception) -> str:
@@ -91,8 +96,10 @@ def _missing(graphs: Sequence[Graph], places: list[list[range]], report: Any, pa
     return ""
 
 
-def _called(graphs: Sequence[Graph], module: torch.nn.Module, vmfb: bytes, built: Any) -> Verdict:
-    """Both calls."""
+def _called(
+    graphs: Sequence[Graph], module: torch.nn.Module, vmfb: bytes, built: Any, device: str
+) -> Verdict:
+    """Both calls; eager PyTorch computes on the cpu, whatever the device."""
     weights = {name: p.detach().clone() for name, p in module.named_parameters()}
     try:
         program = lowering.load(vmfb)
@@ -104,6 +111,7 @@ def _called(graphs: Sequence[Graph], module: torch.nn.Module, vmfb: bytes, built
     for call in range(len(graphs[0].sizes)):
         args = built.arguments(call)
         reference = judge.Reference(copy.deepcopy(module), args)
+        args = _moved(args, device)
         try:
             results = program(*args)
         except lowering.LoweringError as error:
@@ -113,11 +121,17 @@ def _called(graphs: Sequence[Graph], module: torch.nn.Module, vmfb: bytes, built
         verdict = _judged(results, reference, strided, call)
         if verdict is not None:
             return verdict
-        if not all(judge.same(a, b) for a, b in zip(args, reference.args, strict=True)):
+        if not all(judge.same(a.cpu(), b) for a, b in zip(args, reference.args, strict=True)):
             return "changed", f"call {call + 1}: an argument was written"
     if not all(judge.same(p.detach(), weights[name]) for name, p in module.named_parameters()):
         return "changed", "a weight was written"
     return RIGHT, ""
+
+
+def _moved(args: Sequence[torch.Tensor], device: str) -> list[torch.Tensor]:
+    """The arguments on ``device``; a tensor that is given twice is still one."""
+    made: dict[int, torch.Tensor] = {}
+    return [made.setdefault(id(a), a.to(device)) for a in args]
 
 
 def _made_by(graph: Graph, name: str) -> Any:
@@ -129,7 +143,7 @@ def _judged(results: Any, reference: judge.Reference, strided: list[bool], call:
     if len(results) != len(reference.results):
         return "wrong", f"{len(results)} results for {len(reference.results)}"
     for index, (ours, eager) in enumerate(zip(results, reference.results, strict=True)):
-        problem = reference.problem(index, ours)
+        problem = reference.problem(index, ours.cpu())
         if problem is not None:
             return "wrong", f"call {call + 1}, result {index}: {problem}"
         problem = judge.strides_problem(ours, eager, strided=strided[index])

@@ -1,0 +1,200 @@
+"""The process that IREE's compiler runs in; ``isolation`` starts it as a script and talks to it.
+
+Nothing of this project is imported here, nor torch: what is held is IREE's compiler, loaded once.  For each
+request it forks twice.  The inner process compiles and may die; the outer one keeps it: it says how that
+ended, and ends it when the time is up or when nobody waits any more.  No thread exists before a fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import resource
+import select
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# In the directory of a request: what is compiled, and what comes of it.
+SOURCE, RESULT, ANSWER, OUTPUT = "source.mlirbc", "result", "answer.json", "output.txt"
+
+
+def serve(control: socket.socket) -> None:
+    """Answer requests until the other side is gone; each comes as a socket of its own."""
+    try:
+        _load()
+    except BaseException:
+        control.sendall(traceback.format_exc().encode())
+        return
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # a keeper's end is of no interest
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+        if not message:
+            return
+        request = socket.socket(fileno=descriptors[0])
+        if os.fork() == 0:
+            control.close()
+            _exit_after(_keep, request)
+        request.close()
+
+
+def _load() -> None:
+    """Load all that a request needs: what is loaded before the fork is shared by all."""
+    from iree.compiler import ir, passmanager  # noqa: F401
+    from iree.compiler.api import Session  # noqa: F401
+
+
+def _exit_after(work: Callable[..., None], *args: Any) -> None:
+    """End this process after ``work`` without running what its parent registered for its own end."""
+    try:
+        work(*args)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+# -- the keeper ------------------------------------------------------------------------------------------
+
+
+def _keep(request: socket.socket) -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    asked = json.loads(request.makefile("rb").readline())
+    keeper = os.getpid()
+    alive, held = os.pipe()  # readable once the worker, which alone holds the other end, is gone
+    worker = os.fork()
+    if worker == 0:
+        request.close()
+        _exit_after(_work, asked, keeper)
+    os.close(held)
+    reason = _wait(request, alive, asked["seconds"])
+    with contextlib.suppress(ProcessLookupError):  # the linker it may have started goes with it
+        os.killpg(worker, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(worker, signal.SIGKILL)
+    _, status, usage = os.wait4(worker, 0)
+    if reason == "left":
+        shutil.rmtree(asked["directory"], ignore_errors=True)
+        return
+    end = {
+        "late": reason == "late",
+        "code": os.waitstatus_to_exitcode(status),
+        "cpu": usage.ru_utime + usage.ru_stime,
+    }
+    request.sendall(json.dumps(end).encode() + b"\n")
+
+
+def _wait(request: socket.socket, alive: int, seconds: float | None) -> str:
+    """Until the worker is gone ("done"), time is up ("late") or the other side has closed ("left")."""
+    deadline = None if seconds is None else time.monotonic() + seconds
+    poll = select.poll()
+    poll.register(request, select.POLLIN)
+    poll.register(alive, select.POLLIN)
+    while True:
+        left = None if deadline is None else max(0, deadline - time.monotonic()) * 1000
+        events = {descriptor for descriptor, _ in poll.poll(left)}
+        if alive in events:
+            return "done"
+        if not events:
+            return "late"
+        if not request.recv(1):
+            return "left"
+
+
+# -- the worker ------------------------------------------------------------------------------------------
+
+
+def _work(asked: dict[str, Any], keeper: int) -> None:
+    directory = Path(asked["directory"])
+    _confine(asked, directory, keeper)
+    diagnostics: list[tuple[str, str]] = []
+    done = (_run_passes if asked["passes"] else _compile)(asked, directory, diagnostics)
+    answer = {"done": done, "diagnostics": diagnostics}
+    (directory / ANSWER).write_text(json.dumps(answer), encoding="utf-8")
+
+
+def _confine(asked: dict[str, Any], directory: Path, keeper: int) -> None:
+    """Take this process away from the terminal and give it its limits; it dies with its keeper."""
+    os.setpgid(0, 0)
+    _die_with(keeper)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if asked["cpu_seconds"] is not None:
+        resource.setrlimit(resource.RLIMIT_CPU, (asked["cpu_seconds"], asked["cpu_seconds"] + 5))
+    output = os.open(directory / OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ["TMPDIR"] = str(directory)  # what the linker leaves there goes with the directory
+    with contextlib.suppress(OSError):
+        os.chdir(asked["cwd"])
+
+
+def _die_with(keeper: int) -> None:
+    """Linux ends this process with its keeper, even one that was killed; elsewhere it would run on."""
+    if not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != keeper:
+        os._exit(1)
+
+
+def _collect(context: Any, diagnostics: list[tuple[str, str]]) -> None:
+    """Note every error that MLIR reports in ``context``."""
+    from iree.compiler import ir
+
+    def note(diagnostic: Any) -> bool:
+        if diagnostic.severity == ir.DiagnosticSeverity.ERROR:
+            diagnostics.append((str(diagnostic.location), diagnostic.message))
+        return True
+
+    context.attach_diagnostic_handler(note)
+
+
+def _run_passes(asked: dict[str, Any], directory: Path, diagnostics: list[tuple[str, str]]) -> bool:
+    from iree.compiler import ir
+    from iree.compiler.passmanager import PassManager
+
+    with ir.Context() as context:
+        _collect(context, diagnostics)
+        try:
+            module = ir.Module.parse((directory / SOURCE).read_bytes())
+            PassManager.parse(asked["passes"]).run(module.operation)
+        except ir.MLIRError as error:
+            diagnostics += [(str(item.location), item.message) for item in error.error_diagnostics]
+            return False
+        bytecode = io.BytesIO()
+        module.operation.write_bytecode(bytecode)
+        (directory / RESULT).write_bytes(bytecode.getvalue())
+    return True
+
+
+def _compile(asked: dict[str, Any], directory: Path, diagnostics: list[tuple[str, str]]) -> bool:
+    from iree.compiler.api import Output, Session, Source
+
+    session = Session()
+    session.set_flags(*asked["flags"])
+    _collect(session.context, diagnostics)
+    invocation = session.invocation()
+    source = Source.wrap_buffer(session, (directory / SOURCE).read_bytes())
+    if not (invocation.parse_source(source) and invocation.execute()):
+        return False
+    output = Output.open_file(str(directory / RESULT))
+    invocation.output_vm_bytecode(output)
+    output.keep()
+    output.close()
+    return True
+
+
+if __name__ == "__main__":
+    sys.path[:] = json.loads(sys.argv[2])
+    serve(socket.socket(fileno=int(sys.argv[1])))
