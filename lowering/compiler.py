@@ -23,14 +23,15 @@ from patterns.sites import Ledger, SiteRecord
 from . import devices, extensions, floats
 from . import parameters as weights
 from .constants import round_constants
+from .culprit import find_culprit
 from .dispatch import Dispatched, choose_kernels, dispatch, return_physical_scales, supported
-from .errors import UsageError
+from .errors import CompileError, UsageError
 from .exact import spell_out
 from .expand import Expander
 from .folding import fold
 from .fuse import fuse
 from .importer import Program, import_module, parse_module
-from .iree_steps import Iree
+from .iree_steps import COMPILE, Iree, Step, Unplaced
 from .kernel import hardware_floats
 from .layout import check, lay_out, reads_of
 from .normalize import normalize
@@ -172,7 +173,11 @@ class _Pipeline:
             ledger = self._fuse(program)
             dispatched = self._dispatch(program, ledger, Path(directory))
             with weights.archived(program.parameters, archive_path, self.progress) as archive:
-                signature, vmfb = self._compile(program, archive)
+                try:
+                    signature, vmfb = self._compile(program, archive)
+                except Unplaced as error:
+                    culprit = find_culprit(program, lambda part, step=error.step: self._fails(part, step))
+                    raise error if culprit is None else error.placed(culprit) from None
         report = _report(self.target, ledger, len(dispatched.launches), program)
         return Compiled(self.target, report, vmfb, dispatched, signature)
 
@@ -232,13 +237,29 @@ class _Pipeline:
         name = ir.StringAttr(program.main().attributes["sym_name"]).value
         signature = program.signature(self.target, archive.identity)
         devices.declare_device(program.module, self.target)
-        module = self.iree.lower(program.module)
-        round_constants(module)
-        floats.rewrite_unsupported(module, self.target)
+        flags = (*devices.flags(self.target), *archive.flags())
+        module = self._lower(self.iree, program.module)
         signature = replace(signature, placed=add_entry(module, name, known_sizes(signature)))
         _sign(module, name, signature)
         self.dump("linalg", module)
-        return signature, self.iree.compile(module, (*devices.flags(self.target), *archive.flags()))
+        return signature, self.iree.compile(module, flags)
+
+    def _lower(self, iree: Iree, module: ir.Module) -> ir.Module:
+        module = iree.lower(module)
+        round_constants(module)
+        floats.rewrite_unsupported(module, self.target)
+        return module
+
+    def _fails(self, module: ir.Module, step: Step) -> bool:
+        """Whether a part of a program fails, in ``step`` or before it."""
+        iree = Iree()
+        try:
+            module = self._lower(iree, module)
+            if step is COMPILE:
+                iree.compile(module, devices.flags(self.target))
+        except CompileError:
+            return True
+        return False
 
 
 def _sign(module: ir.Module, name: str, signature: Signature) -> None:
