@@ -43,6 +43,10 @@ LOWER = Step("torch-mlir (torch-to-iree)", "the model uses an operation that can
 COMPILE = Step("IREE's compiler", "IREE could not compile the program")
 
 
+class TimedOut(CompileError):
+    """A step that took more time than it may."""
+
+
 class Unplaced(CompileError):
     """A failure of which it is not known which operation of the model it is about."""
 
@@ -115,7 +119,7 @@ def _error(step: Step, failed: isolation.Failed, rest: Sequence[str]) -> Compile
     if failed.cause is not None:
         died = Unplaced(step, f"{step.name} {failed.cause}", _FAILS, rest)
         # A search would take as long again for each of its parts.
-        return CompileError(str(died)) if failed.late else died
+        return TimedOut(str(died)) if failed.late else died
     said = _said(failed.diagnostics)
     placed = [f"{where}: {text}" for where, text in said if where != "unknown" and _CONSTANT not in text]
     if not placed:
