@@ -1,8 +1,8 @@
 """Slices of an axis whose size is unknown until run time.
 
-torch.export takes such a size for larger than what a constant bound names, and torch-mlir reads as much, whether
-it is there or not.  Here bounds are clamped in each call as PyTorch clamps them; a call fails where the rest of the
-program was made for another number of elements than there are.
+torch.export takes such a size for larger than what a constant bound names, and torch-mlir reads as much,
+whether it is there or not.  Here bounds are clamped in each call as PyTorch clamps them; a call fails where
+the rest of the program was made for another number of elements than there are.
 """
 
 from __future__ import annotations
