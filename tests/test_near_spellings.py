@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -159,6 +160,52 @@ GATES: dict[str, SPELLING] = {
 }
 
 
+ROUTINGS: dict[str, SPELLING] = {
+    "a bias of tokens": lambda x, y, w, z: routed(x, w.unsqueeze(-1)),
+    "a bias of both": lambda x, y, w, z: routed(x, y),
+    "softmax": lambda x, y, w, z: routed(x, w, torch.nn.Softmax(-1)),
+    "softmax without a bias": lambda x, y, w, z: routed(x, None, torch.nn.Softmax(-1)),
+    "square root of softplus": lambda x, y, w, z: routed(x, w, lambda v: F.softplus(v).sqrt()),
+    "the chosen alone": lambda x, y, w, z: chosen_alone(x),
+    "the best taken from the bias": lambda x, y, w, z: routed(x, w, alpha=-1),
+    "a total without its axis": lambda x, y, w, z: routed(x[:4], w, keepdim=False),
+}
+
+
+def routed(
+    gating: Tensor, bias: Tensor | None, score: SPELLING = torch.sigmoid, alpha: int = 1, keepdim: bool = True
+) -> Tensor:
+    """Weights of the 4 best experts; ids are left out, since equal choices may come in any order."""
+    scores = score(gating / 32)
+    choices = scores if bias is None else torch.add(scores, bias, alpha=alpha)
+    weights = scores.gather(-1, choices.topk(4, dim=-1)[1])
+    return weights / weights.sum(-1, keepdim=keepdim)
+
+
+def chosen_alone(gating: Tensor) -> Tensor:
+    """As gpt-oss has it: the softmax of the largest."""
+    values, ids = gating.topk(4, dim=-1)
+    return values.softmax(-1) * ids
+
+
+# -- what is one, in other words ----------------------------------------------------------------------------
+
+SAME: dict[str, SPELLING] = {
+    "sum over the size": lambda x, y, w, z: normed(x, lambda a: a.sum(-1, keepdim=True) / N),
+    "sum times 1 over the size": lambda x, y, w, z: normed(x, lambda a: a.sum(-1, keepdim=True) * (1 / N)),
+    "sum of three axes": lambda x, y, w, z: normed(z, lambda a: a.sum(2, True) / a.shape[-1]),
+    "power": lambda x, y, w, z: normed(x, mean, lambda m: m**-0.5) * w,
+    "1 over a root": lambda x, y, w, z: normed(x, mean, lambda m: 1.0 / torch.sqrt(m)) * w,
+    "1 over a power": lambda x, y, w, z: normed(x, mean, lambda m: 1.0 / m**0.5),
+    "unsqueezed": lambda x, y, w, z: normed(x, lambda a: a.mean(-1).unsqueeze(-1)),
+    "indexed": lambda x, y, w, z: normed(x, lambda a: a.mean(1)[..., None]),
+    "viewed": lambda x, y, w, z: normed(x, lambda a: a.mean(-1).view(N, 1)),
+    "root unsqueezed": lambda x, y, w, z: normed(z, lambda a: a.mean(-1), lambda m: m.rsqrt().unsqueeze(2)),
+    "epsilon first": lambda x, y, w, z: x * torch.rsqrt(EPS + mean(torch.square(x))),
+    "no epsilon": lambda x, y, w, z: x * torch.rsqrt(mean(x * x)),
+}
+
+
 class Spelled(nn.Module):
     """Some spellings of the same four tensors, as one program."""
 
@@ -248,3 +295,162 @@ def test_nearly_a_gate() -> None:
     reasons = [site.reason or "" for site in report.sites if not site.fused]
     assert len(reasons) == len(GATES) - 2
     assert all("is no part of this kernel: between them is aten." in reason for reason in reasons), reasons
+
+
+def test_nearly_a_routing() -> None:
+    report = compiled(ROUTINGS)
+    assert [site.op for site in report.sites] == ["grouped_topk"] * len(ROUTINGS)
+    reasons = [site.reason or "" for site in report.sites]
+    assert "a softmax" in reasons[2] and "a softmax" in reasons[3] and "a softplus" in reasons[4]
+    assert "of the chosen experts alone" in reasons[5]
+
+
+def test_the_same_in_other_words() -> None:
+    report = compiled(SAME)
+    assert [site.op for site in report.sites if site.fused] == ["rms_norm"] * len(SAME)
+
+
+# -- casts that round -------------------------------------------------------------------------------------
+
+
+class Cast(nn.Module):
+    """What a cast between the two 16-bit floats loses, in each part of what fuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter((torch.rand(256) + 0.5).half(), requires_grad=False)
+
+    def forward(self, x: Tensor, large: Tensor, residual: Tensor) -> Any:
+        h = x.float()
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)
+        blocks = large.half().view(8, 2, 128)  # overflows
+        s = blocks.abs().amax(-1, keepdim=True).float().clamp(min=1e-10) / 448.0
+        total = x.float() + residual.bfloat16().float()
+        gate = F.silu(x.float()) * residual.bfloat16().float()
+        again = x.half().float()
+        return (
+            (h * self.weight.bfloat16()).to(x.dtype),
+            ((blocks / s).clamp(-448, 448).to(FP8), s),
+            (total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype),
+            torch.ops.lowering.group_quant(gate, 128),
+            (again * torch.rsqrt(again.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype),
+        )
+
+
+def test_a_cast_between_16_bit_floats_is_no_widening() -> None:
+    """What is dropped is 8 bits and more of a number, in each of them."""
+    x = torch.randint(-8, 9, (8, 256)).bfloat16()
+    residual = (torch.randn(8, 256) * 100).half()
+    arguments, module = (x, torch.randn(8, 256).bfloat16() * 40000, residual), Cast()
+    program = lowering.compile(module, arguments)
+    (unfused,) = [site for site in program.report.sites if not site.fused]
+    assert "a kernel writes float16, as it reads" in (unfused.reason or "")
+    for got, expected in zip(lowering.load(program.vmfb)(*arguments), module(*arguments), strict=True):
+        for ours, eager in zip(tree_leaves(got), tree_leaves(expected), strict=True):
+            if eager.dtype == torch.float32:
+                torch.testing.assert_close(ours, eager, rtol=1e-5, atol=0.0, equal_nan=True)
+                continue
+            different = (ours.float() != eager.float()) & ~(ours.isnan() & eager.isnan())
+            assert different.float().mean() <= 1e-2, "the last place of a few, where sums round otherwise"
+
+
+# -- chains that are two kernels -------------------------------------------------------------------------
+
+
+class Split(nn.Module):
+    """A norm or activation, something else, and a quantization."""
+
+    def __init__(self, between: SPELLING):
+        super().__init__()
+        self.between = between
+        self.weight = nn.Parameter(torch.rand(256) + 0.5, requires_grad=False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        normed = torch.ops.lowering.rms_norm(x, self.weight, 1e-6)
+        return torch.ops.lowering.group_quant(self.between(normed, y), 128)
+
+
+SPLITS: dict[str, tuple[SPELLING, str, str]] = {
+    "a gate": (lambda n, y: n * F.silu(y), "rms_norm", "either normalises or gates"),
+    "the gate of one": (lambda n, y: F.silu(n) * y, "rms_norm", "either normalises or gates"),
+    "a product": (lambda n, y: n * y, "group_quant", "between them is aten.mul.Tensor"),
+    "a sigmoid": (lambda n, y: n * torch.sigmoid(y), "group_quant", "between them is aten.mul.Tensor"),
+    "a number": (lambda n, y: (n * 2.0).relu(), "group_quant", "between them is aten.mul.Scalar"),
+    "an activation": (lambda n, y: F.gelu(y), "group_quant", "activates the one factor of a product"),
+}
+
+
+def test_a_norm_or_gate_that_is_split_from_its_quantization_says_so() -> None:
+    for between, op, reason in SPLITS.values():
+        sites = lowering.explain(Split(between), (torch.randn(4, 256), torch.randn(4, 256))).sites
+        (split,) = [site for site in sites if not site.fused]
+        assert split.op == op and reason in (split.reason or ""), split
+
+
+def test_a_residual_stream_splits_nothing() -> None:
+    sites = lowering.explain(Split(lambda n, y: n + y), (torch.randn(4, 256), torch.randn(4, 256))).sites
+    assert [site.op for site in sites if site.fused] == ["rms_norm", "group_quant"]
+
+
+# -- weights -----------------------------------------------------------------------------------------------
+
+
+class Dequantized(nn.Module):
+    """A linear layer whose weight is codes times scales; attention, whose products have none."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("codes", torch.randn(256, 256).to(FP8))
+        self.register_buffer("scales", torch.rand(2, 2) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks = self.codes.float().view(2, 128, 2, 128) * self.scales[:, None, :, None]
+        y = F.linear(x, blocks.view(256, 256).bfloat16())
+        return torch.softmax(y @ x.T, -1) @ x
+
+
+def test_a_dequantized_weight_is_remarked() -> None:
+    report = lowering.explain(Dequantized(), (torch.randn(4, 256).bfloat16(),))
+    (remark,) = report.remarks
+    assert report.sites == () and remark.op == "linear"
+    assert "its weight 'codes' is float8_e4m3fn and is dequantized" in remark.text
+
+
+class Scaled(nn.Module):
+    def __init__(self, scale: float, code: float = 0.0):
+        super().__init__()
+        weight, scales = torch.randn(256, 256), torch.full((2, 2), 0.5)
+        weight[128:], scales[1] = code, scale
+        self.register_buffer("codes", weight.to(FP8))
+        self.register_buffer("scales", scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, s = torch.ops.lowering.group_quant(x, 128)
+        return torch.ops.lowering.block_scaled_matmul(q, self.codes, s, self.scales, torch.bfloat16)
+
+
+def test_a_block_of_zeros_may_have_a_scale_of_zero() -> None:
+    module, x = Scaled(0.0), torch.randn(3, 256).bfloat16()
+    got = lowering.load(lowering.compile(module, (x,)).vmfb)(x)
+    assert not got[:, 128:].any() and got[:, :128].any()
+    torch.testing.assert_close(got, module(x), rtol=2**-8, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (
+            Scaled(-1.0),
+            r"'scales' of a product's weight is -1.0 at \[1, 0\]; 2 of its 4 elements",
+        ),
+        (Scaled(float("nan")), r"is nan at \[1, 0\]"),
+        (Scaled(0.0, float("nan")), "has zeros, and the codes 'codes' hold NaN"),
+    ],
+    ids=["negative", "nan", "nan times zero"],
+)
+def test_a_scale_that_makes_no_numbers_is_refused(module: nn.Module, message: str) -> None:
+    with pytest.raises(lowering.CompileError, match=message):
+        lowering.compile(module, (torch.randn(3, 256).bfloat16(),))
