@@ -24,7 +24,7 @@ from . import devices, extensions, floats
 from . import parameters as weights
 from .constants import round_constants
 from .dispatch import Dispatched, choose_kernels, dispatch, return_physical_scales, supported
-from .errors import UsageError
+from .errors import CompileError, UsageError
 from .exact import spell_out
 from .expand import Expander
 from .folding import fold
@@ -34,11 +34,12 @@ from .iree_steps import Iree
 from .kernel import hardware_floats
 from .layout import check, lay_out, reads_of
 from .normalize import normalize
+from .ownership import keep_arguments
 from .raising import RECOGNISERS, raise_function
 from .report import Change, Report, Site
 from .respell import respell
 from .signature import SIGNATURE_KEY, Signature, known_sizes
-from .storage import add_entry
+from .storage import add_entry, remove_entry
 from .targets import Target, resolve
 from .views import sink_views
 from .weight_scales import check_scales
@@ -172,7 +173,7 @@ class _Pipeline:
             ledger = self._fuse(program)
             dispatched = self._dispatch(program, ledger, Path(directory))
             with weights.archived(program.parameters, archive_path, self.progress) as archive:
-                signature, vmfb = self._compile(program, archive)
+                signature, vmfb = self._compile(program, archive, ledger)
         report = _report(self.target, ledger, len(dispatched.launches), program)
         return Compiled(self.target, report, vmfb, dispatched, signature)
 
@@ -227,7 +228,7 @@ class _Pipeline:
         self.dump("dispatch", program.module)
         return dispatched
 
-    def _compile(self, program: Program, archive: weights.Archive) -> tuple[Signature, bytes]:
+    def _compile(self, program: Program, archive: weights.Archive, ledger: Ledger) -> tuple[Signature, bytes]:
         self.start("compile", self.target.name)
         name = ir.StringAttr(program.main().attributes["sym_name"]).value
         signature = program.signature(self.target, archive.identity)
@@ -236,9 +237,24 @@ class _Pipeline:
         round_constants(module)
         floats.rewrite_unsupported(module, self.target)
         signature = replace(signature, placed=add_entry(module, name, known_sizes(signature)))
+        keep_arguments(module)
         _sign(module, name, signature)
         self.dump("linalg", module)
-        return signature, self.iree.compile(module, (*devices.flags(self.target), *archive.flags()))
+        flags = (*devices.flags(self.target), *archive.flags())
+        try:
+            return signature, self.iree.compile(module, flags)
+        except CompileError as error:
+            if not signature.placed:
+                raise
+            summary, *said = str(error).splitlines()
+        # That a caller has memory for results must not cost the program.
+        remove_entry(module, name)
+        signature = replace(signature, placed=())
+        _sign(module, name, signature)
+        vmfb = self.iree.compile(module, flags)
+        where, _, why = said[0].strip().partition(": ") if said else ("unknown", "", summary)
+        ledger.remark(name, where, f"allocates its results in each call; into a caller's memory: {why}")
+        return signature, vmfb
 
 
 def _sign(module: ir.Module, name: str, signature: Signature) -> None:

@@ -8,9 +8,7 @@ into the IR.  Nothing here knows about fusion or targets.
 
 from __future__ import annotations
 
-import re
 import threading
-import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -28,6 +26,7 @@ from patterns import torch_ir
 from patterns.contracts import ScaleLayout
 
 from . import ops as _ops  # noqa: F401  registers torch.ops.lowering.*
+from . import refusals
 from .errors import CompileError
 from .foreign import functionalize
 from .recipes import Recipe
@@ -139,7 +138,7 @@ def _import(exported: torch.export.ExportedProgram, context: ir.Context) -> Prog
         # torch copies its own tree specs in a way it has deprecated.
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
         exported = functionalize(exported, _decompositions())
-    _refuse_mutation(exported)
+    refusals.check(exported, _MLIR_DTYPES, GraphNodeImporter)
     externalised = _ExternalParameters()
     importer = FxImporter(context=context, hooks=externalised, graph_node_importer_cls=_ExampleImporter)
     try:
@@ -174,10 +173,7 @@ def _export(
         args, kwargs = _distinct((args, kwargs))
         return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:  # torch.export raises whatever the model or the tracer raised
-        summary = next((line for line in str(error).splitlines() if line.strip()), "")
-        raise CompileError(
-            f"torch.export rejected {type(module).__name__}: {type(error).__name__}: {summary}{_where(error)}"
-        ) from error
+        raise refusals.not_exported(module, error) from error
 
 
 def _distinct(examples: Any) -> Any:
@@ -193,29 +189,9 @@ def _distinct(examples: Any) -> Any:
     return pytree.tree_map(once, examples)
 
 
-def _where(error: BaseException) -> str:
-    """The line of the model that the tracer was at, from the error's own words or its traceback."""
-    frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', str(error))
-    frames += [(f.filename, f.lineno, f.line) for f in traceback.extract_tb(error.__traceback__)]
-    for file, line, code in reversed(frames):
-        if not re.search(r"[/\\](torch|lowering)[/\\]", file):
-            return f"\n  {file}:{line}: {code}"
-    return ""
-
-
 def _decompositions() -> dict[Any, Callable[..., Any]]:
     table = {**torch.export.default_decompositions(), **get_decompositions(_BROKEN_UP)}
     return {op: rule for op, rule in table.items() if getattr(op, "overloadpacket", None) not in _KEPT}
-
-
-def _refuse_mutation(exported: torch.export.ExportedProgram) -> None:
-    signature = exported.graph_signature
-    mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
-    if mutated:
-        raise CompileError(
-            f"the model writes to {', '.join(mutated)} in place; a compiled program is a function of its "
-            "inputs: return the new value instead"
-        )
 
 
 def _note_arguments(module: ir.Module, exported: torch.export.ExportedProgram) -> None:
@@ -278,7 +254,15 @@ def _leaf(argument: Any, values: Mapping[str, Any]) -> Leaf:
 
 
 class _ExampleImporter(GraphNodeImporter):
-    """Notes on each operation the sizes its dynamic results have for the example arguments."""
+    """Notes on each operation the sizes its dynamic results have for the example arguments, and on each
+    error the operation that it is about.
+    """
+
+    def _import_torch_op_overload(self, loc: ir.Location, node: torch.fx.Node, *others: Any) -> None:
+        try:
+            super()._import_torch_op_overload(loc, node, *others)
+        except (NotImplementedError, TypeError, ValueError, KeyError, RuntimeError) as error:
+            raise refusals.not_imported(node, error) from error
 
     def bind_node_value(self, node: torch.fx.Node, value: Any, result_index: int = 0) -> None:
         super().bind_node_value(node, value, result_index)
