@@ -18,7 +18,6 @@ import torch
 from iree.compiler import ir
 from iree.compiler.dialects import func, util
 from iree.compiler.extras.fx_importer import FxImporter, FxImporterHooks, GraphNodeImporter
-from torch._decomp import get_decompositions
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
@@ -27,6 +26,7 @@ from patterns.contracts import ScaleLayout
 
 from . import ops as _ops  # noqa: F401  registers torch.ops.lowering.*
 from . import refusals
+from .decompositions import decompositions
 from .errors import CompileError
 from .foreign import functionalize
 from .recipes import Recipe
@@ -43,9 +43,6 @@ _KEPT = (
     torch.ops.aten.gelu,
     torch.ops.aten.scaled_dot_product_attention,
 )
-
-# Core operations that the torch dialect has no form of.
-_BROKEN_UP = (torch.ops.aten.squeeze.dims,)
 
 _MLIR_DTYPES: dict[torch.dtype, Callable[[], ir.Type]] = {
     torch.float64: ir.F64Type.get,
@@ -190,7 +187,7 @@ def _distinct(examples: Any) -> Any:
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    table = {**torch.export.default_decompositions(), **get_decompositions(_BROKEN_UP)}
+    table = {**torch.export.default_decompositions(), **decompositions()}
     return {op: rule for op, rule in table.items() if getattr(op, "overloadpacket", None) not in _KEPT}
 
 
