@@ -30,6 +30,19 @@ def conditions(exported: torch.export.ExportedProgram, inputs: Sequence[Leaf]) -
     return tuple(dict.fromkeys(_plain(text) for text in found if _is_about(text, symbols)))
 
 
+def forget_multiples(exported: torch.export.ExportedProgram) -> None:
+    """Take ranges of multiples of a symbol (``8*s0``) out of the environment of the traced tensors.
+
+    torch 2.13 loads them into it from a file, and its decompositions then fail; ``exported`` still has them.
+    """
+    for node in exported.graph.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if mode is not None and mode.shape_env is not None:
+            ranges = mode.shape_env.var_to_range
+            for size in [size for size in ranges if not size.is_Symbol]:
+                del ranges[size]
+
+
 def _ranges(exported: torch.export.ExportedProgram, sizes: set[str]) -> Iterator[str]:
     """Of the sizes that arguments have; what ``s0`` may be beside ``2*s0`` is torch's own affair."""
     for size, allowed in exported.range_constraints.items():

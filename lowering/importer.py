@@ -18,7 +18,6 @@ import torch
 from iree.compiler import ir
 from iree.compiler.dialects import func, util
 from iree.compiler.extras.fx_importer import FxImporter, FxImporterHooks, GraphNodeImporter
-from torch._decomp import get_decompositions
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
@@ -27,7 +26,8 @@ from patterns.contracts import ScaleLayout
 
 from . import ops as _ops  # noqa: F401  registers torch.ops.lowering.*
 from . import refusals
-from .conditions import conditions
+from .conditions import conditions, forget_multiples
+from .decompositions import decompositions
 from .errors import CompileError
 from .foreign import functionalize
 from .recipes import Recipe
@@ -44,9 +44,6 @@ _KEPT = (
     torch.ops.aten.gelu,
     torch.ops.aten.scaled_dot_product_attention,
 )
-
-# Core operations that the torch dialect has no form of.
-_BROKEN_UP = (torch.ops.aten.squeeze.dims,)
 
 _MLIR_DTYPES: dict[torch.dtype, Callable[[], ir.Type]] = {
     torch.float64: ir.F64Type.get,
@@ -138,6 +135,7 @@ def import_module(
 
 def _import(exported: torch.export.ExportedProgram, context: ir.Context) -> Program:
     as_exported = exported  # what follows may lose the guards of a program that was saved
+    forget_multiples(exported)
     with warnings.catch_warnings():
         # torch copies its own tree specs in a way it has deprecated.
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
@@ -196,7 +194,7 @@ def _distinct(examples: Any) -> Any:
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    table = {**torch.export.default_decompositions(), **get_decompositions(_BROKEN_UP)}
+    table = {**torch.export.default_decompositions(), **decompositions()}
     return {op: rule for op, rule in table.items() if getattr(op, "overloadpacket", None) not in _KEPT}
 
 

@@ -170,10 +170,13 @@ def _open_sites(block: ir.Block, ledger: Ledger) -> None:
         name = canonical.site_name(op)
         if name is not None:
             number = ledger.add(name, torch_ir.location(op), canonical.contract(op), canonical.cost(op))
-        elif not torch_ir.unmark_raised(op) and (near := _near_miss(op)) is not None:
+        elif torch_ir.unmark_raised(op) or (near := _near_miss(op)) is None:
+            continue
+        elif near.is_site:
             number = ledger.add(near.op, torch_ir.location(op), before=canonical.cost(op))
             ledger.refuse(number, near.reason)
         else:
+            ledger.remark(near.op, torch_ir.location(op), near.reason)
             continue
         op.attributes[canonical.SITE] = canonical.to_attribute(number)
 

@@ -134,8 +134,7 @@ def _owner() -> int:
 
 
 def _refuse_forked() -> None:
-    """RunError in a process forked from the owner: the threads that do the work are not here, and a call would
-    wait for them for ever."""
+    """RunError in a process forked from the owner: a call would wait for its threads for ever."""
     if os.getpid() != _owner():
         raise RunError(
             "IREE was in use in the process that this one was forked from, and its threads are not here: "

@@ -6,7 +6,7 @@ spelling away and say what would have to change; so nothing that looks like a si
 
 from __future__ import annotations
 
-from . import named_ops, near_norms, near_quantizations, near_routings
+from . import dequantized, named_ops, near_norms, near_quantizations, near_routings
 from .recogniser import Suspicion
 
 SUSPICIONS: tuple[Suspicion, ...] = (
@@ -14,4 +14,5 @@ SUSPICIONS: tuple[Suspicion, ...] = (
     *near_quantizations.SUSPICIONS,
     *near_routings.SUSPICIONS,
     *named_ops.SUSPICIONS,
+    *dequantized.SUSPICIONS,
 )

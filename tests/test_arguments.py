@@ -243,8 +243,6 @@ SIZES = {
 def test_sizes_that_a_model_was_not_exported_for_are_refused(tmp_path, case, saved):
     """Before anything is read; and those it was exported for give eager's values."""
     function, shapes, good, bad = SIZES[case]
-    if saved and case in ("multiple", "two arguments"):
-        pytest.skip("torch.export.load fails on a multiple of a Dim")
     module = lambda_module(function, len(shapes))
     example = tuple(torch.rand(size) for size in good[0])
     if saved:

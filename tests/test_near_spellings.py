@@ -159,6 +159,52 @@ GATES: dict[str, SPELLING] = {
 }
 
 
+ROUTINGS: dict[str, SPELLING] = {
+    "a bias of tokens": lambda x, y, w, z: routed(x, w.unsqueeze(-1)),
+    "a bias of both": lambda x, y, w, z: routed(x, y),
+    "softmax": lambda x, y, w, z: routed(x, w, torch.nn.Softmax(-1)),
+    "softmax without a bias": lambda x, y, w, z: routed(x, None, torch.nn.Softmax(-1)),
+    "square root of softplus": lambda x, y, w, z: routed(x, w, lambda v: F.softplus(v).sqrt()),
+    "the chosen alone": lambda x, y, w, z: chosen_alone(x),
+    "the best taken from the bias": lambda x, y, w, z: routed(x, w, alpha=-1),
+    "a total without its axis": lambda x, y, w, z: routed(x[:4], w, keepdim=False),
+}
+
+
+def routed(
+    gating: Tensor, bias: Tensor | None, score: SPELLING = torch.sigmoid, alpha: int = 1, keepdim: bool = True
+) -> Tensor:
+    """Weights of the 4 best experts; ids are left out, since equal choices may come in any order."""
+    scores = score(gating / 32)
+    choices = scores if bias is None else torch.add(scores, bias, alpha=alpha)
+    weights = scores.gather(-1, choices.topk(4, dim=-1)[1])
+    return weights / weights.sum(-1, keepdim=keepdim)
+
+
+def chosen_alone(gating: Tensor) -> Tensor:
+    """As gpt-oss has it: the softmax of the largest."""
+    values, ids = gating.topk(4, dim=-1)
+    return values.softmax(-1) * ids
+
+
+# -- what is one, in other words ----------------------------------------------------------------------------
+
+SAME: dict[str, SPELLING] = {
+    "sum over the size": lambda x, y, w, z: normed(x, lambda a: a.sum(-1, keepdim=True) / N),
+    "sum times 1 over the size": lambda x, y, w, z: normed(x, lambda a: a.sum(-1, keepdim=True) * (1 / N)),
+    "sum of three axes": lambda x, y, w, z: normed(z, lambda a: a.sum(2, True) / a.shape[-1]),
+    "power": lambda x, y, w, z: normed(x, mean, lambda m: m**-0.5) * w,
+    "1 over a root": lambda x, y, w, z: normed(x, mean, lambda m: 1.0 / torch.sqrt(m)) * w,
+    "1 over a power": lambda x, y, w, z: normed(x, mean, lambda m: 1.0 / m**0.5),
+    "unsqueezed": lambda x, y, w, z: normed(x, lambda a: a.mean(-1).unsqueeze(-1)),
+    "indexed": lambda x, y, w, z: normed(x, lambda a: a.mean(1)[..., None]),
+    "viewed": lambda x, y, w, z: normed(x, lambda a: a.mean(-1).view(N, 1)),
+    "root unsqueezed": lambda x, y, w, z: normed(z, lambda a: a.mean(-1), lambda m: m.rsqrt().unsqueeze(2)),
+    "epsilon first": lambda x, y, w, z: x * torch.rsqrt(EPS + mean(torch.square(x))),
+    "no epsilon": lambda x, y, w, z: x * torch.rsqrt(mean(x * x)),
+}
+
+
 class Spelled(nn.Module):
     """Some spellings of the same four tensors, as one program."""
 
@@ -248,3 +294,60 @@ def test_nearly_a_gate() -> None:
     reasons = [site.reason or "" for site in report.sites if not site.fused]
     assert len(reasons) == len(GATES) - 2
     assert all("is no part of this kernel: between them is aten." in reason for reason in reasons), reasons
+
+
+def test_nearly_a_routing() -> None:
+    report = compiled(ROUTINGS)
+    assert [site.op for site in report.sites] == ["grouped_topk"] * len(ROUTINGS)
+    reasons = [site.reason or "" for site in report.sites]
+    assert "a softmax" in reasons[2] and "a softmax" in reasons[3] and "a softplus" in reasons[4]
+    assert "of the chosen experts alone" in reasons[5]
+
+
+def test_the_same_in_other_words() -> None:
+    report = compiled(SAME)
+    assert [site.op for site in report.sites if site.fused] == ["rms_norm"] * len(SAME)
+
+
+# -- casts that round -------------------------------------------------------------------------------------
+
+
+class Cast(nn.Module):
+    """What a cast between the two 16-bit floats loses, in each part of what fuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter((torch.rand(256) + 0.5).half(), requires_grad=False)
+
+    def forward(self, x: Tensor, large: Tensor, residual: Tensor) -> Any:
+        h = x.float()
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)
+        blocks = large.half().view(8, 2, 128)  # overflows
+        s = blocks.abs().amax(-1, keepdim=True).float().clamp(min=1e-10) / 448.0
+        total = x.float() + residual.bfloat16().float()
+        gate = F.silu(x.float()) * residual.bfloat16().float()
+        again = x.half().float()
+        return (
+            (h * self.weight.bfloat16()).to(x.dtype),
+            ((blocks / s).clamp(-448, 448).to(FP8), s),
+            (total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype),
+            torch.ops.lowering.group_quant(gate, 128),
+            (again * torch.rsqrt(again.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype),
+        )
+
+
+def test_a_cast_between_16_bit_floats_is_no_widening() -> None:
+    """What is dropped is 8 bits and more of a number, in each of them."""
+    x = torch.randint(-8, 9, (8, 256)).bfloat16()
+    residual = (torch.randn(8, 256) * 100).half()
+    arguments, module = (x, torch.randn(8, 256).bfloat16() * 40000, residual), Cast()
+    program = lowering.compile(module, arguments)
+    (unfused,) = [site for site in program.report.sites if not site.fused]
+    assert "a kernel writes float16, as it reads" in (unfused.reason or "")
+    for got, expected in zip(lowering.load(program.vmfb)(*arguments), module(*arguments), strict=True):
+        for ours, eager in zip(tree_leaves(got), tree_leaves(expected), strict=True):
+            if eager.dtype == torch.float32:
+                torch.testing.assert_close(ours, eager, rtol=1e-5, atol=0.0, equal_nan=True)
+                continue
+            different = (ours.float() != eager.float()) & ~(ours.isnan() & eager.isnan())
+            assert different.float().mean() <= 1e-2, "the last place of a few, where sums round otherwise"
