@@ -11,9 +11,14 @@ from iree.compiler import ir
 
 from patterns import torch_ir
 
-from . import respell_index, respell_sorts, respell_views
+from . import respell_index, respell_slices, respell_sorts, respell_views
 
-_RULES = {**respell_views.RULES, **respell_sorts.RULES, **respell_index.RULES}
+_RULES = {
+    **respell_views.RULES,
+    **respell_slices.RULES,
+    **respell_sorts.RULES,
+    **respell_index.RULES,
+}
 
 
 def respell(function: ir.Operation) -> int:

@@ -430,4 +430,5 @@ def model_line(location: str) -> str:
     for file, line in frames:
         if not _OWN_FRAMES.search(file):
             return f"{file}:{line}"
-    return f"{frames[0][0]}:{frames[0][1]}" if frames else "unknown"
+    # Code that torch generates and compiles from memory is in no file.
+    return next((f"{file}:{line}" for file, line in frames if not file.startswith("<")), "unknown")

@@ -390,6 +390,11 @@ def test_sizes_that_do_not_fit_are_reported_with_the_fix_and_the_line() -> None:
     assert re.search(rf"{THIS}:\d+: aten.topk.default needs L\['x'\].size\(\)\[1\] >= 3", said), said
 
 
+def test_code_that_is_in_no_file_is_no_line_of_the_model() -> None:
+    assert torch_ir.model_line('loc("<eval_with_key>.42":13:0)') == "unknown"
+    assert torch_ir.model_line('loc(callsite("<string>":1:0 at "/m/model.py":7:0))') == "/m/model.py:7"
+
+
 class Condition(nn.Module):
     def forward(self, x):
         return torch.cond(x.mean() > 0, lambda y: y * 2, lambda y: y - 1, (x,))
