@@ -27,6 +27,7 @@ from patterns.sites import Remark
 
 from . import checkpoints, refusals
 from . import ops as _ops  # noqa: F401  registers torch.ops.lowering.*
+from .conditions import conditions, forget_multiples
 from .decompositions import decompositions
 from .errors import CompileError
 from .foreign import functionalize
@@ -73,6 +74,7 @@ class Program:
     outputs: tuple[Leaf, ...] | None = None
     input_tree: str | None = None
     output_tree: str | None = None
+    conditions: tuple[str, ...] = ()
     folded: tuple[Folded, ...] = ()
     remarks: tuple[Remark, ...] = ()
 
@@ -106,6 +108,7 @@ class Program:
             input_tree=self.input_tree,
             output_tree=self.output_tree,
             parameters=parameters,
+            conditions=self.conditions,
         )
 
 
@@ -135,6 +138,8 @@ def import_module(
 
 
 def _import(exported: torch.export.ExportedProgram, context: ir.Context) -> Program:
+    as_exported = exported  # what follows may lose the guards of a program that was saved
+    forget_multiples(exported)
     with warnings.catch_warnings():
         # torch copies its own tree specs in a way it has deprecated.
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
@@ -148,13 +153,15 @@ def _import(exported: torch.export.ExportedProgram, context: ir.Context) -> Prog
         raise CompileError(f"the exported program cannot be imported: {error}") from error
     _note_arguments(importer.module, exported)
     _drop_constant_results(importer.module, exported)
+    inputs = _leaves(exported, exported.graph_signature.input_specs, InputKind.USER_INPUT)
     return Program(
         module=importer.module,
         parameters=externalised.tensors,
-        inputs=_leaves(exported, exported.graph_signature.input_specs, InputKind.USER_INPUT),
+        inputs=inputs,
         outputs=_leaves(exported, exported.graph_signature.output_specs, OutputKind.USER_OUTPUT),
         input_tree=_dump_tree(exported.call_spec.in_spec),
         output_tree=_dump_tree(exported.call_spec.out_spec),
+        conditions=conditions(as_exported, inputs),
     )
 
 
