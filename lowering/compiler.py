@@ -291,7 +291,8 @@ def _sign(module: ir.Module, name: str, signature: Signature) -> None:
 
 def _report(target: Target, ledger: Ledger, dispatches: int, program: Program) -> Report:
     sites = tuple(map(_site, ledger.records))
-    return Report(target.name, sites, dispatches, ledger.timing, program.folded, tuple(ledger.remarks))
+    remarks = (*program.remarks, *ledger.remarks)
+    return Report(target.name, sites, dispatches, ledger.timing, program.folded, remarks)
 
 
 def _site(record: SiteRecord) -> Site:
