@@ -22,7 +22,6 @@ from patterns.sites import Ledger, SiteRecord
 
 from . import devices, extensions, floats
 from . import parameters as weights
-from .constants import round_constants
 from .dispatch import Dispatched, choose_kernels, dispatch, return_physical_scales, supported
 from .errors import UsageError
 from .exact import spell_out
@@ -37,6 +36,7 @@ from .normalize import normalize
 from .raising import RECOGNISERS, raise_function
 from .report import Change, Report, Site
 from .respell import respell
+from .scalar_ops import correct
 from .signature import SIGNATURE_KEY, Signature, known_sizes
 from .storage import add_entry
 from .targets import Target, resolve
@@ -233,7 +233,7 @@ class _Pipeline:
         signature = program.signature(self.target, archive.identity)
         devices.declare_device(program.module, self.target)
         module = self.iree.lower(program.module)
-        round_constants(module)
+        correct(module, self.target)
         floats.rewrite_unsupported(module, self.target)
         signature = replace(signature, placed=add_entry(module, name, known_sizes(signature)))
         _sign(module, name, signature)
