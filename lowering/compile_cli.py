@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import object_cache
 from .command import DEBUG, guarded, tell, write
 from .errors import UnfusedError, UsageError
 from .outputs import Output, Outputs, check_apart, check_dump, make_directory, writing
@@ -125,6 +126,16 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_argument(
         "--verify", action="store_true", help="run compiled and eager on args; fail (exit 4) if they differ"
     )
+    keeping = parser.add_argument_group("kernels that were compiled before")
+    keeping.add_argument(
+        "--cache-dir",
+        metavar="D",
+        type=Path,
+        help="keep compiled kernels in D (default: $VMFUSE_CACHE_DIR, or the user's cache directory)",
+    )
+    keeping.add_argument(
+        "--no-cache", action="store_true", help="compile every kernel anew and keep none ($VMFUSE_NO_CACHE)"
+    )
     checking.add_argument(
         "--dump-kernels", metavar="D", type=Path, help="write each kernel's object file and kernels.json to D"
     )
@@ -188,6 +199,8 @@ def _run(options: argparse.Namespace) -> None:
 def _check_options(options: argparse.Namespace) -> None:
     if options.report and options.report.suffix not in (".json", ".html"):
         raise UsageError(f"--report {options.report}: the file name must end in .json or .html")
+    if options.cache_dir:
+        make_directory(options.cache_dir)
     if options.verify and (options.source == "-" or options.source.endswith(".mlir")):
         raise UsageError("--verify compares with the PyTorch model, and an MLIR source has none")
     _check_files(options)
@@ -232,9 +245,10 @@ def _compile(
         "dump_phases_to": options.dump_phases_to,
         "progress": progress,
     }
-    if isinstance(model, MlirText):
-        return compiler.compile_mlir(model.text, **settings)
-    return compiler.compile(model.module, model.args, dynamic_shapes=model.dynamic_shapes, **settings)
+    with object_cache.placed(options.cache_dir, enabled=not options.no_cache):
+        if isinstance(model, MlirText):
+            return compiler.compile_mlir(model.text, **settings)
+        return compiler.compile(model.module, model.args, dynamic_shapes=model.dynamic_shapes, **settings)
 
 
 def _rendered(report: Report, path: Path) -> str:
@@ -268,13 +282,16 @@ def _verify(model: Model, compiled: Compiled, vmfb: Output, irpa: Output | None)
     from torch.utils import _pytree as pytree
 
     from . import runtime
-    from .verify import is_quantized, require_device, verify
+    from .sizes import exported_shapes
+    from .verify import require_device, verify
 
     device = require_device(compiled.target)
     program = runtime.load(vmfb.temporary, parameters=irpa.temporary if irpa else None)
     args = pytree.tree_map(lambda a: a.to(device) if isinstance(a, torch.Tensor) else a, model.args)
-    comparison = verify(program, model.eager().to(device), args, quantized=is_quantized(compiled.report))
-    return str(comparison)
+    shapes = model.dynamic_shapes
+    if isinstance(model.module, torch.export.ExportedProgram):
+        shapes = exported_shapes(model.module)
+    return str(verify(program, model.eager().to(device), args, dynamic_shapes=shapes))
 
 
 def _result(report: Report, path: Path) -> str:

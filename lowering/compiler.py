@@ -22,23 +22,25 @@ from patterns.sites import Ledger, SiteRecord
 
 from . import devices, extensions, floats
 from . import parameters as weights
+from .culprit import find_culprit
 from .dispatch import Dispatched, choose_kernels, dispatch, return_physical_scales, supported
-from .errors import UsageError
+from .errors import CompileError, UsageError
 from .exact import spell_out
 from .expand import Expander
 from .folding import fold
 from .fuse import fuse
 from .importer import Program, import_module, parse_module
-from .iree_steps import Iree
+from .iree_steps import COMPILE, Iree, Step, TimedOut, Unplaced
 from .kernel import hardware_floats
 from .layout import check, lay_out, reads_of
 from .normalize import normalize
+from .ownership import keep_arguments
 from .raising import RECOGNISERS, raise_function
 from .report import Change, Report, Site
 from .respell import respell
 from .scalar_ops import correct
 from .signature import SIGNATURE_KEY, Signature, known_sizes
-from .storage import add_entry
+from .storage import add_entry, remove_entry
 from .targets import Target, resolve
 from .views import sink_views
 from .weight_scales import check_scales
@@ -172,7 +174,11 @@ class _Pipeline:
             ledger = self._fuse(program)
             dispatched = self._dispatch(program, ledger, Path(directory))
             with weights.archived(program.parameters, archive_path, self.progress) as archive:
-                signature, vmfb = self._compile(program, archive)
+                try:
+                    signature, vmfb = self._compile(program, archive, ledger)
+                except Unplaced as error:
+                    culprit = find_culprit(program, lambda part, step=error.step: self._fails(part, step))
+                    raise error if culprit is None else error.placed(culprit) from None
         report = _report(self.target, ledger, len(dispatched.launches), program)
         return Compiled(self.target, report, vmfb, dispatched, signature)
 
@@ -227,18 +233,49 @@ class _Pipeline:
         self.dump("dispatch", program.module)
         return dispatched
 
-    def _compile(self, program: Program, archive: weights.Archive) -> tuple[Signature, bytes]:
+    def _compile(self, program: Program, archive: weights.Archive, ledger: Ledger) -> tuple[Signature, bytes]:
         self.start("compile", self.target.name)
         name = ir.StringAttr(program.main().attributes["sym_name"]).value
         signature = program.signature(self.target, archive.identity)
         devices.declare_device(program.module, self.target)
-        module = self.iree.lower(program.module)
-        correct(module, self.target)
-        floats.rewrite_unsupported(module, self.target)
+        flags = (*devices.flags(self.target), *archive.flags())
+        module = self._lower(self.iree, program.module)
         signature = replace(signature, placed=add_entry(module, name, known_sizes(signature)))
+        keep_arguments(module)
         _sign(module, name, signature)
         self.dump("linalg", module)
-        return signature, self.iree.compile(module, (*devices.flags(self.target), *archive.flags()))
+        try:
+            return signature, self.iree.compile(module, flags)
+        except CompileError as error:
+            if not signature.placed or isinstance(error, TimedOut):
+                raise
+            summary, *said = str(error).splitlines()
+            said = [] if isinstance(error, Unplaced) else said
+        # That a caller has memory for results must not cost the program.
+        remove_entry(module, name)
+        signature = replace(signature, placed=())
+        _sign(module, name, signature)
+        vmfb = self.iree.compile(module, flags)
+        where, _, why = said[0].strip().partition(": ") if said else ("unknown", "", summary)
+        ledger.remark(name, where, f"allocates its results in each call; into a caller's memory: {why}")
+        return signature, vmfb
+
+    def _lower(self, iree: Iree, module: ir.Module) -> ir.Module:
+        module = iree.lower(module)
+        correct(module, self.target)
+        floats.rewrite_unsupported(module, self.target)
+        return module
+
+    def _fails(self, module: ir.Module, step: Step) -> bool:
+        """Whether a part of a program fails, in ``step`` or before it."""
+        iree = Iree()
+        try:
+            module = self._lower(iree, module)
+            if step is COMPILE:
+                iree.compile(module, devices.flags(self.target))
+        except CompileError:
+            return True
+        return False
 
 
 def _sign(module: ir.Module, name: str, signature: Signature) -> None:

@@ -168,6 +168,17 @@ def _type(value: ir.Value) -> torch_ir.TensorType:
     return type_
 
 
+def _number(op: ir.Operation, make: _Speller) -> ir.Value | None:
+    """A Python number as a tensor is a float64 where it meets one."""
+    if make.type_.dtype == "float32":
+        double = torch_ir.make(op.name, replace(make.type_, dtype="float64"), list(op.operands))
+        for use in list(op.result.uses):
+            user = use.owner.operation
+            if "float64" in map(torch_ir.dtype_of, (*user.operands, *user.results)):
+                user.operands[use.operand_number] = double
+    return None
+
+
 def _same(op: ir.Operation, make: _Speller) -> ir.Value | None:
     """A NaN does not equal itself; the comparison would be folded."""
     x, y = op.operands
@@ -248,6 +259,7 @@ _SPELLINGS: dict[str, _Spelling] = {
     "bitwise_xor.Scalar": _with_tensor,
     "fmod.Tensor": _float_remainder,
     "gelu": _gelu,
+    "torch.prim.NumToTensor.Scalar": _number,
     "eq.Tensor": _same,
     "elu": _elu,
     "div.Tensor_mode": _divided,

@@ -138,6 +138,9 @@ def _reference(op: ir.Operation) -> tuple[Any, Callable[..., Any]] | None:
             return ops.block_scaled_matmul_reference(a, b, a_scale, b_scale, dtype, bias, layout)
 
         return (dtype, layout), block_scaled_matmul
+    if name == canonical.PHYSICAL_SCALE:
+        layout = torch_ir.constant(op.operands[1])
+        return layout, lambda scale: ops.to_physical(scale, layout)
     if name in _MOVES:
         to, move = torch_ir.constant(op.operands[1]), _MOVES[name]
         return to, lambda weight: move(weight, to)

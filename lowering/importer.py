@@ -8,9 +8,7 @@ into the IR.  Nothing here knows about fusion or targets.
 
 from __future__ import annotations
 
-import re
 import threading
-import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,7 +18,6 @@ import torch
 from iree.compiler import ir
 from iree.compiler.dialects import func, util
 from iree.compiler.extras.fx_importer import FxImporter, FxImporterHooks, GraphNodeImporter
-from torch._decomp import get_decompositions
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
@@ -28,6 +25,9 @@ from patterns import torch_ir
 from patterns.contracts import ScaleLayout
 
 from . import ops as _ops  # noqa: F401  registers torch.ops.lowering.*
+from . import refusals
+from .conditions import conditions, forget_multiples
+from .decompositions import decompositions
 from .errors import CompileError
 from .foreign import functionalize
 from .recipes import Recipe
@@ -44,9 +44,6 @@ _KEPT = (
     torch.ops.aten.gelu,
     torch.ops.aten.scaled_dot_product_attention,
 )
-
-# Core operations that the torch dialect has no form of.
-_BROKEN_UP = (torch.ops.aten.squeeze.dims,)
 
 _MLIR_DTYPES: dict[torch.dtype, Callable[[], ir.Type]] = {
     torch.float64: ir.F64Type.get,
@@ -76,6 +73,7 @@ class Program:
     outputs: tuple[Leaf, ...] | None = None
     input_tree: str | None = None
     output_tree: str | None = None
+    conditions: tuple[str, ...] = ()
     folded: tuple[Folded, ...] = ()
 
     @property
@@ -108,6 +106,7 @@ class Program:
             input_tree=self.input_tree,
             output_tree=self.output_tree,
             parameters=parameters,
+            conditions=self.conditions,
         )
 
 
@@ -135,11 +134,13 @@ def import_module(
 
 
 def _import(exported: torch.export.ExportedProgram, context: ir.Context) -> Program:
+    as_exported = exported  # what follows may lose the guards of a program that was saved
+    forget_multiples(exported)
     with warnings.catch_warnings():
         # torch copies its own tree specs in a way it has deprecated.
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
         exported = functionalize(exported, _decompositions())
-    _refuse_mutation(exported)
+    refusals.check(exported, _MLIR_DTYPES, GraphNodeImporter)
     externalised = _ExternalParameters()
     importer = FxImporter(context=context, hooks=externalised, graph_node_importer_cls=_ExampleImporter)
     try:
@@ -148,13 +149,15 @@ def _import(exported: torch.export.ExportedProgram, context: ir.Context) -> Prog
         raise CompileError(f"the exported program cannot be imported: {error}") from error
     _note_arguments(importer.module, exported)
     _drop_constant_results(importer.module, exported)
+    inputs = _leaves(exported, exported.graph_signature.input_specs, InputKind.USER_INPUT)
     return Program(
         module=importer.module,
         parameters=externalised.tensors,
-        inputs=_leaves(exported, exported.graph_signature.input_specs, InputKind.USER_INPUT),
+        inputs=inputs,
         outputs=_leaves(exported, exported.graph_signature.output_specs, OutputKind.USER_OUTPUT),
         input_tree=_dump_tree(exported.call_spec.in_spec),
         output_tree=_dump_tree(exported.call_spec.out_spec),
+        conditions=conditions(as_exported, inputs),
     )
 
 
@@ -174,10 +177,7 @@ def _export(
         args, kwargs = _distinct((args, kwargs))
         return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:  # torch.export raises whatever the model or the tracer raised
-        summary = next((line for line in str(error).splitlines() if line.strip()), "")
-        raise CompileError(
-            f"torch.export rejected {type(module).__name__}: {type(error).__name__}: {summary}{_where(error)}"
-        ) from error
+        raise refusals.not_exported(module, error) from error
 
 
 def _distinct(examples: Any) -> Any:
@@ -193,29 +193,9 @@ def _distinct(examples: Any) -> Any:
     return pytree.tree_map(once, examples)
 
 
-def _where(error: BaseException) -> str:
-    """The line of the model that the tracer was at, from the error's own words or its traceback."""
-    frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', str(error))
-    frames += [(f.filename, f.lineno, f.line) for f in traceback.extract_tb(error.__traceback__)]
-    for file, line, code in reversed(frames):
-        if not re.search(r"[/\\](torch|lowering)[/\\]", file):
-            return f"\n  {file}:{line}: {code}"
-    return ""
-
-
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    table = {**torch.export.default_decompositions(), **get_decompositions(_BROKEN_UP)}
+    table = {**torch.export.default_decompositions(), **decompositions()}
     return {op: rule for op, rule in table.items() if getattr(op, "overloadpacket", None) not in _KEPT}
-
-
-def _refuse_mutation(exported: torch.export.ExportedProgram) -> None:
-    signature = exported.graph_signature
-    mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
-    if mutated:
-        raise CompileError(
-            f"the model writes to {', '.join(mutated)} in place; a compiled program is a function of its "
-            "inputs: return the new value instead"
-        )
 
 
 def _note_arguments(module: ir.Module, exported: torch.export.ExportedProgram) -> None:
@@ -278,7 +258,15 @@ def _leaf(argument: Any, values: Mapping[str, Any]) -> Leaf:
 
 
 class _ExampleImporter(GraphNodeImporter):
-    """Notes on each operation the sizes its dynamic results have for the example arguments."""
+    """Notes on each operation the sizes its dynamic results have for the example arguments, and on each
+    error the operation that it is about.
+    """
+
+    def _import_torch_op_overload(self, loc: ir.Location, node: torch.fx.Node, *others: Any) -> None:
+        try:
+            super()._import_torch_op_overload(loc, node, *others)
+        except (NotImplementedError, TypeError, ValueError, KeyError, RuntimeError) as error:
+            raise refusals.not_imported(node, error) from error
 
     def bind_node_value(self, node: torch.fx.Node, value: Any, result_index: int = 0) -> None:
         super().bind_node_value(node, value, result_index)
@@ -371,14 +359,11 @@ def _as_stored(tensor: torch.Tensor) -> torch.Tensor:
 
 def is_storable(dtype: torch.dtype) -> bool:
     """Whether a parameter can have this dtype."""
-    return dtype in _MLIR_DTYPES and dtype != torch.float64
+    return dtype in _MLIR_DTYPES
 
 
 def builtin_type(tensor: torch.Tensor) -> ir.Type:
     """The builtin tensor type of a concrete tensor, e.g. ``tensor<4x8xbf16>``."""
-    if tensor.dtype == torch.float64:
-        # IREE computes float64 in float32 and would read the archive's bytes as such.
-        raise CompileError("a float64 parameter cannot be compiled: IREE computes in float32; convert it")
     if tensor.dtype not in _MLIR_DTYPES:
         raise CompileError(f"a parameter of dtype {tensor.dtype} cannot be compiled")
     return ir.RankedTensorType.get(list(tensor.shape), _MLIR_DTYPES[tensor.dtype]())

@@ -45,11 +45,13 @@ _WAITING = 10
 class Failed(Exception):
     """A request that came to nothing.
 
-    cause: why it ended before it was done; None where the compiler rejected the program.  diagnostics: the
-    errors it reported, each a location and a message.  output: what it wrote to the terminal.
+    cause: why it ended before it was done; None where the compiler rejected the program.  late: whether that
+    was for want of time.  diagnostics: the errors it reported, each a location and a message.  output: all
+    that it wrote.
     """
 
     cause: str | None
+    late: bool
     diagnostics: tuple[tuple[str, str], ...]
     output: str = ""
 
@@ -88,9 +90,12 @@ def _run(module: ir.Module, asked: dict[str, Any]) -> bytes:
             done, diagnostics = answer["done"], tuple(map(tuple, answer["diagnostics"]))
         if done and end["code"] == 0:
             return (directory / isolated.RESULT).read_bytes()
-        output = (directory / isolated.OUTPUT).read_text(encoding="utf-8", errors="replace")
-        cause = None if end["code"] == 0 else _cause(end, seconds, output)
-        raise Failed(cause, diagnostics, output)
+        output = ""
+        with contextlib.suppress(FileNotFoundError):  # it died before it began
+            output = (directory / isolated.OUTPUT).read_text(encoding="utf-8", errors="replace")
+        late = end["late"] or (seconds is not None and end["cpu"] >= seconds)
+        cause = None if end["code"] == 0 else _cause(-end["code"], seconds if late else None, output)
+        raise Failed(cause, late, diagnostics, output)
 
 
 @contextlib.contextmanager
@@ -134,10 +139,9 @@ def _count(module: ir.Module) -> int:
     return count
 
 
-def _cause(end: dict[str, Any], seconds: float | None, output: str) -> str:
-    """Why a compiler that did not end by itself did not."""
-    code = -end["code"]
-    if end["late"] or code == signal.SIGXCPU or (seconds is not None and end["cpu"] >= seconds):
+def _cause(code: int, seconds: float | None, output: str) -> str:
+    """Why a compiler was not done: it took more than so many seconds, or else died of this signal."""
+    if seconds is not None:
         return (
             f"did not come to an end in {seconds:.0f} s of processor time "
             f"({TIMEOUT} sets another limit, 0 none)"
@@ -147,7 +151,7 @@ def _cause(end: dict[str, Any], seconds: float | None, output: str) -> str:
         return "was killed from outside (SIGKILL), which the system does when memory runs out"
     if code > 0:
         return f"died of {signal.Signals(code).name} ({signal.strsignal(code)}){said}"
-    return f"ended with exit code {end['code']}{said}"
+    return f"ended with exit code {-code}{said}"
 
 
 def _last_words(output: str) -> str:

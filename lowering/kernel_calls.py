@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from iree.compiler import ir
 from iree.compiler.dialects import func, linalg, tensor
 
-from patterns import torch_ir, views
+from patterns import canonical, torch_ir, views
 from patterns.contracts import ScaleLayout
 
 from .kernel import Binding, KernelInstance
@@ -69,26 +69,43 @@ def _argument(binding: Binding, operand: ir.Value, physical: Sequence[PhysicalSc
 def return_physical_scales(function: ir.Operation, scales: Sequence[PhysicalScale]) -> dict[int, ScaleLayout]:
     """Where the program returns a logical scale as it is, return the kernel's buffer instead.
 
-    The runtime gives it the strides torch would; so no transpose is computed to be undone.
+    The runtime gives it the strides torch would; so no transpose is computed to be undone.  What no kernel
+    computes is brought into its layout, to be returned alike.
     Returns the numbers of the results that changed, and the layout each has now.
     """
     by_value = {scale.logical: scale for scale in scales}
     terminator = list(torch_ir.block_of(function).operations)[-1].operation
     changed: dict[int, ScaleLayout] = {}
     for number, value in enumerate(terminator.operands):
-        scale = by_value.get(views.same_rows(value))
-        logical = torch_ir.tensor_type(value)
-        if scale is not None and logical is not None:
-            rows = ir.RankedTensorType(scale.buffer.type).shape[0]
-            with ir.InsertionPoint(terminator), terminator.location:
+        source = views.same_rows(value)
+        scale, left = by_value.get(source), _layout_without_kernel(source)
+        logical = torch_ir.tensor_type(source)
+        if logical is None or (scale is None and left is None):
+            continue
+        with ir.InsertionPoint(terminator), terminator.location:
+            if scale is not None:
+                rows = ir.RankedTensorType(scale.buffer.type).shape[0]
                 physical = torch_ir.TensorType((rows, None), logical.dtype)
                 terminator.operands[number] = torch_ir.from_builtin(scale.buffer, physical)
-            changed[number] = scale.layout
+                changed[number] = scale.layout
+            elif left is not None:
+                physical = torch_ir.TensorType((logical.shape[-1], None), logical.dtype)
+                terminator.operands[number] = canonical.physical_scale(source, physical, left)
+                changed[number] = left
     if changed:
         inputs = ir.FunctionType(ir.TypeAttr(function.attributes["function_type"]).value).inputs
         results = [operand.type for operand in terminator.operands]
         function.attributes["function_type"] = ir.TypeAttr.get(ir.FunctionType.get(inputs, results))
     return changed
+
+
+def _layout_without_kernel(scale: ir.Value) -> ScaleLayout | None:
+    """The layout of the scale of a quantization that no kernel computes, where that is not ``row``."""
+    op = torch_ir.producer(scale)
+    if op is None or torch_ir.op_name(op) != canonical.GROUP_QUANT or scale != op.results[1]:
+        return None
+    layout = canonical.quantization(op).layout
+    return layout if layout != "row" else None
 
 
 def _collapse(value: ir.Value) -> ir.Value:

@@ -6,6 +6,7 @@ which is what the compiler fuses with the norm before it.  No compiler is import
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -120,15 +121,17 @@ def quantize(model: nn.Module, *, group_size: int = 128, exclude: str | Iterable
     Raises TypeError when ``exclude`` is no name, and ValueError when it names nothing in this model (but for
     an lm_head, which not every model has): a mistyped name would be quantized in silence.
 
-    Raises ValueError naming the first layer whose in_features ``group_size`` does not divide; the
-    model is then unchanged.
+    A layer of fewer in_features than one group stays as it is, with a warning: it is not worth it.  Raises
+    ValueError naming the first other layer whose in_features ``group_size`` does not divide; the model is
+    then unchanged.
     """
     patterns = _patterns(exclude)
     _check_patterns(patterns, model)
     sites = [site for site in _linear_layers(model) if not _excluded(site[0], patterns)]
+    sites = _without_small(sites, group_size)
     for name, _, linear in sites:
         label = f"layer {name!r} (in {linear.in_features}, out {linear.out_features})"
-        _check_group(group_size, linear.in_features, label)
+        _check_group(group_size, linear.in_features, label, f"; exclude={name!r} leaves it as it is")
     layers: dict[int, BlockScaledLinear] = {}
     weights: dict[int, tuple[Tensor, Tensor]] = {}
     sites.reverse()
@@ -144,6 +147,21 @@ def quantize(model: nn.Module, *, group_size: int = 128, exclude: str | Iterable
             return layers[id(linear)]
         setattr(parent, name.rpartition(".")[2], layers[id(linear)])
     return model
+
+
+_Site = tuple[str, "nn.Module | None", nn.Linear]
+
+
+def _without_small(sites: list[_Site], group_size: int) -> list[_Site]:
+    """Those with a whole group in a row; all of them if none has one, for the error that says so."""
+    small = [name for name, _, linear in sites if linear.in_features < group_size]
+    if len(small) in (0, len(sites)):
+        return sites
+    warnings.warn(
+        f"not quantized, since a row is shorter than one group of {group_size}: {', '.join(small)}",
+        stacklevel=3,
+    )
+    return [site for site in sites if site[0] not in small]
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None, nn.Linear]]:
@@ -187,9 +205,9 @@ def _excluded(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
-def _check_group(group_size: int, in_features: int, label: str) -> None:
+def _check_group(group_size: int, in_features: int, label: str, otherwise: str = "") -> None:
     if group_size > 0 and in_features % group_size == 0:
         return
     fitting = [size for size in (128, 64, 32) if in_features % size == 0]
     advice = f"; group_size {fitting[0]} does" if fitting else ""
-    raise ValueError(f"{label}: group_size {group_size} does not divide in_features{advice}")
+    raise ValueError(f"{label}: group_size {group_size} does not divide in_features{advice}{otherwise}")

@@ -89,7 +89,7 @@ def _identity(op: ir.Operation) -> Any:
 
 def _view_first(view: ir.Operation) -> tuple[ir.Operation, ...]:
     """What stands for ``view``: itself, or the same view of what its operand was widened from, widened."""
-    narrow, wide = torch_ir.uncast(view.operands[0]), torch_ir.tensor_type(view.result)
+    narrow, wide = torch_ir.widened_from(view.operands[0]), torch_ir.tensor_type(view.result)
     if narrow == view.operands[0] or wide is None:
         return (view,)
     dtype = torch_ir.dtype_of(narrow)
@@ -159,13 +159,16 @@ def _sort(topk: ir.Operation) -> None:
 
 
 def _is_noop(op: ir.Operation, name: str) -> bool:
-    """A view or expand to the very type it starts from; a slice of everything."""
+    """A view or expand to the very type it starts from; a slice of everything; a squeeze of nothing."""
     if name in ("torch.aten.view", *_VIEWS, "torch.aten.expand"):
         # One unknown size is settled by the others in a view; an expand may really repeat it.
         type_, unknown = torch_ir.tensor_type(op.result), 0 if name == "torch.aten.expand" else 1
         return (
             type_ is not None and type_.shape.count(None) <= unknown and op.operands[0].type == op.result.type
         )
+    if name == "torch.aten.squeeze.dim":  # of an axis that is not of one element
+        before, after = torch_ir.tensor_type(op.operands[0]), torch_ir.tensor_type(op.result)
+        return before is not None and after is not None and len(before.shape) == len(after.shape)
     if name == "torch.aten.slice.Tensor":
         start, end, step = (torch_ir.constant(operand) for operand in list(op.operands)[2:])
         return start in (0, None) and end in (None, 2**63 - 1) and step == 1

@@ -24,6 +24,7 @@ from patterns import (
 from patterns.recogniser import NearMiss, Raised, Recogniser, Suspicion, WithoutLastAxis
 from patterns.sites import Ledger
 from patterns.torch_ir import TensorType
+from patterns.well_typed import is_well_typed
 
 RECOGNISERS: tuple[Recogniser, ...] = (
     *named_ops.RECOGNISERS,
@@ -65,7 +66,7 @@ def _recognise(
 ) -> Raised | None:
     for recogniser in by_root.get(torch_ir.op_name(op), ()):
         raised = ledger.timing.of(_name(recogniser)).call(recogniser.recognise, op)
-        if raised is not None:
+        if raised is not None and is_well_typed(raised):
             return raised
     return None
 
@@ -169,10 +170,13 @@ def _open_sites(block: ir.Block, ledger: Ledger) -> None:
         name = canonical.site_name(op)
         if name is not None:
             number = ledger.add(name, torch_ir.location(op), canonical.contract(op), canonical.cost(op))
-        elif not torch_ir.unmark_raised(op) and (near := _near_miss(op)) is not None:
+        elif torch_ir.unmark_raised(op) or (near := _near_miss(op)) is None:
+            continue
+        elif near.is_site:
             number = ledger.add(near.op, torch_ir.location(op), before=canonical.cost(op))
             ledger.refuse(number, near.reason)
         else:
+            ledger.remark(near.op, torch_ir.location(op), near.reason)
             continue
         op.attributes[canonical.SITE] = canonical.to_attribute(number)
 

@@ -11,9 +11,14 @@ from iree.compiler import ir
 
 from patterns import torch_ir
 
-from . import respell_sorts, respell_views
+from . import respell_index, respell_slices, respell_sorts, respell_views
 
-_RULES = {**respell_views.RULES, **respell_sorts.RULES}
+_RULES = {
+    **respell_views.RULES,
+    **respell_slices.RULES,
+    **respell_sorts.RULES,
+    **respell_index.RULES,
+}
 
 
 def respell(function: ir.Operation) -> int:
@@ -21,7 +26,7 @@ def respell(function: ir.Operation) -> int:
     block = torch_ir.block_of(function)
     count = 0
     for op in [op.operation for op in block.operations]:
-        rule = _RULES.get(torch_ir.op_name(op))
+        rule = _nothing if _is_empty(op) else _RULES.get(torch_ir.op_name(op))
         if rule is None:
             continue
         with ir.InsertionPoint(op), op.location:
@@ -32,3 +37,17 @@ def respell(function: ir.Operation) -> int:
             count += 1
     torch_ir.erase_dead(block)
     return count
+
+
+def _is_empty(op: ir.Operation) -> bool:
+    """Whether all that ``op`` makes are tensors without elements."""
+    types = [torch_ir.tensor_type(result) for result in op.results]
+    return bool(types) and all(type_ is not None and 0 in type_.shape for type_ in types)
+
+
+def _nothing(op: ir.Operation) -> list[ir.Value] | None:
+    types = [torch_ir.tensor_type(result) for result in op.results]
+    known = [type_ for type_ in types if type_ is not None and None not in type_.shape]
+    if len(known) < len(types):
+        return None
+    return [respell_index.zeros(type_, [size or 0 for size in type_.shape]) for type_ in known]

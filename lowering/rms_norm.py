@@ -30,14 +30,14 @@ def rms_norm_reference(
     # In float64, so that both roundings are to nearest wherever this runs: on the CPU float32 torch.sqrt is
     # off by one unit in the last place for one value in seven, and on CUDA torch.rsqrt is an approximation.
     mean = torch.mean(x32 * x32, dim=-1, keepdim=True) + float32(norm.eps)
-    rstd = torch.reciprocal(torch.sqrt(mean.to(torch.float64)).to(torch.float32))
+    rstd = torch.reciprocal(torch.sqrt(mean.to(torch.float64)).to(x32.dtype))
     y = x32 * rstd
     weight = _offset(weight, norm)
     if norm.rounding == "twice":
         y = y.to(x.dtype)
         return (y if weight is None else y * weight), total
     if weight is not None:
-        y = y * weight.to(torch.float32)
+        y = y * weight.to(x32.dtype)
     return (y if norm.rounding == "none" else y.to(x.dtype)), total
 
 
@@ -45,12 +45,13 @@ def _statistic_input(x: Tensor, residual: Tensor | None, norm: RmsNorm) -> tuple
     """float32 [..., H] that the norm works on, and round(x + residual) or None."""
     if (residual is None) != (norm.residual is None):
         raise ValueError(f"residual: the contract says {norm.residual!r}")
-    x32 = x.to(torch.float32)
+    wide = torch.promote_types(x.dtype, torch.float32)  # float64 has no kernel, and stays what it is
+    x32 = x.to(wide)
     if residual is None:
         return x32, None
-    x32 = x32 + residual.to(torch.float32)
+    x32 = x32 + residual.to(wide)
     total = x32.to(x.dtype)
-    return (x32 if norm.residual == "exact" else total.to(torch.float32)), total
+    return (x32 if norm.residual == "exact" else total.to(wide)), total
 
 
 def _offset(weight: Tensor | None, norm: RmsNorm) -> Tensor | None:

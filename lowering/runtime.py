@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ from torch.utils import _pytree as pytree
 
 from . import integrity, ops
 from .errors import RunError
-from .session import Place, Session, dtype_name, instance, reason, reported
+from .session import Place, Session, Storage, dtype_name, instance, reason, reported
 from .signature import (
     ASYNC,
     INTO,
@@ -43,8 +44,11 @@ from .signature import (
     Signature,
     Symbols,
     TensorSpec,
+    holds,
+    names_in,
     parameter_digest,
     resolve,
+    solve,
 )
 
 __all__ = ["Function", "Program", "load"]
@@ -142,7 +146,8 @@ class Function:
         self._session = session
         into = bool(signature.placed)
         self._function = _lookup(module, name + INTO if into else name)
-        self._scratch_size = _lookup(module, name + INTO + SCRATCH_SIZE) if into else None
+        # A program that needs no scratch memory has no such function.
+        self._scratch_size = module.lookup_function(name + INTO + SCRATCH_SIZE) if into else None
         self._in_tree = _load_tree(signature.input_tree)
         self._result_tree = _load_result_tree(signature.output_tree)
         self._keywords = _keywords(signature.input_tree)
@@ -178,15 +183,19 @@ class Function:
         if plan.all_empty and session.place.backend != "cpu":
             return self._empty(plan)
         with reported(f"{self.name} failed"):
-            storage = [session.allocate(like) for like in plan.storage]
-            views = session.invoke(self._function, tensors, [view for _, view in storage])
+            storage = [session.allocate(each) for each in plan.storage]
+            memory = [view for _, view in storage]
+            if plan.scratch is not None:
+                memory.append(session.scratch(plan.scratch))
+            views = session.invoke(self._function, tensors, memory)
         if self.tensor_outputs is None:
-            return [session.to_torch(view, None) for view in views]
+            return _apart([session.to_torch(view, None) for view in views], tensors)
         returned = self._returned
         if len(returned) != len(views):
             raise RunError(f"{self.name} returned {len(views)} tensors, its signature says {len(returned)}")
-        results = dict(zip(returned, map(session.to_torch, views, self._returned_dtypes), strict=True))
-        for numbers, (tensor, _) in zip(self.signature.placed, storage, strict=False):
+        given = map(session.to_torch, views, self._returned_dtypes)
+        results = dict(zip(returned, _apart(given, tensors), strict=True))
+        for numbers, (tensor, _) in zip(self.signature.placed, storage, strict=True):
             results[numbers[0]] = tensor
             for number in numbers[1:]:
                 results[number] = tensor.view(self._dtypes[number])
@@ -220,11 +229,12 @@ class Function:
         layouts, session = dict(self._strided), self._session
         for number, *_ in self.signature.placed:
             shape = ops.physical_shape(plan.shape(number), layouts.get(number, "row"))
-            plan.storage.append(session.template(shape, self._dtypes[number]))
+            plan.storage.append(session.storage(shape, self._dtypes[number]))
         if self._scratch_size is not None:
             with reported(f"{self.name} failed"):
-                size = session.query(self._scratch_size, tensors, len(plan.storage) + 1)
-            plan.storage.append(session.template((size,), torch.uint8))
+                plan.scratch = session.query(self._scratch_size, tensors, len(plan.storage) + 1)
+        elif plan.storage:
+            plan.scratch = 0
         return plan
 
     def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
@@ -265,7 +275,11 @@ class Function:
         if len(tensors) != len(specs):
             names = ", ".join(spec.name for spec in specs)
             raise RunError(f"{self.name} takes {len(specs)} tensors ({names}), got {len(tensors)}")
-        return _bind(specs, tensors)
+        symbols = _bind(specs, tensors)
+        for condition in self.signature.conditions:
+            if holds(condition, symbols) is False:
+                raise _not_exported_for(condition, specs, tensors)
+        return symbols
 
     def _with_constants(self, tensors: Sequence[Tensor]) -> Iterator[Any]:
         """The leaves of the result: the tensors, with the burned-in constants between them."""
@@ -285,6 +299,18 @@ class Function:
         return f"{self.name} takes {len(leaves)} argument{plural} ({names}{keywords})"
 
 
+def _apart(results: Iterable[Tensor], arguments: Sequence[Tensor]) -> list[Tensor]:
+    """The results, those copied that lie in an argument: IREE returns its memory where nothing changes it."""
+    results = list(results)
+    if not results:
+        return results
+    spans = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in arguments]
+    return [
+        result.clone() if any(begin <= result.data_ptr() < end for begin, end in spans) else result
+        for result in results
+    ]
+
+
 class _Plan:
     """What the arguments' dtypes and shapes decide about a call."""
 
@@ -294,8 +320,10 @@ class _Plan:
         self.sizes = [tuple(resolve(dim, symbols) for dim in shape) for shape in shapes]
         """Of each result; None is a size that only the call itself tells."""
         self.all_empty = bool(self.sizes) and all(0 in sizes and None not in sizes for sizes in self.sizes)
-        self.storage: list[Tensor] = []
-        """The memory to pass, by ``Session.template``: for results, and scratch memory after them."""
+        self.storage: list[Storage] = []
+        """The memory to pass for results."""
+        self.scratch: int | None = None
+        """The bytes of scratch memory to pass behind it; None where nothing is passed."""
 
     def shape(self, number: int) -> tuple[int, ...]:
         """Of the result ``number``; RunError where a size does not follow from the arguments."""
@@ -345,18 +373,44 @@ def _bind(specs: Sequence[TensorSpec], tensors: Sequence[Tensor]) -> Symbols:
         for dim, size in zip(spec.shape, tensor.shape, strict=True):
             if isinstance(dim, str) and dim.isidentifier():
                 symbols.setdefault(dim, size)
-    # In a second pass: a size such as 2*s0 may come before the argument that gives s0 its value.
-    for spec, tensor in zip(specs, tensors, strict=True):
-        for dim, size in zip(spec.shape or (), tensor.shape, strict=spec.shape is not None):
-            expected = resolve(dim, symbols)
-            if expected is not None and expected != size:
-                raise _mismatch(spec, tensor, f" where {dim} = {expected}" if isinstance(dim, str) else "")
+    # A size such as 2*s0 may come before the argument that gives s0 its value, or be all that does.
+    sizes = [
+        (spec, tensor, dim, size)
+        for spec, tensor in zip(specs, tensors, strict=True)
+        for dim, size in zip(spec.shape or (), tensor.shape, strict=spec.shape is not None)
+    ]
+    for _, _, dim, size in sizes:
+        symbols.update(solve(dim, size, symbols))
+    for spec, tensor, dim, size in sizes:
+        expected = resolve(dim, symbols)
+        if expected is not None and expected != size:
+            raise _mismatch(spec, tensor, f" where {dim} = {expected}" if isinstance(dim, str) else "")
     return symbols
 
 
 def _mismatch(spec: TensorSpec, tensor: Tensor, why: str = "") -> RunError:
     got = f"{dtype_name(tensor.dtype)}[{', '.join(str(size) for size in tensor.shape)}]"
     return RunError(f"argument {spec.name}: expected {spec}, got {got}{why}")
+
+
+def _not_exported_for(condition: str, specs: Sequence[TensorSpec], tensors: Sequence[Tensor]) -> RunError:
+    """The condition in terms of the arguments, with the size that each of its symbols is seen by."""
+    seen: list[str] = []
+    for name in sorted(names_in(condition)):
+        places = [
+            (spec, tensor, axis)
+            for spec, tensor in zip(specs, tensors, strict=True)
+            for axis, dim in enumerate(spec.shape or ())
+            if name in names_in(dim)
+        ]
+        # The plain symbol before a multiple of it.
+        spec, tensor, axis = min(places, key=lambda place: (place[0].shape or ())[place[2]] != name)
+        dim = (spec.shape or ())[axis]
+        seen.append(f"argument {spec.name}: size {tensor.shape[axis]} of axis {axis}")
+        if dim != name:
+            seen[-1] += f" ({dim})"
+        condition = re.sub(rf"\b{name}\b", f"{spec.name}.shape[{axis}]" if dim == name else name, condition)
+    return RunError(f"{'; '.join(seen)}: the model was exported for sizes with {condition}")
 
 
 def _describe_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from iree.compiler.dialects import math as math_ops
 
 from patterns import torch_ir
 
+from .errors import CompileError
 from .targets import Target
 
 Rule = Callable[[ir.Operation], ir.Value | None]
@@ -26,7 +27,44 @@ def rules(target: Target) -> dict[str, Rule]:
     general: dict[str, Rule] = {"arith.remf": _remainder, "arith.divsi": _quotient, "arith.remsi": _quotient}
     if target.backend == "hip":
         return general
-    return {**general, "math.sin": _sine, "math.cos": _cosine, "math.tan": _tangent}
+    waves: dict[str, Rule] = {"math.sin": _sine, "math.cos": _cosine, "math.tan": _tangent}
+    if target.backend != "cpu":
+        return {**general, **waves}
+    logarithms: dict[str, Rule] = {"math.log10": _logarithm, "math.log2": _logarithm, "math.tanh": _tanh}
+    return {**general, **waves, **logarithms, **dict.fromkeys(_LACKING, _refused)}
+
+
+# Functions of float64 for which nothing is linked into a CPU program.
+_LACKING = tuple(
+    f"math.{name}" for name in ("acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "erf")
+)
+
+
+def _refused(op: ir.Operation) -> None:
+    if str(op.result.type) == "f64":
+        where, name = torch_ir.location(op), op.name.removeprefix("math.")
+        raise CompileError(
+            f"{where}: {name} of float64 cannot be compiled for the CPU; compute it in float32"
+        )
+
+
+def _logarithm(op: ir.Operation) -> ir.Value | None:
+    """The natural one over that of the base: no other is there for every float."""
+    if not _is_float(op) or (op.name == "math.log2" and str(op.result.type) == "f32"):
+        return None
+    factor = 1 / math.log(10 if op.name == "math.log10" else 2)
+    natural = math_ops.LogOp(op.operands[0]).result
+    return arith.MulFOp(natural, arith.ConstantOp(op.result.type, factor).result).result
+
+
+def _tanh(op: ir.Operation) -> ir.Value | None:
+    """1 - 2 / (exp(2 x) + 1), of float64."""
+    if str(op.result.type) != "f64":
+        return None
+    double, x = _Double(), op.operands[0]
+    power = math_ops.ExpOp(arith.AddFOp(x, x).result).result
+    rest = arith.DivFOp(double.number(2.0), arith.AddFOp(power, double.number(1.0)).result).result
+    return arith.SubFOp(double.number(1.0), rest).result
 
 
 class _Double:

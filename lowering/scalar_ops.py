@@ -47,7 +47,9 @@ def _replace(op: ir.Operation, rule: Rule) -> bool:
 def _rounded_constant(narrowing: ir.Operation) -> ir.Value | None:
     """A Python number is a float64 until here, and IREE would cut off the bits that do not fit."""
     source = torch_ir.producer(narrowing.operands[0])
-    value = source.attributes["value"] if source is not None and source.name == "arith.constant" else None
+    if source is None or source.name != "arith.constant":
+        return None
+    value = source.attributes["value"]
     if not isinstance(value, ir.FloatAttr):
         return None
     # By way of float32, as PyTorch does.

@@ -5,9 +5,11 @@ What ``lowering.runtime`` calls programs with; which arguments a call takes is n
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -40,6 +42,8 @@ def _code(element: Any) -> int:
     """The number of a HalElementType; the runtime's stubs do not say that it is an integer."""
     return int(element)
 
+
+_DEVICE_LOCAL, _ANY_USAGE = int(iree.MemoryType.DEVICE_LOCAL), int(iree.BufferUsage.DEFAULT)
 
 _FROM_BYTES = {_code(element): dtype for dtype, element in _AS_BYTES.items()}
 
@@ -123,12 +127,28 @@ def instance() -> iree.VmInstance:
     return iree.VmInstance()
 
 
+@cache
+def _owner() -> int:
+    """The process that IREE's devices belong to: the one that used one first."""
+    return os.getpid()
+
+
+def _refuse_forked() -> None:
+    """RunError in a process forked from the owner: a call would wait for its threads for ever."""
+    if os.getpid() != _owner():
+        raise RunError(
+            "IREE was in use in the process that this one was forked from, and its threads are not here: "
+            "start processes with multiprocessing's 'spawn', or fork before anything is loaded"
+        )
+
+
 _DEVICE_LOCK = threading.Lock()
 _API_NAMES = {"cpu": "cpu", "cuda": "CUDA", "hip": "HIP"}
 
 
 def hal_device(backend: str, index: int) -> iree.HalDevice:
     """IREE's device, one per process; RunError when its driver is not available."""
+    _refuse_forked()
     uri = _DRIVERS[backend] if backend == "cpu" else f"{_DRIVERS[backend]}://{index}"
     try:
         with _DEVICE_LOCK:
@@ -140,6 +160,20 @@ def hal_device(backend: str, index: int) -> iree.HalDevice:
         raise RunError(f"there is {what} on this machine: {reason(error)}") from error
 
 
+@dataclass(frozen=True)
+class Storage:
+    """What the memory of a tensor has to be; it occupies none itself."""
+
+    like: Tensor
+    shape: tuple[int, ...]
+    element: Any
+    """The dtype in IREE's words."""
+    typed: bool
+    """Whether DLPack has a word for the dtype; ``element`` is a byte where it has none."""
+    size: int
+    """In bytes."""
+
+
 class Session:
     """One IREE context on one device; calls take turns."""
 
@@ -149,6 +183,11 @@ class Session:
         # on a GPU it also makes the device current in this thread, which IREE's module loading relies on.
         self._somewhere = torch.zeros(_CPU_ALIGNMENT, dtype=torch.uint8, device=place.device)
         self._hal = hal_device(place.backend, place.index)
+        self._allocator = self._hal.allocator
+        self._on_host = place.device.type == "cpu"
+        self._dlpack = (
+            (_DLPACK_TYPES["cpu"], 0) if self._on_host else (_DLPACK_TYPES[place.backend], place.index)
+        )
         hal_module = iree.create_hal_module(instance(), self._hal)
         self._context = iree.VmContext(instance(), [hal_module, *parameter_modules, module])
         self._lock = threading.Lock()
@@ -158,8 +197,9 @@ class Session:
     ) -> list[iree.HalBufferView]:
         """Call ``function`` with ``tensors`` and then ``storage``, and wait for its results.
 
-        Raises what the IREE runtime raises: see ``reported``.
+        Raises what the IREE runtime raises: see ``reported``; RunError in a forked process.
         """
+        _refuse_forked()
         arguments = iree.VmVariantList(len(tensors) + len(storage))
         for tensor in tensors:
             arguments.push_ref(self.to_iree(tensor).ref)
@@ -178,6 +218,7 @@ class Session:
 
         It has more arguments, two fences and ``more`` buffer views, and looks at none of them.
         """
+        _refuse_forked()
         arguments = iree.VmVariantList(len(tensors) + 2 + more)
         for tensor in tensors:
             arguments.push_ref(self.to_iree(tensor).ref)
@@ -190,28 +231,41 @@ class Session:
             self._context.invoke(function, arguments, results)
         return results.get_variant(0)
 
-    def template(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """What ``allocate`` makes tensors like; it occupies no memory of its own."""
-        return self._somewhere.view(dtype)[0].expand(shape)
-
-    def allocate(self, like: Tensor) -> tuple[Tensor, iree.HalBufferView]:
-        """Memory for a tensor, contiguous and not set to anything, and a view of its bytes."""
-        if self.place.emulated is not None and like.numel():
-            return self._allocate_emulated(like)
-        # Half the time of torch.empty, which has more arguments to read.
-        tensor = torch.empty_like(like, memory_format=torch.contiguous_format)
-        if not like.numel():
-            return tensor, self._import(self._somewhere)
-        return tensor, self._import(tensor.view(torch.uint8) if tensor.dtype in _AS_BYTES else tensor)
-
-    def _allocate_emulated(self, like: Tensor) -> tuple[Tensor, iree.HalBufferView]:
-        """In the emulated GPU's own memory, which the cpu can read: as for ``_upload``."""
-        size = like.numel() * like.element_size()
-        buffer = self._hal.allocator.allocate_buffer(
-            iree.MemoryType.DEVICE_LOCAL, iree.BufferUsage.DEFAULT, size
+    def storage(self, shape: tuple[int, ...], dtype: torch.dtype) -> Storage:
+        """Memory for a tensor, as ``allocate`` takes it."""
+        like = self._somewhere.view(dtype)[0].expand(shape)
+        crossing = self._hal.from_dlpack_capsule(
+            to_dlpack(self._somewhere.view(torch.uint8 if dtype in _AS_BYTES else dtype))
         )
-        view = iree.HalBufferView(buffer, [size], iree.HalElementType.UINT_8)
-        return self.to_torch(view, torch.uint8).view(like.dtype).view(like.shape), view
+        typed = from_dlpack(self._hal.create_dlpack_capsule(crossing, *self._dlpack)).dtype == dtype
+        return Storage(like, shape, crossing.element_type, typed, like.numel() * like.element_size())
+
+    def allocate(self, storage: Storage) -> tuple[Tensor, iree.HalBufferView]:
+        """A tensor, contiguous and not set to anything, and a view of its bytes.
+
+        Where torch's tensors are the host's, the memory is IREE's: its cpu driver fills and copies into no
+        other.  On a GPU it is torch's, whose allocator keeps what is freed.
+        """
+        if self._on_host and storage.size:
+            buffer = self._allocator.allocate_buffer(_DEVICE_LOCAL, _ANY_USAGE, storage.size)
+            view = iree.HalBufferView(buffer, storage.shape, storage.element)
+            tensor = from_dlpack(self._hal.create_dlpack_capsule(view, *self._dlpack))
+            return (tensor if storage.typed else tensor.view(storage.like.dtype)), view
+        # Half the time of torch.empty, which has more arguments to read.
+        tensor = torch.empty_like(storage.like, memory_format=torch.contiguous_format)
+        return tensor, self._bytes(tensor)
+
+    def scratch(self, size: int) -> iree.HalBufferView:
+        """Memory that no tensor is made of."""
+        if self._on_host and size:
+            buffer = self._allocator.allocate_buffer(_DEVICE_LOCAL, _ANY_USAGE, size)
+            return iree.HalBufferView(buffer, (size,), iree.HalElementType.UINT_8)
+        return self._bytes(torch.empty(size, dtype=torch.uint8, device=self.place.device))
+
+    def _bytes(self, tensor: Tensor) -> iree.HalBufferView:
+        if not tensor.numel():
+            return self._import(self._somewhere)
+        return self._import(tensor.view(torch.uint8) if tensor.dtype in _AS_BYTES else tensor)
 
     def to_iree(self, tensor: Tensor) -> iree.HalBufferView:
         """The tensor's memory as a buffer view, which keeps it alive."""
@@ -241,9 +295,9 @@ class Session:
 
     def _upload(self, tensor: Tensor, view: iree.HalBufferView) -> iree.HalBufferView:
         """A copy in the emulated GPU's own memory, so that it knows where a buffer ends."""
-        buffer = self._hal.allocator.allocate_buffer_copy(
-            memory_type=iree.MemoryType.DEVICE_LOCAL,
-            allowed_usage=iree.BufferUsage.DEFAULT,
+        buffer = self._allocator.allocate_buffer_copy(
+            memory_type=_DEVICE_LOCAL,
+            allowed_usage=_ANY_USAGE,
             device=self._hal,
             buffer=tensor.reshape(-1).view(torch.uint8).numpy(),
         )
@@ -258,10 +312,7 @@ class Session:
             return torch.empty(view.shape, dtype=dtype, device=self.place.device)
         if as_bytes is not None:
             view = iree.HalBufferView(view.get_buffer(), view.shape, iree.HalElementType.UINT_8)
-        on_host = self.place.device.type == "cpu"
-        dlpack_type = _DLPACK_TYPES["cpu" if on_host else self.place.backend]
-        capsule = self._hal.create_dlpack_capsule(view, dlpack_type, 0 if on_host else self.place.index)
-        tensor = from_dlpack(capsule)
+        tensor = from_dlpack(self._hal.create_dlpack_capsule(view, *self._dlpack))
         if dtype in (None, tensor.dtype):
             return tensor
         if dtype.itemsize != tensor.element_size():

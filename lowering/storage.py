@@ -8,7 +8,7 @@ knows, and one for everything that lives only during the call.  torch's allocato
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from iree.compiler import ir
@@ -17,12 +17,10 @@ from iree.compiler.dialects import arith, hal, tensor
 from .signature import ASYNC, INTO
 
 _BARRIER = "hal.tensor.barrier"
-_RESHAPES = ("tensor.cast", "tensor.expand_shape", "tensor.collapse_shape")
+_RESHAPES = ("tensor.cast", "tensor.expand_shape", "tensor.collapse_shape", "tensor.reshape")
+_GIVEN = ("hal.tensor.import", "util.global.load", "arith.constant")
 # Behind these IREE may not be able to say how much scratch memory a call needs before it begins.
 _UNKNOWN_SIZES = ("tensor.extract", "util.call", "func.call", "scf.if", "scf.for", "scf.while")
-_GIVEN = ("hal.tensor.import", "util.global.load", "arith.constant", "tensor.empty")
-_SLICES = ("tensor.extract_slice", "tensor.insert_slice", "tensor.concat")
-_MOVES = (*_RESHAPES, *_SLICES, "tensor.splat", "linalg.fill")
 
 Placed = tuple[tuple[int, ...], ...]
 """The results that have a buffer of the caller's: for each buffer the numbers of those it holds.  Several are
@@ -33,11 +31,12 @@ def add_entry(module: ir.Module, name: str, numbers: Sequence[int]) -> Placed:
     """Add ``@name$into`` to ``module``, as it is after IREE's torch pipeline.
 
     numbers: the results whose sizes a caller knows.  The arguments after those of ``@name`` are a buffer view
-    for each that is computed, and one for scratch memory; of the views only the memory counts.  The other
-    results are returned.  Nothing is added where none is computed, where a value is read from a tensor (the
-    size of the scratch memory may then not be known before the call), and for a function of several blocks.
+    for each of them, and one for scratch memory; of the views only the memory counts.  The other results are
+    returned, an argument that is a result as it is among them.  Nothing is added where none is left, where a
+    value is read from a tensor (the size of the scratch memory may then not be known before the call), and
+    for a function of several blocks.
     """
-    functions = {ir.StringAttr(op.attributes["sym_name"]).value: op for op in _functions(module)}
+    functions = _functions(module)
     work, entry = functions.get(name + ASYNC), functions.get(name)
     if work is None or entry is None or len(work.regions[0].blocks) != 1:
         return ()
@@ -51,8 +50,16 @@ def add_entry(module: ir.Module, name: str, numbers: Sequence[int]) -> Placed:
     return placed
 
 
-def _functions(module: ir.Module) -> Iterator[ir.Operation]:
-    return (op.operation for op in module.body.operations if op.operation.name == "util.func")
+def remove_entry(module: ir.Module, name: str) -> None:
+    """Take back what ``add_entry`` added."""
+    functions = _functions(module)
+    for added in (name + INTO, name + INTO + ASYNC):
+        functions[added].erase()
+
+
+def _functions(module: ir.Module) -> dict[str, ir.Operation]:
+    found = (op.operation for op in module.body.operations if op.operation.name == "util.func")
+    return {ir.StringAttr(op.attributes["sym_name"]).value: op for op in found}
 
 
 def _copy(function: ir.Operation, name: str) -> ir.Operation:
@@ -94,27 +101,10 @@ class _Result:
 
 
 def _placed(work: ir.Operation, numbers: Sequence[int]) -> list[list[_Result]]:
-    """The results among ``numbers`` that get a buffer: those that are computed.
-
-    What is only given or moved IREE may write by a transfer of its own, which its cpu driver refuses for
-    memory that it did not allocate.
-    """
+    """The results among ``numbers`` that get a buffer."""
     returned = list(work.regions[0].blocks[0].operations)[-1].operation
-    return [
-        same
-        for value, same in _results(returned).items()
-        if {result.number for result in same} <= set(numbers) and _is_computed(value)
-    ]
-
-
-def _is_computed(value: ir.Value) -> bool:
-    """Whether anything but moves makes ``value`` from what is given."""
-    op = _producer(value)
-    if op is None or op.name in _GIVEN:
-        return False
-    return op.name not in _MOVES or any(
-        _is_computed(operand) for operand in op.operands if isinstance(operand.type, ir.RankedTensorType)
-    )
+    same = _results(returned).values()
+    return [results for results in same if {result.number for result in results} <= set(numbers)]
 
 
 def _results(returned: ir.Operation) -> dict[ir.Value, list[_Result]]:
@@ -143,11 +133,12 @@ def _alias(
     """Write the tensor of these results into ``buffer``.
 
     In place: the alias follows what computes the tensor, and all other uses read the alias; behind such a
-    use it would be a copy.  It is one where it is another shape of a tensor that has a buffer already.
+    use it would be a copy.  It is one where nothing computes the tensor, and where it is another shape of one
+    that has a buffer already.
     """
     source = same[0].barrier.operands[same[0].operand]
     root = _root(source)
-    if root in aliases:
+    if root in aliases or root.owner.operation.name in _GIVEN:
         with ir.InsertionPoint(same[0].barrier):
             alias = hal.TensorAliasOp(source, _dims(source), buffer, wait_fence=available)
         for result in same:

@@ -21,20 +21,20 @@ from pathlib import Path
 from types import FrameType
 
 _MARK = re.compile(
-    r"(?:\..*\.)?vmfuse-(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-(?P<started>\d+)-[0-9a-f]{8}"
+    r"(?:\..*\.)?vmfuse-(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-(?P<started>\d+)-[0-9a-f]{8}(\.[^.]*)?"
 )
 _KEPT = 40
 """Characters of a file's own name that its temporary name keeps: the whole must not be too long."""
 
 
 def beside(path: Path) -> Path:
-    """A new empty file in the directory of ``path``, with the permissions the umask gives.
+    """A new empty file in the directory of ``path``, with its suffix and the permissions the umask gives.
 
     What killed processes left there is removed first.  Raises OSError.
     """
     remove_abandoned(path.parent)
     while True:
-        temporary = path.parent / f".{path.name[:_KEPT]}.{_mark()}"
+        temporary = path.parent / f".{path.name[:_KEPT]}.{_mark()}{path.suffix[:_KEPT]}"
         with contextlib.suppress(FileExistsError):
             os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
             return temporary

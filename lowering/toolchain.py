@@ -1,10 +1,10 @@
 """From a kernel instance to its object: NVRTC for NVIDIA, clang and lld for AMD, any C compiler for the CPU.
 
 No GPU and no vendor SDK is needed: every compiler comes as a wheel, and those on PATH serve as
-well.  Objects are kept on disk under a hash of everything that goes into them.  What a kernel
-takes and how it is specialised is ``kernel``'s business, whether an object keeps to it ``abi``'s.
+well.  Objects are kept on disk (``object_cache``).  What a kernel takes and how it is specialised is
+``kernel``'s business, whether an object keeps to it ``abi``'s.
 
-Environment: ``VMFUSE_CACHE_DIR`` (where objects are kept), ``CC`` (the C compiler for CPU kernels).
+Environment: ``CC`` (the C compiler for CPU kernels).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import object_cache, temporary
 from .abi import prototype
 from .errors import ToolchainError
 from .kernel import KernelInstance
@@ -62,10 +63,10 @@ def compile_kernel(instance: KernelInstance) -> bytes:
     (naming what to install) or fails (with its message and command).
     """
     job = _job(instance)
-    if (cached := _read_cache(job.key)) is not None:
+    if (cached := object_cache.read(job.key)) is not None:
         return cached
     data = job.compiler.run(job)
-    _write_cache(job.key, data)
+    object_cache.write(job.key, data)
     return data
 
 
@@ -95,7 +96,8 @@ class _Job:
 
     @property
     def key(self) -> str:
-        parts = [type(self.compiler).__name__, self.compiler.identity, self.source, self.texts, self.options]
+        compiler = [type(self.compiler).__name__, self.compiler.name, self.compiler.identity]
+        parts = [*compiler, self.source, self.texts, self.options]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def command(self) -> str:
@@ -168,7 +170,11 @@ def _nvrtc_library() -> str:
     """Which NVRTC library is in use: the version alone does not tell two builds apart."""
     from cuda.pathfinder import load_nvidia_dynamic_lib
 
-    path = load_nvidia_dynamic_lib("nvrtc").abs_path or ""
+    return _file_identity(load_nvidia_dynamic_lib("nvrtc").abs_path or "")
+
+
+def _file_identity(path: str) -> str:
+    """Tells two builds of one version apart."""
     try:
         status = Path(path).stat()
     except OSError:
@@ -317,14 +323,15 @@ def _ziglang() -> tuple[str, ...] | None:
 
 @functools.cache
 def _version(command: tuple[str, ...]) -> str:
-    return _call([*command, "--version"], Path(tempfile.gettempdir()))
+    """What a compiler says of itself, and which file it is."""
+    file = _file_identity(shutil.which(command[0]) or command[0])
+    return _call([*command, "--version"], Path(tempfile.gettempdir())) + file
 
 
 @contextlib.contextmanager
 def _directory_of(texts: Sequence[tuple[str, str]]) -> Iterator[Path]:
     """A directory holding ``texts``: compilers run in it, so no path of this machine reaches an object."""
-    with tempfile.TemporaryDirectory(prefix="vmfuse-") as name:
-        directory = Path(name)
+    with temporary.directory() as directory:
         for file, text in texts:
             (directory / file).write_text(text, encoding="utf-8")
         yield directory
@@ -352,41 +359,3 @@ def _call(command: Sequence[str], directory: Path) -> str:
 
 def _failure(command: str, message: str) -> str:
     return f"A kernel did not compile.\n{message.strip()}\ncommand: {command}\nsources: {kernel_source_dir()}"
-
-
-# -- objects on disk -------------------------------------------------------------------------------
-
-# An entry is the SHA-256 of the object, then the object: anything else is a miss.
-_DIGEST_BYTES = hashlib.sha256().digest_size
-
-
-def _cache_directory() -> Path:
-    if chosen := os.environ.get("VMFUSE_CACHE_DIR"):
-        return Path(chosen)
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("vmfuse", appauthor=False))
-
-
-def _read_cache(key: str) -> bytes | None:
-    try:
-        entry = (_cache_directory() / f"{key}.o").read_bytes()
-    except OSError:
-        return None
-    digest, data = entry[:_DIGEST_BYTES], entry[_DIGEST_BYTES:]
-    return data if data and hashlib.sha256(data).digest() == digest else None
-
-
-def _write_cache(key: str, data: bytes) -> None:
-    """Keep ``data``; a cache that cannot be written costs time, not correctness."""
-    directory = _cache_directory()
-    with contextlib.suppress(OSError):
-        directory.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=directory, prefix=".new-")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(data).digest() + data)
-            Path(name).replace(directory / f"{key}.o")
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise

@@ -189,7 +189,7 @@ def _biased(add: ir.Operation, dtype: str) -> tuple[ir.Operation | None, ir.Valu
     if torch_ir.constant(add.operands[2]) != 1 or torch_ir.dtype_of(add.result) != "float32":
         return None, None
     for first, second in ((0, 1), (1, 0)):
-        source, bias = torch_ir.producer(add.operands[first]), torch_ir.uncast(add.operands[second])
+        source, bias = torch_ir.producer(add.operands[first]), torch_ir.widened_from(add.operands[second])
         out, vector = torch_ir.tensor_type(add.result), torch_ir.tensor_type(bias)
         if _is_product(source) and out is not None and vector is not None:
             same = torch_ir.tensor_type(add.operands[first]) == out

@@ -9,6 +9,8 @@ the frozen values of ``patterns.contracts``:
 ``vmfuse.block_scaled_matmul``   a, b, a_scale, b_scale, [bias] -> out      contract: BlockScaledMatmul
 ``vmfuse.grouped_topk``          gating, bias -> weights, ids              contract: GroupedTopk
 
+``vmfuse.physical_scale``        scale, layout -> the buffer that holds it, of a quantization without kernel
+
 and those that a kernel computes, made of them by the fusion:
 
 ``vmfuse.row``                   x, [up], [residual], [weight] -> [sum], [y], (q, scale)*   spec: RowSpec
@@ -39,6 +41,7 @@ from .contracts import (
     Quantization,
     RmsNorm,
     RowSpec,
+    ScaleLayout,
     Spec,
     TopkSpec,
 )
@@ -56,6 +59,7 @@ ROW = "vmfuse.row"
 TOPK = "vmfuse.topk"
 MATMUL = "vmfuse.matmul"
 LINEAR = "vmfuse.linear"
+PHYSICAL_SCALE = "vmfuse.physical_scale"
 SPECS: dict[str, type[RowSpec] | type[TopkSpec] | type[MatmulSpec] | type[LinearSpec]] = {
     ROW: RowSpec,
     TOPK: TopkSpec,
@@ -141,6 +145,11 @@ def _without_none(hint: Any) -> Any:
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return next(arg for arg in typing.get_args(hint) if arg is not type(None))
     return hint
+
+
+def physical_scale(scale: ir.Value, result: TensorType, layout: ScaleLayout) -> ir.Value:
+    """The logical ``scale`` as it lies in memory in ``layout``, at the current insertion point."""
+    return create(PHYSICAL_SCALE, [scale, torch_ir.make_str(layout)], [result]).result
 
 
 def norm_contract(op: ir.Operation) -> RmsNorm:

@@ -12,44 +12,40 @@ from iree.compiler import ir
 
 from . import canonical, torch_ir, views
 from .contracts import Activation, GatedActivation, Rounding
-from .match import ANY, Bindings, Const, Is, Named, Near, OneOf, Op, Pattern, Var, first_match
+from .match import ANY, Bindings, Const, Is, Named, Near, OneOf, Op, Pattern, Var, f32, first_match
 from .recogniser import Raised
 
 _CAST = "torch.prims.convert_element_type"
 _G = Var("gate")
 
 
-def _f32(name: str, *operands: Pattern, commutative: bool = False) -> Op:
-    return Op(f"torch.aten.{name}", *operands, commutative=commutative, dtype="float32")
-
-
 def _mul(a: Pattern, b: Pattern) -> Op:
-    return _f32("mul.Tensor", a, b, commutative=True)
+    return f32("mul.Tensor", a, b, commutative=True)
 
 
 def _plus_one(a: Pattern) -> Op:
-    return _f32("add.Scalar", a, Is(1), Is(1))
+    return f32("add.Scalar", a, Is(1), Is(1))
 
 
 # Written out, in float32: there no step between is rounded to less than the activation is.
-_CUBE = OneOf(_f32("pow.Tensor_Scalar", _G, Is(3)), _mul(_mul(_G, _G), _G))
-_POLYNOMIAL = _f32("add.Tensor", _G, _f32("mul.Scalar", _CUBE, Near(0.044715)), Is(1), commutative=True)
-_TANH = _f32("tanh", _f32("mul.Scalar", _POLYNOMIAL, Near(math.sqrt(2.0 / math.pi))))
-_ERF = _f32(
-    "erf", OneOf(_f32("mul.Scalar", _G, Near(math.sqrt(0.5))), _f32("div.Scalar", _G, Near(math.sqrt(2.0))))
+_CUBE = OneOf(f32("pow.Tensor_Scalar", _G, Is(3)), _mul(_mul(_G, _G), _G))
+_POLYNOMIAL = f32("add.Tensor", _G, f32("mul.Scalar", _CUBE, Near(0.044715)), Is(1), commutative=True)
+_TANH = f32("tanh", f32("mul.Scalar", _POLYNOMIAL, Near(math.sqrt(2.0 / math.pi))))
+_ERF = f32(
+    "erf", OneOf(f32("mul.Scalar", _G, Near(math.sqrt(0.5))), f32("div.Scalar", _G, Near(math.sqrt(2.0))))
 )
 
 
 def _half_of_product(a: Pattern, b: Pattern) -> OneOf:
     """a * b / 2, the half taken anywhere."""
-    half = [lambda x: _f32("mul.Scalar", x, Is(0.5)), lambda x: _f32("div.Scalar", x, Is(2))]
+    half = [lambda x: f32("mul.Scalar", x, Is(0.5)), lambda x: f32("div.Scalar", x, Is(2))]
     return OneOf(*(p for h in half for p in (_mul(h(a), b), _mul(a, h(b)), h(_mul(a, b)))))
 
 
 _SILU = OneOf(
     Op("torch.aten.silu", _G),
-    _mul(_G, _f32("sigmoid", _G)),
-    _f32("div.Tensor", _G, _plus_one(_f32("exp", _f32("neg", _G)))),
+    _mul(_G, f32("sigmoid", _G)),
+    f32("div.Tensor", _G, _plus_one(f32("exp", f32("neg", _G)))),
 )
 _ACTIVATED = OneOf(
     Named("silu", _SILU),
@@ -80,7 +76,7 @@ class DecomposedGate:
         if found is None or outcome is None or not views.is_quantized(outcome[1]):
             return None
         rounding, result = outcome
-        gate, up = torch_ir.uncast(found["gate"]), torch_ir.uncast(found["up"])
+        gate, up = torch_ir.widened_from(found["gate"]), torch_ir.widened_from(found["up"])
         packed = _halves_of(gate, up)
         contract = GatedActivation(_activation(found), rounding, packed=packed is not None)
         operands = [gate, up] if packed is None else [packed]
@@ -89,7 +85,7 @@ class DecomposedGate:
 
 def _outcome(product: ir.Value, found: Bindings) -> tuple[Rounding, ir.Value] | None:
     """The rounding, and the value that is y; None where no rounding is what is written."""
-    gate, up = torch_ir.uncast(found["gate"]), torch_ir.uncast(found["up"])
+    gate, up = torch_ir.widened_from(found["gate"]), torch_ir.widened_from(found["up"])
     y = torch_ir.tensor_type(product)
     if y is None or gate.type != up.type or torch_ir.tensor_type(gate) is None:
         return None

@@ -9,7 +9,23 @@ from iree.compiler import ir
 
 from . import canonical, torch_ir, views
 from .contracts import LARGEST_FINITE, Division, Quantization
-from .match import ANY, Bindings, Const, Exact, Is, Named, OneOf, Op, Pattern, Var, first_match
+from .match import (
+    ANY,
+    Aside,
+    Bindings,
+    Const,
+    Exact,
+    Is,
+    Named,
+    OneOf,
+    Op,
+    Pattern,
+    Statistic,
+    Var,
+    f32,
+    first_match,
+    times_one,
+)
 from .recogniser import Raised, WithoutLastAxis
 
 # The serving stacks have groups of up to this many elements; a longer last axis is quantized as a row.
@@ -48,6 +64,8 @@ class _Bounded(Pattern):
                 yield {**found, self.low: -math.inf, self.high: math.inf}
             return
         low, high = (_number(step.get(name), other) for name, other in _INFINITE.items())
+        if math.isnan(low) or math.isnan(high):
+            return
         for found in self.match(step["inner"], bound):
             bounds = {name: min(max(found[name], low), high) for name in (self.low, self.high)}
             yield {**found, **bounds}
@@ -60,51 +78,28 @@ def _number(given: object, otherwise: float) -> float:
     return float(given) if isinstance(given, (int, float)) else otherwise
 
 
-class _Aside(Pattern):
-    """``inner``, seen through views that add or drop a last axis of one and casts that widen."""
-
-    def __init__(self, inner: Pattern):
-        self.inner = inner
-
-    def match(self, value: ir.Value, bound: Bindings) -> Iterator[Bindings]:
-        while (source := _past_unit_axis(value)) is not None:
-            value = source
-        yield from self.inner.match(value, bound)
-
-
-def _past_unit_axis(value: ir.Value) -> ir.Value | None:
-    op = torch_ir.producer(value)
-    if op is None:
-        return None
-    if torch_ir.uncast(value) != value:
-        return torch_ir.uncast(value)
-    if not views.is_flat_view(op):
-        return None
-    before, after = torch_ir.tensor_type(op.operands[0]), torch_ir.tensor_type(value)
-    if before is None or after is None or before.shape.count(None) > 1:
-        return None
-    return op.operands[0] if (*before.shape, 1) == after.shape or before.shape == (*after.shape, 1) else None
-
-
-def _f32(name: str, *operands: Pattern, commutative: bool = False) -> Op:
-    return Op(name, *operands, commutative=commutative, dtype="float32")
-
-
 _X = Exact("x")
-_MAGNITUDE = _Aside(Op("torch.aten.abs", _X))
+_MAGNITUDE = Aside(Op("torch.aten.abs", _X))
 _LARGEST = OneOf(
-    Op("torch.aten.amax", _MAGNITUDE, Const("axes"), ANY),
-    Op("torch.aten.max.dim", _MAGNITUDE, Const("axes"), ANY),
-    Op("torch.aten.linalg_vector_norm", _X, Is(math.inf), Const("axes"), ANY, ANY),
+    Statistic("amax", _MAGNITUDE),
+    Statistic("max.dim", _MAGNITUDE),
+    Statistic("linalg_vector_norm", _X, Is(math.inf)),
 )
-_AMAX = _Aside(_Bounded(_Aside(_LARGEST), "amax_floor", "amax_ceiling"))
+_AMAX = Aside(_Bounded(Aside(_LARGEST), "amax_floor", "amax_ceiling"))
 _LINEAR = OneOf(
-    _f32("torch.aten.div.Scalar", _AMAX, Const("qmax")),
-    _f32("torch.aten.div.Tensor", _AMAX, Const("qmax")),
-    _f32("torch.aten.mul.Scalar", _AMAX, Const("inverse_qmax")),
-    _f32("torch.aten.mul.Tensor", _AMAX, Const("inverse_qmax"), commutative=True),
+    f32("div.Scalar", _AMAX, Const("qmax")),
+    f32("div.Tensor", _AMAX, Const("qmax")),
+    f32("mul.Scalar", _AMAX, Const("inverse_qmax")),
+    f32("mul.Tensor", _AMAX, Const("inverse_qmax"), commutative=True),
 )
-_FLOORED = _Aside(_Bounded(_Aside(_LINEAR), "scale_floor", "scale_ceiling"))
+_FLOORED = Aside(_Bounded(Aside(_LINEAR), "scale_floor", "scale_ceiling"))
+
+
+_CAST = "torch.prims.convert_element_type"
+
+
+def _i32(name: str, *operands: Pattern, capture: str | None = None) -> Op:
+    return Op(f"torch.aten.{name}", *operands, capture=capture, dtype="int32")
 
 
 def _maybe(name: str, inner: Pattern) -> OneOf:
@@ -112,46 +107,42 @@ def _maybe(name: str, inner: Pattern) -> OneOf:
 
 
 # 2^ceil(log2(scale)), and the same from the bits of the float: DeepGEMM has had both.
-_EXPONENT = Op("torch.aten.ceil", Op("torch.aten.log2", _maybe("torch.aten.abs", _FLOORED)))
-_BITS = Op("torch.aten.view.dtype", _maybe("torch.aten.abs", _FLOORED), ANY, capture="bits", dtype="int32")
-_MANTISSA = Op("torch.aten.bitwise_and.Scalar", Var("bits"), Is(0x7FFFFF))
-_BIASED = Op(
-    "torch.aten.add.Tensor",
-    Op("torch.aten.bitwise_and.Scalar", Op("torch.aten.__rshift__.Scalar", _BITS, Is(23)), Is(0xFF)),
+_EXPONENT = f32("ceil", f32("log2", _maybe("torch.aten.abs", _FLOORED)))
+_BITS = _i32("view.dtype", _maybe("torch.aten.abs", _FLOORED), ANY, capture="bits")
+_MANTISSA = _i32("bitwise_and.Scalar", Var("bits"), Is(0x7FFFFF))
+_BIASED = _i32(
+    "add.Tensor",
+    _i32("bitwise_and.Scalar", _i32("__rshift__.Scalar", _BITS, Is(23)), Is(0xFF)),
     Op(
-        "torch.prims.convert_element_type",
+        _CAST,
         OneOf(
-            Op("torch.prims.convert_element_type", _MANTISSA, ANY, dtype="bool"),
+            Op(_CAST, _MANTISSA, ANY, dtype="bool"),
             Op("torch.aten.ne.Scalar", _MANTISSA, Is(0)),
         ),
         ANY,
+        dtype="int32",
     ),
     Is(1),
 )
 _POWER = OneOf(
-    _f32("torch.aten.exp2", _EXPONENT),
-    _f32("torch.aten.pow.Scalar", Is(2), _EXPONENT),
-    _f32(
-        "torch.aten.view.dtype",
-        Op("torch.aten.__lshift__.Scalar", Op("torch.aten.clamp", _BIASED, Is(1), Is(254)), Is(23)),
+    f32("exp2", _EXPONENT),
+    f32("pow.Scalar", Is(2), _EXPONENT),
+    f32(
+        "view.dtype",
+        _i32("__lshift__.Scalar", _i32("clamp", _BIASED, Is(1), Is(254)), Is(23)),
         ANY,
     ),
 )
-_SCALE = _Aside(Named("scale", OneOf(Named("power", _POWER), _FLOORED.inner)))
+_SCALE = Aside(Named("scale", OneOf(Named("power", _POWER), _FLOORED.inner)))
 
 
-def _times_one(a: Pattern) -> Pattern:
-    """How PyTorch traces 1.0 / a, behind the reciprocal."""
-    return OneOf(Op("torch.aten.mul.Scalar", a, Is(1)), Op("torch.aten.mul.Tensor", a, Is(1)), a)
-
-
-_INVERSE = _Aside(_times_one(Op("torch.aten.reciprocal", _SCALE, capture="inverse")))
+_INVERSE = Aside(times_one(f32("reciprocal", _SCALE, capture="inverse")))
 _QUOTIENT = OneOf(
-    _f32("torch.aten.div.Tensor", _X, _SCALE),
-    _f32("torch.aten.mul.Tensor", _X, _INVERSE, commutative=True),
+    f32("div.Tensor", _X, _SCALE),
+    f32("mul.Tensor", _X, _INVERSE, commutative=True),
 )
 ROUND = "torch.aten.round"
-_QUANTIZED = Op("torch.prims.convert_element_type", _Bounded(_QUOTIENT, "low", "high", through=(ROUND,)), ANY)
+_QUANTIZED = Op(_CAST, _Bounded(_QUOTIENT, "low", "high", through=(ROUND,)), ANY)
 
 
 class DecomposedGroupQuant:
@@ -163,7 +154,7 @@ class DecomposedGroupQuant:
     after it are views like any other.
     """
 
-    roots = ("torch.prims.convert_element_type",)
+    roots = (_CAST,)
 
     def recognise(self, op: ir.Operation) -> Raised | None:
         if torch_ir.dtype_of(op.result) not in LARGEST_FINITE:
@@ -189,9 +180,6 @@ def read_contract(found: Bindings, q: ir.Value) -> Quantization | str:
     type_, x = torch_ir.tensor_type(q), torch_ir.tensor_type(found["x"])
     if type_ is None or x is None or not type_.shape or type_.shape[-1] is None:
         return "the size of the last axis, which holds the groups, is unknown until run time"
-    axes = found["axes"] if isinstance(found["axes"], list) else [found["axes"]]
-    if [axis % len(x.shape) for axis in axes] != [len(x.shape) - 1]:
-        return f"the largest magnitude is taken over axes {axes}; the groups of a kernel lie in the last one"
     limit = _limit(found, LARGEST_FINITE[type_.dtype])
     if limit is None:
         return (

@@ -6,9 +6,9 @@ Routing is recognised where its scores are float32, whatever the dtype of the ga
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
 from iree.compiler import ir
 
@@ -18,24 +18,7 @@ from .match import ANY, Bindings, Const, Exact, Is, OneOf, Op, Pattern, first_ma
 from .named_call import Arg, Fields, NamedOp
 from .recogniser import Raised
 from .torch_ir import TensorType
-
-_FLOATS = ("float32", "bfloat16", "float16")
-
-
-def _is_routing(types: Sequence[TensorType | None]) -> TypeGuard[Sequence[TensorType]]:
-    """Whether these are gating [.., E], bias [E] and float32 weights [.., k], E and k known."""
-    if len(types) != 3 or None in types:
-        return False
-    gating, bias, weights = (type_ for type_ in types if type_ is not None)
-    return (
-        gating.dtype in _FLOATS
-        and bias.dtype in _FLOATS
-        and weights.dtype == "float32"
-        and bias.shape == gating.shape[-1:] != (None,)
-        and len(weights.shape) == len(gating.shape) > 0
-        and weights.shape[-1] is not None
-    )
-
+from .well_typed import is_routing
 
 # --- by name ---------------------------------------------------------------------------------------
 
@@ -70,9 +53,11 @@ class NamedTopk(NamedOp):
             return None
         gating, bias = operands[self.x], operands[self.bias]
         types = [torch_ir.tensor_type(value) for value in (gating, bias, results[0])]
-        if not _is_routing(types) or (self.same_dtype and types[0].dtype != types[1].dtype):
+        if not is_routing(types) or (
+            self.same_dtype and len({type_.dtype for type_ in types[:2] if type_}) > 1
+        ):
             return None
-        topk = types[2].shape[-1]
+        topk = types[2].shape[-1] if types[2] is not None else None
         assert topk is not None
         contract = GroupedTopk(topk=topk, **fields)
         return Raised(canonical.GROUPED_TOPK, contract, [gating, bias], results)
@@ -262,7 +247,7 @@ class DecomposedTopk:
         gating, bias = found["gating"], _vector(found["bias"])
         types = [torch_ir.tensor_type(value) for value in (gating, bias, op.result)]
         scores = torch_ir.tensor_type(found["scores"])
-        if not _is_routing(types) or scores is None or scores.dtype != "float32":
+        if not is_routing(types) or scores is None or scores.dtype != "float32":
             return None
         groups = _groups(found, scores)
         last = len(scores.shape) - 1
@@ -283,7 +268,7 @@ def _vector(bias: ir.Value) -> ir.Value:
     """The vector that ``bias`` is a row of; ``bias`` itself if it is not."""
     op = torch_ir.producer(bias)
     if op is not None and op.name == "torch.aten.unsqueeze" and torch_ir.constant(op.operands[1]) == 0:
-        return torch_ir.uncast(op.operands[0])
+        return torch_ir.widened_from(op.operands[0])
     return bias
 
 
@@ -296,7 +281,9 @@ def _groups(found: Bindings, scores: TensorType) -> int | None:
     if grouped is None or spread is None or mask is None or experts is None:
         return None
     *before, groups, size = grouped.shape
-    fits = before == lead and groups is not None and size is not None and groups * size == experts
+    # Of two unknown sizes a view may make one of the other.
+    settled = lead.count(None) <= 1 and before == lead
+    fits = settled and groups is not None and size is not None and groups * size == experts
     same = spread.shape[-2:] == (groups, size) and mask.shape[-1] == experts
     return groups if fits and same and found["scatter_axis"] in (-1, len(lead)) else None
 

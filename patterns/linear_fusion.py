@@ -41,7 +41,7 @@ def _spec(op: ir.Operation) -> LinearSpec | None:
 
     Nor if its weight was widened for it, at every call: IREE widens it as its product reads it.
     """
-    if torch_ir.uncast(op.operands[1]) != op.operands[1]:
+    if torch_ir.widened_from(op.operands[1]) != op.operands[1]:
         return None
     a, b, bias = (torch_ir.tensor_type(operand) for operand in op.operands)
     out = torch_ir.tensor_type(op.results[0])
@@ -51,6 +51,6 @@ def _spec(op: ir.Operation) -> LinearSpec | None:
     same = {type_.dtype for type_ in (a, b, bias, out) if type_ is not None}
     if not columns or not depth or a.shape[-1] != depth or len(same) != 1:
         return None
-    if bias is None and str(op.operands[2].type) != "!torch.none":
+    if str(op.operands[2].type) != "!torch.none" and (bias is None or bias.shape != (columns,)):
         return None
     return LinearSpec(columns, depth, out.dtype, bias is not None)

@@ -22,6 +22,7 @@ from . import canonical, torch_ir
 from .contracts import LARGEST_FINITE, GatedActivation, Quantization, RmsNorm
 from .recogniser import Raised
 from .torch_ir import TensorType
+from .well_typed import norm_dtype
 
 FUNCTIONAL = "vmfuse_functional"
 # What the twin of a quantization is told besides: how the caller laid out the tensor for the scales.
@@ -168,7 +169,7 @@ class NamedOp:
         y = call.types.get("y") or _with_dtype(call.x, "float32")
         values["rounding"] = _rounding(values.get("rounding", "once"), call.x, weight, y)
         contract = RmsNorm(**values)
-        wanted = _with_dtype(call.x, _norm_dtype(contract, call.x, weight))
+        wanted = _with_dtype(call.x, norm_dtype(contract, call.x, weight))
         _require(
             "y" not in self.results or y == wanted, f"its result is {y}, where the contract has {wanted}"
         )
@@ -327,12 +328,6 @@ def _with_dtype(type_: TensorType, dtype: str) -> TensorType:
     return TensorType(type_.shape, dtype)
 
 
-def _promoted(x: TensorType, weight: TensorType) -> str:
-    if weight.dtype == x.dtype:
-        return x.dtype
-    return "float64" if "float64" in (x.dtype, weight.dtype) else "float32"
-
-
 def _rounding(rounding: Any, x: TensorType, weight: TensorType | None, y: TensorType) -> Any:
     """The rounding for the dtypes at hand.
 
@@ -343,10 +338,3 @@ def _rounding(rounding: Any, x: TensorType, weight: TensorType | None, y: Tensor
         return rounding
     one = weight is None or x.dtype == "float32" or (weight.dtype != x.dtype and y.dtype == x.dtype)
     return "once" if one else "twice"
-
-
-def _norm_dtype(norm: RmsNorm, x: TensorType, weight: TensorType | None) -> str:
-    """The dtype of y."""
-    if norm.rounding == "none":
-        return "float32"
-    return _promoted(x, weight) if norm.rounding == "twice" and weight is not None else x.dtype

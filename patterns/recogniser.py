@@ -46,10 +46,14 @@ class Recogniser(Protocol):
 
 @dataclass(frozen=True)
 class NearMiss:
-    """What looks like a site, and why it is not one: the canonical name, and what would have to change."""
+    """What looks like a site, and why it is not one: the canonical name, and what would have to change.
+
+    What is no site, but a reader must know of, is remarked.
+    """
 
     op: str
     reason: str
+    is_site: bool = True
 
 
 class Suspicion(Protocol):

@@ -8,36 +8,59 @@ from iree.compiler import ir
 
 from . import canonical, torch_ir, views
 from .contracts import RmsNorm, Rounding
-from .match import ANY, Bindings, Const, Exact, Is, OneOf, Op, Pattern, Var, first_match
+from .match import (
+    ANY,
+    Aside,
+    Bindings,
+    Const,
+    Exact,
+    Is,
+    OneOf,
+    Op,
+    Statistic,
+    Var,
+    f32,
+    first_match,
+    times_one,
+)
 from .recogniser import Raised
 from .torch_ir import TensorType
 
-
-def _mul(a: Pattern, b: Pattern, capture: str | None = None) -> Op:
-    return Op("torch.aten.mul.Tensor", a, b, commutative=True, capture=capture)
-
-
-def _unsqueezed(inner: Pattern) -> OneOf:
-    """``inner`` of a mean that kept its axis, or of one that got it back."""
-    return OneOf(inner, Op("torch.aten.unsqueeze", inner, ANY))
-
-
 _CAST = "torch.prims.convert_element_type"
 _H = Var("h")
-_SQUARE = OneOf(Op("torch.aten.pow.Tensor_Scalar", _H, Is(2)), _mul(_H, _H))
-_MEAN = _unsqueezed(Op("torch.aten.mean.dim", _SQUARE, Const("axes"), ANY, ANY))
-_SHIFTED = _unsqueezed(
+_SQUARE = OneOf(f32("pow.Tensor_Scalar", _H, Is(2)), f32("mul.Tensor", _H, _H))
+_SUM = Aside(Statistic("sum.dim_IntList", _SQUARE))
+_MEAN = Aside(
     OneOf(
-        Op("torch.aten.add.Scalar", _MEAN, Const("eps"), Is(1)),
-        Op("torch.aten.add.Tensor", _MEAN, Const("eps"), Is(1)),
+        Statistic("mean.dim", _SQUARE),
+        f32("div.Scalar", _SUM, Const("size")),
+        f32("div.Tensor", _SUM, Const("size")),
+        f32("mul.Scalar", _SUM, Const("one_over_size")),
+        f32("mul.Tensor", _SUM, Const("one_over_size"), commutative=True),
     )
 )
-RSTD = _unsqueezed(Op("torch.aten.rsqrt", _SHIFTED))
-_NORMED = _mul(_H, RSTD, capture="normed")
+_SHIFTED = Aside(
+    OneOf(
+        f32("add.Scalar", _MEAN, Const("eps"), Is(1)),
+        f32("add.Tensor", _MEAN, Const("eps"), Is(1), commutative=True),
+        _MEAN,
+    )
+)
+_ROOT = OneOf(f32("sqrt", _SHIFTED), f32("pow.Tensor_Scalar", _SHIFTED, Is(0.5)))
+# PyTorch computes a power of -0.5 as rsqrt, and rsqrt as 1 over the root.
+RSTD = Aside(
+    OneOf(
+        f32("rsqrt", _SHIFTED),
+        f32("pow.Tensor_Scalar", _SHIFTED, Is(-0.5)),
+        times_one(f32("reciprocal", Aside(_ROOT))),
+    )
+)
+NORMED = f32("mul.Tensor", _H, RSTD, commutative=True, capture="normed")
+_INNER = Op(_CAST, NORMED, ANY, capture="inner")
 _WEIGHTED = OneOf(
-    _mul(Op(_CAST, _NORMED, ANY, capture="inner"), Var("weight")),
-    _mul(_NORMED, Exact("weight")),
-    _NORMED,
+    Op("torch.aten.mul.Tensor", _INNER, Var("weight"), commutative=True),
+    f32("mul.Tensor", NORMED, Exact("weight"), commutative=True),
+    NORMED,
 )
 
 
@@ -59,6 +82,8 @@ class _Inputs:
 class DecomposedNorm:
     """x.pow(2).mean(-1, keepdim=True), rsqrt(.. + eps) and the products around it.
 
+    The mean may be a sum over the size, and the reciprocal root a power or 1 over a root.
+
     Hugging Face Llama and its kin (cast back, then times weight: ``twice``), the forms that stay in
     float32 until the end (``once``), and those whose float32 value is quantized (``none``).  A sum of two
     tensors widened to float32 before it is the residual add of the fused ops (``exact``).
@@ -68,12 +93,10 @@ class DecomposedNorm:
 
     def recognise(self, op: ir.Operation) -> Raised | None:
         found = first_match(_WEIGHTED, op.result)
-        if found is None or why_not_core(found) is not None:
+        if found is None or why_not_mean(found) is not None:
             return None
         inputs = _inputs(found["h"], found.get("weight"))
         weight = torch_ir.tensor_type(found["weight"]) if "weight" in found else None
-        if "weight" in found and (weight is None or weight.shape != (inputs.type.shape[-1],)):
-            return None
         outcome = _outcome(op.result, found, inputs.type, weight)
         if outcome is None:
             return None
@@ -85,29 +108,33 @@ class DecomposedNorm:
             stored, offset = _offset_weight(found["weight"])
             operands.append(stored)
         residual = None if inputs.residual is None else "exact"
-        contract = RmsNorm(float(found["eps"]), rounding, residual, offset)
+        contract = RmsNorm(float(found.get("eps", 0.0)), rounding, residual, offset)
         total = None if inputs.residual is None else inputs.rounded_sum or inputs.type
         return Raised(canonical.RMS_NORM, contract, operands, [result, total])
 
 
-def why_not_core(found: Bindings) -> str | None:
-    """Why the statistic that ``found`` holds (h, axes, eps) is not that of a norm; None if it is."""
+def why_not_mean(found: Bindings) -> str | None:
+    """Why the sum of squares that ``found`` holds (h, size) is not made a mean; None if it is."""
     h = torch_ir.tensor_type(found["h"])
     if h is None or not h.shape:
         return "the normed tensor has no known rank"
-    if h.dtype != "float32":
-        return f"the mean of squares is taken in {h.dtype}; convert the tensor with .float() before"
-    axes = found["axes"] or []
-    if [axis % len(h.shape) for axis in axes] != [len(h.shape) - 1]:
-        return f"the mean of squares is over axes {axes} of {len(h.shape)}; a kernel norms the last axis"
+    size, divisor, factor = h.shape[-1], found.get("size"), found.get("one_over_size")
+    if divisor not in (None, size):
+        return f"its sum of squares is divided by {divisor:g}, and its rows have {size or 'unknown'} elements"
+    # 1 over a power of two is exact.
+    if factor is not None and (size is None or factor * size != 1 or size & (size - 1)):
+        return (
+            f"its sum of squares is multiplied by {factor:g}, which rounds otherwise than a division by the "
+            "size of a row: use .mean(-1)"
+        )
     return None
 
 
 def _inputs(h: ir.Value, weight: ir.Value | None) -> _Inputs:
     add = torch_ir.producer(h)
     if add is None or not torch_ir.is_plain_add(add):
-        return _Inputs(torch_ir.uncast(h))
-    x, residual = (torch_ir.uncast(operand) for operand in list(add.operands)[:2])
+        return _Inputs(torch_ir.widened_from(h))
+    x, residual = (torch_ir.widened_from(operand) for operand in list(add.operands)[:2])
     if x.type != residual.type or x == add.operands[0]:
         return _Inputs(h)
     # The rounded sum becomes a result of the norm, which stands where the first of its results stood.

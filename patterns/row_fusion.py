@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from iree.compiler import ir
 
-from . import canonical, torch_ir
+from . import canonical, splits, torch_ir
 from .contracts import GatedActivation, Quantization, RmsNorm, RowSpec, Spec
 from .sites import Ledger
 from .windows import wider
@@ -62,6 +62,8 @@ def fuse_producer(producer: ir.Operation, ledger: Ledger, support: Support) -> N
     if refusal is not None:
         _refuse_producer(producer, quants, refusal, ledger)
         return
+    if inputs.gate is not None:
+        splits.note_gated_norms(producer, ledger)
     _replace(inputs, value, spec, producer, quants, ledger)
 
 
@@ -81,6 +83,7 @@ def fuse_plain(value: ir.Value, ledger: Ledger, support: Support) -> None:
     if refusal is not None:
         _refuse(quants, refusal, ledger)
         return
+    _mark_blocked(quants, splits.why_split(value))
     _replace(inputs, value, spec, None, quants, ledger)
 
 
@@ -266,8 +269,14 @@ def _refuse_producer(
 ) -> None:
     """Refuse a producer; its quantizations may still get a kernel of their own, but keep the reason."""
     _refuse([producer], reason, ledger)
+    _mark_blocked(quants, f"what it quantizes did not fuse: {reason}")
+
+
+def _mark_blocked(quants: Iterable[ir.Operation], reason: str | None) -> None:
+    """Let ``quants`` keep ``reason``, if there is one, although they get a kernel."""
     for quant in quants:
-        quant.attributes[canonical.BLOCKED] = ir.StringAttr.get(f"what it quantizes did not fuse: {reason}")
+        if reason is not None and canonical.BLOCKED not in quant.attributes:
+            quant.attributes[canonical.BLOCKED] = ir.StringAttr.get(reason)
 
 
 def _refuse(ops: Iterable[ir.Operation], reason: str, ledger: Ledger) -> None:

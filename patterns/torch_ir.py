@@ -252,20 +252,22 @@ def _items(op: ir.Operation) -> Any:
 
 
 def _folded(compute: Callable[..., float]) -> Callable[[ir.Operation], Any]:
-    """How a float32 of constants is read: computed, and rounded to float32."""
+    """How a float32 of constants is read: computed of float32 numbers, and rounded to float32."""
 
     def read(op: ir.Operation) -> Any:
         values = [constant(operand) for operand in op.operands]
         if tensor_type(op.results[0]) != TensorType((), "float32"):
             return NOT_CONSTANT
         numbers = all(isinstance(value, (int, float)) for value in values)
-        return to_float32(compute(*values)) if numbers and values[-1] != 0 else NOT_CONSTANT
+        return to_float32(compute(*map(to_float32, values))) if numbers and values[-1] != 0 else NOT_CONSTANT
 
     return read
 
 
 def _filled(op: ir.Operation) -> Any:
-    return constant(op.operands[1]) if constant(op.operands[0]) == [] else NOT_CONSTANT
+    """The number that fills a tensor without axes; in float32, for another dtype may hold another number."""
+    fits = tensor_type(op.results[0]) == TensorType((), "float32")
+    return constant(op.operands[1]) if fits else NOT_CONSTANT
 
 
 def to_float32(value: float) -> float:
@@ -289,14 +291,16 @@ _CONSTANTS: dict[str, Callable[[ir.Operation], Any]] = {
 }
 
 
-def uncast(value: ir.Value) -> ir.Value:
-    """What ``value`` was before it was widened from a 16-bit float; ``value`` itself if it was not."""
+def widened_from(value: ir.Value) -> ir.Value:
+    """The 16-bit tensor that ``value`` is as float32; ``value`` itself if it is no such cast.
+
+    Between bfloat16 and float16 a cast rounds, whichever way it goes.
+    """
     op = producer(value)
-    if op is not None and op.name == "torch.prims.convert_element_type":
-        source = tensor_type(op.operands[0])
-        if source is not None and source.dtype in ("bfloat16", "float16"):
-            return op.operands[0]
-    return value
+    if op is None or op.name != "torch.prims.convert_element_type":
+        return value
+    widens = dtype_of(op.operands[0]) in ("bfloat16", "float16") and dtype_of(value) == "float32"
+    return op.operands[0] if widens else value
 
 
 def is_plain_add(op: ir.Operation) -> bool:
@@ -426,4 +430,5 @@ def model_line(location: str) -> str:
     for file, line in frames:
         if not _OWN_FRAMES.search(file):
             return f"{file}:{line}"
-    return f"{frames[0][0]}:{frames[0][1]}" if frames else "unknown"
+    # Code that torch generates and compiles from memory is in no file.
+    return next((f"{file}:{line}" for file, line in frames if not file.startswith("<")), "unknown")

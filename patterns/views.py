@@ -43,7 +43,11 @@ def keeps_rows(op: ir.Operation | None) -> bool:
     if op is None or not is_flat_view(op):
         return False
     before, after = torch_ir.tensor_type(op.operands[0]), torch_ir.tensor_type(op.result)
-    return before is not None and after is not None and before.shape[-1:] == after.shape[-1:]
+    return (
+        before is not None
+        and after is not None
+        and before.shape[-1:] == after.shape[-1:] not in ((), (None,))
+    )
 
 
 def same_rows(value: ir.Value) -> ir.Value:

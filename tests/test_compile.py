@@ -459,6 +459,30 @@ def test_a_group_size_without_kernel_still_compiles(target: str, tmp_path: Path)
         assert_runs_like_eager(SmallGroups(), compiled, (quarters(7, 256),), (quarters(1, 256, seed=2),))
 
 
+class ColumnScalesWithoutKernel(nn.Module):
+    def forward(self, x):
+        y = rms_norm(x, None, 1e-6)
+        packed = group_quant(y, 16, scale="ue8m0", scale_layout="ue8m0_packed")
+        return (
+            *group_quant(y, 16, scale_layout="column"),
+            *group_quant(y, 8, scale_layout="column_tma"),
+            *packed,
+        )
+
+
+@pytest.mark.parametrize("rows", [(5,), (2, 3)], ids=["matrix", "batch"])
+def test_scales_without_kernel_have_the_strides_of_their_layout(rows: tuple[int, ...]) -> None:
+    model = ColumnScalesWithoutKernel()
+    shapes = {axis: Dim(f"axis{axis}") for axis in range(len(rows))}
+    compiled = lowering.compile(model, (quarters(*rows, 256),), dynamic_shapes=(shapes,))
+    assert compiled.report.summary()["unfused"] == 3
+    program = lowering.load(compiled.vmfb)
+    for size in (rows, (8,) if len(rows) == 1 else (4, 2), (1,) * len(rows), (0,) * len(rows)):
+        got, expected = program(quarters(*size, 256)), model(quarters(*size, 256))
+        assert_same(got, expected)
+        assert [g.stride() for g in got] == [e.stride() for e in expected] or 0 in size
+
+
 class PlainTwice(nn.Module):
     """What two linear layers on a model's input do: quantize, use, quantize again."""
 

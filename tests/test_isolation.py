@@ -18,7 +18,9 @@ from iree.compiler import ir
 
 import lowering
 from lowering import isolated, isolation
+from lowering.culprit import find_culprit
 from lowering.errors import CompileError, UsageError
+from lowering.importer import import_module
 from lowering.iree_steps import Iree
 
 # torch-mlir reads past the sizes of a tensor for a dimension that is counted from the end.
@@ -122,6 +124,35 @@ def test_a_compiler_that_cannot_be_loaded_says_so(broken: Callable[..., Path]) -
     )
     with pytest.raises(CompileError, match=r"cannot be loaded(.|\n)*ZeroDivisionError"):
         compile_nothing()
+
+
+def test_the_operation_that_a_compiler_dies_of_is_named(broken: Callable[..., Path]) -> None:
+    broken("os.abort()")
+
+    class Several(torch.nn.Module):
+        def forward(self, x):
+            return x.cos() + x.sin()
+
+    with pytest.raises(CompileError, match=rf"SIGABRT.*\n  \S*{Path(__file__).name}:\d+: it fails on torch"):
+        lowering.compile(Several(), (torch.ones(4),))
+
+
+def test_the_first_operation_without_which_a_part_compiles_is_found() -> None:
+    class Several(torch.nn.Module):
+        def forward(self, x, y):
+            return x.cos() + y, x.sin().tan()
+
+    context = ir.Context()
+    program = import_module(Several(), (torch.ones(4), torch.ones(4)), context)
+
+    def fails(part: ir.Module) -> bool:
+        assert part.operation.verify()
+        return "torch.aten.sin" in str(part)
+
+    found = find_culprit(program, fails)
+    assert found is not None
+    assert found.name == "torch.aten.sin"
+    assert find_culprit(program, lambda part: False) is None
 
 
 # --- limits ---------------------------------------------------------------------------------------------

@@ -165,6 +165,13 @@ def test_a_linear_layer_itself():
     assert isinstance(quantize(nn.Linear(128, 4)), BlockScaledLinear)
 
 
+def test_layers_shorter_than_a_group_stay_and_are_named() -> None:
+    model = nn.Sequential(nn.Linear(64, 2), nn.Linear(2, 2))
+    with pytest.warns(UserWarning, match="shorter than one group of 32: 1$"):
+        quantize(model, group_size=32)
+    assert [type(layer) for layer in model] == [BlockScaledLinear, nn.Linear]
+
+
 def test_a_group_that_does_not_divide_changes_nothing():
     model = nn.Sequential(nn.Linear(128, 576), nn.Linear(576, 4))
     message = r"layer '1' \(in 576, out 4\): group_size 128 does not divide in_features; group_size 64 does"

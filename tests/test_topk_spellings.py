@@ -260,14 +260,16 @@ def test_nearly_this_routing_is_left_alone_and_named(options: dict[str, Any], re
     assert "test_topk_spellings.py" in site.location
 
 
-def test_a_choice_without_a_bias_is_no_routing() -> None:
-    """The largest scores, gathered: what any mixture of experts does."""
+def test_a_choice_without_a_bias_has_no_kernel() -> None:
+    """The largest scores, gathered."""
 
     def largest(gating: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         scores = torch.sigmoid(gating)
         return scores.gather(1, scores.topk(6, dim=-1)[1])
 
-    assert lowering.explain(Router(largest), (torch.randn(9, 64),)).sites == ()
+    (site,) = lowering.explain(Router(largest), (torch.randn(9, 64),)).sites
+    assert (site.op, site.status) == ("grouped_topk", "unfused")
+    assert "no bias is added to its scores" in (site.reason or "")
 
 
 # -- left to IREE, and reported -----------------------------------------------------------------------

@@ -33,7 +33,7 @@ def graph_of(seed: int, *, special: bool = False) -> Graph:
 def _attempt(seed: int, special: bool) -> Graph:
     scope = Scope(seed, special, _sizes(seed))
     _arguments(scope)
-    length, tries = scope.choice([2, 4, 6, 9, 12]), 0
+    length, tries = scope.choice([2, 3, 4, 6, 8]), 0
     while len(scope.steps) < length and tries < 8 * length:
         tries += 1
         steps = _weighted(scope, _FAMILIES)

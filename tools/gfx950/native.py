@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from lowering import toolchain
+from lowering import object_cache, toolchain
 
 _SOURCES = Path(__file__).with_name("native")
 _OPTIONS = (
@@ -141,7 +141,7 @@ def _built() -> Path:
     for file in files:
         key.update(file.name.encode() + file.read_bytes())
     key.update(repr(_OPTIONS).encode())
-    directory = toolchain._cache_directory()
+    directory = object_cache.place()
     path = directory / f"gfx950-{key.hexdigest()[:32]}.so"
     if not path.exists():
         directory.mkdir(parents=True, exist_ok=True)

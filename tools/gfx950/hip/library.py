@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowering import toolchain
+from lowering import object_cache, toolchain
 from lowering.errors import ToolchainError
 
 from ..native import _compiler
@@ -37,7 +37,7 @@ def library(executor: Sequence[str] | None = None) -> Path:
     compiler = _compiler()
     parts = [compiler, toolchain._version(compiler), _OPTIONS, command, texts]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    built = toolchain._cache_directory() / f"{key}.so"
+    built = object_cache.place() / f"{key}.so"
     if not built.is_file():
         built.parent.mkdir(parents=True, exist_ok=True)
         words = ", ".join(json.dumps(word) for word in command)  # a JSON string of ASCII is one of C

@@ -1,0 +1,120 @@
+"""Operations that the torch dialect has no form of, or a wrong one, in terms of others; used when importing.
+
+PyTorch's own decompositions where it has one, and functions of the same signature where it has none.  A
+function returns NotImplemented for a case that needs no other form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._decomp import get_decompositions
+
+_ATEN = torch.ops.aten
+Number = int | float | bool
+
+# PyTorch's rules for what it counts among its core operations, but the torch dialect lowers not, or badly.
+_BROKEN_UP = (
+    _ATEN.squeeze.dims,
+    _ATEN._native_batch_norm_legit_no_training,
+    _ATEN._native_batch_norm_legit,
+    _ATEN._native_batch_norm_legit.no_stats,
+    _ATEN.native_batch_norm,
+    _ATEN.upsample_linear1d,
+    _ATEN.upsample_bilinear2d,
+    _ATEN.upsample_trilinear3d,
+    _ATEN.upsample_bicubic2d,
+)
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """The rules of this file, by operation."""
+    return {**get_decompositions(_BROKEN_UP), **_RULES}
+
+
+def _histc(x: Tensor, bins: int = 100, min: Number = 0, max: Number = 0) -> Tensor:
+    """How many elements lie in each of ``bins`` equal parts of a range, its end included.
+
+    Without a range that of the elements, and one around them where they are all equal.
+    """
+    flat = x.flatten()
+    low, high = flat.new_full((), min), flat.new_full((), max)
+    if min == max:
+        low, high = flat.amin(), flat.amax()
+        equal = low == high
+        low, high = torch.where(equal, low - 1, low), torch.where(equal, high + 1, high)
+    inside = (flat >= low) & (flat <= high)
+    place = ((flat - low) / (high - low) * bins).floor().clamp(0, bins - 1)
+    parts = torch.arange(bins, device=x.device, dtype=place.dtype)
+    return ((place.unsqueeze(-1) == parts) & inside.unsqueeze(-1)).sum(0).to(x.dtype)
+
+
+def _with_tensor(op: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Number], Tensor]:
+    """``op`` of a tensor and a number, which takes the tensor's dtype."""
+    return lambda x, number: op(
+        x, torch.full((), number, dtype=torch.result_type(x, number), device=x.device)
+    )
+
+
+def _mul(x: Tensor, y: Tensor | Number) -> Tensor:
+    """A complex tensor times a real one, or a number: both parts of it."""
+    if isinstance(y, Tensor) and y.is_complex() and not (isinstance(x, Tensor) and x.is_complex()):
+        x, y = y, x
+    if not x.is_complex() or isinstance(y, complex) or (isinstance(y, Tensor) and y.is_complex()):
+        return NotImplemented
+    factor = y.unsqueeze(-1) if isinstance(y, Tensor) else y
+    return torch.view_as_complex((torch.view_as_real(x) * factor).contiguous())
+
+
+def _index(x: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
+    """Elements of a complex tensor: both parts of each."""
+    if not x.is_complex():
+        return NotImplemented
+    return torch.view_as_complex(_ATEN.index.Tensor(torch.view_as_real(x), indices).contiguous())
+
+
+def _index_put(
+    x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False
+) -> Tensor:
+    """Where a mask is set, the values in their order; one for all of them where they have no such axis."""
+    mask = indices[0] if len(indices) == 1 else None
+    if mask is None or mask.dtype != torch.bool:
+        return NotImplemented
+    rest = x.dim() - mask.dim()
+    if values.dim() > rest and values.shape[0] != 1:
+        place = mask.flatten().to(torch.int64).cumsum(0).sub(1).clamp(min=0)
+        values = values[place].reshape(*mask.shape, *values.shape[1:])
+    elif values.dim() > rest:
+        values = values[0]
+    put = x + values if accumulate else values
+    return torch.where(mask.reshape(*mask.shape, *[1] * rest), put, x)
+
+
+_SHIFTS_AND_BITS = {
+    "__lshift__": torch.bitwise_left_shift,
+    "__rshift__": torch.bitwise_right_shift,
+    "__and__": torch.bitwise_and,
+    "__or__": torch.bitwise_or,
+    "__xor__": torch.bitwise_xor,
+}
+_WITH_NUMBER = {
+    _ATEN.bitwise_left_shift.Tensor_Scalar: torch.bitwise_left_shift,
+    _ATEN.bitwise_right_shift.Tensor_Scalar: torch.bitwise_right_shift,
+    _ATEN.bitwise_and.Scalar: torch.bitwise_and,
+    _ATEN.bitwise_or.Scalar: torch.bitwise_or,
+    _ATEN.bitwise_xor.Scalar: torch.bitwise_xor,
+}
+
+_RULES: dict[Any, Callable[..., Any]] = {
+    _ATEN.histc.default: _histc,
+    _ATEN.mul.Tensor: _mul,
+    _ATEN.mul.Scalar: _mul,
+    _ATEN.index.Tensor: _index,
+    _ATEN.index_put.default: _index_put,
+    **{getattr(_ATEN, name).Tensor: op for name, op in _SHIFTS_AND_BITS.items()},
+    **{getattr(_ATEN, name).Scalar: _with_tensor(op) for name, op in _SHIFTS_AND_BITS.items()},
+    **{op: _with_tensor(meaning) for op, meaning in _WITH_NUMBER.items()},
+}

@@ -1,0 +1,117 @@
+"""What looks like the routing of a mixture of experts and is none that a kernel computes, and why not.
+
+What gives one away is a top-k of scores, which a sigmoid or softmax makes, or whose best are made weights by
+one.  Top-ks within it, of groups, are part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from iree.compiler import ir
+
+from . import torch_ir
+from .near_norms import BOUNDS, CAST, FACTORS, RESHAPES, SUMS
+from .recogniser import NearMiss
+
+_TOPK = "torch.aten.topk"
+_SOFTMAX = ("torch.aten._softmax", "torch.aten.softmax.int")
+_SCORES = ("torch.aten.sigmoid", *_SOFTMAX)
+_MOST_EXPERTS = 2048  # more columns are the words of a vocabulary
+_INSIDE = (
+    *BOUNDS,
+    *FACTORS,
+    *SUMS,
+    *RESHAPES,
+    CAST,
+    *(
+        f"torch.aten.{name}"
+        for name in (
+            *("where.self", "masked_fill.Scalar", "masked_fill.Tensor", "sqrt", "log1p", "exp", "softplus"),
+            *("sum.dim_IntList", "scatter.value", "scatter.src", "bitwise_not", "logical_not", "gather"),
+            *("amax", "max.dim", "slice.Tensor", "select.int", "one_hot", "neg", "eq.Scalar", "ne.Scalar"),
+        )
+    ),
+)
+_WRITE_IT = "write it like torch.ops.lowering.grouped_topk, or call that"
+
+
+class UnmatchedRouting:
+    """The last top-k of a routing that was not raised."""
+
+    roots = (_TOPK,)
+
+    def why_not(self, op: ir.Operation) -> NearMiss | None:
+        gating = torch_ir.tensor_type(op.operands[0])
+        if gating is None or not gating.shape or not 1 < (gating.shape[-1] or 0) <= _MOST_EXPERTS:
+            return None
+        above = list(_inside(op.operands[0]))
+        scores = next((maker for maker in above if maker.name in _SCORES), None)
+        made = scores or next(_softplus(above), None)
+        if made is None and not _makes_weights(op.results[0]):
+            return None
+        if any(user != op and op in list(_inside(user.operands[0])) for user in _topks(op)):
+            return None  # of groups, within the routing that ``user`` ends
+        return NearMiss("grouped_topk", _why_no_routing(op, above, scores))
+
+
+def _inside(value: ir.Value) -> Iterator[ir.Operation]:
+    """What ``value`` is computed of, up to the scores and with them; each operation once."""
+    seen, pending = set[ir.Operation](), [value]
+    while pending:
+        op = torch_ir.producer(pending.pop())
+        if op is None or op in seen:
+            continue
+        seen.add(op)
+        if op.name in (*_INSIDE, _TOPK, *_SCORES):
+            yield op
+        if op.name in (*_INSIDE, _TOPK):
+            pending += op.operands
+
+
+def _topks(op: ir.Operation) -> Iterator[ir.Operation]:
+    """The top-ks that are made of results of ``op`` without scores between."""
+    seen, pending = set[ir.Operation](), list(op.results)
+    while pending:
+        for user in torch_ir.users(pending.pop()):
+            if user in seen:
+                continue
+            seen.add(user)
+            if user.name == _TOPK:
+                yield user
+            elif user.name in _INSIDE:
+                pending += user.results
+
+
+def _softplus(above: list[ir.Operation]) -> Iterator[ir.Operation]:
+    """What makes scores of a softplus, which is a logarithm of 1 and an exponential."""
+    return (op for op in above if op.name in ("torch.aten.log1p", "torch.aten.softplus"))
+
+
+def _makes_weights(values: ir.Value) -> bool:
+    """Whether the largest ``values`` are made weights by a sigmoid or softmax of them alone."""
+    readers = torch_ir.users(values)
+    return any(
+        op.name in _SCORES or (op.name in (CAST, *RESHAPES) and _makes_weights(op.result)) for op in readers
+    )
+
+
+def _why_no_routing(topk: ir.Operation, above: list[ir.Operation], scores: ir.Operation | None) -> str:
+    if scores is None:
+        made = "made of a softplus" if any(_softplus(above)) else "of the chosen experts alone"
+        return f"its scores are {made}, and the routing kernel's are a sigmoid of every expert's; {_WRITE_IT}"
+    if scores.name in _SOFTMAX:
+        return f"its scores are a softmax, and the routing kernel's are a sigmoid; {_WRITE_IT}"
+    dtype = torch_ir.dtype_of(scores.result)
+    if dtype != "float32":
+        return f"its scores are rounded to {dtype} before the bias is added; widen the gating with .float()"
+    if not any(op.name in SUMS for op in above):
+        return f"no bias is added to its scores, and the routing kernel adds one; {_WRITE_IT}"
+    gathered = [user for user in torch_ir.users(topk.results[1]) if user.name == "torch.aten.gather"]
+    narrow = [torch_ir.dtype_of(op.result) for op in gathered if torch_ir.dtype_of(op.result) != "float32"]
+    if narrow:
+        return f"its weights are rounded to {narrow[0]}; gather float32 scores"
+    return f"its groups, mask or top-k are not those of the routing kernel; {_WRITE_IT}"
+
+
+SUSPICIONS = (UnmatchedRouting(),)
