@@ -22,7 +22,6 @@ from patterns.sites import Ledger, SiteRecord
 
 from . import devices, extensions, floats
 from . import parameters as weights
-from .constants import round_constants
 from .culprit import find_culprit
 from .dispatch import Dispatched, choose_kernels, dispatch, return_physical_scales, supported
 from .errors import CompileError, UsageError
@@ -39,6 +38,7 @@ from .ownership import keep_arguments
 from .raising import RECOGNISERS, raise_function
 from .report import Change, Report, Site
 from .respell import respell
+from .scalar_ops import correct
 from .signature import SIGNATURE_KEY, Signature, known_sizes
 from .storage import add_entry, remove_entry
 from .targets import Target, resolve
@@ -267,7 +267,7 @@ class _Pipeline:
 
     def _lower(self, iree: Iree, module: ir.Module) -> ir.Module:
         module = iree.lower(module)
-        round_constants(module)
+        correct(module, self.target)
         floats.rewrite_unsupported(module, self.target)
         return module
 
