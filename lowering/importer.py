@@ -23,9 +23,11 @@ from torch.utils import _pytree as pytree
 
 from patterns import torch_ir
 from patterns.contracts import ScaleLayout
+from patterns.sites import Remark
 
+from . import checkpoints, refusals
 from . import ops as _ops  # noqa: F401  registers torch.ops.lowering.*
-from . import refusals
+from .conditions import conditions, forget_multiples
 from .decompositions import decompositions
 from .errors import CompileError
 from .foreign import functionalize
@@ -72,7 +74,9 @@ class Program:
     outputs: tuple[Leaf, ...] | None = None
     input_tree: str | None = None
     output_tree: str | None = None
+    conditions: tuple[str, ...] = ()
     folded: tuple[Folded, ...] = ()
+    remarks: tuple[Remark, ...] = ()
 
     @property
     def context(self) -> ir.Context:
@@ -104,6 +108,7 @@ class Program:
             input_tree=self.input_tree,
             output_tree=self.output_tree,
             parameters=parameters,
+            conditions=self.conditions,
         )
 
 
@@ -125,12 +130,16 @@ def import_module(
     the module cannot be exported.  One thread at a time exports, the others wait.
     """
     with _EXPORTING:
-        if not isinstance(module, torch.export.ExportedProgram):
-            module = _export(module, args, dict(kwargs or {}), dynamic_shapes)
-        return _import(module, context)
+        if isinstance(module, torch.export.ExportedProgram):
+            return _import(module, context)
+        program = _import(_export(module, args, dict(kwargs or {}), dynamic_shapes), context)
+        program.remarks = checkpoints.dequantized(module)
+        return program
 
 
 def _import(exported: torch.export.ExportedProgram, context: ir.Context) -> Program:
+    as_exported = exported  # what follows may lose the guards of a program that was saved
+    forget_multiples(exported)
     with warnings.catch_warnings():
         # torch copies its own tree specs in a way it has deprecated.
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
@@ -144,13 +153,15 @@ def _import(exported: torch.export.ExportedProgram, context: ir.Context) -> Prog
         raise CompileError(f"the exported program cannot be imported: {error}") from error
     _note_arguments(importer.module, exported)
     _drop_constant_results(importer.module, exported)
+    inputs = _leaves(exported, exported.graph_signature.input_specs, InputKind.USER_INPUT)
     return Program(
         module=importer.module,
         parameters=externalised.tensors,
-        inputs=_leaves(exported, exported.graph_signature.input_specs, InputKind.USER_INPUT),
+        inputs=inputs,
         outputs=_leaves(exported, exported.graph_signature.output_specs, OutputKind.USER_OUTPUT),
         input_tree=_dump_tree(exported.call_spec.in_spec),
         output_tree=_dump_tree(exported.call_spec.out_spec),
+        conditions=conditions(as_exported, inputs),
     )
 
 
@@ -352,14 +363,11 @@ def _as_stored(tensor: torch.Tensor) -> torch.Tensor:
 
 def is_storable(dtype: torch.dtype) -> bool:
     """Whether a parameter can have this dtype."""
-    return dtype in _MLIR_DTYPES and dtype != torch.float64
+    return dtype in _MLIR_DTYPES
 
 
 def builtin_type(tensor: torch.Tensor) -> ir.Type:
     """The builtin tensor type of a concrete tensor, e.g. ``tensor<4x8xbf16>``."""
-    if tensor.dtype == torch.float64:
-        # IREE computes float64 in float32 and would read the archive's bytes as such.
-        raise CompileError("a float64 parameter cannot be compiled: IREE computes in float32; convert it")
     if tensor.dtype not in _MLIR_DTYPES:
         raise CompileError(f"a parameter of dtype {tensor.dtype} cannot be compiled")
     return ir.RankedTensorType.get(list(tensor.shape), _MLIR_DTYPES[tensor.dtype]())

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -43,8 +44,11 @@ from .signature import (
     Signature,
     Symbols,
     TensorSpec,
+    holds,
+    names_in,
     parameter_digest,
     resolve,
+    solve,
 )
 
 __all__ = ["Function", "Program", "load"]
@@ -271,7 +275,11 @@ class Function:
         if len(tensors) != len(specs):
             names = ", ".join(spec.name for spec in specs)
             raise RunError(f"{self.name} takes {len(specs)} tensors ({names}), got {len(tensors)}")
-        return _bind(specs, tensors)
+        symbols = _bind(specs, tensors)
+        for condition in self.signature.conditions:
+            if holds(condition, symbols) is False:
+                raise _not_exported_for(condition, specs, tensors)
+        return symbols
 
     def _with_constants(self, tensors: Sequence[Tensor]) -> Iterator[Any]:
         """The leaves of the result: the tensors, with the burned-in constants between them."""
@@ -365,18 +373,44 @@ def _bind(specs: Sequence[TensorSpec], tensors: Sequence[Tensor]) -> Symbols:
         for dim, size in zip(spec.shape, tensor.shape, strict=True):
             if isinstance(dim, str) and dim.isidentifier():
                 symbols.setdefault(dim, size)
-    # In a second pass: a size such as 2*s0 may come before the argument that gives s0 its value.
-    for spec, tensor in zip(specs, tensors, strict=True):
-        for dim, size in zip(spec.shape or (), tensor.shape, strict=spec.shape is not None):
-            expected = resolve(dim, symbols)
-            if expected is not None and expected != size:
-                raise _mismatch(spec, tensor, f" where {dim} = {expected}" if isinstance(dim, str) else "")
+    # A size such as 2*s0 may come before the argument that gives s0 its value, or be all that does.
+    sizes = [
+        (spec, tensor, dim, size)
+        for spec, tensor in zip(specs, tensors, strict=True)
+        for dim, size in zip(spec.shape or (), tensor.shape, strict=spec.shape is not None)
+    ]
+    for _, _, dim, size in sizes:
+        symbols.update(solve(dim, size, symbols))
+    for spec, tensor, dim, size in sizes:
+        expected = resolve(dim, symbols)
+        if expected is not None and expected != size:
+            raise _mismatch(spec, tensor, f" where {dim} = {expected}" if isinstance(dim, str) else "")
     return symbols
 
 
 def _mismatch(spec: TensorSpec, tensor: Tensor, why: str = "") -> RunError:
     got = f"{dtype_name(tensor.dtype)}[{', '.join(str(size) for size in tensor.shape)}]"
     return RunError(f"argument {spec.name}: expected {spec}, got {got}{why}")
+
+
+def _not_exported_for(condition: str, specs: Sequence[TensorSpec], tensors: Sequence[Tensor]) -> RunError:
+    """The condition in terms of the arguments, with the size that each of its symbols is seen by."""
+    seen: list[str] = []
+    for name in sorted(names_in(condition)):
+        places = [
+            (spec, tensor, axis)
+            for spec, tensor in zip(specs, tensors, strict=True)
+            for axis, dim in enumerate(spec.shape or ())
+            if name in names_in(dim)
+        ]
+        # The plain symbol before a multiple of it.
+        spec, tensor, axis = min(places, key=lambda place: (place[0].shape or ())[place[2]] != name)
+        dim = (spec.shape or ())[axis]
+        seen.append(f"argument {spec.name}: size {tensor.shape[axis]} of axis {axis}")
+        if dim != name:
+            seen[-1] += f" ({dim})"
+        condition = re.sub(rf"\b{name}\b", f"{spec.name}.shape[{axis}]" if dim == name else name, condition)
+    return RunError(f"{'; '.join(seen)}: the model was exported for sizes with {condition}")
 
 
 def _describe_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

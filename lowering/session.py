@@ -5,6 +5,7 @@ What ``lowering.runtime`` calls programs with; which arguments a call takes is n
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Sequence
@@ -126,12 +127,28 @@ def instance() -> iree.VmInstance:
     return iree.VmInstance()
 
 
+@cache
+def _owner() -> int:
+    """The process that IREE's devices belong to: the one that used one first."""
+    return os.getpid()
+
+
+def _refuse_forked() -> None:
+    """RunError in a process forked from the owner: a call would wait for its threads for ever."""
+    if os.getpid() != _owner():
+        raise RunError(
+            "IREE was in use in the process that this one was forked from, and its threads are not here: "
+            "start processes with multiprocessing's 'spawn', or fork before anything is loaded"
+        )
+
+
 _DEVICE_LOCK = threading.Lock()
 _API_NAMES = {"cpu": "cpu", "cuda": "CUDA", "hip": "HIP"}
 
 
 def hal_device(backend: str, index: int) -> iree.HalDevice:
     """IREE's device, one per process; RunError when its driver is not available."""
+    _refuse_forked()
     uri = _DRIVERS[backend] if backend == "cpu" else f"{_DRIVERS[backend]}://{index}"
     try:
         with _DEVICE_LOCK:
@@ -180,8 +197,9 @@ class Session:
     ) -> list[iree.HalBufferView]:
         """Call ``function`` with ``tensors`` and then ``storage``, and wait for its results.
 
-        Raises what the IREE runtime raises: see ``reported``.
+        Raises what the IREE runtime raises: see ``reported``; RunError in a forked process.
         """
+        _refuse_forked()
         arguments = iree.VmVariantList(len(tensors) + len(storage))
         for tensor in tensors:
             arguments.push_ref(self.to_iree(tensor).ref)
@@ -200,6 +218,7 @@ class Session:
 
         It has more arguments, two fences and ``more`` buffer views, and looks at none of them.
         """
+        _refuse_forked()
         arguments = iree.VmVariantList(len(tensors) + 2 + more)
         for tensor in tensors:
             arguments.push_ref(self.to_iree(tensor).ref)

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Literal, get_args
 
 SIGNATURE_KEY = "vmfuse.signature"
 PARAMETER_SCOPE = "model"
-VERSION = 1
+VERSION = 2
 
 ASYNC = "$async"
 """After the name of a function: its twin that takes fences, which IREE's torch pipeline makes."""
@@ -91,6 +91,8 @@ class Signature:
     placed: of the entry point that writes into memory of the caller's (``lowering.storage``): for each buffer
     the tensors of the result, by number, that it holds, several where one is returned several times.  Empty
     where there is no such entry point, as in programs of earlier releases.
+    conditions: what holds for the sizes that the model was exported for, such as ``2 <= s0 <= 16`` or
+    ``s0 % 8 == 0``; a call with others is refused.  Since version 2.
     """
 
     target: str
@@ -102,6 +104,7 @@ class Signature:
     output_tree: str | None = None
     parameters: Parameters | None = None
     placed: tuple[tuple[int, ...], ...] = ()
+    conditions: tuple[str, ...] = ()
     version: int = VERSION
 
     def to_json(self) -> str:
@@ -117,6 +120,7 @@ class Signature:
             data["inputs"] = _leaves(data["inputs"])
             data["outputs"] = _leaves(data["outputs"])
             data["placed"] = tuple(map(tuple, data.get("placed", ())))
+            data["conditions"] = tuple(data.get("conditions", ()))
             data["parameters"] = Parameters(**data["parameters"]) if data["parameters"] else None
             return Signature(**{field.name: data[field.name] for field in fields(Signature)})
         except (KeyError, TypeError, json.JSONDecodeError) as error:
@@ -165,26 +169,98 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[int, int], int]] = {
 }
 
 
+_COMPARISONS: dict[type[ast.cmpop], Callable[[int, int], bool]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+
+# As sympy and torch write them.
+_FUNCTIONS: dict[str, Callable[..., int]] = {
+    "Mod": operator.mod,
+    "PythonMod": operator.mod,
+    "FloorDiv": operator.floordiv,
+    "CleanDiv": operator.floordiv,
+    "Max": max,
+    "max": max,
+    "Min": min,
+    "min": min,
+    "Eq": operator.eq,
+    "Ne": operator.ne,
+    "Abs": abs,
+}
+
+
 def resolve(dim: Dim, symbols: Mapping[str, int]) -> int | None:
     """The value of ``dim``; None when it is unstated or names a symbol that has no value."""
     if isinstance(dim, int) or dim is None:
         return dim
     if dim in symbols:
         return symbols[dim]
+    return _value(dim, symbols)
+
+
+def holds(condition: str, symbols: Mapping[str, int]) -> bool | None:
+    """Whether ``condition`` is true; None when it cannot be told."""
+    value = _value(condition, {**_FUNCTIONS, **symbols})
+    return None if value is None else bool(value)
+
+
+def _value(text: str, names: Mapping[str, Any]) -> int | None:
     try:
-        return _evaluate(ast.parse(dim, mode="eval").body, symbols)
+        return _evaluate(ast.parse(text, mode="eval").body, names)
     except (KeyError, SyntaxError, ZeroDivisionError):
         return None
 
 
-def _evaluate(node: ast.expr, symbols: Mapping[str, int]) -> int:
-    """Raises KeyError for anything but integers, known symbols and their arithmetic."""
+def names_in(dim: Dim) -> set[str]:
+    """The symbols of a size or a condition; none if it cannot be read."""
+    try:
+        tree = ast.parse(str(dim), mode="eval")
+    except SyntaxError:
+        return set()
+    called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and id(node) not in called}
+
+
+def solve(dim: Dim, size: int, symbols: Mapping[str, int]) -> Symbols:
+    """The value of the one symbol of ``dim`` that ``symbols`` lacks, if ``dim`` is a multiple of it and more.
+
+    Empty where that is not so.  Where no value fits, 15 for ``2*s0``, it is the nearest below.
+    """
+    unknown = names_in(dim) - set(symbols) - {"None"}
+    if len(unknown) != 1:
+        return {}
+    (name,) = unknown
+    base, step = resolve(dim, {**symbols, name: 0}), resolve(dim, {**symbols, name: 1})
+    if base is None or step is None or step == base:
+        return {}
+    return {name: (size - base) // (step - base)}
+
+
+def _evaluate(node: ast.expr, symbols: Mapping[str, Any]) -> int:
+    """Raises KeyError for anything but integers, known names, their arithmetic, comparisons and calls."""
     if isinstance(node, ast.BinOp):
         return _ARITHMETIC[type(node.op)](_evaluate(node.left, symbols), _evaluate(node.right, symbols))
     if isinstance(node, ast.Constant) and isinstance(node.value, int):
         return node.value
     if isinstance(node, ast.Name):
         return symbols[node.id]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Not)):
+        value = _evaluate(node.operand, symbols)
+        return -value if isinstance(node.op, ast.USub) else not value
+    if isinstance(node, ast.BoolOp):
+        values = [bool(_evaluate(value, symbols)) for value in node.values]
+        return all(values) if isinstance(node.op, ast.And) else any(values)
+    if isinstance(node, ast.Compare):
+        values = [_evaluate(value, symbols) for value in (node.left, *node.comparators)]
+        pairs = zip(node.ops, values, values[1:], strict=False)
+        return all(_COMPARISONS[type(op)](left, right) for op, left, right in pairs)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return symbols[node.func.id](*(_evaluate(each, symbols) for each in node.args))
     raise KeyError(ast.dump(node))
 
 

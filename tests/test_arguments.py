@@ -1,4 +1,4 @@
-"""Arguments and weights are only read, whatever the program does with them, by both entry points."""
+"""Arguments and weights are only read; sizes that a model was not exported for are refused."""
 
 from __future__ import annotations
 
@@ -168,3 +168,112 @@ def test_weights_that_torch_compile_passes_as_arguments():
     for a, b in zip(found, model(x), strict=True):
         torch.testing.assert_close(a, b)
     assert torch.equal(model.weight, weight)
+
+
+# --- sizes -------------------------------------------------------------------------------------
+
+
+def lambda_module(function: Callable[..., object], count: int) -> nn.Module:
+    class One(nn.Module):
+        def forward(self, x: Tensor) -> object:
+            return function(x)
+
+    class Two(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> object:
+            return function(x, y)
+
+    return (One, Two)[count - 1]()
+
+
+def checked(x: Tensor) -> Tensor:
+    torch._check(x.shape[0] % 8 == 0)
+    torch._check(x.shape[0] <= 64)
+    return x * 2
+
+
+Dim = torch.export.Dim
+M, AUTO = Dim("m"), Dim.AUTO
+SIZES = {
+    "range": (
+        lambda x: x + torch.arange(16.0)[: x.shape[0]],
+        ({0: Dim("n", min=2, max=16)},),
+        [(2,), (16,)],
+        {
+            (17,): r"argument x: size 17 of axis 0: .* 2 <= x\.shape\[0\] <= 16",
+            (1,): "size 1",
+            (0,): "size 0",
+        },
+    ),
+    "multiple": (
+        lambda x: x * 1.5,
+        ({0: 8 * Dim("m", max=4)},),
+        [(16,), (8,)],
+        {(17,): "8*m|8.s", (40,): "<= 32"},
+    ),
+    "two arguments": (
+        lambda x, y: torch.cat([x, y]) * 2,
+        ({0: 2 * M}, {0: 2 * M + 1}),
+        [(4, 5), (8, 9)],
+        {(4, 7): "argument y", (3, 5): "argument x"},
+    ),
+    "even": (
+        lambda x: x.view(x.shape[0] // 2, 2) + 1,
+        ({0: AUTO},),
+        [(4,), (16,)],
+        {(7,): "size 7 of axis 0"},
+    ),
+    "branch": (
+        lambda x: x * 3 if x.shape[0] > 10 else x * 2,
+        ({0: AUTO},),
+        [(8,), (10,)],
+        {(11,): r"x\.shape\[0\] <= 10"},
+    ),
+    "sum": (
+        lambda x, y: torch.cat([x, y])[:6] * 2,
+        ({0: AUTO}, {0: AUTO}),
+        [(3, 3), (2, 9)],
+        {(3, 2): r"argument x: size 3 of axis 0.*y\.shape\[0\] \+ x\.shape\[0\] >= 6|argument y: size 2"},
+    ),
+    "asserted": (checked, ({0: Dim.DYNAMIC},), [(8,), (64,)], {(72,): "<= 64", (12,): "% 8 == 0"}),
+}
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["module", "pt2"])
+@pytest.mark.parametrize("case", SIZES)
+def test_sizes_that_a_model_was_not_exported_for_are_refused(tmp_path, case, saved):
+    """Before anything is read; and those it was exported for give eager's values."""
+    function, shapes, good, bad = SIZES[case]
+    module = lambda_module(function, len(shapes))
+    example = tuple(torch.rand(size) for size in good[0])
+    if saved:
+        exported = torch.export.export(module, example, dynamic_shapes=shapes)
+        torch.export.save(exported, tmp_path / "model.pt2")
+        compiled = lowering.compile(torch.export.load(tmp_path / "model.pt2"))
+    else:
+        compiled = lowering.compile(module, example, dynamic_shapes=shapes)
+    program = lowering.load(compiled.vmfb)
+    for sizes in good:
+        arguments = tuple(torch.rand(size) for size in sizes)
+        torch.testing.assert_close(program(*arguments), module(*arguments))
+    for sizes, message in bad.items():
+        for _ in range(2):  # nothing that was refused is remembered as right
+            with pytest.raises(lowering.RunError, match=message):
+                program(*(torch.rand(size) for size in sizes))
+
+
+def test_sizes_inside_containers_are_named():
+    class Model(nn.Module):
+        def forward(self, x: Tensor, d: dict[str, list[Tensor]], *, z: Tensor) -> Tensor:
+            return x[:5] * d["k"][0][:5] + z[:5]
+
+    auto = {0: Dim.AUTO}
+    compiled = lowering.compile(
+        Model(),
+        (torch.rand(8), {"k": [torch.rand(9)]}),
+        kwargs={"z": torch.rand(11)},
+        dynamic_shapes={"x": auto, "d": {"k": [auto]}, "z": auto},
+    )
+    program = lowering.load(compiled.vmfb)
+    assert program(torch.rand(5), {"k": [torch.rand(6)]}, z=torch.rand(7)).shape == (5,)
+    with pytest.raises(lowering.RunError, match=r"argument d_k_0: size 4 of axis 0: .* 5 <= d_k_0"):
+        program(torch.rand(5), {"k": [torch.rand(4)]}, z=torch.rand(7))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -293,6 +296,34 @@ def test_threads(program, double, shared):
 # --- files -------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_is_told_so(program, double):
+    """IREE's threads are not in it: a call would wait for ever."""
+    x = torch.ones(2, 4)
+    program(x)
+    child = os.fork()
+    if child == 0:
+        said = 0
+        for attempt in (lambda: program(x), lambda: program(torch.ones(7, 4)), lambda: runtime.load(double)):
+            try:
+                attempt()
+            except RunError as error:
+                said += "forked" in str(error) and "spawn" in str(error)
+        os._exit(said)
+    for _ in range(300):
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child hangs")
+    assert os.waitstatus_to_exitcode(status) == 3
+    assert torch.equal(program(x), x + x)
+
+
 def test_missing_and_foreign_files(tmp_path, double):
     with pytest.raises(RunError, match=r"nowhere.vmfb cannot be read: No such file"):
         runtime.load(tmp_path / "nowhere.vmfb")
@@ -310,7 +341,7 @@ def test_missing_and_foreign_files(tmp_path, double):
 
 
 def test_a_later_version_is_named():
-    with pytest.raises(RunError, match="signature has version 99, this vmfuse reads 1"):
+    with pytest.raises(RunError, match="signature has version 99, this vmfuse reads 2"):
         runtime.load(compiled(DOUBLE.replace("@SIG(negate)", ""), main=signature(version=99)))
 
 

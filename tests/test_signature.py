@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from small_programs import signature
 
@@ -10,9 +12,11 @@ from lowering.signature import (
     Parameters,
     Signature,
     TensorSpec,
+    holds,
     host_arch,
     missing_on_host,
     resolve,
+    solve,
 )
 
 
@@ -23,6 +27,7 @@ def test_signatures_survive_json():
         input_tree="[1, {}]",
         parameters=Parameters("model", "abc"),
         placed=((0,), (1,)),
+        conditions=("2 <= s0 <= 16",),
     )
     assert Signature.from_json(said.to_json()) == said
     assert Signature.from_json(signature().to_json()) == signature()
@@ -44,6 +49,39 @@ def test_sizes():
     ]  # fmt: skip
     for other in ("__import__('os')", "s0//0", "Mod(s0, 2)", "s0 +"):
         assert resolve(other, symbols) is None
+
+
+def test_a_signature_of_an_earlier_release_is_read():
+    data = json.loads(signature((TensorSpec("x", "float32", ("s0",)),)).to_json())
+    for field in ("placed", "conditions"):
+        del data[field]
+    old = Signature.from_json(json.dumps({**data, "version": 1}))
+    assert old.conditions == () and old.placed == () and old.version == 1
+    with pytest.raises(ValueError, match="its signature has version 99"):
+        Signature.from_json(json.dumps({**data, "version": 99}))
+
+
+def test_conditions_on_sizes():
+    symbols = {"s0": 6, "s1": 4}
+    for text in (
+        "2 <= s0 <= 6",
+        "s0 % 3 == 0 and not s0 == s1",
+        "Mod(s0, 2) == 0",
+        "Max(1, s0 - s1) == 2",
+        "Ne(s0, 1)",
+    ):
+        assert holds(text, symbols) is True, text
+    for text in ("2 <= s0 < 6", "s0 == s1 or s0 != 6", "Eq(s0, -6)", "s0*s1 > 24"):
+        assert holds(text, symbols) is False, text
+    for text in ("s2 > 1", "exit(s0)", "s0 // 0 == 1", "s0 is s1", "s0 <"):
+        assert holds(text, symbols) is None, text
+
+
+def test_a_size_gives_its_symbol_a_value():
+    assert solve("2*s0 + 1", 7, {}) == solve("2*s0 + 1", 8, {}) == {"s0": 3}
+    assert solve("s0*s1", 12, {"s0": 3}) == {"s1": 4}
+    for dim in ("s0*s1", "7", "s0 - s0", "s0 //"):
+        assert solve(dim, 12, {}) == {}
 
 
 def test_host_arch():
