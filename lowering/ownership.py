@@ -31,29 +31,31 @@ def keep_arguments(module: ir.Module) -> None:
 
 
 def part_updates(module: ir.Module) -> None:
-    """Give each update with values that are computed from what it updates a copy of that to update.
+    """Give the values of each update that are computed from what it updates a place of their own.
 
-    IREE computes both in one dispatch, with one binding for both: it reads what it has written already.
+    IREE would compute both in one dispatch, with one binding for both: it reads what it has written already.
     """
     for function in (op.operation for op in module.body.operations if op.operation.name == "util.func"):
         for op in [op.operation for block in function.regions[0].blocks for op in block.operations]:
             if op.name in _UPDATES:
                 number = _UPDATES[op.name] % len(op.operands)
-                updated, values = op.operands[number], [v for n, v in enumerate(op.operands) if n != number]
-                if any(value == updated for other in values for value in _computed_from(other)):
-                    op.operands[number] = _copy(updated, op)
+                for other, value in enumerate(op.operands):
+                    if other != number and op.operands[number] in _computed_from(value):
+                        op.operands[other] = _copy(value, op)
 
 
 def _computed_from(value: ir.Value) -> Iterator[ir.Value]:
-    """``value``, and every tensor that it is computed from."""
+    """``value``, if it is a tensor, and every tensor that it is computed from."""
     pending, seen = [value], set[ir.Operation]()
     while pending:
         value = pending.pop()
+        if not isinstance(value.type, ir.RankedTensorType):
+            continue
         yield value
         op = value.owner.operation if isinstance(value.owner, ir.Operation | ir.OpView) else None
         if op is not None and op not in seen:
             seen.add(op)
-            pending += [operand for operand in op.operands if isinstance(operand.type, ir.RankedTensorType)]
+            pending += op.operands
 
 
 def _copy(value: ir.Value, op: ir.Operation) -> ir.Value:

@@ -16,8 +16,9 @@ from fuzzing.shrink import shrink
 from fuzzing.worker import verdict_of
 from torch import nn
 
-# Seeds of graphs that go through the compiler: ordinary arguments.  tools/fuzz.py tries others.
-ORDINARY = (5, 105, 113)
+# Seeds of graphs that go through the compiler: ordinary and special arguments.  tools/fuzz.py tries others.
+ORDINARY = range(10000, 10008)
+SPECIAL = range(10024, 10028)
 
 
 def test_a_seed_is_a_graph() -> None:
@@ -165,7 +166,9 @@ def test_a_site_that_a_report_lacks_is_a_finding() -> None:
     assert verdict_of([replace(graph, steps=(replace(step, sites=()),))])[0] == "right"
 
 
-@pytest.mark.parametrize(("seeds", "special"), [(ORDINARY, False)], ids=["ordinary"])
-def test_random_graphs_are_right(seeds: tuple[int, ...], special: bool) -> None:
+@pytest.mark.parametrize(
+    ("seeds", "special"), [(ORDINARY, False), (SPECIAL, True)], ids=["ordinary", "special"]
+)
+def test_random_graphs_are_right(seeds: range, special: bool) -> None:
     graphs = [graph_of(seed, special=special) for seed in seeds]
     assert verdict_of(graphs) == ("right", "")

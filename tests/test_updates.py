@@ -28,6 +28,8 @@ class OfItself(nn.Module):
             z.scatter_add(-1, columns, z[..., :4]),
             y.index_copy(-1, ROWS, y[..., :4]),
             y.index_add(-1, ROWS, y[..., :4]),
+            y.index_put((ROWS,), y[:4]),
+            y.index_put((ROWS,), y[:4], accumulate=True),
             z.slice_scatter(z[..., :4], -1, 2, 6),
             z.select_scatter(z[:, 0], -1, 3),
         )
