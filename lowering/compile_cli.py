@@ -142,6 +142,11 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_argument(
         "--dump-phases-to", metavar="D", type=Path, help="write the program's IR after each phase to D"
     )
+    checking.add_argument(
+        "--keep-source-paths",
+        action="store_true",
+        help="leave the model's paths and lines in the program, for debuggers and profilers",
+    )
     return parser
 
 
@@ -243,6 +248,7 @@ def _compile(
         "patterns": options.patterns,
         "fp8": options.fp8,
         "dump_phases_to": options.dump_phases_to,
+        "source_paths": options.keep_source_paths,
         "progress": progress,
     }
     with object_cache.placed(options.cache_dir, enabled=not options.no_cache):

@@ -82,6 +82,7 @@ def compile(
     patterns: Sequence[str | os.PathLike[str]] = (),
     fp8: Fp8 = "as-is",
     dump_phases_to: str | os.PathLike[str] | None = None,
+    source_paths: bool = False,
     progress: Progress | None = None,
 ) -> Compiled:
     """Compile a torch module for ``target``.
@@ -92,12 +93,14 @@ def compile(
     fp8: ``native`` retargets quantizations to the e4m3 flavour the target's instructions have, where only
     products with their scales see them; ``as-is`` keeps what the graph says.
     dump_phases_to: a directory that gets the IR after each step.
+    source_paths: keep the paths and lines of the model in the program, for a debugger or a profiler;
+    without them the same model gives the same bytes wherever it lies.
     progress: called with (phase, detail) as each step starts.
 
     Raises UsageError for an unknown target, CompileError when the model cannot be compiled and
     ToolchainError when the target's kernel compiler is not installed.
     """
-    pipeline = _Pipeline(resolve(target), patterns, fp8, dump_phases_to, progress)
+    pipeline = _Pipeline(resolve(target), patterns, fp8, dump_phases_to, progress, source_paths)
     pipeline.start("import", type(module).__name__)
     program = import_module(module, args, pipeline.context, kwargs=kwargs, dynamic_shapes=dynamic_shapes)
     return pipeline.run(program, parameters)
@@ -127,10 +130,11 @@ def compile_mlir(
     patterns: Sequence[str | os.PathLike[str]] = (),
     fp8: Fp8 = "as-is",
     dump_phases_to: str | os.PathLike[str] | None = None,
+    source_paths: bool = False,
     progress: Progress | None = None,
 ) -> Compiled:
     """Compile torch-dialect MLIR text for ``target``; the other arguments are those of ``compile``."""
-    pipeline = _Pipeline(resolve(target), patterns, fp8, dump_phases_to, progress)
+    pipeline = _Pipeline(resolve(target), patterns, fp8, dump_phases_to, progress, source_paths)
     pipeline.start("import", "MLIR")
     return pipeline.run(parse_module(source, pipeline.context), parameters)
 
@@ -145,10 +149,11 @@ class _Pipeline:
         fp8: Fp8,
         dump_phases_to: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
+        source_paths: bool = False,
     ):
         if fp8 not in typing.get_args(Fp8):
             raise UsageError(f"fp8 is {' or '.join(typing.get_args(Fp8))}, not {fp8!r}")
-        self.target, self.fp8 = target, fp8
+        self.target, self.fp8, self.source_paths = target, fp8, source_paths
         self.recognisers = (*extensions.recognisers(patterns), *RECOGNISERS)
         self.dump_to = Path(dump_phases_to) if dump_phases_to is not None else None
         self.progress = progress or (lambda phase, detail: None)
@@ -238,7 +243,7 @@ class _Pipeline:
         name = ir.StringAttr(program.main().attributes["sym_name"]).value
         signature = program.signature(self.target, archive.identity)
         devices.declare_device(program.module, self.target)
-        flags = (*devices.flags(self.target), *archive.flags())
+        flags = (*devices.flags(self.target, source_paths=self.source_paths), *archive.flags())
         module = self._lower(self.iree, program.module)
         signature = replace(signature, placed=add_entry(module, name, known_sizes(signature)))
         keep_arguments(module)
@@ -286,7 +291,8 @@ def _sign(module: ir.Module, name: str, signature: Signature) -> None:
 
 def _report(target: Target, ledger: Ledger, dispatches: int, program: Program) -> Report:
     sites = tuple(map(_site, ledger.records))
-    return Report(target.name, sites, dispatches, ledger.timing, program.folded, tuple(ledger.remarks))
+    remarks = (*program.remarks, *ledger.remarks)
+    return Report(target.name, sites, dispatches, ledger.timing, program.folded, remarks)
 
 
 def _site(record: SiteRecord) -> Site:

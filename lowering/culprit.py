@@ -19,6 +19,7 @@ from .importer import Program
 
 # A search that takes longer than this is given up; an error without a line is better than none for minutes.
 _SECONDS = 60.0
+_CASTS = ("torch_c.from_builtin_tensor", "torch_c.to_builtin_tensor", "tensor.cast")
 
 
 def find_culprit(program: Program, fails: Callable[[ir.Module], bool]) -> ir.Operation | None:
@@ -46,7 +47,14 @@ def find_culprit(program: Program, fails: Callable[[ir.Module], bool]) -> ir.Ope
             badly = middle
         else:
             well = middle
-    return operations[badly - 1].operation
+    return _made_by(operations[badly - 1].operation)
+
+
+def _made_by(op: ir.Operation) -> ir.Operation:
+    """What computes the value that ``op`` only gives another type: only torch's tensors are returned."""
+    while op.name in _CASTS and not isinstance(op.operands[0].owner, ir.Block):
+        op = op.operands[0].owner.operation
+    return op
 
 
 def _keep(function: ir.Operation, count: int) -> bool:

@@ -38,6 +38,14 @@ _FLAGS = {
 # transposed copy of large weights in the program.
 _COMMON_FLAGS = ("--iree-opt-const-eval=false", "--iree-input-demote-f64-to-f32=false")
 
+# Where a model's file and this process's directory are is the compiling user's business, and would make every
+# checkout's program another one.
+_NO_SOURCE_PATHS = (
+    "--iree-vm-bytecode-module-strip-source-map=true",
+    "--iree-llvmcpu-debug-symbols=false",
+    "--iree-hal-executable-debug-level=0",
+)
+
 _FORMATS = {
     "cpu": '"llvm-cpu", "embedded-elf-x86_64"',
     "cuda": '"cuda", "cuda-nvptx-fb"',
@@ -45,9 +53,10 @@ _FORMATS = {
 }
 
 
-def flags(target: Target) -> tuple[str, ...]:
-    """IREE compiler flags that select the target's device."""
-    return (*_COMMON_FLAGS, *(flag.format(arch=target.arch) for flag in _FLAGS[target.backend]))
+def flags(target: Target, *, source_paths: bool = False) -> tuple[str, ...]:
+    """IREE compiler flags that select the target's device; ``source_paths``: the model's are kept."""
+    named = () if source_paths else _NO_SOURCE_PATHS
+    return (*_COMMON_FLAGS, *named, *(flag.format(arch=target.arch) for flag in _FLAGS[target.backend]))
 
 
 def executable_target(target: Target) -> ir.Attribute:

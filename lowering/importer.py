@@ -23,9 +23,10 @@ from torch.utils import _pytree as pytree
 
 from patterns import torch_ir
 from patterns.contracts import ScaleLayout
+from patterns.sites import Remark
 
+from . import checkpoints, refusals
 from . import ops as _ops  # noqa: F401  registers torch.ops.lowering.*
-from . import refusals
 from .conditions import conditions, forget_multiples
 from .decompositions import decompositions
 from .errors import CompileError
@@ -75,6 +76,7 @@ class Program:
     output_tree: str | None = None
     conditions: tuple[str, ...] = ()
     folded: tuple[Folded, ...] = ()
+    remarks: tuple[Remark, ...] = ()
 
     @property
     def context(self) -> ir.Context:
@@ -128,9 +130,11 @@ def import_module(
     the module cannot be exported.  One thread at a time exports, the others wait.
     """
     with _EXPORTING:
-        if not isinstance(module, torch.export.ExportedProgram):
-            module = _export(module, args, dict(kwargs or {}), dynamic_shapes)
-        return _import(module, context)
+        if isinstance(module, torch.export.ExportedProgram):
+            return _import(module, context)
+        program = _import(_export(module, args, dict(kwargs or {}), dynamic_shapes), context)
+        program.remarks = checkpoints.dequantized(module)
+        return program
 
 
 def _import(exported: torch.export.ExportedProgram, context: ir.Context) -> Program:

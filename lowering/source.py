@@ -89,7 +89,7 @@ def resolve(source: str, stdin: IO[str] | None = None, *, trusted: bool = False)
     """The model or MLIR text that ``source`` names; ``trusted``: code inside a .pt2 may be run."""
     check_form(source)
     if source == "-":
-        return _mlir((stdin or sys.stdin).read(), "standard input")
+        return _mlir(_read_stream(stdin or sys.stdin), "standard input")
     path = Path(source)
     if path.suffix == ".mlir":
         return _mlir(_read(path), source)
@@ -102,6 +102,17 @@ def resolve(source: str, stdin: IO[str] | None = None, *, trusted: bool = False)
 
 
 # MLIR and .pt2 ----------------------------------------------------------------------------------
+
+
+def _read_stream(stream: IO[str] | None) -> str:
+    if stream is None:
+        raise UsageError("there is no standard input to read MLIR text from")
+    try:
+        return stream.read()
+    except UnicodeDecodeError:
+        raise UsageError("standard input is not MLIR text (MLIR bytecode is not read)") from None
+    except OSError as error:
+        raise UsageError(f"cannot read standard input: {error.strerror or error}") from None
 
 
 def _read(path: Path) -> str:

@@ -7,6 +7,7 @@ around it; the last ones go the whole way.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import types
@@ -23,6 +24,7 @@ from lowering.report import Report, Site
 from lowering.source import MlirText, Model, resolve
 from lowering.targets import resolve as resolve_target
 
+ROOT = Path(__file__).resolve().parent.parent
 FUSED = Site("rms_norm", "model.py:7", "fused", "rms_norm+group_quant", "row_h64")
 UNFUSED = Site("group_quant", "model.py:9", "unfused", reason="its input is not a norm")
 
@@ -96,8 +98,8 @@ class FakeCompiler:
         self.calls.append((text, settings))
         return self._compiled(**settings)
 
-    def _compiled(self, *, target, parameters, patterns, fp8, dump_phases_to, progress):
-        assert not patterns and fp8 == "as-is"
+    def _compiled(self, *, target, parameters, patterns, fp8, dump_phases_to, source_paths, progress):
+        assert not patterns and fp8 == "as-is" and not source_paths
         progress("import", "a model")
         progress("kernels", "1 of 1")
         if parameters:
@@ -438,6 +440,11 @@ def plain():
 """
 
 
+# More for IREE to name: a product, a table, a choice.
+SORTED = """y = y * torch.arange(256) + torch.softmax(x.float() @ self.weight.float()[:, None], 0)
+        return torch.topk(y, 3), torch.ops.lowering.group"""
+
+
 @pytest.fixture
 def normed(tmp_path, monkeypatch) -> Path:
     (tmp_path / "normed.py").write_text(NORMED)
@@ -455,6 +462,38 @@ def test_a_norm_and_its_quantization_end_to_end(normed, capsys):
     assert {site["op"] for site in report["sites"]} == {"rms_norm", "group_quant"}
     assert len(json.loads((normed / "k" / "kernels.json").read_text())["launches"]) == 1
     assert (normed / "m.vmfb").stat().st_size > 1000
+
+
+BUILT_TWICE = """
+import sys, hashlib
+import lowering
+from lowering.source import resolve
+model = resolve("model.py:build")
+for target in sys.argv[1:]:
+    compiled = lowering.compile(model.module, model.args, dynamic_shapes=model.dynamic_shapes, target=target)
+    for path in (b"/model.py", b"/nn/modules/", sys.path[0].encode()):
+        assert path not in compiled.vmfb, (target, path)
+    print(target, hashlib.sha256(compiled.vmfb).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_a_build_is_the_same_bytes_in_another_process_and_directory(tmp_path):
+    """With the weights inside, other seeds of hashes, no cache; and no path of this machine is in it."""
+    targets, running = ["cpu", "h200", "gfx950"], []
+    for seed, name in (("1", "one"), ("2", "other/deeper")):
+        directory = tmp_path / name
+        directory.mkdir(parents=True)
+        (directory / "model.py").write_text(NORMED.replace("return torch.ops.lowering.group", SORTED))
+        (directory / "twice.py").write_text(BUILT_TWICE)
+        (directory / "scratch").mkdir()
+        changed = {"PYTHONHASHSEED": seed, "TMPDIR": str(directory / "scratch"), "VMFUSE_NO_CACHE": "1"}
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        command = [sys.executable, "twice.py", *targets]
+        environment = {**os.environ, **changed, "PYTHONPATH": path}
+        running.append(subprocess.Popen(command, cwd=directory, env=environment, stdout=subprocess.PIPE))
+    first, second = (process.communicate()[0].decode() for process in running)
+    assert first == second and [line.split()[0] for line in first.splitlines()] == targets
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ import lowering
 from lowering import isolated, isolation
 from lowering.culprit import find_culprit
 from lowering.errors import CompileError, UsageError
-from lowering.importer import import_module
+from lowering.importer import import_module, parse_module
 from lowering.iree_steps import Iree
 
 # torch-mlir reads past the sizes of a tensor for a dimension that is counted from the end.
@@ -153,6 +153,21 @@ def test_the_first_operation_without_which_a_part_compiles_is_found() -> None:
     assert found is not None
     assert found.name == "torch.aten.sin"
     assert find_culprit(program, lambda part: False) is None
+
+
+CASTS = """
+func.func @main(%x: tensor<4xf32>) -> !torch.vtensor<[4],f32> {
+  %0 = arith.negf %x : tensor<4xf32>
+  %1 = torch_c.from_builtin_tensor %0 : tensor<4xf32> -> !torch.vtensor<[4],f32>
+  return %1 : !torch.vtensor<[4],f32>
+}
+"""
+
+
+def test_not_the_cast_behind_it() -> None:
+    found = find_culprit(parse_module(CASTS, ir.Context()), lambda part: "arith.negf" in str(part))
+    assert found is not None
+    assert found.name == "arith.negf"
 
 
 # --- limits ---------------------------------------------------------------------------------------------

@@ -80,6 +80,26 @@ def test_a_dequantized_weight_is_remarked() -> None:
     assert "its weight 'codes' is float8_e4m3fn and is dequantized" in remark.text
 
 
+class Loaded(nn.Module):
+    """A model that transformers has loaded from a quantized checkpoint, without a kernel for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        self.inner.is_quantized = False  # pyright: ignore[reportArgumentType]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_a_checkpoint_that_was_dequantized_when_it_was_loaded_is_remarked() -> None:
+    (remark,) = lowering.explain(Loaded(), (torch.randn(2, 8),)).remarks
+    assert (
+        remark.op == "checkpoint" and "inner (Linear) was loaded from a quantized checkpoint" in remark.text
+    )
+    assert lowering.explain(nn.Linear(8, 8), (torch.randn(2, 8),)).remarks == ()
+
+
 class Scaled(nn.Module):
     def __init__(self, scale: float, code: float = 0.0):
         super().__init__()
