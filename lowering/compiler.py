@@ -34,7 +34,7 @@ from .iree_steps import COMPILE, Iree, Step, TimedOut, Unplaced
 from .kernel import hardware_floats
 from .layout import check, lay_out, reads_of
 from .normalize import normalize
-from .ownership import keep_arguments
+from .ownership import keep_arguments, part_updates
 from .raising import RECOGNISERS, raise_function
 from .report import Change, Report, Site
 from .respell import respell
@@ -246,6 +246,7 @@ class _Pipeline:
         flags = (*devices.flags(self.target, source_paths=self.source_paths), *archive.flags())
         module = self._lower(self.iree, program.module)
         signature = replace(signature, placed=add_entry(module, name, known_sizes(signature)))
+        part_updates(module)
         keep_arguments(module)
         _sign(module, name, signature)
         self.dump("linalg", module)
