@@ -99,7 +99,12 @@ def __getattr__(name: str) -> Any:
 def _is_command() -> bool:
     """Whether this process is one of the commands: they answer ``--help`` and most mistakes without
     the second that importing torch takes, and import ``ops`` themselves before any model."""
-    return bool(sys.argv) and PurePath(sys.argv[0]).name in ("compile-to-vmfb", "run-vmfb")
+    module = sys.orig_argv[2:3] if sys.orig_argv[1:2] == ["-m"] and sys.argv[:1] == ["-m"] else []
+    started = PurePath(sys.argv[0]).name if sys.argv else ""
+    return started in ("compile-to-vmfb", "run-vmfb") or module in (
+        ["lowering.compile_cli"],
+        ["lowering.run_cli"],
+    )
 
 
 if not _is_command():

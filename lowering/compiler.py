@@ -22,7 +22,6 @@ from patterns.sites import Ledger, SiteRecord
 
 from . import devices, extensions, floats
 from . import parameters as weights
-from .constants import round_constants
 from .culprit import find_culprit
 from .dispatch import Dispatched, choose_kernels, dispatch, return_physical_scales, supported
 from .errors import CompileError, UsageError
@@ -35,10 +34,11 @@ from .iree_steps import COMPILE, Iree, Step, TimedOut, Unplaced
 from .kernel import hardware_floats
 from .layout import check, lay_out, reads_of
 from .normalize import normalize
-from .ownership import keep_arguments
+from .ownership import keep_arguments, part_updates
 from .raising import RECOGNISERS, raise_function
 from .report import Change, Report, Site
 from .respell import respell
+from .scalar_ops import correct
 from .signature import SIGNATURE_KEY, Signature, known_sizes
 from .storage import add_entry, remove_entry
 from .targets import Target, resolve
@@ -246,6 +246,7 @@ class _Pipeline:
         flags = (*devices.flags(self.target, source_paths=self.source_paths), *archive.flags())
         module = self._lower(self.iree, program.module)
         signature = replace(signature, placed=add_entry(module, name, known_sizes(signature)))
+        part_updates(module)
         keep_arguments(module)
         _sign(module, name, signature)
         self.dump("linalg", module)
@@ -267,7 +268,7 @@ class _Pipeline:
 
     def _lower(self, iree: Iree, module: ir.Module) -> ir.Module:
         module = iree.lower(module)
-        round_constants(module)
+        correct(module, self.target)
         floats.rewrite_unsupported(module, self.target)
         return module
 

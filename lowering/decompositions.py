@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._decomp import get_decompositions
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 _ATEN = torch.ops.aten
 Number = int | float | bool
@@ -84,13 +85,38 @@ def _index_put(
     if mask is None or mask.dtype != torch.bool:
         return NotImplemented
     rest = x.dim() - mask.dim()
-    if values.dim() > rest and values.shape[0] != 1:
+    if values.dim() > rest and not guard_or_false(values.shape[0] == 1):
         place = mask.flatten().to(torch.int64).cumsum(0).sub(1).clamp(min=0)
         values = values[place].reshape(*mask.shape, *values.shape[1:])
     elif values.dim() > rest:
         values = values[0]
     put = x + values if accumulate else values
     return torch.where(mask.reshape(*mask.shape, *[1] * rest), put, x)
+
+
+def _masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+    """Where a mask is set, the elements of ``source`` in their order."""
+    x, mask = torch.broadcast_tensors(x, mask)
+    place = mask.flatten().to(torch.int64).cumsum(0).sub(1).clamp(min=0)
+    return torch.where(mask, source.flatten()[place].reshape(mask.shape), x)
+
+
+def _pad(x: Tensor, pad: Sequence[int], value: Number = 0) -> Tensor:
+    """Padding by less than nothing, which cuts."""
+    if not any(isinstance(size, int) and size < 0 for size in pad):
+        return NotImplemented
+    for number, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
+        axis = x.dim() - 1 - number
+        cut, left = max(0, -before), x.shape[axis] - max(0, -before) - max(0, -after)
+        x = x.narrow(axis, cut, left)
+    return _ATEN.constant_pad_nd.default(x, [max(0, size) for size in pad], value)
+
+
+def _abs(x: Tensor) -> Tensor:
+    """The magnitude of complex numbers."""
+    if not x.is_complex():
+        return NotImplemented
+    return torch.view_as_real(x).square().sum(-1).sqrt()
 
 
 _SHIFTS_AND_BITS = {
@@ -114,6 +140,9 @@ _RULES: dict[Any, Callable[..., Any]] = {
     _ATEN.mul.Scalar: _mul,
     _ATEN.index.Tensor: _index,
     _ATEN.index_put.default: _index_put,
+    _ATEN.masked_scatter.default: _masked_scatter,
+    _ATEN.constant_pad_nd.default: _pad,
+    _ATEN.abs.default: _abs,
     **{getattr(_ATEN, name).Tensor: op for name, op in _SHIFTS_AND_BITS.items()},
     **{getattr(_ATEN, name).Scalar: _with_tensor(op) for name, op in _SHIFTS_AND_BITS.items()},
     **{op: _with_tensor(meaning) for op, meaning in _WITH_NUMBER.items()},

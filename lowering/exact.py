@@ -56,6 +56,10 @@ class _Speller:
             return value
         return torch_ir.make(_CAST, replace(type_, dtype=dtype), [value, torch_ir.make_dtype(dtype)])
 
+    def as_computed(self) -> _Speller:
+        """The same in the dtype that PyTorch computes in."""
+        return _Speller(replace(self.type_, dtype=self.computed))
+
     @property
     def computed(self) -> str:
         """The dtype that PyTorch computes this result in."""
@@ -80,19 +84,62 @@ _MAKERS: dict[type, Callable[[Any], ir.Value]] = {
 _Spelling = Callable[[ir.Operation, _Speller], ir.Value | None]
 
 
-def _cube(op: ir.Operation, make: _Speller) -> ir.Value | None:
-    """In bfloat16 x * x is rounded before it is multiplied again."""
+def _power(op: ir.Operation, make: _Speller) -> ir.Value | None:
+    """A cube in bfloat16 rounds x * x before it multiplies again; integers need no float."""
     x, exponent = op.operands
-    if torch_ir.constant(exponent) != 3 or make.type_.dtype != "bfloat16":
+    power, dtype = torch_ir.constant(exponent), make.type_.dtype
+    whole = "int" in dtype and isinstance(power, int) and 0 < power <= 64
+    if not (whole or (dtype == "bfloat16" and power == 3)):
         return None
-    return make("mul.Tensor", make("mul.Tensor", x, x), x)
+    x = make.cast(x, dtype)
+    value = x
+    for bit in f"{int(power):b}"[1:]:
+        value = make("mul.Tensor", value, value)
+        value = make("mul.Tensor", value, x) if bit == "1" else value
+    return value
+
+
+def _negative(op: ir.Operation, make: _Speller) -> ir.Value | None:
+    """Of integers: not by way of floats."""
+    return make("mul.Scalar", op.operands[0], -1) if "int" in make.type_.dtype else None
+
+
+def _shift(op: ir.Operation, make: _Speller) -> ir.Value | None:
+    side = "left" if "lshift" in torch_ir.op_name(op) else "right"
+    return make(
+        f"bitwise_{side}_shift.Tensor", *(make.cast(value, make.type_.dtype) for value in op.operands)
+    )
+
+
+def _truth(op: ir.Operation, make: _Speller) -> ir.Value | None:
+    """Of anything but booleans: whether each is other than zero, first."""
+    x, *rest = op.operands
+    type_ = torch_ir.tensor_type(x)
+    if type_ is None or type_.dtype == "bool":
+        return None
+    true = _Speller(type_)("ne.Scalar", x, 0, dtype="bool")
+    name = torch_ir.op_name(op).removeprefix("torch.aten.")
+    return make.cast(make(name, true, *rest, dtype="bool"), make.type_.dtype)
+
+
+def _with_tensor(op: ir.Operation, make: _Speller) -> ir.Value | None:
+    """By a number: by a tensor without axes."""
+    x, y = op.operands
+    dtype = "float64" if str(y.type) == "!torch.float" else "int64"
+    number = torch_ir.make("torch.prim.NumToTensor.Scalar", torch_ir.TensorType((), dtype), [y])
+    name = torch_ir.op_name(op).removeprefix("torch.aten.").replace(".Scalar", ".Tensor")
+    value = make(name, x, make.cast(number, make.type_.dtype))
+    again = _SPELLINGS.get(name)
+    made = torch_ir.producer(value)
+    assert made is not None
+    return (again(made, make) if again is not None else None) or value
 
 
 def _gelu(op: ir.Operation, make: _Speller) -> ir.Value | None:
     if torch_ir.constant(op.operands[1]) != "tanh":
         return None
     dtype = make.computed
-    wide = replace(make, type_=replace(make.type_, dtype=dtype))
+    wide = make.as_computed()
     x = make.cast(op.operands[0], dtype)
     cube = wide("mul.Tensor", wide("mul.Tensor", x, x), x)
     sum_ = wide("add.Tensor", x, wide("mul.Scalar", cube, 0.044715), 1)
@@ -101,7 +148,120 @@ def _gelu(op: ir.Operation, make: _Speller) -> ir.Value | None:
     return make.cast(wide("mul.Tensor", half, wide("add.Scalar", tanh, 1.0, 1)), make.type_.dtype)
 
 
+def _float_remainder(op: ir.Operation, make: _Speller) -> ir.Value | None:
+    """Of floats: the remainder of their magnitudes, which is exact, with the sign of the first."""
+    dtype = make.computed
+    if "float" not in dtype:
+        return None
+    x, y = (make.cast(value, dtype) for value in op.operands)
+    return make.cast(_rest(x, y, make.as_computed()), make.type_.dtype)
+
+
+def _rest(x: ir.Value, y: ir.Value, wide: _Speller) -> ir.Value:
+    rest = wide("remainder.Tensor", _Speller(_type(x))("abs", x), _Speller(_type(y))("abs", y))
+    return wide("where.self", _Speller(_type(x))("lt.Scalar", x, 0.0, dtype="bool"), wide("neg", rest), rest)
+
+
+def _type(value: ir.Value) -> torch_ir.TensorType:
+    type_ = torch_ir.tensor_type(value)
+    assert type_ is not None
+    return type_
+
+
+def _number(op: ir.Operation, make: _Speller) -> ir.Value | None:
+    """A Python number as a tensor is a float64 where it meets one."""
+    if make.type_.dtype == "float32":
+        double = torch_ir.make(op.name, replace(make.type_, dtype="float64"), list(op.operands))
+        for use in list(op.result.uses):
+            user = use.owner.operation
+            if "float64" in map(torch_ir.dtype_of, (*user.operands, *user.results)):
+                user.operands[use.operand_number] = double
+    return None
+
+
+def _same(op: ir.Operation, make: _Speller) -> ir.Value | None:
+    """A NaN does not equal itself; the comparison would be folded."""
+    x, y = op.operands
+    type_ = torch_ir.tensor_type(x)
+    if x != y or type_ is None or "float" not in type_.dtype:
+        return None
+    return make("logical_not", make("ne.Tensor", x, x))
+
+
+def _elu(op: ir.Operation, make: _Speller) -> ir.Value | None:
+    """exp(x) - 1 has no digits left where x is small."""
+    factors = [torch_ir.constant(operand) for operand in list(op.operands)[1:]]
+    if torch_ir.NOT_CONSTANT in factors:
+        return None
+    alpha, scale, input_scale = map(float, factors)
+    dtype = make.computed
+    wide = make.as_computed()
+    x = make.cast(op.operands[0], dtype)
+    scaled = x if input_scale == 1 else wide("mul.Scalar", x, input_scale)
+    negative = wide("mul.Scalar", wide("expm1", scaled), alpha * scale)
+    positive = x if scale == 1 else wide("mul.Scalar", x, scale)
+    value = wide("where.self", wide("le.Scalar", x, 0.0, dtype="bool"), negative, positive)
+    return make.cast(value, make.type_.dtype)
+
+
+def _divided(op: ir.Operation, make: _Speller) -> ir.Value | None:
+    """The quotient rounded down: of integers without floats, of floats by way of their exact remainder."""
+    x, y, mode = (*op.operands, None) if len(op.operands) == 2 else op.operands
+    if mode is not None and torch_ir.constant(mode) != "floor":
+        return None
+    if torch_ir.tensor_type(y) is None:
+        return None
+    return _floored_floats(x, y, make) if "float" in make.type_.dtype else _floored_integers(x, y, make)
+
+
+def _floored_integers(x: ir.Value, y: ir.Value, make: _Speller) -> ir.Value:
+    x, y = (make.cast(value, make.type_.dtype) for value in (x, y))
+    quotient = make("div.Tensor_mode", x, y, "trunc")
+    rest = make("sub.Tensor", x, make("mul.Tensor", quotient, y), 1)
+    inexact = make("ne.Scalar", rest, 0, dtype="bool")
+    opposite = make("lt.Scalar", make("bitwise_xor.Tensor", rest, y), 0, dtype="bool")
+    one_less = make("logical_and", inexact, opposite, dtype="bool")
+    return make("sub.Tensor", quotient, make.cast(one_less, make.type_.dtype), 1)
+
+
+def _floored_floats(x: ir.Value, y: ir.Value, make: _Speller) -> ir.Value:
+    if make.type_.dtype in _SMALL_FLOATS and any(torch_ir.dtype_of(v) == "float32" for v in (x, y)):
+        # What is no 16-bit number yet is a number without axes, rounded to the type of the other.
+        x, y = (make.cast(value, make.type_.dtype) for value in (x, y))
+    dtype = make.computed
+    wide = make.as_computed()
+    x, y = (make.cast(value, dtype) for value in (x, y))
+    rest = _rest(x, y, wide)
+    inexact = wide("ne.Scalar", rest, 0.0, dtype="bool")
+    signs = (_Speller(_type(value))("lt.Scalar", value, 0.0, dtype="bool") for value in (rest, y))
+    one_less = wide("logical_and", inexact, wide("logical_xor", *signs, dtype="bool"), dtype="bool")
+    exact = wide("div.Tensor", wide("sub.Tensor", x, rest, 1), y)
+    quotient = wide("sub.Tensor", exact, make.cast(one_less, dtype), 1)
+    floor = wide("floor", quotient)
+    above = wide("gt.Scalar", wide("sub.Tensor", quotient, floor, 1), 0.5, dtype="bool")
+    value = wide("add.Tensor", floor, make.cast(above, dtype), 1)
+    by_zero = _Speller(_type(y))("eq.Scalar", y, 0.0, dtype="bool")
+    return make.cast(wide("where.self", by_zero, wide("div.Tensor", x, y), value), make.type_.dtype)
+
+
 _SPELLINGS: dict[str, _Spelling] = {
-    "pow.Tensor_Scalar": _cube,
+    "pow.Tensor_Scalar": _power,
+    "neg": _negative,
+    "__lshift__.Tensor": _shift,
+    "__rshift__.Tensor": _shift,
+    "any": _truth,
+    "any.dim": _truth,
+    "any.dims": _truth,
+    "all": _truth,
+    "all.dim": _truth,
+    "fmod.Scalar": _with_tensor,
+    "bitwise_or.Scalar": _with_tensor,
+    "bitwise_xor.Scalar": _with_tensor,
+    "fmod.Tensor": _float_remainder,
     "gelu": _gelu,
+    "torch.prim.NumToTensor.Scalar": _number,
+    "eq.Tensor": _same,
+    "elu": _elu,
+    "div.Tensor_mode": _divided,
+    "floor_divide": _divided,
 }

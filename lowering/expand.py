@@ -144,7 +144,21 @@ def _reference(op: ir.Operation) -> tuple[Any, Callable[..., Any]] | None:
     if name in _MOVES:
         to, move = torch_ir.constant(op.operands[1]), _MOVES[name]
         return to, lambda weight: move(weight, to)
+    if name.startswith("torch.lowering."):
+        raise _not_raised(op, name)
     return None
+
+
+def _not_raised(op: ir.Operation, name: str) -> CompileError:
+    """Why an operation of this package was left as the model spells it."""
+    type_ = torch_ir.tensor_type(op.operands[0])
+    unknown = type_ is not None and type_.shape[-1:] == (None,)
+    why = (
+        "its last axis has a size unknown until run time; export the model with a constant one"
+        if unknown
+        else "its arguments are not constants of the model"
+    )
+    return CompileError(f"{torch_ir.location(op)}: {name.removeprefix('torch.')} cannot be compiled: {why}")
 
 
 # Of a weight that is no parameter; one that is has been shuffled when compiling.

@@ -363,14 +363,11 @@ def _as_stored(tensor: torch.Tensor) -> torch.Tensor:
 
 def is_storable(dtype: torch.dtype) -> bool:
     """Whether a parameter can have this dtype."""
-    return dtype in _MLIR_DTYPES and dtype != torch.float64
+    return dtype in _MLIR_DTYPES
 
 
 def builtin_type(tensor: torch.Tensor) -> ir.Type:
     """The builtin tensor type of a concrete tensor, e.g. ``tensor<4x8xbf16>``."""
-    if tensor.dtype == torch.float64:
-        # IREE computes float64 in float32 and would read the archive's bytes as such.
-        raise CompileError("a float64 parameter cannot be compiled: IREE computes in float32; convert it")
     if tensor.dtype not in _MLIR_DTYPES:
         raise CompileError(f"a parameter of dtype {tensor.dtype} cannot be compiled")
     return ir.RankedTensorType.get(list(tensor.shape), _MLIR_DTYPES[tensor.dtype]())

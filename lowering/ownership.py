@@ -8,8 +8,15 @@ that would write into an argument, and none where nothing is written: what is on
 
 from __future__ import annotations
 
-from iree.compiler import ir
+from collections.abc import Iterator
 
+from iree.compiler import ir
+from iree.compiler.dialects import tensor
+
+from .kernel_functions import index_constant
+
+# What updates a tensor, and which operand that is.
+_UPDATES = {"iree_linalg_ext.scatter": -1, "tensor.insert_slice": 1}
 _BARRIER = "hal.tensor.barrier"
 _IMPORT = "hal.tensor.import"
 
@@ -21,6 +28,41 @@ def keep_arguments(module: ir.Module) -> None:
         imported = [op.results[0] for op in operations if op.name == _IMPORT]
         for barrier in (op for op in operations if op.name == _BARRIER):
             _read_until(barrier, [value for value in imported if value not in set(barrier.operands)])
+
+
+def part_updates(module: ir.Module) -> None:
+    """Give each update with values that are computed from what it updates a copy of that to update.
+
+    IREE computes both in one dispatch, with one binding for both: it reads what it has written already.
+    """
+    for function in (op.operation for op in module.body.operations if op.operation.name == "util.func"):
+        for op in [op.operation for block in function.regions[0].blocks for op in block.operations]:
+            if op.name in _UPDATES:
+                number = _UPDATES[op.name] % len(op.operands)
+                updated, values = op.operands[number], [v for n, v in enumerate(op.operands) if n != number]
+                if any(value == updated for other in values for value in _computed_from(other)):
+                    op.operands[number] = _copy(updated, op)
+
+
+def _computed_from(value: ir.Value) -> Iterator[ir.Value]:
+    """``value``, and every tensor that it is computed from."""
+    pending, seen = [value], set[ir.Operation]()
+    while pending:
+        value = pending.pop()
+        yield value
+        op = value.owner.operation if isinstance(value.owner, ir.Operation | ir.OpView) else None
+        if op is not None and op not in seen:
+            seen.add(op)
+            pending += [operand for operand in op.operands if isinstance(operand.type, ir.RankedTensorType)]
+
+
+def _copy(value: ir.Value, op: ir.Operation) -> ir.Value:
+    """A copy of ``value`` in front of ``op``."""
+    type_ = ir.RankedTensorType(value.type)
+    with ir.InsertionPoint(op), op.location:
+        dynamic = [axis for axis in range(type_.rank) if type_.is_dynamic_dim(axis)]
+        sizes = [tensor.DimOp(value, index_constant(axis)).result for axis in dynamic]
+        return ir.Operation.create("flow.tensor.clone", results=[type_], operands=[value, *sizes]).result
 
 
 def _read_until(barrier: ir.Operation, values: list[ir.Value]) -> None:

@@ -108,8 +108,10 @@ def _read_stream(stream: IO[str] | None) -> str:
     if stream is None:
         raise UsageError("there is no standard input to read MLIR text from")
     try:
-        return stream.read()
-    except UnicodeDecodeError:
+        text = stream.read()
+        text.encode()  # where the locale is C, Python lets bytes through that are no text
+        return text
+    except UnicodeError:
         raise UsageError("standard input is not MLIR text (MLIR bytecode is not read)") from None
     except OSError as error:
         raise UsageError(f"cannot read standard input: {error.strerror or error}") from None

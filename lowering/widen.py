@@ -124,7 +124,7 @@ def _rounded_numbers(op: ir.Operation, schema: torch._C.FunctionSchema) -> list[
     if not pair or schema.name == "aten::mul" or (schema.name == "aten::div" and len(operands) == 2):
         return operands
     dtypes = {type_.dtype for type_ in map(torch_ir.tensor_type, operands[:2]) if type_ and type_.shape}
-    if len(dtypes) != 1 or not dtypes <= _SMALL_FLOATS:
+    if len(dtypes) != 1 or not dtypes <= _SMALL_FLOATS | {"uint8"}:
         return operands
     numbers = [argument.name in ("self", "other", "alpha") for argument in schema.arguments]
     return [_rounded(v, *dtypes) if number else v for v, number in zip(operands, numbers, strict=True)]
@@ -132,6 +132,8 @@ def _rounded_numbers(op: ir.Operation, schema: torch._C.FunctionSchema) -> list[
 
 def _rounded(value: ir.Value, dtype: str) -> ir.Value:
     type_, number = torch_ir.tensor_type(value), torch_ir.constant(value)
+    if dtype == "uint8":
+        return torch_ir.make_int(number % 256) if isinstance(number, int) and type_ is None else value
     if type_ is not None:
         return value if type_.shape else _cast(value, replace(type_, dtype=dtype))
     if not isinstance(number, float):

@@ -393,6 +393,11 @@ def test_mlir_from_standard_input(here):
         assert resolve("-", stdin) == MlirText("module {}")
         with pytest.raises(UsageError, match="standard input is empty"):
             resolve("-", stdin)
+    (here / "bytes").write_bytes(b"ML\xefR")
+    for errors in ("strict", "surrogateescape"):
+        no_text = pytest.raises(UsageError, match="standard input is not MLIR text")
+        with (here / "bytes").open(encoding="utf-8", errors=errors) as stdin, no_text:
+            resolve("-", stdin)
 
 
 def test_a_module_of_the_current_directory(here, monkeypatch):

@@ -607,17 +607,3 @@ def test_locations_are_lines_of_the_model() -> None:
     assert torch_ir.location(relu) == line_of("INNER")
     assert torch_ir.location(norm) == line_of("NORM")
     assert torch_ir.location(quant) == line_of("QUANT")
-
-
-class DoubleWeight(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("w", torch.randn(8, dtype=torch.float64))
-
-    def forward(self, x):
-        return x + self.w.float()
-
-
-def test_a_float64_parameter_is_refused() -> None:
-    with pytest.raises(CompileError, match="float64 parameter"):
-        imported(DoubleWeight(), torch.randn(3, 8))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.export import Dim
 
 import lowering
+from lowering.errors import CompileError
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
 ROWS = torch.tensor([True, False, True, True, False])
@@ -98,6 +99,23 @@ def test_indices_of_both_widths_from_both_ends(dtype):
     check(indexed, (X, torch.tensor([0, -1, -3, 1], dtype=dtype)))
 
 
+def test_masks_and_scatters_with_two_sizes_unknown():
+    def masked(x, m, i):
+        return (
+            x[m],
+            x.masked_scatter(m, x * 2),
+            x.index_put((m,), x[m] * 3),
+            x.scatter(1, i, 2.0),
+            x.scatter_add(-1, i, x),
+        )
+
+    def drawn(b, s):
+        return torch.randn(b, s), torch.rand(b, s) > 0.4, torch.randint(0, s, (b, s))
+
+    size = {0: Dim("b"), 1: Dim("s")}
+    check(masked, drawn(2, 5), drawn(1, 1), drawn(3, 7), drawn(7, 2), shapes=(size, size, size))
+
+
 def test_several_indices_with_a_size_unknown():
     i, j = torch.tensor([0, 2, 1]), torch.tensor([1, 0, 2])
     check(
@@ -147,6 +165,7 @@ def test_normalisations_and_interpolations():
             F.instance_norm(x),
             F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True),
             F.interpolate(x, scale_factor=2, mode="bicubic"),
+            F.pad(x, (-1, 2, 1, -1)),
         ),
         (x,),
     )
@@ -156,6 +175,16 @@ def test_complex_times_real():
     def turned(x, i):
         whole = torch.view_as_complex(x)
         turns = torch.polar(x[..., 0].abs(), x[..., 1])
-        return tuple(map(torch.view_as_real, (whole[i] * 2, turns * x[..., 0], x[..., 0] * whole)))
+        products = (whole[i] * 2, turns * x[..., 0], x[..., 0] * whole)
+        return *map(torch.view_as_real, products), whole.abs()
 
     check(turned, (torch.randn(5, 8, 2), torch.tensor([0, 2])))
+
+
+def test_a_quantization_of_unknown_rows_is_refused_by_name():
+    class Quantization(torch.nn.Module):
+        def forward(self, x):
+            return torch.ops.lowering.group_quant(x, 128)
+
+    with pytest.raises(CompileError, match=r"test_respell_ops.py:\d+: lowering.group_quant .* last axis"):
+        lowering.compile(Quantization(), (torch.randn(4, 512),), dynamic_shapes=({1: 128 * Dim("groups")},))

@@ -31,7 +31,7 @@ def slices():
     return lowering.load(lowering.compile(Slices(), args, dynamic_shapes=({0: n}, {0: m})).vmfb)
 
 
-@pytest.mark.parametrize("n, m", [(9, 3), (6, 2), (7, 7), (12, 2)])
+@pytest.mark.parametrize("n, m", [(9, 3), (6, 2), (9, 7), (12, 2)])
 def test_slices_are_those_of_eager(slices, n, m):
     args = (torch.randn(n, 4), torch.randn(m, 4))
     for number, (ours, eager) in enumerate(zip(slices(*args), Slices()(*args), strict=True)):
@@ -39,7 +39,7 @@ def test_slices_are_those_of_eager(slices, n, m):
 
 
 def test_a_symbolic_bound_beyond_the_end(slices):
-    with pytest.raises(LoweringError, match="too short for its bounds"):
+    with pytest.raises(LoweringError, match="x: size 6 of axis 0"):
         slices(torch.randn(6, 4), torch.randn(7, 4))
 
 

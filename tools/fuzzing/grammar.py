@@ -46,8 +46,8 @@ def _attempt(seed: int, special: bool) -> Graph:
 
 def _sizes(seed: int) -> tuple[tuple[int, int], ...]:
     """Two calls; in some the first is square, or the second is small or large."""
-    first = [(3, 5), (4, 6), (8, 3), (64, 5), (6, 64)][seed % 5]
-    second = [(7, 2), (2, 9), (33, 4), (5, 3)][seed // 5 % 4]
+    first = [(3, 5), (5, 6), (8, 3), (64, 5), (6, 64)][seed % 5]
+    second = [(7, 2), (5, 9), (33, 6), (6, 5)][seed // 5 % 4]
     return first, second
 
 

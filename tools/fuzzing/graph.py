@@ -172,7 +172,12 @@ def _build(lines: list[str], graphs: Sequence[Graph], module: str) -> None:
     lines += [f"    return ({''.join(f'{name}, ' for name in names)})", "", "", "def build():"]
     shapes = [_axes(a.shape, n) for n, graph in enumerate(graphs) for a in graph.arguments]
     dims = sorted({dim for shape in shapes for dim in shape.values()})
-    lines += [f'    {dim} = torch.export.Dim("{dim}")' for dim in dims]
+    least = {
+        f"{size}{n}": min(sizes)
+        for n, graph in enumerate(graphs)
+        for size, *sizes in zip(SIZES, *graph.sizes, strict=True)
+    }
+    lines += [f'    {dim} = torch.export.Dim("{dim}", min={least[dim]})' for dim in dims]
     written = [f"{{{', '.join(f'{axis}: {dim}' for axis, dim in shape.items())}}}, " for shape in shapes]
     dynamic = f"({''.join(written)})" if dims else "None"
     lines.append(f"    return {module}, arguments(), {dynamic}")

@@ -41,8 +41,9 @@ class Outcome:
             return f"{self.verdict} {why.split(':')[0]}"
         if self.verdict == "sites":
             return f"sites {' '.join(why.split()[:2])}"
-        last = why.strip().splitlines()[min(1, len(why.strip().splitlines()) - 1)] if why.strip() else ""
-        return f"{self.verdict} {re.sub(r'[^ ]*[.]py:[0-9]+:|0x[0-9a-f]+|[0-9]+', '', last).strip()[:90]}"
+        first, *more = why.strip().splitlines() or [""]
+        said = more[0] if more and first.endswith(":") else first
+        return f"{self.verdict} {re.sub(r'[^ ]*[.]py:[0-9]+:|0x[0-9a-f]+|[0-9]+', '', said).strip()[:90]}"
 
 
 class Workers:

@@ -75,11 +75,15 @@ def sliced(s: Scope) -> Step:
     least = min(t.shape[axis] for t in x.tensors)
     if least < 2:
         return Step(f"{out} = {x}.select({axis}, 0)", (out,))
-    options = [f"{x}.select({axis}, {s.choice([0, -1, 1])})", f"{x}.narrow({axis}, 1, {least - 1})"]
+    options = [f"{x}.select({axis}, {s.choice([0, -1, 1])})"]
     before = ":, " * (axis % x.rank)
     size = x.sizes[axis]
-    cuts = ["1:", ":-1", ":2", "-2:", "-1:"]  # the others of a dynamic axis torch.export refuses
-    cuts += ["::2", "1::3", "1:-1", f":{least + 9}", f"-{least + 9}:"] if size else []
+    cuts = [":2", "-2:", "-1:"]
+    if size or least >= 5:  # what may be of size one torch.export refuses
+        cuts += ["1:", ":-1", "::2", "1::3", "1:-1"]
+    if size:
+        cuts += [f":{least + 9}", f"-{least + 9}:"]
+        options.append(f"{x}.narrow({axis}, 1, {least - 1})")
     options += [f"{x}[{before}{cut}]" for cut in cuts]
     if size and size % 2 == 0:
         options += [

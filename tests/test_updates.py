@@ -1,0 +1,45 @@
+"""Updates whose values come from what they update: all is read before anything is written."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import lowering
+
+ROWS = torch.tensor([1, 6, 3, 4])
+
+
+class OfItself(nn.Module):
+    """Each value is read at a place that another has been written to, if they are not kept apart."""
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        z = y + 1
+        columns = ROWS.expand(*y.shape[:-1], 4)
+        return (
+            x.index_put((ROWS,), x[:4]),
+            x.index_put((ROWS,), x[:4] * 2),
+            x.index_put((ROWS,), x.flip(0)[:4]),
+            x.index_put((ROWS,), x.sum(0).expand(4, 8)),
+            x.index_put((ROWS,), x[:4], accumulate=True),
+            x.scatter(0, ROWS[:, None].expand(4, 8), x[:4]),
+            z.index_put((ROWS,), z[ROWS - 1]),
+            z.scatter(-1, columns, z[..., :4]),
+            z.scatter_add(-1, columns, z[..., :4]),
+            y.index_copy(-1, ROWS, y[..., :4]),
+            y.index_add(-1, ROWS, y[..., :4]),
+            z.slice_scatter(z[..., :4], -1, 2, 6),
+            z.select_scatter(z[:, 0], -1, 3),
+        )
+
+
+def test_updates_with_values_of_what_they_update() -> None:
+    model, x = OfItself(), torch.randn(8, 8)
+    rows = torch.export.Dim("rows", min=8)
+    program = lowering.load(
+        lowering.compile(model, (x, torch.randn(9, 8)), dynamic_shapes=(None, {0: rows})).vmfb
+    )
+    for size in (9, 30):
+        y = torch.randn(size, 8)
+        for number, (got, expected) in enumerate(zip(program(x, y), model(x, y), strict=True)):
+            assert torch.allclose(got, expected, atol=1e-5), number
