@@ -170,7 +170,10 @@ def _remainder(op: ir.Operation) -> ir.Value | None:
     rest = arith.SelectOp(below, arith.AddFOp(rest, size).result, rest).result
     smaller = arith.CmpFOp(arith.CmpFPredicate.OLT, whole, size).result
     rest = arith.SelectOp(smaller, whole, rest).result
-    return double.back(math_ops.CopySignOp(rest, x).result, op.result.type)
+    # Not by copysign, which ends IREE's compiler for AMD.
+    negative = arith.CmpFOp(arith.CmpFPredicate.OLT, x, double.number(0.0)).result
+    signed = arith.SelectOp(negative, arith.NegFOp(rest).result, rest).result
+    return double.back(signed, op.result.type)
 
 
 def _quotient(op: ir.Operation) -> ir.Value | None:

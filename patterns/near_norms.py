@@ -141,9 +141,7 @@ def _why_no_mean(reduction: ir.Operation, h: ir.Value) -> str | None:
     if type_ is None or not type_.shape:
         return "the normed tensor has no known rank"
     if {type_.dtype, torch_ir.dtype_of(reduction.operands[0])} != {"float32"}:
-        narrow = type_.dtype != "float64"
-        ought = "convert the tensor with .float() before" if narrow else "kernels compute in float32"
-        return f"the mean of squares is taken in {type_.dtype}; {ought}"
+        return f"the mean of squares is taken in {type_.dtype}; convert the tensor with .float() before"
     axes = reduced_axes(reduction)
     if axes != [len(type_.shape) - 1]:
         return f"the mean of squares is over axes {axes} of {len(type_.shape)}; a kernel norms the last axis"

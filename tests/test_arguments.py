@@ -125,6 +125,42 @@ def test_no_update_writes_into_an_argument(monkeypatch, group, use):
     assert all(torch.equal(a, b) for a, b in zip(model.weights, before, strict=True))
 
 
+WRITES = re.compile(
+    r"(?:rw|wo) (%arg\d+)\[|stream\.cmd\.copy .*?, (%arg\d+)\[|stream\.cmd\.fill .*?, (%arg\d+)\["
+)
+
+
+def written_arguments(body: str, arguments: int) -> set[int]:
+    """The arguments, by number, whose memory an execution of ``body`` writes."""
+    imported = dict(re.findall(r"(%\w+) = stream\.tensor\.import .*?%arg(\d+) : ", body))
+    written = set()
+    for execution in re.split(r"stream\.cmd\.execute", body)[1:]:
+        taken = dict(re.findall(r"(%\w+) as (%arg\d+): ", execution.partition("{\n")[0]))
+        inside = {name for found in WRITES.findall(execution) for name in found if name}
+        numbers = [
+            int(imported[value]) for value, name in taken.items() if name in inside and value in imported
+        ]
+        written |= {number for number in numbers if number < arguments}
+    return written
+
+
+@pytest.mark.parametrize("target", ["cpu", "h200", "gfx950"])
+@pytest.mark.parametrize("group", range(len(GROUPS)))
+def test_no_program_of_any_target_writes_into_an_argument(monkeypatch, group, target):
+    """In the program that IREE makes, where every write is explicit; without the protection it does."""
+    names = GROUPS[group]
+    model = Updating(names, "last").requires_grad_(False)
+    entries = ("main$async", "main$into$async")
+
+    def written() -> list[set[int]]:
+        text = stream_ir(monkeypatch, model, arguments(len(names)), target, shapes=None)
+        return [written_arguments(function(text, name), 2 * len(names)) for name in entries]
+
+    assert written() == [set(), set()]
+    monkeypatch.setattr("lowering.compiler.keep_arguments", lambda module: None)
+    assert all(written())
+
+
 class Readers(nn.Module):
     """Kernels, products, slices, views and sums of arguments: nothing is updated."""
 
@@ -138,7 +174,7 @@ def test_what_is_only_read_is_not_copied(monkeypatch, target):
     """The same with and without the reader that protects arguments; and one copy for one update."""
 
     def counts(model: nn.Module) -> list[int]:
-        text = stream_ir(monkeypatch, model, torch.ones(6, 256, dtype=torch.bfloat16), target)
+        text = stream_ir(monkeypatch, model, (torch.ones(6, 256, dtype=torch.bfloat16),), target)
         bodies = (function(text, name) for name in ("main$async", "main$into$async"))
         return [len(re.findall(r"stream\.cmd\.copy\b", body)) for body in bodies]
 

@@ -78,7 +78,13 @@ class Nested(nn.Module):
         return {"quantized": [q, scale]}
 
 
-def stream_ir(monkeypatch: pytest.MonkeyPatch, model: nn.Module, example: Tensor, target: str) -> str:
+def stream_ir(
+    monkeypatch: pytest.MonkeyPatch,
+    model: nn.Module,
+    examples: tuple[object, ...],
+    target: str,
+    shapes: object = BY_ROWS,
+) -> str:
     """The program where all allocations, copies and dispatches are explicit."""
     found: list[str] = []
 
@@ -90,7 +96,7 @@ def stream_ir(monkeypatch: pytest.MonkeyPatch, model: nn.Module, example: Tensor
         return b""
 
     monkeypatch.setattr(Iree, "compile", stop_at_streams)
-    lowering.compile(model, (example,), dynamic_shapes=BY_ROWS, target=target)
+    lowering.compile(model, examples, dynamic_shapes=shapes, target=target)
     return found[0]
 
 
@@ -102,7 +108,7 @@ def function(text: str, name: str) -> str:
 @pytest.mark.parametrize("target", ["cpu", "h200", "gfx950"])
 @pytest.mark.parametrize("model", [Chain(), Generated()], ids=["kernels", "generated"])
 def test_results_are_written_in_place(monkeypatch, model, target):
-    text = stream_ir(monkeypatch, model, rows(5), target)
+    text = stream_ir(monkeypatch, model, (rows(5),), target)
     into, main = function(text, "main$into$async"), function(text, "main$async")
     assert not re.findall(r"stream\.\w+\.(?:alloca|copy|update|clone)\b", into), into
     assert into.count("stream.cmd.dispatch ") == main.count("stream.cmd.dispatch ") > 1

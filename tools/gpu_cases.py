@@ -56,6 +56,22 @@ class AddNorm(nn.Module):
         return (*torch.ops.lowering.group_quant(y, GROUP), y, total)
 
 
+class Updates(nn.Module):
+    """What IREE does in place, each the last reader of an argument or a weight; and the arguments."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden, dtype=torch.bfloat16))
+
+    def forward(self, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        columns = torch.tensor([1, 3], device=x.device)
+        moved = x.index_copy(1, columns, y[:, :2])
+        cleared = y.clone()
+        cleared[:, 8:16] = 0
+        scaled = self.weight.index_fill(0, columns, 2.0) * z
+        return moved, cleared, z.index_fill(1, columns, 3.0), scaled, x, y
+
+
 class Llama(nn.Module):
     """A two-layer Hugging Face Llama with quantized linear layers: ids [1, T] to logits [1, T, V]."""
 
@@ -91,6 +107,7 @@ class Case:
     arguments: how many tensors of [T, hidden] it takes; 0 means token ids [1, T].
     example_rows: T of the example arguments; large enough that kernels.json shows how a grid follows from it.
     separate: its weights travel in an .irpa beside the vmfb instead of inside it.
+    kernels: how many of ours it has; None: whatever they are.
     """
 
     name: str
@@ -102,6 +119,7 @@ class Case:
     example_rows: int = 4096
     separate: bool = False
     timed: bool = False
+    kernels: int | None = 1
 
     @property
     def ids(self) -> bool:
@@ -138,6 +156,14 @@ CASES = (
         "add-norm-7168", lambda: AddNorm(7168), ("q", "scale", "y", "sum"), 7168, 2, separate=True, timed=True
     ),
     Case(
+        "updates-256",
+        lambda: Updates(256),
+        ("moved", "cleared", "filled", "scaled", "first", "second"),
+        256,
+        3,
+        kernels=0,
+    ),
+    Case(
         "llama-2-layers",
         Llama,
         ("logits",),
@@ -146,6 +172,7 @@ CASES = (
         rows=(1, 3, 17, 128, 1024),
         example_rows=96,
         separate=True,
+        kernels=None,
     ),
 )
 

@@ -114,6 +114,8 @@ def _scale_problem(actual: Tensor, expected: Tensor, distance: Tensor) -> str | 
 
 
 _LIMITS = {"sum": _sum_problem, "y": _y_problem, "q": _q_problem, "scale": _scale_problem}
+# Moved, or rounded once.
+_LIMITS |= dict.fromkeys(("moved", "cleared", "filled", "scaled", "first", "second"), _sum_problem)
 
 
 def compare_all(
