@@ -13,10 +13,14 @@ from collections.abc import Iterator
 from iree.compiler import ir
 from iree.compiler.dialects import tensor
 
+from patterns import torch_ir
+
+from .errors import CompileError
 from .kernel_functions import index_constant
 
 # What updates a tensor, and which operand that is.
 _UPDATES = {"iree_linalg_ext.scatter": -1, "tensor.insert_slice": 1}
+_RESHAPES = ("tensor.cast", "tensor.expand_shape", "tensor.collapse_shape")
 _BARRIER = "hal.tensor.barrier"
 _IMPORT = "hal.tensor.import"
 
@@ -40,8 +44,20 @@ def part_updates(module: ir.Module) -> None:
             if op.name in _UPDATES:
                 number = _UPDATES[op.name] % len(op.operands)
                 for other, value in enumerate(op.operands):
+                    if other != number and _unshaped(value) == _unshaped(op.operands[number]):
+                        raise CompileError(
+                            f"{torch_ir.location(op)}: a tensor is updated with all of itself, which is read "
+                            "while it is written; compute the result without an update, from x[index]"
+                        )
                     if other != number and op.operands[number] in _computed_from(value):
                         op.operands[other] = _copy(value, op)
+
+
+def _unshaped(value: ir.Value) -> ir.Value:
+    """What ``value`` is but for its shape."""
+    while isinstance(value.owner, ir.Operation | ir.OpView) and value.owner.operation.name in _RESHAPES:
+        value = value.owner.operation.operands[0]
+    return value
 
 
 def _computed_from(value: ir.Value) -> Iterator[ir.Value]:
