@@ -109,7 +109,7 @@ def _ordinals(t: torch.Tensor) -> torch.Tensor:
     if t.dtype == torch.int8:
         return t.to(torch.int16)
     bits = t.contiguous().view(torch.uint8).to(torch.int16)
-    magnitude = bits & 0x7F
+    magnitude = torch.where(t.float().isnan(), 0, bits & 0x7F)  # a NaN has no place, nor a sign
     return torch.where(bits >= 0x80, -magnitude, magnitude)
 
 
