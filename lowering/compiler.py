@@ -40,6 +40,7 @@ from .report import Change, Report, Site
 from .respell import respell
 from .scalar_ops import correct
 from .signature import SIGNATURE_KEY, Signature, known_sizes
+from .slices import mend_slices
 from .storage import add_entry, remove_entry
 from .targets import Target, resolve
 from .views import sink_views
@@ -268,6 +269,7 @@ class _Pipeline:
 
     def _lower(self, iree: Iree, module: ir.Module) -> ir.Module:
         module = iree.lower(module)
+        mend_slices(module)
         correct(module, self.target)
         floats.rewrite_unsupported(module, self.target)
         return module

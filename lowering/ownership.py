@@ -11,16 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from iree.compiler import ir
-from iree.compiler.dialects import tensor
+from iree.compiler.dialects import arith
 
-from patterns import torch_ir
-
-from .errors import CompileError
-from .kernel_functions import index_constant
+from . import tensors
 
 # What updates a tensor, and which operand that is.
 _UPDATES = {"iree_linalg_ext.scatter": -1, "tensor.insert_slice": 1}
-_RESHAPES = ("tensor.cast", "tensor.expand_shape", "tensor.collapse_shape")
 _BARRIER = "hal.tensor.barrier"
 _IMPORT = "hal.tensor.import"
 
@@ -35,29 +31,17 @@ def keep_arguments(module: ir.Module) -> None:
 
 
 def part_updates(module: ir.Module) -> None:
-    """Give the values of each update that are computed from what it updates a place of their own.
+    """Give each update with values that are computed from what it updates a copy of that to update.
 
-    IREE would compute both in one dispatch, with one binding for both: it reads what it has written already.
+    IREE would compute both in one place, with one binding for both: it reads what it has written already.
     """
     for function in (op.operation for op in module.body.operations if op.operation.name == "util.func"):
         for op in [op.operation for block in function.regions[0].blocks for op in block.operations]:
             if op.name in _UPDATES:
                 number = _UPDATES[op.name] % len(op.operands)
-                for other, value in enumerate(op.operands):
-                    if other != number and _unshaped(value) == _unshaped(op.operands[number]):
-                        raise CompileError(
-                            f"{torch_ir.location(op)}: a tensor is updated with all of itself, which is read "
-                            "while it is written; compute the result without an update, from x[index]"
-                        )
-                    if other != number and op.operands[number] in _computed_from(value):
-                        op.operands[other] = _copy(value, op)
-
-
-def _unshaped(value: ir.Value) -> ir.Value:
-    """What ``value`` is but for its shape."""
-    while isinstance(value.owner, ir.Operation | ir.OpView) and value.owner.operation.name in _RESHAPES:
-        value = value.owner.operation.operands[0]
-    return value
+                updated, values = op.operands[number], [v for n, v in enumerate(op.operands) if n != number]
+                if any(updated in _computed_from(value) for value in values):
+                    op.operands[number] = _copy(updated, op)
 
 
 def _computed_from(value: ir.Value) -> Iterator[ir.Value]:
@@ -75,12 +59,35 @@ def _computed_from(value: ir.Value) -> Iterator[ir.Value]:
 
 
 def _copy(value: ir.Value, op: ir.Operation) -> ir.Value:
-    """A copy of ``value`` in front of ``op``."""
-    type_ = ir.RankedTensorType(value.type)
+    """A copy of ``value`` in front of ``op``.
+
+    A computed one: its elements, or zeros if a bit that IREE knows nothing of were not set.  What IREE
+    knows to be a copy it leaves out where nothing reads ``value`` later, and of equal ones it makes one.
+    """
+    element = ir.RankedTensorType(value.type).element_type
     with ir.InsertionPoint(op), op.location:
-        dynamic = [axis for axis in range(type_.rank) if type_.is_dynamic_dim(axis)]
-        sizes = [tensor.DimOp(value, index_constant(axis)).result for axis in dynamic]
-        return ir.Operation.create("flow.tensor.clone", results=[type_], operands=[value, *sizes]).result
+        bit = arith.ConstantOp(ir.IntegerType.get_signless(1), 1).result
+        unknown = ir.Operation.create("util.optimization_barrier", results=[bit.type], operands=[bit]).result
+        nothing = _zero(element)
+        sizes = tensors.sizes(value)
+        same = ir.AffineMap.get_identity(len(sizes))
+        return tensors.generic(
+            [value],
+            tensors.empty(sizes, element),
+            [same, same],
+            [tensors.PARALLEL] * len(sizes),
+            lambda element, _: arith.SelectOp(unknown, element, nothing).result,
+        )
+
+
+def _zero(element: ir.Type) -> ir.Value:
+    """Zero, of any type that a tensor's elements have."""
+    if isinstance(element, ir.ComplexType):
+        part = ir.FloatAttr.get(element.element_type, 0)
+        parts = ir.ArrayAttr.get([part, part])
+        return ir.Operation.create("complex.constant", results=[element], attributes={"value": parts}).result
+    attribute = ir.IntegerAttr if isinstance(element, ir.IntegerType) else ir.FloatAttr
+    return arith.ConstantOp(element, attribute.get(element, 0)).result
 
 
 def _read_until(barrier: ir.Operation, values: list[ir.Value]) -> None:

@@ -32,6 +32,11 @@ class OfItself(nn.Module):
             y.index_put((ROWS,), y[:4], accumulate=True),
             z.slice_scatter(z[..., :4], -1, 2, 6),
             z.select_scatter(z[:, 0], -1, 3),
+            x.slice_scatter(x[:-1], 0, 1),
+            x.slice_scatter(x[:, :-1], 1, 1),
+            x.slice_scatter(x[:2], 0, 1, 3).slice_scatter(x[:2], 0, 2, 4),
+            z.slice_scatter(z[:2] * 2, 0, 1, 3),
+            x.scatter(0, ROWS[:, None].expand(4, 8), x),
         )
 
 
