@@ -34,9 +34,13 @@ _FLAGS = {
     "hip": ("--iree-hal-target-device=hip", "--iree-rocm-target={arch}"),
 }
 
-# What depends on weights alone runs once, at load.  Evaluating it while compiling would store a second,
-# transposed copy of large weights in the program.
-_COMMON_FLAGS = ("--iree-opt-const-eval=false", "--iree-input-demote-f64-to-f32=false")
+# What depends on weights alone has been folded.  Evaluating the rest while compiling would store a second,
+# transposed copy of large weights in the program; run at load, a dispatch with several results mixes them up.
+_COMMON_FLAGS = (
+    "--iree-opt-const-eval=false",
+    "--iree-opt-const-expr-hoisting=false",
+    "--iree-input-demote-f64-to-f32=false",
+)
 
 # Where a model's file and this process's directory are is the compiling user's business, and would make every
 # checkout's program another one.
