@@ -8,8 +8,6 @@ that would write into an argument, and none where nothing is written: what is on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from iree.compiler import ir
 from iree.compiler.dialects import arith
 
@@ -31,44 +29,32 @@ def keep_arguments(module: ir.Module) -> None:
 
 
 def part_updates(module: ir.Module) -> None:
-    """Give each update with values that are computed from what it updates a copy of that to update.
+    """Give each update of a tensor that something else reads or updates too a copy of it to update.
 
-    IREE would compute both in one place, with one binding for both: it reads what it has written already.
+    IREE lets two updates of one tensor write into the same memory, and computes an update and its values,
+    where they come from what is updated, in one place: it reads what it has written already.
     """
     for function in (op.operation for op in module.body.operations if op.operation.name == "util.func"):
         for op in [op.operation for block in function.regions[0].blocks for op in block.operations]:
             if op.name in _UPDATES:
                 number = _UPDATES[op.name] % len(op.operands)
-                updated, values = op.operands[number], [v for n, v in enumerate(op.operands) if n != number]
-                if any(updated in _computed_from(value) for value in values):
+                updated = op.operands[number]
+                readers = [use for use in updated.uses if use.owner.operation.name != "tensor.dim"]
+                if len(readers) > 1:
                     op.operands[number] = _copy(updated, op)
-
-
-def _computed_from(value: ir.Value) -> Iterator[ir.Value]:
-    """``value``, if it is a tensor, and every tensor that it is computed from."""
-    pending, seen = [value], set[ir.Operation]()
-    while pending:
-        value = pending.pop()
-        if not isinstance(value.type, ir.RankedTensorType):
-            continue
-        yield value
-        op = value.owner.operation if isinstance(value.owner, ir.Operation | ir.OpView) else None
-        if op is not None and op not in seen:
-            seen.add(op)
-            pending += op.operands
 
 
 def _copy(value: ir.Value, op: ir.Operation) -> ir.Value:
     """A copy of ``value`` in front of ``op``.
 
-    A computed one: its elements, or zeros if a bit that IREE knows nothing of were not set.  What IREE
+    A computed one: its elements, or others if a bit that IREE knows nothing of were not set.  What IREE
     knows to be a copy it leaves out where nothing reads ``value`` later, and of equal ones it makes one.
+    Two others, since it knows those in ``value`` where all are equal.
     """
     element = ir.RankedTensorType(value.type).element_type
     with ir.InsertionPoint(op), op.location:
-        bit = arith.ConstantOp(ir.IntegerType.get_signless(1), 1).result
-        unknown = ir.Operation.create("util.optimization_barrier", results=[bit.type], operands=[bit]).result
-        nothing = _zero(element)
+        others = arith.SelectOp(_unknown(), _number(element, 1), _number(element, 2)).result
+        set_ = _unknown()
         sizes = tensors.sizes(value)
         same = ir.AffineMap.get_identity(len(sizes))
         return tensors.generic(
@@ -76,18 +62,26 @@ def _copy(value: ir.Value, op: ir.Operation) -> ir.Value:
             tensors.empty(sizes, element),
             [same, same],
             [tensors.PARALLEL] * len(sizes),
-            lambda element, _: arith.SelectOp(unknown, element, nothing).result,
+            lambda element, _: arith.SelectOp(set_, element, others).result,
         )
 
 
-def _zero(element: ir.Type) -> ir.Value:
-    """Zero, of any type that a tensor's elements have."""
+def _unknown() -> ir.Value:
+    """A bit that is set, of which IREE knows nothing."""
+    bit = arith.ConstantOp(ir.IntegerType.get_signless(1), 1).result
+    return ir.Operation.create("util.optimization_barrier", results=[bit.type], operands=[bit]).result
+
+
+def _number(element: ir.Type, number: int) -> ir.Value:
+    """A constant of any type that a tensor's elements have, as far as it holds the number."""
     if isinstance(element, ir.ComplexType):
-        part = ir.FloatAttr.get(element.element_type, 0)
+        part = ir.FloatAttr.get(element.element_type, number)
         parts = ir.ArrayAttr.get([part, part])
         return ir.Operation.create("complex.constant", results=[element], attributes={"value": parts}).result
+    if isinstance(element, ir.IntegerType):
+        number %= 2**element.width
     attribute = ir.IntegerAttr if isinstance(element, ir.IntegerType) else ir.FloatAttr
-    return arith.ConstantOp(element, attribute.get(element, 0)).result
+    return arith.ConstantOp(element, attribute.get(element, number)).result
 
 
 def _read_until(barrier: ir.Operation, values: list[ir.Value]) -> None:
