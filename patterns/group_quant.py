@@ -102,6 +102,16 @@ def _i32(name: str, *operands: Pattern, capture: str | None = None) -> Op:
     return Op(f"torch.aten.{name}", *operands, capture=capture, dtype="int32")
 
 
+def _with_number(names: tuple[str, str], inner: Pattern, number: int) -> OneOf:
+    """An operation of integers with a number, given as a number or as a tensor that is one."""
+    return OneOf(*(_i32(name, inner, Is(number)) for name in names))
+
+
+_AND = ("bitwise_and.Scalar", "bitwise_and.Tensor")
+_RIGHT = ("__rshift__.Scalar", "bitwise_right_shift.Tensor")
+_LEFT = ("__lshift__.Scalar", "bitwise_left_shift.Tensor")
+
+
 def _maybe(name: str, inner: Pattern) -> OneOf:
     return OneOf(Op(name, inner), inner)
 
@@ -109,10 +119,10 @@ def _maybe(name: str, inner: Pattern) -> OneOf:
 # 2^ceil(log2(scale)), and the same from the bits of the float: DeepGEMM has had both.
 _EXPONENT = f32("ceil", f32("log2", _maybe("torch.aten.abs", _FLOORED)))
 _BITS = _i32("view.dtype", _maybe("torch.aten.abs", _FLOORED), ANY, capture="bits")
-_MANTISSA = _i32("bitwise_and.Scalar", Var("bits"), Is(0x7FFFFF))
+_MANTISSA = _with_number(_AND, Var("bits"), 0x7FFFFF)
 _BIASED = _i32(
     "add.Tensor",
-    _i32("bitwise_and.Scalar", _i32("__rshift__.Scalar", _BITS, Is(23)), Is(0xFF)),
+    _with_number(_AND, _with_number(_RIGHT, _BITS, 23), 0xFF),
     Op(
         _CAST,
         OneOf(
@@ -129,7 +139,7 @@ _POWER = OneOf(
     f32("pow.Scalar", Is(2), _EXPONENT),
     f32(
         "view.dtype",
-        _i32("__lshift__.Scalar", _i32("clamp", _BIASED, Is(1), Is(254)), Is(23)),
+        _with_number(_LEFT, _i32("clamp", _BIASED, Is(1), Is(254)), 23),
         ANY,
     ),
 )

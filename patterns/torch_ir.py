@@ -265,9 +265,10 @@ def _folded(compute: Callable[..., float]) -> Callable[[ir.Operation], Any]:
 
 
 def _filled(op: ir.Operation) -> Any:
-    """The number that fills a tensor without axes; in float32, for another dtype may hold another number."""
-    fits = tensor_type(op.results[0]) == TensorType((), "float32")
-    return constant(op.operands[1]) if fits else NOT_CONSTANT
+    """The number that fills a tensor without axes; of other dtypes than these one may hold another."""
+    type_, number = tensor_type(op.results[0]), constant(op.operands[1])
+    whole = type_ == TensorType((), "int32") and isinstance(number, int) and abs(number) < 1 << 31
+    return number if whole or type_ == TensorType((), "float32") else NOT_CONSTANT
 
 
 def to_float32(value: float) -> float:
