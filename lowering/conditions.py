@@ -18,6 +18,9 @@ import torch
 from .signature import Leaf, TensorSpec, holds, names_in
 
 _SOURCE = re.compile(r"L((?:\['[^']*'\]|\[\d+\])+)\.size\(\)\[(\d+)\]")
+# Whether a size is a multiple of that to which a scale's columns are padded: torch asks that when it looks
+# at strides, and a program returns them as they are asked for either way.
+_PADDED = re.compile(r"(\d+)\*\d+\+(.+)//\1!=\2")
 _KEY = re.compile(r"\['([^']*)'\]|\[(\d+)\]")
 
 
@@ -27,7 +30,8 @@ def conditions(exported: torch.export.ExportedProgram, inputs: Sequence[Leaf]) -
     symbols = {name for spec in specs.values() for dim in spec.shape or () for name in names_in(dim)}
     sizes = {str(dim) for spec in specs.values() for dim in spec.shape or ()}
     found = [*_ranges(exported, sizes), *_guards(exported, specs), *_assertions(exported)]
-    return tuple(dict.fromkeys(_plain(text) for text in found if _is_about(text, symbols)))
+    told = dict.fromkeys(_plain(text) for text in found if _is_about(text, symbols))
+    return tuple(text for text in told if not _PADDED.fullmatch(re.sub(r"[ ()]", "", text)))
 
 
 def forget_multiples(exported: torch.export.ExportedProgram) -> None:
