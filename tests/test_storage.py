@@ -317,7 +317,7 @@ def test_memory_that_iree_fills_and_copies_itself():
             mask = torch.zeros_like(x).scatter(1, best[1], 1.0)
             moved = self.weight.index_put((torch.tensor([1, 3]),), x[:2]) * 2
             view = x.view(x.shape[0] * 2, -1)
-            return *best, mask * x, moved, view, x[1:], torch.cat([x, x * 2]), x.new_zeros(x.shape), x
+            return *best, mask * x, moved, view, x[1:], torch.cat([x, x * 2]), x.new_ones(x.shape), x
 
     model = Moved().requires_grad_(False)
     shapes = ({0: torch.export.Dim("T", min=4)},)
