@@ -34,7 +34,6 @@ from .errors import CompileError, ToolchainError, UsageError
 
 TIMEOUT = "VMFUSE_COMPILE_TIMEOUT"
 # What a request may take, in seconds of processor time: for any program, and for each of its operations more.
-# Models of 60 layers take less than a tenth of it.
 _SECONDS = 60.0
 _SECONDS_EACH = 1.0
 # Where it computes nothing it waits for something that does not come: so many times as long by the clock.
