@@ -13,7 +13,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: $(STAMP)  ## compile SmolLM2-135M for this CPU, report what fused, answer a question, check it
-	$(BIN)/python tools/demo.py $(DEMO_ARGS)
+	$(BIN)/python -m tools.demo $(DEMO_ARGS)
 
 test: $(STAMP)  ## every test, lint and type checks included (PYTEST_ARGS= for more options)
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)

@@ -62,7 +62,7 @@ INLINE void leave_ieee(FloatMode mode) { (void)mode; }
 #ifdef PROTOTYPE
 PROTOTYPE;
 #ifdef __ELF__
-// For lowering/abi.py: the declaration this object was checked against.
+// For lowering/backends/abi.py: the declaration this object was checked against.
 __asm__(".pushsection .vmfuse.abi,\"\",@progbits\n\t.asciz \"" TEXT(PROTOTYPE) "\"\n\t.popsection");
 #endif
 #endif

@@ -16,7 +16,7 @@
 //
 // A workgroup takes ROWS rows and SHARE columns, in whole tiles and one of the rest.
 //
-// The macros that specialise this file come from lowering/matmul_kernel.py.
+// The macros that specialise this file come from lowering/families/matmul/family.py.
 
 #include "cpu.h"
 #include "vectors.h"

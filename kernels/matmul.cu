@@ -15,7 +15,7 @@
 //                  all; or of one unit, that `split` K and add up their sums in the order of their ranks.
 //
 // Which plan (TOKENS, split, share) serves how many rows is said by PLANS, a list of P(up to rows, tokens, split,
-// share); like all other macros that specialise this file it comes from lowering/matmul_cuda.py.
+// share); like all other macros that specialise this file it comes from lowering/families/matmul/cuda.py.
 
 #define THREADS 384
 #include "mma.h"

@@ -14,7 +14,7 @@
 // row of the result, and one scale is all it needs.  Where k lies does not matter as long as a and b agree: a lane
 // multiplies the 16 bytes it loads at k = 16 * quarter and at 64 beyond, whole loads of the layout of b.
 //
-// The macros that specialise this file come from lowering/matmul_kernel.py.
+// The macros that specialise this file come from lowering/families/matmul/family.py.
 
 typedef unsigned char u8;
 typedef unsigned short u16;

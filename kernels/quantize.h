@@ -3,7 +3,7 @@
 
 constexpr int LARGEST_GROUP = GROUP0 | GROUP1 | GROUP2 | GROUP3;  // as far as comparing with powers of two goes
 
-// A quantization as constants; lowering/kernel.py explains them.  GROUPi is 0 where the whole row is one group; floats
+// A quantization as constants; lowering/families/row.py explains them.  GROUPi is 0 where the whole row is one group; floats
 // come as their bits, an INVERSE of 0 means division.
 #define SCHEME(i) \
   struct Scheme##i { \
@@ -122,7 +122,7 @@ template <class S> DEVICE Divisor divisor_of(float scale) {
 // y/scale, or y * (1/scale) where the scheme says so.
 //
 // TWOFOLD: y*r + y*rest with one rounding at the end is within 2^-43 of y/scale, and for a y of 8 bits y/scale is
-// never that close to where float32 rounds the other way (lowering/kernel.py checks every significand of y and scale).
+// never that close to where float32 rounds the other way (lowering/families/row.py checks every significand of y and scale).
 //
 // CORRECTED: the quotient comes from r = RN(1/scale): t = RN(y*r) is within an ulp or so of y/scale, and
 // t - (t*scale - y)*r rounds to RN(y/scale) (Markstein's theorem, which needs r correctly rounded).  It holds while

@@ -5,7 +5,7 @@
 #define BLOCK MAX2(32, MAX2(MAX2(GROUP0, GROUP1), MAX2(GROUP2, GROUP3)))
 #define PAIRS (BLOCK / STEP)
 
-// A quantization as constants; lowering/kernel.py explains them.  A group of 0 is the whole row; floats that are
+// A quantization as constants; lowering/families/row.py explains them.  A group of 0 is the whole row; floats that are
 // compared come as their bits, an inverse of 0 means division.
 typedef struct {
   int group, layout, codes, limit, power, reciprocal, safe;

@@ -7,7 +7,7 @@
 // A row is read again from the cache for each thing that depends on all of it: the statistic, the largest value.
 // Outputs must not overlap inputs.  Pointers need only the alignment of their element.
 //
-// The macros that specialise this file come from lowering/kernel.py.
+// The macros that specialise this file come from lowering/families/row.py.
 
 #include "cpu.h"
 #include "vectors.h"

@@ -4,7 +4,7 @@
 //
 // tile.h has the arithmetic and the order of things.  What differs between machines (wave width, lane exchange,
 // converts, packed float32 math) is in the .cu and .hip files that include this; the numbers that specialise it (macros)
-// come from lowering/kernel.py, where each is explained.
+// come from lowering/families/row.py, where each is explained.
 
 enum { NONE = 0, BF16 = 1, F16 = 2, F32 = 3 };             // dtype codes
 enum { UNROUNDED = 0, ONCE = 1, TWICE = 2 };               // ROUNDING

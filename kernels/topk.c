@@ -4,7 +4,7 @@
 // What is compared are ranks: unsigned integers that order as the float32 values do, NaN on top.  Rank 0 is below all
 // values: what is not allowed or taken already.  Pointers need only the alignment of their element.
 //
-// The macros that specialise this file come from lowering/topk_kernel.py.
+// The macros that specialise this file come from lowering/families/grouped_topk.py.
 
 #include "cpu.h"
 

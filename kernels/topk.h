@@ -4,7 +4,7 @@
 //
 // What belongs here is the arithmetic and the order of things.  What differs between machines (wave width, lane
 // exchange) is in the .cu and .hip files that include this; the numbers that specialise it (macros) come from
-// lowering/topk_kernel.py.
+// lowering/families/grouped_topk.py.
 //
 // Mapping: GROUP_LANES neighbouring lanes have a group, each PER_LANE neighbouring experts of it, the last lanes
 // perhaps fewer; TOKEN_LANES lanes have a token, the last perhaps no group.  Both are powers of two, TOKEN_LANES at

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
         UsageError,
         VerificationError,
     )
-    from .foreign import declare_ops
+    from .importing.foreign import declare_ops
     from .nn import quantize
-    from .report import Report, Site
-    from .runtime import Program, load
+    from .report.report import Report, Site
+    from .runtime.program import Program, load
     from .targets import TARGETS, Target
 
 __version__ = "0.1.0"
@@ -41,15 +41,15 @@ _HOME = {
     "compile": "compiler",
     "compile_mlir": "compiler",
     "explain": "compiler",
-    "declare_ops": "foreign",
+    "declare_ops": "importing.foreign",
     "Compiled": "compiler",
-    "load": "runtime",
-    "Program": "runtime",
+    "load": "runtime.program",
+    "Program": "runtime.program",
     "nn": "nn",
     "ops": "ops",
     "quantize": "nn",
-    "Report": "report",
-    "Site": "report",
+    "Report": "report.report",
+    "Site": "report.report",
     "TARGETS": "targets",
     "Target": "targets",
     "LoweringError": "errors",
@@ -102,8 +102,8 @@ def _is_command() -> bool:
     module = sys.orig_argv[2:3] if sys.orig_argv[1:2] == ["-m"] and sys.argv[:1] == ["-m"] else []
     started = PurePath(sys.argv[0]).name if sys.argv else ""
     return started in ("compile-to-vmfb", "run-vmfb") or module in (
-        ["lowering.compile_cli"],
-        ["lowering.run_cli"],
+        ["lowering.cli.compile"],
+        ["lowering.cli.run"],
     )
 
 

@@ -20,32 +20,34 @@ from iree.compiler import ir
 from patterns.flavour import use_flavours
 from patterns.sites import Ledger, SiteRecord
 
-from . import devices, extensions, floats
-from . import parameters as weights
-from .culprit import find_culprit
-from .dispatch import Dispatched, choose_kernels, dispatch, return_physical_scales, supported
+from . import extensions
+from .backends import devices
 from .errors import CompileError, UsageError
-from .exact import spell_out
-from .expand import Expander
-from .folding import fold
-from .fuse import fuse
-from .importer import Program, import_module, parse_module
-from .iree_steps import COMPILE, Iree, Step, TimedOut, Unplaced
-from .kernel import hardware_floats
-from .layout import check, lay_out, reads_of
-from .normalize import normalize
-from .ownership import keep_arguments, part_updates
-from .raising import RECOGNISERS, raise_function
-from .report import Change, Report, Site
-from .respell import respell
-from .scalar_ops import correct
+from .families.row import hardware_floats
+from .importing.importer import Program, import_module, parse_module
+from .isolation.culprit import find_culprit
+from .isolation.iree_steps import COMPILE, Iree, Step, TimedOut, Unplaced
+from .passes.check_scales import check_scales
+from .passes.dispatch import Dispatched, choose_kernels, dispatch, return_physical_scales, supported
+from .passes.expand import Expander
+from .passes.fold import fold
+from .passes.fuse import fuse
+from .passes.lay_out import check, lay_out, reads_of
+from .passes.normalize import normalize
+from .passes.raise_ops import RECOGNISERS, raise_function
+from .passes.respell import respell
+from .passes.sink_views import sink_views
+from .passes.spell_out import spell_out
+from .passes.widen import widen
+from .program import floats
+from .program.ownership import keep_arguments, part_updates
+from .program.scalar_ops import correct
+from .program.slices import mend_slices
+from .program.storage import add_entry, remove_entry
+from .report.report import Change, Report, Site
 from .signature import SIGNATURE_KEY, Signature, known_sizes
-from .slices import mend_slices
-from .storage import add_entry, remove_entry
 from .targets import Target, resolve
-from .views import sink_views
-from .weight_scales import check_scales
-from .widen import widen
+from .weights import parameters as weights
 
 Progress = Callable[[str, str], None]
 Fp8 = Literal["as-is", "native"]
@@ -67,7 +69,7 @@ class Compiled:
 
     def dump_kernels(self, directory: str | os.PathLike[str]) -> None:
         """Write every kernel object and ``kernels.json`` (launches in execution order) to ``directory``."""
-        from .dump import dump_kernels
+        from .program.dump import dump_kernels
 
         dump_kernels(self.dispatched, Path(directory))
 

@@ -33,7 +33,8 @@ def backend(graph: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Calla
 
 
 def _compile(graph: torch.fx.GraphModule, inputs: tuple[Any, ...]) -> Callable[..., Any]:
-    from . import compiler, runtime
+    from . import compiler
+    from .runtime import program as runtime
 
     program = compiler.compile(graph, inputs, target=_target(inputs)).vmfb
     return runtime.load(program, check="headers")  # it has been in this memory ever since it was made

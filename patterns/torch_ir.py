@@ -413,7 +413,7 @@ def block_of(function: ir.Operation) -> ir.Block:
 
 
 _FRAME = re.compile(r'"([^"]+)":(\d+):\d+')
-_OWN_FRAMES = re.compile(r"<|[/\\](lowering|patterns)[/\\]\w+\.py$|[/\\]torch[/\\]")
+_OWN_FRAMES = re.compile(r"<|[/\\](lowering|patterns)([/\\]\w+)+\.py$|[/\\]torch[/\\]")
 
 
 def location(op: ir.Operation) -> str:

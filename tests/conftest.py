@@ -18,7 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 pytest_plugins = ["kernel_objects"]
 
 # What these modules assert is explained as in a test.
-pytest.register_assert_rewrite("host_kernels", "row_reference")
+pytest.register_assert_rewrite("tests.families.host_kernels", "tests.families.row_reference")
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,7 +63,7 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def launcher(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """What launches a kernel instance on this host; each is built once."""
-    import host_kernels
+    from tests.families import host_kernels
 
     return cache(lambda kernel: host_kernels.launcher(kernel, tmp_path_factory.mktemp("kernel")))
 
@@ -87,7 +87,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def double(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A program: main(x) = x + x and negate(x) = -x for float32 [s0, 4]."""
-    from small_programs import DOUBLE, X, compiled, signature
+    from tests.small_programs import DOUBLE, X, compiled, signature
 
     path = tmp_path_factory.mktemp("double") / "double.vmfb"
     path.write_bytes(compiled(DOUBLE, main=signature((X,), (X,)), negate=signature((X,), (X,))))

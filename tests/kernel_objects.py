@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--kernel-objects") is None:
         return
     config.stash[_FOUND] = _OBJECTS
-    from lowering import toolchain
+    from lowering.backends import toolchain
 
     compile_kernel = toolchain.compile_kernel
 

@@ -9,11 +9,11 @@ import torch
 from iree.compiler import ir
 from torch import nn
 
-from lowering.fuse import fuse
-from lowering.importer import import_module
-from lowering.normalize import normalize
-from lowering.raising import raise_function
-from lowering.views import sink_views
+from lowering.importing.importer import import_module
+from lowering.passes.fuse import fuse
+from lowering.passes.normalize import normalize
+from lowering.passes.raise_ops import raise_function
+from lowering.passes.sink_views import sink_views
 from patterns import canonical, torch_ir
 from patterns.row_fusion import Support
 from patterns.sites import Ledger

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_hip_programs import run as run_emulated
 from torch import Tensor, nn
 
 import lowering
 from lowering.compiler import Compiled
 from patterns.contracts import MatmulSpec, Quantization
+from tests.gfx950.test_hip_programs import run as run_emulated
 
 LOW = torch.ops.lowering
 LAYOUTS = {  # target: of weights, of scales

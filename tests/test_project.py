@@ -119,8 +119,8 @@ def test_wheel_has_two_import_packages_and_no_kernels(wheel):
 def test_wheel_declares_the_commands_and_the_extras(wheel):
     (info,) = {n.split("/")[0] for n in wheel.namelist() if ".dist-info/" in n}
     scripts = wheel.read(f"{info}/entry_points.txt").decode()
-    assert "compile-to-vmfb = lowering.compile_cli:main" in scripts
-    assert "run-vmfb = lowering.run_cli:main" in scripts
+    assert "compile-to-vmfb = lowering.cli.compile:main" in scripts
+    assert "run-vmfb = lowering.cli.run:main" in scripts
     metadata = Parser().parsestr(wheel.read(f"{info}/METADATA").decode())
     assert {"cuda", "hip", "test"} <= set(metadata.get_all("Provides-Extra") or [])
 

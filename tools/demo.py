@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 import lowering
-from lowering.compile_cli import Progress
-from lowering.report import Report
+from lowering.cli.compile import Progress
+from lowering.report.report import Report
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo"

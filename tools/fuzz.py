@@ -1,9 +1,9 @@
 """Random graphs through the compiler: each against eager PyTorch and float64, in a child process.
 
-    python tools/fuzz.py --minutes 10 --seed 1000 --out findings
-    python tools/fuzz.py --minutes 10 --jobs 16               # so many modules at a time
-    python tools/fuzz.py --minutes 5 --target h200            # run on such a GPU, elsewhere compiled only
-    python tools/fuzz.py --seeds 17,33 --out findings         # these again, one by one
+    python -m tools.fuzz --minutes 10 --seed 1000 --out findings
+    python -m tools.fuzz --minutes 10 --jobs 16               # so many modules at a time
+    python -m tools.fuzz --minutes 5 --target h200            # run on such a GPU, elsewhere compiled only
+    python -m tools.fuzz --seeds 17,33 --out findings         # these again, one by one
 
 A graph follows from its seed alone.  Eight graphs share a module, since compiling is what takes time; where
 the module is not right, the graphs that it is about are looked at alone.  Whatever is not right is shrunk and
@@ -26,9 +26,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fuzzing.graph import Graph, source
-from fuzzing.runner import Outcome, Workers
-from fuzzing.shrink import shrink
+from tools.fuzzing.graph import Graph, source
+from tools.fuzzing.runner import Outcome, Workers
+from tools.fuzzing.shrink import shrink
 
 _SPECIAL_EVERY = 4  # one module in so many has NaN, infinities and denormals in its arguments
 _SHRUNK_OF_A_KIND = 8

@@ -1,7 +1,7 @@
 """Runs single steps of the compiler on torch-dialect MLIR and prints what they leave.
 
-    python tools/opt.py model.mlir --steps normalize,raise --report
-    python tools/opt.py - --steps normalize,raise,sink,fuse,layout,dispatch --target sm_90 < model.mlir
+    python -m tools.opt model.mlir --steps normalize,raise --report
+    python -m tools.opt - --steps normalize,raise,sink,fuse,layout,dispatch --target sm_90 < model.mlir
 
 The steps are those of the README, in the order given; every function with a body is taken by
 itself, with a ledger of its own, so one file can hold many small cases.  With ``--report`` each
@@ -16,18 +16,16 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from iree.compiler import ir
 
-from lowering.dispatch import dispatch, supported
 from lowering.errors import LoweringError
-from lowering.fuse import fuse
-from lowering.layout import check, lay_out, reads_of
-from lowering.normalize import normalize
-from lowering.raising import raise_function
+from lowering.passes.dispatch import dispatch, supported
+from lowering.passes.fuse import fuse
+from lowering.passes.lay_out import check, lay_out, reads_of
+from lowering.passes.normalize import normalize
+from lowering.passes.raise_ops import raise_function
+from lowering.passes.sink_views import sink_views
 from lowering.targets import Target, resolve
-from lowering.views import sink_views
 from patterns.sites import NOT_REACHED, Ledger, SiteRecord
 
 STEPS = ("normalize", "raise", "sink", "fuse", "layout", "dispatch")

@@ -19,15 +19,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 
 import lowering
-from fuzzing import judge
-from fuzzing.grammar import graph_of
-from fuzzing.graph import Graph, source
+from tools.fuzzing import judge
+from tools.fuzzing.grammar import graph_of
+from tools.fuzzing.graph import Graph, source
 
 # The one verdict that holds for each of several graphs in one module.
 RIGHT = "right"

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from lowering import object_cache, toolchain
+from lowering.backends import object_cache, toolchain
 
 _SOURCES = Path(__file__).with_name("native")
 _OPTIONS = (

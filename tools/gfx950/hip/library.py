@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowering import object_cache, toolchain
+from lowering.backends import object_cache, toolchain
 from lowering.errors import ToolchainError
 
 from ..native import _compiler

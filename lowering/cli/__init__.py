@@ -1,0 +1,1 @@
+"""The commands compile-to-vmfb and run-vmfb."""

@@ -1,0 +1,142 @@
+"""From a TopkSpec and a target to a kernel instance: the grouped top-k routing of ``kernels/topk.*``.
+
+What that kernel family supports is decided here and nowhere else: ``why_unsupported`` says it in a sentence
+that the fusion can record, ``instance`` raises the same sentence.
+"""
+
+from __future__ import annotations
+
+from patterns.contracts import TopkSpec
+
+from ..errors import CompileError
+from ..ops.grouped_topk import why_impossible
+from ..targets import Target
+from .row import Binding, KernelInstance, digest, float32_literal
+from .row_mapping import GridRule, Tile
+
+MAX_EXPERTS = 512
+MAX_GROUPS = 32
+MAX_TOPK = 32
+
+_SOURCES = {"cpu": "topk.c", "cuda": "topk.cu", "hip": "topk.hip"}
+_CODES = {"bfloat16": 1, "float16": 2, "float32": 3}
+_SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+# How the sources call what ids are stored as: CPU and GPU sources name their integers differently.
+_IDS = {
+    "int32": {"cpu": "i32", "cuda": "int", "hip": "int"},
+    "int64": {"cpu": "i64", "cuda": "u64", "hip": "u64"},
+}
+
+# Experts a lane should have before a token is spread over more lanes: with fewer there is little to do
+# between two exchanges.
+_LEAST_PER_LANE = 4
+_WAVES = 4  # of a workgroup
+# Experts that one CPU workgroup scores: some ten microseconds, well above the cost of handing it out.
+_CPU_EXPERTS = 4096
+
+
+def why_unsupported(spec: TopkSpec, target: Target) -> str | None:
+    """A sentence saying why the kernel cannot do ``spec``, or None if it can, which is so on every target."""
+    routing = spec.routing
+    if reason := why_impossible(routing, spec.experts):
+        return reason
+    for name, dtype in (("gating", spec.dtype), ("a bias", spec.bias_dtype)):
+        if dtype not in _CODES:
+            return f"The routing kernel takes {name} of bfloat16, float16 or float32, not {dtype}."
+    if spec.ids_dtype not in _IDS:
+        return f"The routing kernel writes ids of int32 or int64, not {spec.ids_dtype}."
+    for what, value, most in (
+        ("experts", spec.experts, MAX_EXPERTS),
+        ("groups", routing.num_expert_group, MAX_GROUPS),
+        ("chosen experts", routing.topk, MAX_TOPK),
+    ):
+        if value > most:
+            return f"The routing kernel knows at most {most} {what}, not {value}."
+    return None
+
+
+def instance(spec: TopkSpec, target: Target, tile: Tile | None = None) -> KernelInstance:
+    """The kernel for ``spec`` on ``target``; ``tile`` overrides the chosen mapping (for tuning).
+
+    Raises CompileError with ``why_unsupported``'s sentence.
+    """
+    if reason := why_unsupported(spec, target):
+        raise CompileError(reason)
+    tile = tile or choose_tile(spec, target)
+    defines = _defines(spec, target) + _tile_defines(spec, tile, target)
+    entry = f"{_stem(spec)}_{digest(defines)}"
+    return KernelInstance(
+        entry=entry,
+        target=target,
+        spec=spec,
+        source=_SOURCES[target.backend],
+        defines=(("ENTRY", entry), *defines),
+        bindings=bindings(spec),
+        block=(tile.threads, 1, 1) if target.backend != "cpu" else (1, 1, 1),
+        grid_rule=GridRule(tile.rows),
+    )
+
+
+def bindings(spec: TopkSpec) -> tuple[Binding, ...]:
+    """The tensors of ``spec`` in dispatch order."""
+    topk = spec.routing.topk
+    return (
+        Binding("gating", spec.dtype, ("T", spec.experts), "read"),
+        Binding("bias", spec.bias_dtype, (spec.experts,), "read"),
+        Binding("weights", "float32", ("T", topk), "write"),
+        Binding("ids", spec.ids_dtype, ("T", topk), "write"),
+    )
+
+
+def choose_tile(spec: TopkSpec, target: Target) -> Tile:
+    """The default mapping: as many lanes as a wave has for every group, as long as each has enough to do.
+
+    A token has ``lanes``, a power of two; every group an equal number of them, of ``vector`` experts each.
+    """
+    if target.backend == "cpu":
+        return Tile(lanes=1, vectors=1, vector=1, rows=max(1, _CPU_EXPERTS // spec.experts))
+    groups = spec.routing.num_expert_group
+    size, parts = spec.experts // groups, _power_of_two_above(groups)
+    lanes = 1
+    while 2 * lanes * parts <= target.wave and size >= 2 * lanes * _LEAST_PER_LANE:
+        lanes *= 2
+    rows = _WAVES * target.wave // (lanes * parts)
+    return Tile(lanes=lanes * parts, vectors=1, vector=-(-size // lanes), rows=rows)
+
+
+def _power_of_two_above(count: int) -> int:
+    return 1 << (count - 1).bit_length()
+
+
+def _defines(spec: TopkSpec, target: Target) -> tuple[tuple[str, str], ...]:
+    routing = spec.routing
+    values: dict[str, int | str] = {
+        "EXPERTS": spec.experts,
+        "GROUPS": routing.num_expert_group,
+        "TOPK_GROUP": routing.topk_group,
+        "TOPK": routing.topk,
+        "GATING_DTYPE": _CODES[spec.dtype],
+        "BIAS_DTYPE": _CODES[spec.bias_dtype],
+        "ID": _IDS[spec.ids_dtype][target.backend],
+        "RENORMALIZE": int(routing.renormalize),
+        "EPS": float32_literal(routing.eps),
+        "FACTOR": float32_literal(routing.routed_scaling_factor),
+    }
+    return tuple((name, str(value)) for name, value in values.items())
+
+
+def _tile_defines(spec: TopkSpec, tile: Tile, target: Target) -> tuple[tuple[str, str], ...]:
+    if target.backend == "cpu":
+        return (("ROWS", str(tile.rows)),)
+    values = {
+        "GROUP_LANES": tile.lanes // _power_of_two_above(spec.routing.num_expert_group),
+        "PER_LANE": tile.vector,
+        "TOKEN_LANES": tile.lanes,
+        "THREADS": tile.threads,
+    }
+    return tuple((name, str(value)) for name, value in values.items())
+
+
+def _stem(spec: TopkSpec) -> str:
+    routing = spec.routing
+    return f"topk{routing.topk}_{_SHORT[spec.dtype]}_e{spec.experts}_g{routing.num_expert_group}"

@@ -1,0 +1,68 @@
+"""From a LinearSpec and a target to a kernel instance: products without scales, of ``kernels/matmul.c``.
+
+On the CPU IREE's own product of a large weight, a language model's head above all, takes four times as long
+(docs/measurements.md); elsewhere it is left to IREE.
+"""
+
+from __future__ import annotations
+
+from patterns.contracts import LinearSpec
+
+from ..errors import CompileError
+from ..targets import Target
+from .matmul.cpu import ProductTile, tile_defines
+from .matmul.variant import DTYPE_CODES, texts
+from .row import Binding, KernelInstance, digest
+
+DEPTH_MULTIPLE = 64  # of what is decoded along K at once, for every dtype and vector width
+_SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+
+
+def why_unsupported(spec: LinearSpec, target: Target) -> str | None:
+    """A sentence saying why no kernel computes ``spec`` on ``target``, or None if one does."""
+    if target.backend != "cpu":
+        return f"The kernel of linear layers is written for the cpu, not for {target.name}."
+    if spec.dtype not in DTYPE_CODES:
+        return f"The kernel of linear layers computes in {', '.join(DTYPE_CODES)}, not {spec.dtype}."
+    if spec.depth % DEPTH_MULTIPLE:
+        return f"The kernel of linear layers takes whole {DEPTH_MULTIPLE} features, not {spec.depth}."
+    return None
+
+
+def instance(spec: LinearSpec, target: Target) -> KernelInstance:
+    """The kernel for ``spec`` on ``target``.  Raises CompileError with ``why_unsupported``'s sentence."""
+    if reason := why_unsupported(spec, target):
+        raise CompileError(reason)
+    values, grid_rule = tile_defines(spec.columns, ProductTile())
+    defines = texts(
+        {
+            "N": spec.columns,
+            "K": spec.depth,
+            "PLAIN": DTYPE_CODES[spec.dtype],
+            "OUT_DTYPE": DTYPE_CODES[spec.dtype],
+            "HAS_BIAS": int(spec.bias),
+            **values,
+        }
+    )
+    entry = f"linear_{_SHORT[spec.dtype]}_n{spec.columns}_k{spec.depth}_{digest(defines)}"
+    return KernelInstance(
+        entry=entry,
+        target=target,
+        spec=spec,
+        source="matmul.c",
+        defines=(("ENTRY", entry), *defines),
+        bindings=bindings(spec),
+        block=(1, 1, 1),
+        grid_rule=grid_rule,
+    )
+
+
+def bindings(spec: LinearSpec) -> tuple[Binding, ...]:
+    """The tensors of ``spec`` in dispatch order: a, b, bias if there is one; out."""
+    read = [
+        Binding("a", spec.dtype, ("T", spec.depth), "read"),
+        Binding("b", spec.dtype, (spec.columns, spec.depth), "read"),
+    ]
+    if spec.bias:
+        read.append(Binding("bias", spec.dtype, (spec.columns,), "read"))
+    return (*read, Binding("out", spec.dtype, ("T", spec.columns), "write"))

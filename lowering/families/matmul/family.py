@@ -1,0 +1,107 @@
+"""From a MatmulSpec and a target to a kernel instance: the block-scaled product of ``kernels/matmul.*``.
+
+What that kernel family supports is decided here and in the variant of the target's backend:
+``why_unsupported`` says it in a sentence that the fusion can act on, ``instance`` raises the same sentence.
+"""
+
+from __future__ import annotations
+
+from patterns.contracts import DEPTH_MULTIPLE, MatmulSpec, ScaleLayout, WeightLayout, stored_rows
+
+from ...errors import CompileError
+from ...targets import Backend, Target
+from ..row import Binding, Dimension, KernelInstance, digest
+from . import cpu as matmul_cpu
+from . import cuda as matmul_cuda
+from . import hip as matmul_hip
+from .variant import DTYPE_CODES, FLOAT8_CODES, Variant
+
+_VARIANTS: dict[Backend, Variant] = {
+    "cpu": matmul_cpu.VARIANT,
+    "cuda": matmul_cuda.VARIANT,
+    "hip": matmul_hip.VARIANT,
+}
+_SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+
+
+def why_unsupported(spec: MatmulSpec, target: Target) -> str | None:
+    """A sentence saying why no kernel computes ``spec`` on ``target``, or None if one does."""
+    special = _VARIANTS[target.backend].why_unsupported
+    return _why_not_types(spec) or _why_not_layouts(spec, target) or special(spec, target)
+
+
+def _why_not_types(spec: MatmulSpec) -> str | None:
+    for name, dtype in (("a", spec.a_dtype), ("b", spec.b_dtype)):
+        if dtype not in FLOAT8_CODES:
+            return f"The product kernel takes {name} of {' or '.join(FLOAT8_CODES)}, not {dtype}."
+    if spec.dtype not in DTYPE_CODES:
+        return f"The product kernel writes {', '.join(DTYPE_CODES)}, not {spec.dtype}."
+    if spec.columns < 1:
+        return "The product has no columns."
+    return None
+
+
+def _why_not_layouts(spec: MatmulSpec, target: Target) -> str | None:
+    weights, scales = weight_layouts(target), scale_layouts(target)
+    if spec.b_layout not in weights:
+        return f"The product kernel of {target.name} reads b in {' or '.join(weights)}, not {spec.b_layout}."
+    multiple = DEPTH_MULTIPLE[spec.b_layout]
+    if spec.depth % multiple:
+        return f"The layout {spec.b_layout} has rows of whole {multiple} elements, not of {spec.depth}."
+    if spec.a_scale_layout not in scales:
+        asked = spec.a_scale_layout
+        return f"The product kernel of {target.name} reads a_scale in {' or '.join(scales)}, not {asked}."
+    return None
+
+
+def weight_layouts(target: Target) -> tuple[WeightLayout, ...]:
+    """The layouts of b that some kernel of ``target`` reads, the fastest first."""
+    return _VARIANTS[target.backend].weight_layouts
+
+
+def scale_layouts(target: Target) -> tuple[ScaleLayout, ...]:
+    """The layouts of the scales of a that some kernel of ``target`` reads, the fastest first."""
+    return _VARIANTS[target.backend].scale_layouts
+
+
+def instance(spec: MatmulSpec, target: Target, tile: object | None = None) -> KernelInstance:
+    """The kernel for ``spec`` on ``target``; ``tile``, of the variant's kind, overrides the default.
+
+    Raises CompileError with ``why_unsupported``'s sentence.
+    """
+    if reason := why_unsupported(spec, target):
+        raise CompileError(reason)
+    variant = _VARIANTS[target.backend]
+    special = variant.specialise(spec, target, tile)
+    stem = f"matmul{spec.group}_{_SHORT[spec.dtype]}_n{spec.columns}_k{spec.depth}"
+    entry = f"{stem}_{digest(special.defines)}"
+    return KernelInstance(
+        entry=entry,
+        target=target,
+        spec=spec,
+        source=variant.source,
+        defines=(("ENTRY", entry), *special.defines),
+        bindings=bindings(spec),
+        block=(special.threads, 1, 1),
+        grid_rule=special.grid_rule,
+        dynamic_shared=special.dynamic_shared,
+    )
+
+
+def bindings(spec: MatmulSpec) -> tuple[Binding, ...]:
+    """The tensors of ``spec`` in dispatch order: a, b, a_scale, b_scale, bias if there is one; out."""
+    groups = spec.depth // spec.group
+    scales: dict[ScaleLayout, tuple[Dimension, ...]] = {
+        "row": ("T", groups),
+        "column": (groups, "T"),
+        "column_tma": (groups, "T4"),
+    }
+    read = [
+        Binding("a", spec.a_dtype, ("T", spec.depth), "read"),
+        Binding("b", spec.b_dtype, (stored_rows(spec.columns, spec.b_layout), spec.depth), "read"),
+        Binding("a_scale", "float32", scales[spec.a_scale_layout], "read", layout=spec.a_scale_layout),
+        Binding("b_scale", "float32", (-(-spec.columns // spec.group), groups), "read"),
+    ]
+    if spec.bias:
+        read.append(Binding("bias", spec.dtype, (spec.columns,), "read"))
+    return (*read, Binding("out", spec.dtype, ("T", spec.columns), "write"))

@@ -1,0 +1,68 @@
+"""What the block-scaled product kernel of a backend is to ``matmul_kernel``: what it reads, how it is made.
+
+Each backend has one ``Variant``, in a file of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from patterns.contracts import MatmulSpec, ScaleLayout, WeightLayout
+
+from ...targets import Target
+from ..row_mapping import GridRule
+
+DTYPE_CODES = {"bfloat16": 1, "float16": 2, "float32": 3}
+FLOAT8_CODES = {"float8_e4m3fn": 0, "float8_e4m3fnuz": 1}
+SCALE_LAYOUT_CODES: dict[ScaleLayout, int] = {"row": 0, "column_tma": 1, "column": 2}
+
+
+@dataclass(frozen=True)
+class Specialised:
+    """What makes an instance of a source: its constants, workgroups of ``threads``, and how many of them."""
+
+    defines: tuple[tuple[str, str], ...]
+    grid_rule: GridRule
+    threads: int = 1
+    dynamic_shared: int = 0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The product kernel of one backend.
+
+    weight_layouts, scale_layouts
+        Those of b and of the scales of a that it may read, the fastest first.
+    why_unsupported
+        A sentence saying why it does not compute a spec on a target, whatever is said here; None if it does.
+        Dtypes and layouts have been looked at.
+    specialise
+        The instance's constants and its grid, for a spec that it computes; ``tile``, of a kind of its own,
+        overrides the default (for tuning).
+    """
+
+    source: str
+    weight_layouts: tuple[WeightLayout, ...]
+    scale_layouts: tuple[ScaleLayout, ...]
+    why_unsupported: Callable[[MatmulSpec, Target], str | None]
+    specialise: Callable[[MatmulSpec, Target, object | None], Specialised]
+
+
+def common_defines(spec: MatmulSpec) -> dict[str, int]:
+    """The constants that every backend's source knows by the same names."""
+    return {
+        "N": spec.columns,
+        "K": spec.depth,
+        "GROUP": spec.group,
+        "A_CODES": FLOAT8_CODES[spec.a_dtype],
+        "B_CODES": FLOAT8_CODES[spec.b_dtype],
+        "OUT_DTYPE": DTYPE_CODES[spec.dtype],
+        "HAS_BIAS": int(spec.bias),
+        "A_SCALE_LAYOUT": SCALE_LAYOUT_CODES[spec.a_scale_layout],
+    }
+
+
+def texts(values: dict[str, int]) -> tuple[tuple[str, str], ...]:
+    """``values`` as a compiler takes them."""
+    return tuple((name, str(value)) for name, value in values.items())

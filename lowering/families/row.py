@@ -1,0 +1,497 @@
+"""From a RowSpec and a target to a kernel instance: one source file and the constants that specialise it.
+
+Nothing here runs a compiler (``toolchain``) or reads an object (``abi``).  What the row kernel
+family supports is decided here and nowhere else: ``why_unsupported`` says it in a sentence that
+the fusion can record, ``instance`` raises the same sentence.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from patterns.contracts import LARGEST_FINITE, Quantization, RowSpec, ScaleLayout, Spec
+
+from ..errors import CompileError
+from ..targets import Target
+from .row_mapping import GROUPS, GridRule, Mapping, choose_mapping, group_of, has_row_scale, needs_whole_row
+
+Dimension = int | Literal["T", "T4"]
+Access = Literal["read", "write"]
+
+MAX_QUANTIZATIONS = 4
+MAX_HIDDEN = 16384  # on GPUs, where something depends on the whole row
+WHOLE_ROW_MULTIPLE = 32  # of elements in a row that is one group
+
+_SOURCES = {"cpu": "row.c", "cuda": "row.cu", "hip": "row.hip"}
+_CODES = {"bfloat16": 1, "float16": 2, "float32": 3}
+_SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+_ROUNDINGS = {"none": 0, "once": 1, "twice": 2}
+_RESIDUALS = {None: 0, "exact": 1, "rounded": 2}
+_ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3}
+_LAYOUTS = {"row": 0, "column_tma": 1, "column": 2, "ue8m0_packed": 3}
+_QUANT_CODES = {"float8_e4m3fn": 0, "float8_e4m3fnuz": 1, "float8_e5m2": 2, "int8": 3}
+_QUANT_SHORT = {"float8_e4m3fn": "", "float8_e4m3fnuz": "fnuz", "float8_e5m2": "e5m2", "int8": "int8"}
+_SCALE_SHORT = {"float32": "", "ue8m0": "_ue8m0"}
+_LAYOUT_SHORT = {"row": "", "column_tma": "_tma", "column": "_column", "ue8m0_packed": "_packed"}
+
+# The 8-bit floats a GPU's instructions convert to; int8 needs none, and the CPU kernel none at all.
+_OCP = ("float8_e4m3fn", "float8_e5m2")
+_FNUZ = ("float8_e4m3fnuz", "float8_e5m2fnuz")
+_HARDWARE_FLOATS = {"sm_90": _OCP, "sm_100": _OCP, "gfx950": _OCP, "gfx942": _FNUZ}
+# Bits of the significand of each type, int8's up to 127.
+_SIGNIFICAND = {"float8_e4m3fn": 4, "float8_e4m3fnuz": 4, "float8_e5m2": 3, "int8": 7}
+
+# Below this floor on amax 1/scale could leave float32's normal range.
+_SAFE_FLOOR = 1e-30
+
+
+@dataclass(frozen=True)
+class Binding:
+    """One tensor of a dispatch, dense and row major.
+
+    ``shape`` holds ints and the symbols ``T`` (rows) and ``T4`` (rows rounded up to 4).  Scales have their
+    physical shape: [T, Gn] in ``row`` layout, [Gn, T] in ``column``, [Gn, T4] in ``column_tma``, and in
+    ``ue8m0_packed`` int32 [ceil(Gn/4), T4], four exponents in each; ``layout`` says which.  ``quantization``
+    is the one whose values or scales these are.  ``columns`` are the first column that the kernel touches and
+    the one after the last, where that is a part of each row.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[Dimension, ...]
+    access: Access
+    quantization: Quantization | None = None
+    layout: ScaleLayout = "row"
+    columns: tuple[int, int] | None = None
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether it has a row for each of the dispatch's, unlike a weight."""
+        return len(self.shape) == 2 and self.shape[0] == "T"
+
+
+@dataclass(frozen=True)
+class KernelInstance:
+    """A kernel ready to be compiled and dispatched.
+
+    On a GPU the parameters are one pointer per binding, in order, then ``rows`` as i32.  On the CPU
+    they are a base pointer and an i64 element offset per binding, then i32 ``rows`` and i32 workgroup.
+    """
+
+    entry: str
+    target: Target
+    spec: Spec
+    source: str
+    defines: tuple[tuple[str, str], ...]
+    bindings: tuple[Binding, ...]
+    block: tuple[int, int, int]
+    grid_rule: GridRule
+    dynamic_shared: int = 0
+
+    def grid(self, rows: int) -> tuple[int, int, int]:
+        """Workgroups for ``rows`` rows."""
+        return self.grid_rule.workgroups(rows), 1, 1
+
+    def shape(self, binding: Binding, rows: int) -> tuple[int, ...]:
+        """The sizes of ``binding`` when there are ``rows`` rows."""
+        sizes = {"T": rows, "T4": (rows + 3) // 4 * 4}
+        return tuple(d if isinstance(d, int) else sizes[d] for d in binding.shape)
+
+    def elements(self, binding: Binding, rows: int) -> int:
+        """How many elements of ``binding`` the kernel touches."""
+        *leading, last = self.shape(binding, rows)
+        first, end = binding.columns or (0, last)
+        return math.prod(leading) * (end - first)
+
+
+def why_unsupported(spec: RowSpec, target: Target) -> str | None:
+    """A sentence saying why the row kernel cannot do ``spec`` on ``target``, or None if it can."""
+    reasons = [_why_not_dtypes(spec), _why_not_gate(spec), _why_not_norm(spec), _why_not_hidden(spec, target)]
+    reasons += [*_why_not_quants(spec, target), _why_not_windows(spec)]
+    return next((reason for reason in reasons if reason), None)
+
+
+def hardware_floats(target: Target) -> tuple[str, ...]:
+    """The 8-bit floats ``target`` converts to: by its instructions or, on the CPU, by the kernel's own."""
+    floats = tuple(dtype for dtype in _QUANT_CODES if dtype != "int8")
+    return _HARDWARE_FLOATS[target.name] if target.backend != "cpu" else floats
+
+
+def instance(spec: RowSpec, target: Target, mapping: Mapping | None = None) -> KernelInstance:
+    """The kernel for ``spec`` on ``target``; ``mapping`` overrides the chosen one (for tuning).
+
+    Raises CompileError with ``why_unsupported``'s sentence.
+    """
+    if reason := why_unsupported(spec, target):
+        raise CompileError(reason)
+    mapping = mapping or choose_mapping(spec, target)
+    defines = _defines(spec) + _mapping_defines(mapping, target)
+    entry = f"{_stem(spec)}_{digest(defines)}"
+    return KernelInstance(
+        entry=entry,
+        target=target,
+        spec=spec,
+        source=_SOURCES[target.backend],
+        defines=(("ENTRY", entry), *defines),
+        bindings=bindings(spec),
+        block=(mapping.threads, 1, 1) if target.backend != "cpu" else (1, 1, 1),
+        grid_rule=mapping.grid_rule,
+    )
+
+
+def bindings(spec: RowSpec) -> tuple[Binding, ...]:
+    """The tensors of ``spec`` in dispatch order: x, up, residual, weight; sum, y, every q and scale."""
+    row: tuple[Dimension, ...] = ("T", spec.hidden)
+    out = [_input_binding("x", spec)]
+    if spec.gate and not spec.gate.packed:
+        out.append(_input_binding("up", spec))
+    if spec.norm and spec.norm.residual:
+        out.append(_input_binding("residual", spec))
+    if spec.weight_dtype:
+        out.append(Binding("weight", spec.weight_dtype, (spec.hidden,), "read"))
+    if spec.writes_sum:
+        out.append(Binding("sum", spec.dtype, row, "write"))
+    if spec.writes_y:
+        out.append(Binding("y", spec.dtype, row, "write"))
+    for i, quantization in enumerate(spec.quantizations):
+        out.append(Binding(f"q{i}", quantization.dtype, row, "write", quantization))
+        out.append(_scale_binding(f"scale{i}", quantization, spec.hidden))
+    return tuple(out)
+
+
+def _input_binding(name: str, spec: RowSpec) -> Binding:
+    pitch, columns = spec.pitch(name), spec.columns(name)
+    part = (columns.start, columns.stop) if pitch > columns.stop - columns.start else None
+    return Binding(name, spec.dtype, ("T", pitch), "read", columns=part)
+
+
+def _scale_binding(name: str, quantization: Quantization, hidden: int) -> Binding:
+    groups = quantization.groups(hidden)
+    shapes: dict[str, tuple[Dimension, ...]] = {
+        "row": ("T", groups),
+        "column": (groups, "T"),
+        "column_tma": (groups, "T4"),
+        "ue8m0_packed": (-(-groups // 4), "T4"),
+    }
+    dtype = "int32" if quantization.layout == "ue8m0_packed" else "float32"
+    return Binding(name, dtype, shapes[quantization.layout], "write", quantization, quantization.layout)
+
+
+def _why_not_dtypes(spec: RowSpec) -> str | None:
+    known = "bfloat16, float16 and float32"
+    if spec.dtype not in _CODES:
+        return f"The row kernel takes x of {known}, not {spec.dtype}."
+    if spec.weight_dtype is not None and spec.weight_dtype not in _CODES:
+        return f"The row kernel takes a weight of {known}, not {spec.weight_dtype}."
+    return None
+
+
+def _why_not_gate(spec: RowSpec) -> str | None:
+    gate = spec.gate
+    if gate is None:
+        return None
+    if spec.norm is not None:
+        return "The row kernel either normalises or gates, not both."
+    if gate.activation not in _ACTIVATIONS:
+        return f"The row kernel gates with {_listed(_ACTIVATIONS)}, not {gate.activation}."
+    if gate.rounding not in _ROUNDINGS:
+        return f"The row kernel rounds {_listed(_ROUNDINGS)}, not {gate.rounding}."
+    return None
+
+
+def _why_not_norm(spec: RowSpec) -> str | None:
+    norm = spec.norm
+    if norm is None and (spec.weight_dtype or spec.writes_sum):
+        return "The row kernel has a weight or a residual sum only where it normalises."
+    if norm and (norm.rounding not in _ROUNDINGS or norm.residual not in _RESIDUALS):
+        return f"The row kernel knows no norm with rounding {norm.rounding} and residual {norm.residual}."
+    if norm and norm.weight_offset and not spec.weight_dtype:
+        return "The row kernel adds an offset to a weight only where there is one."
+    if norm and not math.isfinite(norm.weight_offset):
+        return f"The offset of the weight must be finite, not {norm.weight_offset}."
+    if spec.writes_sum and norm and not norm.residual:
+        return "The row kernel can write a residual sum only where there is a residual."
+    if not (spec.writes_sum or spec.writes_y or spec.quantizations):
+        return "The site writes nothing."
+    return None
+
+
+def _why_not_hidden(spec: RowSpec, target: Target) -> str | None:
+    if spec.hidden < 1:
+        return f"The row kernel needs rows of at least one element, not {spec.hidden}."
+    if spec.hidden > MAX_HIDDEN and target.backend != "cpu" and needs_whole_row(spec):
+        limit = f"rows of up to {MAX_HIDDEN} elements where a norm or a scale depends on all of them"
+        return f"On {target.name} the row kernel takes {limit}, not {spec.hidden}."
+    return None
+
+
+def _why_not_windows(spec: RowSpec) -> str | None:
+    for name in ("x", "other"):
+        columns, pitch = spec.columns(name), spec.pitch(name)
+        if not 0 <= columns.start <= columns.stop <= pitch:
+            return f"Columns {columns.start} to {columns.stop} do not lie in rows of {pitch} elements."
+    if (
+        spec.other_window
+        and not (spec.norm and spec.norm.residual)
+        and not (spec.gate and not spec.gate.packed)
+    ):
+        return "The row kernel has a second window only where it has a second input."
+    return None
+
+
+def _why_not_quants(spec: RowSpec, target: Target) -> list[str | None]:
+    reasons: list[str | None] = []
+    for quantization in spec.quantizations:
+        reasons.append(_why_not_codes(quantization, target))
+        reasons.append(_why_not_group(quantization, spec.hidden))
+        reasons.append(_why_not_scale(quantization))
+    if len(spec.quantizations) > MAX_QUANTIZATIONS:
+        most = f"at most {MAX_QUANTIZATIONS} different quantizations"
+        reasons.append(f"The row kernel writes {most}, not {len(spec.quantizations)}.")
+    return reasons
+
+
+def _why_not_codes(quantization: Quantization, target: Target) -> str | None:
+    dtype, limit = quantization.dtype, quantization.limit
+    if dtype not in _QUANT_CODES:
+        return f"The row kernel quantizes to {_listed(_QUANT_CODES)}, not {dtype}."
+    hardware = hardware_floats(target)
+    if dtype not in ("int8", *hardware):
+        other = (
+            ", whose values differ by a factor of two; --fp8 native changes it where nothing else sees them"
+            if dtype.startswith("float8_e4m3")
+            else ""
+        )
+        return f"{target.name} converts to {_listed(hardware)} in hardware, not to {dtype}{other}."
+    if limit is not None and not (0 < limit <= LARGEST_FINITE[dtype] and limit == int(limit)):
+        most = f"whole numbers up to {LARGEST_FINITE[dtype]:g}"
+        return f"The row kernel limits {dtype} to {most}, not to {limit:g}."
+    return None
+
+
+def _why_not_group(quantization: Quantization, hidden: int) -> str | None:
+    group = quantization.group
+    if group is None:
+        if hidden % WHOLE_ROW_MULTIPLE:
+            multiple = f"a multiple of {WHOLE_ROW_MULTIPLE} elements"
+            return f"The row kernel quantizes whole rows of {multiple}, not of {hidden}."
+        return None
+    if group not in GROUPS:
+        return f"The row kernel quantizes groups of 32, 64 or 128 elements, not {group}."
+    if hidden % group:
+        return f"Rows of {hidden} elements do not divide into groups of {group}."
+    return None
+
+
+def _why_not_scale(quantization: Quantization) -> str | None:
+    if quantization.scale not in _SCALE_SHORT:
+        return f"The row kernel writes {_listed(_SCALE_SHORT)} scales, not {quantization.scale}."
+    if quantization.layout not in _LAYOUTS:
+        return f"The row kernel writes scales in {_listed(_LAYOUTS)} layout, not {quantization.layout}."
+    if quantization.layout == "ue8m0_packed" and quantization.scale != "ue8m0":
+        return f"The layout ue8m0_packed holds ue8m0 scales, not {quantization.scale}."
+    divisions = (quantization.scale_division, quantization.quotient)
+    if not set(divisions) <= {"true", "reciprocal"}:
+        return f"The row kernel divides truly or by a reciprocal, not as {' and '.join(divisions)}."
+    for name, floor in (("amax", quantization.amax_floor), ("the scale", quantization.scale_floor)):
+        if not 0.0 <= floor < math.inf:
+            return f"The floor on {name} must be finite and not negative, not {floor}."
+    ceiling = quantization.amax_ceiling
+    if ceiling is not None and not 0.0 < ceiling < math.inf:
+        return f"The upper bound on amax must be finite and positive, not {ceiling}."
+    return None
+
+
+def _listed(names: Iterable[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def _defines(spec: RowSpec) -> tuple[tuple[str, str], ...]:
+    norm, gate = spec.norm, spec.gate
+    producer = norm or gate
+    packed = gate is not None and gate.packed
+    offset = norm.weight_offset if norm else 0.0
+    values: dict[str, int | str] = {
+        "HIDDEN": spec.hidden,
+        "X_DTYPE": _CODES[spec.dtype],
+        "WEIGHT_DTYPE": _CODES[spec.weight_dtype] if spec.weight_dtype else 0,
+        "PRODUCT_DTYPE": _CODES[_promoted(spec.dtype, "float32" if offset else spec.weight_dtype)],
+        "NORM": int(norm is not None),
+        "EPS": float32_literal(norm.eps if norm else 0.0),
+        "HAS_WEIGHT_OFFSET": int(offset != 0.0),
+        "WEIGHT_OFFSET": float32_literal(offset),
+        "ROUNDING": _ROUNDINGS[producer.rounding] if producer else 0,
+        "RESIDUAL": _RESIDUALS[norm.residual] if norm else 0,
+        "ACT": _ACTIVATIONS[gate.activation] if gate else 0,
+        "GATE_PACKED": int(packed),
+        "X_PITCH": spec.pitch("x"),
+        "X_OFFSET": spec.columns("x").start,
+        "OTHER_PITCH": spec.pitch("x" if packed else "other"),
+        "OTHER_OFFSET": spec.columns("x").start + spec.hidden if packed else spec.columns("other").start,
+        "WRITES_SUM": int(spec.writes_sum),
+        "WRITES_Y": int(spec.writes_y),
+        "QUANTS": len(spec.quantizations),
+        "WHOLE_ROW": int(has_row_scale(spec)),
+    }
+    for i, quantization in enumerate(spec.quantizations):
+        values |= {f"{name}{i}": value for name, value in _scheme(quantization, spec).items()}
+    if spec.quantizations:
+        values |= {f"GROUP{i}": 0 for i in range(len(spec.quantizations), MAX_QUANTIZATIONS)}
+    return tuple((name, str(value)) for name, value in values.items())
+
+
+def _scheme(quantization: Quantization, spec: RowSpec) -> dict[str, int | str]:
+    """The constants of one quantization; those that are floats as their bits.
+
+    GROUP 0 is the whole row.  POWER: scales are powers of two.  RECIPROCAL: y is multiplied by 1/scale.
+    INVERSE is what amax is multiplied by for the scale, 0 where it is divided by LIMIT.
+    """
+    ceiling = math.inf if quantization.amax_ceiling is None else quantization.amax_ceiling
+    inverse = 1.0 / quantization.qmax if quantization.scale_division == "reciprocal" else 0.0
+    return {
+        "GROUP": group_of(quantization, spec),
+        "LAYOUT": _LAYOUTS[quantization.layout],
+        "CODES": _QUANT_CODES[quantization.dtype],
+        "LIMIT": int(quantization.qmax),
+        "POWER": int(quantization.scale == "ue8m0"),
+        "RECIPROCAL": int(quantization.quotient == "reciprocal"),
+        "FLOOR": _bits32(quantization.amax_floor),
+        "CEILING": _bits32(ceiling),
+        "SCALE_FLOOR": _bits32(quantization.scale_floor),
+        "INVERSE": _bits32(inverse),
+        "QUOTIENT": _quotient(quantization, spec),
+    }
+
+
+def _mapping_defines(mapping: Mapping, target: Target) -> tuple[tuple[str, str], ...]:
+    if target.backend == "cpu":
+        return (("ROWS", str(mapping.many.rows)),)
+    many, few = mapping.many, mapping.few
+    values = {
+        "MANY_LANES": many.lanes,
+        "MANY_VECTORS": many.vectors,
+        "MANY_VECTOR": many.vector,
+        "MANY_ROWS": many.rows,
+        "MANY_BATCHES": many.batches,
+        "MANY_BLOCKS": many.blocks,
+        "FEW_ROWS": mapping.few_rows,
+        "SPREAD": mapping.spread,
+        "THREADS": mapping.threads,
+        "RESIDENT": mapping.resident,
+    }
+    if few:
+        values |= {"FEW_LANES": few.lanes, "FEW_VECTORS": few.vectors, "FEW_VECTOR": few.vector}
+        values |= {"FEW_SLICES": few.slices}
+    return tuple((name, str(value)) for name, value in values.items())
+
+
+def _promoted(dtype: str, weight_dtype: str | None) -> str:
+    """The dtype torch multiplies ``dtype`` by ``weight_dtype`` in."""
+    return dtype if weight_dtype in (None, dtype) else "float32"
+
+
+def _quotient(quantization: Quantization, spec: RowSpec) -> int:
+    """How y/scale is computed: 0 by division, 1 from 1/scale and the remainder, 2 from a twofold 1/scale.
+
+    0 (and a clamp) where the scale can be so small that 1/scale leaves float32's normal range; where y can
+    exceed the limit (a ceiling on amax, or a limit that rounding to the type can pass); and where a scale
+    that does not come from 11 bits of amax is the one the kernel's reciprocal gets wrong.  2, the shortest,
+    where y has 8 bits and no y/scale is too near to where float32 rounds the other way.
+    """
+    floor, scale_floor = _rounded32(quantization.amax_floor), _rounded32(quantization.scale_floor)
+    qmax = quantization.qmax
+    if max(floor, scale_floor) < _SAFE_FLOOR or quantization.amax_ceiling is not None:
+        return 0
+    if not _has_bits(qmax, _SIGNIFICAND[quantization.dtype]):
+        return 0
+    inverse = _rounded32(1.0 / qmax) if quantization.scale_division == "reciprocal" else None
+    bounds = [scale_floor, _scale(floor, qmax, inverse)]
+    if any(_is_all_ones(scale) for scale in [*bounds, _scale(qmax, qmax, inverse)]):
+        return 0
+    return 2 if _is_rounded_to_bfloat16(spec) and _rounds_clearly(qmax, inverse, *bounds) else 1
+
+
+def _scale(amax: float, qmax: float, inverse: float | None) -> float:
+    return _rounded32(amax / qmax if inverse is None else amax * inverse)
+
+
+def _is_rounded_to_bfloat16(spec: RowSpec) -> bool:
+    """Whether what is quantized has the 8 significant bits of a bfloat16."""
+    producer = spec.norm or spec.gate
+    if spec.dtype != "bfloat16" or producer is None:
+        return spec.dtype == "bfloat16"
+    offset = spec.norm.weight_offset if spec.norm else 0.0
+    wide = _promoted(spec.dtype, "float32" if offset else spec.weight_dtype) != spec.dtype
+    return producer.rounding == "once" or (producer.rounding == "twice" and not wide)
+
+
+@functools.cache
+def _rounds_clearly(qmax: float, inverse: float | None, *bounds: float) -> bool:
+    """Whether y/scale is at least 2^-42 of itself from where float32's rounding turns, for every 8-bit y.
+
+    The scales are those of every 8-bit amax, and ``bounds``; a kernel's error is below 2^-43.
+    """
+    scales = {_scale(amax, qmax, inverse) for amax in range(128, 256)} | {bound for bound in bounds if bound}
+    for scale in scales:
+        divisor = int(math.frexp(scale)[0] * 2**24)
+        for y in range(128, 256):
+            # The quotient has 24 bits before its point; rounding turns half way to the next integer.
+            dividend = y << (39 if y << 16 >= divisor else 40)
+            if abs(2 * (dividend % divisor) - divisor) << 41 < dividend:
+                return False
+    return True
+
+
+def _is_all_ones(value: float) -> bool:
+    """Whether every bit of a float32's significand is one."""
+    return math.frexp(value)[0] == 1 - 2**-24
+
+
+def _has_bits(value: float, bits: int) -> bool:
+    """Whether ``bits`` bits hold the significand of ``value``."""
+    return (math.frexp(value)[0] * 2**bits).is_integer()
+
+
+def _rounded32(value: float) -> float:
+    return struct.unpack("f", struct.pack("f", value))[0]
+
+
+def float32_literal(value: float) -> str:
+    """``value`` rounded to float32 as a C hexadecimal literal."""
+    return _rounded32(value).hex() + "f"
+
+
+def _bits32(value: float) -> str:
+    """The bits of ``value`` rounded to float32, as a C literal."""
+    return f"0x{struct.unpack('I', struct.pack('f', value))[0]:08x}u"
+
+
+def _stem(spec: RowSpec) -> str:
+    parts = []
+    if spec.norm:
+        parts.append("add_rms_norm" if spec.norm.residual else "rms_norm")
+    if spec.gate:
+        parts.append(f"{spec.gate.activation}_mul")
+    parts += [_quant_stem(quantization) for quantization in spec.quantizations]
+    within = ["window"] if spec.x_window or spec.other_window else []
+    return "_".join([*(parts or ["copy"]), _SHORT[spec.dtype], f"h{spec.hidden}", *within])
+
+
+def _quant_stem(quantization: Quantization) -> str:
+    """``quant128`` is the usual scheme; what differs is named: ``int8quant_row``, ``quant128_packed``."""
+    group = "_row" if quantization.group is None else str(quantization.group)
+    scale = _SCALE_SHORT[quantization.scale] if quantization.layout != "ue8m0_packed" else ""
+    return f"{_QUANT_SHORT[quantization.dtype]}quant{group}{scale}{_LAYOUT_SHORT[quantization.layout]}"
+
+
+def digest(defines: tuple[tuple[str, str], ...]) -> str:
+    """What tells instances of different ``defines`` apart in their names."""
+    return hashlib.sha256(json.dumps(defines).encode()).hexdigest()[:8]

@@ -1,0 +1,1 @@
+"""Step 1: a torch module becomes torch-dialect IR, with its weights beside it."""

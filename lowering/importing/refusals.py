@@ -1,0 +1,186 @@
+"""What is said of a model that cannot be exported or imported: what, where in the model, and the way out."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.export.graph_signature import InputKind
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from ..errors import CompileError
+
+_PACKAGES = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parent.parent}/")
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*(?:\n\s*([^\n]*))?')
+_NOISE = re.compile(r"\s*For more information, run with TORCH_LOGS=\S*|\s*You can suppress this .*")
+
+# What torch.export says, and what it means for the user of a model.
+_ADVICE = (
+    (
+        r"transformers\.cache_utils",
+        "a program returns tensors, and this model returns its cache: set model.config.use_cache = False, or "
+        "wrap the model so that the cache's tensors are arguments and results",
+    ),
+)
+_INSTEAD = {
+    "cond": "compute both branches and choose with torch.where",
+    "scan": "write the loop in Python, which unrolls it, or as torch.while_loop",
+    "associative_scan": "write the loop in Python, which unrolls it",
+    "map_impl": "write the loop in Python, which unrolls it, or use torch.vmap",
+}
+
+
+def not_exported(module: torch.nn.Module, error: Exception) -> CompileError:
+    """torch.export's own words, with the fixes that it suggests, and the line that it was at."""
+    where = [_line_of(error), *_guards(error)]
+    advice = [text for pattern, text in _ADVICE if re.search(pattern, str(error))]
+    lines = [*(advice or _summary(error)), *dict.fromkeys(filter(None, where))]
+    text = "\n  ".join(lines)
+    return CompileError(f"torch.export rejected {type(module).__name__}: {type(error).__name__}: {text}")
+
+
+def _summary(error: Exception) -> list[str]:
+    """The first paragraph, and that of the suggested fixes."""
+    paragraphs = [text for text in re.split(r"\n\s*\n", str(error)) if text.strip()]
+    kept = paragraphs[:1] + [text for text in paragraphs[1:] if text.lstrip().startswith("Suggested fix")]
+    lines = [_NOISE.sub("", line).rstrip() for text in kept for line in text.splitlines()]
+    return [line for line in lines if line.strip()][:12] or ["it gave no reason"]
+
+
+def _line_of(error: BaseException) -> str:
+    """The line of the model that the tracer was at, from the error's own words or its traceback."""
+    frames = _FRAME.findall(str(error))
+    frames += [(f.filename, f.lineno, f.line) for f in traceback.extract_tb(error.__traceback__)]
+    return next((f"{file}:{line}: {code}" for file, line, code in reversed(frames) if _is_theirs(file)), "")
+
+
+def _is_theirs(file: str) -> bool:
+    return not (
+        file.startswith(_PACKAGES) or file.startswith("<") or file.endswith("/torch/fx/graph_module.py")
+    )
+
+
+def _guards(error: BaseException) -> Iterator[str]:
+    """The lines of the model whose operations bound the sizes that ``error`` is about.
+
+    torch names the sizes alone.  Which function of its own asked for each bound is known where the error was
+    raised, and the operations that were traced, each with its line, a few frames above.
+    """
+    graph = _local(error, "gm", torch.fx.GraphModule)
+    environment = _local(error.__context__, "self", ShapeEnv)
+    if graph is None or environment is None:
+        return
+    sizes = {symbol: _name(sources[0]) for symbol, sources in environment.var_to_sources.items() if sources}
+    names = {str(symbol): name for symbol, name in sizes.items()}
+    concerned = {symbol for symbol, name in sizes.items() if name in str(error)}
+    for guard in environment.guards:
+        if concerned.isdisjoint(guard.expr.free_symbols):
+            continue
+        asking = getattr(guard.sloc.framework_loc, "name", "")
+        needed = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(guard.expr))
+        for node in graph.graph.nodes:
+            if isinstance(node.target, OpOverload) and _base_name(node.target) in asking:
+                yield f"{model_line(node)}{node.target} needs {needed}"
+
+
+def _name(source: Any) -> str:
+    return str(source.name() if callable(source.name) else source.name)
+
+
+def _base_name(op: OpOverload) -> str:
+    return op.name().partition("::")[2].partition(".")[0]
+
+
+def _local(error: BaseException | None, name: str, type_: type) -> Any:
+    """The innermost variable ``name`` of that type where ``error`` passed."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)] if error is not None else []
+    found = [frame.f_locals[name] for frame in frames if isinstance(frame.f_locals.get(name), type_)]
+    return found[-1] if found else None
+
+
+# -- an exported program ---------------------------------------------------------------------------------
+
+
+def model_line(node: torch.fx.Node) -> str:
+    """``file:line: `` of the model that ``node`` comes from; for an argument, where it is used first."""
+    for candidate in (node, *node.users):
+        for file, line, _ in reversed(_FRAME.findall(candidate.meta.get("stack_trace") or "")):
+            if _is_theirs(file):
+                return f"{file}:{line}: "
+    return ""
+
+
+def check(exported: torch.export.ExportedProgram, storable: Collection[torch.dtype], imported: type) -> None:
+    """Refuse what cannot be imported.  storable: the dtypes of parameters; imported: the class whose methods
+    import the operations of higher order.
+    """
+    _check_effects(exported)
+    _check_writes(exported)
+    for node in exported.graph.nodes:
+        if node.op == "call_function" and isinstance(node.target, HigherOrderOperator):
+            name = node.target.name()
+            if not hasattr(imported, f"_import_hop_{name}"):
+                instead = _INSTEAD.get(name, "write it with plain operations")
+                raise CompileError(f"{model_line(node)}torch's {name} cannot be compiled: {instead}")
+    _check_inputs(exported, storable)
+
+
+def _check_effects(exported: torch.export.ExportedProgram) -> None:
+    """Refuse operations that do something beside computing their results, as checking or printing."""
+    for node in exported.graph.nodes:
+        if node.op == "call_function" and node.target is torch.ops.higher_order.with_effects:
+            about = next((n for n in node.all_input_nodes if n.op == "call_function"), node)
+            while about.all_input_nodes and "getitem" in str(about.target):
+                about = about.all_input_nodes[0]
+            of = "" if about is node else f", which belongs to {about.target},"
+            raise CompileError(
+                f"{model_line(node)}{node.args[1]}{of} cannot be compiled: it checks or prints while it "
+                "runs; compute this outside of the model, or with operations that do not check their operands"
+            )
+
+
+def _check_writes(exported: torch.export.ExportedProgram) -> None:
+    signature = exported.graph_signature
+    mutated = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
+    if mutated:
+        nodes = {node.name: node for node in exported.graph.nodes}
+        lines = [f"{model_line(nodes[output])}{name}" for output, name in mutated.items()]
+        raise CompileError(
+            "the model writes in place to what it is given or keeps; a compiled program is a function of its "
+            "inputs: take the old value as an argument and return the new one instead of writing to\n  "
+            + "\n  ".join(lines[:6] + [f"and {len(lines) - 6} more"] * (len(lines) > 6))
+        )
+
+
+def _check_inputs(exported: torch.export.ExportedProgram, storable: Collection[torch.dtype]) -> None:
+    nodes = {node.name: node for node in exported.graph.nodes}
+    for spec in exported.graph_signature.input_specs:
+        node = nodes.get(getattr(spec.arg, "name", ""))
+        value = node.meta.get("val") if node is not None else None
+        if node is None:
+            continue
+        if spec.kind == InputKind.USER_INPUT and isinstance(value, (torch.SymInt, torch.SymFloat)):
+            raise CompileError(
+                f"{model_line(node)}the argument {node.name} is a number that changes between calls; pass a "
+                f"tensor without dimensions, torch.tensor({node.name}), or leave it out of dynamic_shapes"
+            )
+        dtype = value.dtype if isinstance(value, torch.Tensor) else None
+        if spec.kind != InputKind.USER_INPUT and dtype is not None and dtype not in storable:
+            instead = "torch.view_as_real of it" if dtype.is_complex else "it in a dtype that can be"
+            raise CompileError(
+                f"{model_line(node)}the parameter {spec.target} is {dtype}, which cannot be compiled; "
+                f"keep {instead} and compute with that"
+            )
+
+
+def not_imported(node: torch.fx.Node, error: Exception) -> CompileError:
+    """An operation that the torch dialect has no form of, or not for these operands."""
+    return CompileError(
+        f"{model_line(node)}{node.target} cannot be compiled: {str(error).splitlines()[0][:300]}; "
+        "write it with other operations"
+    )

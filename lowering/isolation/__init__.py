@@ -1,0 +1,1 @@
+"""IREE's compiler in a process of its own."""

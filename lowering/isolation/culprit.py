@@ -1,0 +1,79 @@
+"""Finds the operation that a program cannot be compiled for, where the compiler does not say.
+
+A compiler that died says nothing, and torch-mlir may name a constant in place of the operation that reads it.
+The first operations of the program are compiled alone, fewer or more of them, until one makes the difference.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+
+from iree.compiler import ir
+from iree.compiler.dialects import func
+
+from patterns import torch_ir
+
+from ..importing.importer import Program
+
+# A search that takes longer than this is given up; an error without a line is better than none for minutes.
+_SECONDS = 60.0
+_CASTS = ("torch_c.from_builtin_tensor", "torch_c.to_builtin_tensor", "tensor.cast")
+
+
+def find_culprit(program: Program, fails: Callable[[ir.Module], bool]) -> ir.Operation | None:
+    """The first operation of ``program``, in the torch dialect, with which a part of it fails.
+
+    None where no part fails, or where it takes too long to tell.
+    """
+    deadline = time.monotonic() + _SECONDS
+    bytecode = io.BytesIO()
+    program.module.operation.write_bytecode(bytecode)
+    operations = list(torch_ir.block_of(program.main()).operations)[:-1]
+
+    def part_fails(count: int) -> bool:
+        part = ir.Module.parse(bytecode.getvalue(), context=program.context)
+        return _keep(Program(part, {}).main(), count) and fails(part)
+
+    well, badly = 0, len(operations)
+    if not part_fails(badly):
+        return None
+    while badly - well > 1:
+        middle = (well + badly) // 2
+        if time.monotonic() > deadline:
+            return None
+        if part_fails(middle):
+            badly = middle
+        else:
+            well = middle
+    return _made_by(operations[badly - 1].operation)
+
+
+def _made_by(op: ir.Operation) -> ir.Operation:
+    """What computes the value that ``op`` only gives another type: only torch's tensors are returned."""
+    while op.name in _CASTS and not isinstance(op.operands[0].owner, ir.Block):
+        op = op.operands[0].owner.operation
+    return op
+
+
+def _keep(function: ir.Operation, count: int) -> bool:
+    """Leave the first ``count`` operations, and return what none of them reads; whether that is anything."""
+    block = torch_ir.block_of(function)
+    operations = [op.operation for op in block.operations]
+    for op in reversed(operations[count:]):
+        op.erase()
+    tensors = [
+        result
+        for op in operations[:count]
+        for result in op.results
+        if not list(result.uses) and str(result.type).startswith("!torch.vtensor")
+    ]
+    with function.context, ir.Location.unknown(), ir.InsertionPoint(block):
+        func.ReturnOp(tensors)
+        inputs = [argument.type for argument in block.arguments]
+        type_ = ir.FunctionType.get(inputs, [tensor.type for tensor in tensors])
+        function.attributes["function_type"] = ir.TypeAttr.get(type_)
+    if "res_attrs" in function.attributes:
+        del function.attributes["res_attrs"]
+    return bool(tensors)

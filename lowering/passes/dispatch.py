@@ -1,0 +1,159 @@
+"""Step 6, dispatch: each fused operation becomes a call of one kernel, embedded as machine code.
+
+Here kernels are chosen, compiled, and checked against the dispatch before they are embedded.  Each distinct
+one gets one private function (``kernel_functions``), called from each of its sites (``kernel_calls``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from iree.compiler import ir
+
+from patterns import canonical, torch_ir
+from patterns.contracts import Contract, LinearSpec, MatmulSpec, RowSpec, Spec, TopkSpec
+from patterns.sites import Cost, Ledger
+
+from ..backends import abi, kernel_functions, toolchain
+from ..families import grouped_topk as topk_kernel
+from ..families import linear as linear_kernel
+from ..families import row as row_kernel
+from ..families.matmul import family as matmul_kernel
+from ..families.row import KernelInstance
+from ..targets import Target
+from . import kernel_calls
+from .kernel_calls import PhysicalScale
+from .kernel_calls import return_physical_scales as return_physical_scales
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What makes the kernels of one kind of spec, and says why it cannot."""
+
+    instance: Callable[[Any, Target], KernelInstance]
+    why_unsupported: Callable[[Any, Target], str | None]
+
+
+_FAMILIES: dict[type[Spec], _Family] = {
+    RowSpec: _Family(row_kernel.instance, row_kernel.why_unsupported),
+    TopkSpec: _Family(topk_kernel.instance, topk_kernel.why_unsupported),
+    MatmulSpec: _Family(matmul_kernel.instance, matmul_kernel.why_unsupported),
+    LinearSpec: _Family(linear_kernel.instance, linear_kernel.why_unsupported),
+}
+
+
+def supported(target: Target) -> Callable[[Spec], str | None]:
+    """What the fusion asks: why ``target`` has no kernel for a spec, or None."""
+    return lambda spec: _FAMILIES[type(spec)].why_unsupported(spec, target)
+
+
+@dataclass
+class Launch:
+    """One call of a kernel, in the order of the program.
+
+    ``rows`` is what the example arguments give, None where there were none (a model from MLIR).
+    """
+
+    kernel: KernelInstance
+    rows: int | None
+
+
+@dataclass
+class Dispatched:
+    """What was embedded: the calls in program order, and each kernel's object by entry name."""
+
+    launches: list[Launch] = field(default_factory=list)
+    objects: dict[str, bytes] = field(default_factory=dict)
+    kernels: dict[str, KernelInstance] = field(default_factory=dict)
+    physical_scales: list[PhysicalScale] = field(default_factory=list)
+
+
+def dispatch(
+    module: ir.Module,
+    function: ir.Operation,
+    target: Target,
+    ledger: Ledger,
+    directory: Path,
+    progress: Callable[[str], None] = lambda entry: None,
+) -> Dispatched:
+    """Replace every operation of ``function`` that a kernel computes by a call of that kernel, in place.
+
+    ``directory`` gets the objects IREE reads from files; it must live until IREE has run.
+    ``progress`` is told each kernel's entry before it is compiled.
+
+    Raises CompileError when an object's parameters are not what the dispatch passes and
+    ToolchainError when the target's kernel compiler is missing.
+    """
+    done = Dispatched()
+    chosen = choose_kernels(function, target, ledger)
+    # Before any call is made: what a call returns no longer knows the sizes of the example.
+    example_rows = [_example_rows(op, kernel) for op, kernel in chosen]
+    for (op, kernel), rows in zip(chosen, example_rows, strict=True):
+        if kernel.entry not in done.objects:
+            progress(kernel.entry)
+            done.objects[kernel.entry] = _checked_object(kernel)
+            done.kernels[kernel.entry] = kernel
+            kernel_functions.define(module, kernel, done.objects[kernel.entry], directory)
+        done.launches.append(Launch(kernel, rows))
+        kernel_calls.call(op, kernel, done.physical_scales)
+    torch_ir.erase_dead(torch_ir.block_of(function))
+    return done
+
+
+def choose_kernels(
+    function: ir.Operation, target: Target, ledger: Ledger
+) -> list[tuple[ir.Operation, KernelInstance]]:
+    """The kernel of every operation of ``function`` that has one, in block order; noted in ``ledger``."""
+    chosen = []
+    for op in [op.operation for op in torch_ir.block_of(function).operations]:
+        spec = canonical.spec(op)
+        if spec is not None:
+            kernel = _FAMILIES[type(spec)].instance(spec, target)
+            chosen.append((op, kernel))
+            sites = canonical.sites_of(op)
+            contracts = [ledger.records[site].contract for site in sites]
+            for site, cost in zip(sites, _costs(kernel, contracts, _example_rows(op, kernel)), strict=True):
+                ledger.assign_kernel(site, kernel.entry, cost)
+    return chosen
+
+
+def _costs(kernel: KernelInstance, contracts: Sequence[Contract | None], rows: int | None) -> list[Cost]:
+    """What the sites of one operation have of its kernel's cost, in their order.
+
+    A quantization writes its own results, equal ones once; the first site does everything else.
+    """
+    if rows is None or not contracts:
+        return [Cost(None, int(number == 0)) for number in range(len(contracts))]
+    written: dict[Contract | None, int] = defaultdict(int)
+    for binding in kernel.bindings:
+        size = kernel.elements(binding, rows) * torch_ir.element_bytes(binding.dtype)
+        written[binding.quantization] += size
+    everything_else = written.pop(None, 0)
+    shares = [written.pop(contract, 0) for contract in contracts]
+    shares[0] += everything_else
+    return [Cost(share, int(number == 0)) for number, share in enumerate(shares)]
+
+
+def _checked_object(kernel: KernelInstance) -> bytes:
+    data = toolchain.compile_kernel(kernel)
+    abi.check(kernel, data)
+    return data
+
+
+def _example_rows(op: ir.Operation, kernel: KernelInstance) -> int | None:
+    reads = [binding for binding in kernel.bindings if binding.access == "read"]
+    shapes = (
+        torch_ir.example_shape(operand)
+        for binding, operand in zip(reads, op.operands, strict=True)
+        if binding.has_rows
+    )
+    known = [shape for shape in shapes if shape is not None and len(shape) > 1]
+    if known:
+        return math.prod(known[0][:-1])
+    type_ = torch_ir.tensor_type(op.operands[0])
+    return 1 if type_ is not None and len(type_.shape) == 1 else None

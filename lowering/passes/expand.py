@@ -1,0 +1,226 @@
+"""Step 6, what is left: canonical ops that got no kernel become plain torch ops for IREE.
+
+Their lowering is the eager reference itself, exported and imported for the types at hand, so what
+an op means is written once, in ``lowering.ops``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from iree.compiler import ir
+
+from patterns import canonical, torch_ir, weight_layouts
+
+from .. import ops
+from ..errors import CompileError
+from ..importing.importer import import_module
+from ..ops.grouped_topk import why_impossible
+from ..ops.shuffle_weight import shuffle_weight_reference, unshuffle_weight_reference
+from . import attention
+from .normalize import normalize
+
+
+class _Reference(torch.nn.Module):
+    """A reference function as a module, so that it can be exported."""
+
+    def __init__(self, function: Callable[..., Any]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        return self.function(*tensors)
+
+
+@dataclass(frozen=True)
+class _Meaning:
+    """A function that an op stands for: on which of its operands, and what distinguishes it from others.
+
+    ``axes`` names the axes of each operand: what has one name has one size.
+    """
+
+    function: Callable[..., Any]
+    key: Any
+    operands: list[ir.Value]
+    axes: list[list[str]]
+
+
+@dataclass
+class Expander:
+    """Expands the ops of one module; equal ops are traced once.
+
+    Canonical ones, and attention where ``spell_attention``.
+    """
+
+    spell_attention: bool = False
+    _traced: dict[Any, ir.Operation] = field(default_factory=dict)
+    _modules: list[ir.Module] = field(default_factory=list)
+
+    def expand(self, function: ir.Operation) -> int:
+        """Replace what is left of the canonical ops by their references; returns how many there were."""
+        block = torch_ir.block_of(function)
+        count = 0
+        for op in [op.operation for op in block.operations]:
+            meaning = self._meaning(op)
+            if meaning is not None:
+                _inline(self._trace(op, meaning), op, meaning.operands)
+                count += 1
+        torch_ir.erase_dead(block)
+        return count
+
+    def _meaning(self, op: ir.Operation) -> _Meaning | None:
+        if self.spell_attention and (found := attention.attention(op)) is not None:
+            operands = attention.tensors(op)
+            axes = found.axes([len(type_.shape) for type_ in _types(operands)])
+            return _Meaning(attention.reference(found), found, operands, axes)
+        reference = _reference(op)
+        if reference is None:
+            return None
+        key, function = reference
+        operands = [operand for operand in op.operands if torch_ir.tensor_type(operand) is not None]
+        # The leading axes of all row operands are the same axes.
+        axes = [[f"axis{axis}" for axis, _ in enumerate(type_.shape)] for type_ in _types(operands)]
+        return _Meaning(function, key, operands, axes)
+
+    def _trace(self, op: ir.Operation, meaning: _Meaning) -> ir.Operation:
+        types = _types(meaning.operands)
+        full_key = (torch_ir.op_name(op), meaning.key, tuple(types))
+        if full_key not in self._traced:
+            args, shapes = _examples(types, meaning.axes)
+            program = import_module(
+                _Reference(meaning.function), tuple(args), op.context, dynamic_shapes=(tuple(shapes),)
+            )
+            normalize(program.main())
+            self._modules.append(program.module)
+            self._traced[full_key] = program.main()
+        return self._traced[full_key]
+
+
+def _reference(op: ir.Operation) -> tuple[Any, Callable[..., Any]] | None:
+    """What distinguishes this op's reference, and the reference on its tensor operands."""
+    name = torch_ir.op_name(op)
+    if name == canonical.RMS_NORM:
+        norm = canonical.norm_contract(op)
+
+        def rms_norm(x: torch.Tensor, *rest: torch.Tensor) -> Any:
+            residual, weight = (rest[0], rest[1:]) if norm.residual else (None, rest)
+            y, total = ops.rms_norm_reference(x, residual, weight[0] if weight else None, norm)
+            return (y, total) if norm.residual else y
+
+        return norm, rms_norm
+    if name == canonical.GATED_ACTIVATION:
+        gate = canonical.gate_contract(op)
+
+        def gated_activation(*halves: torch.Tensor) -> torch.Tensor:
+            first, second = ops.split_gate_up(halves[0]) if gate.packed else halves
+            return ops.gated_activation_reference(first, second, gate)
+
+        return gate, gated_activation
+    if name == canonical.GROUP_QUANT:
+        quantization = canonical.quantization(op)
+        return quantization, lambda x: ops.group_quant_contiguous_reference(x, quantization)
+    if name == canonical.GROUPED_TOPK:
+        return _routing_reference(op)
+    if name == canonical.BLOCK_SCALED_MATMUL:
+        result, layout = torch_ir.tensor_type(op.results[0]), canonical.product_contract(op).b_layout
+        assert result is not None
+        dtype = getattr(torch, result.dtype)
+
+        def block_scaled_matmul(
+            a: torch.Tensor,
+            b: torch.Tensor,
+            a_scale: torch.Tensor,
+            b_scale: torch.Tensor,
+            bias: torch.Tensor | None = None,
+        ) -> torch.Tensor:
+            return ops.block_scaled_matmul_reference(a, b, a_scale, b_scale, dtype, bias, layout)
+
+        return (dtype, layout), block_scaled_matmul
+    if name == canonical.PHYSICAL_SCALE:
+        layout = torch_ir.constant(op.operands[1])
+        return layout, lambda scale: ops.to_physical(scale, layout)
+    if name in _MOVES:
+        to, move = torch_ir.constant(op.operands[1]), _MOVES[name]
+        return to, lambda weight: move(weight, to)
+    if name.startswith("torch.lowering."):
+        raise _not_raised(op, name)
+    return None
+
+
+def _not_raised(op: ir.Operation, name: str) -> CompileError:
+    """Why an operation of this package was left as the model spells it."""
+    type_ = torch_ir.tensor_type(op.operands[0])
+    unknown = type_ is not None and type_.shape[-1:] == (None,)
+    why = (
+        "its last axis has a size unknown until run time; export the model with a constant one"
+        if unknown
+        else "its arguments are not constants of the model"
+    )
+    return CompileError(f"{torch_ir.location(op)}: {name.removeprefix('torch.')} cannot be compiled: {why}")
+
+
+# Of a weight that is no parameter; one that is has been shuffled when compiling.
+_MOVES: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
+    weight_layouts.SHUFFLE: shuffle_weight_reference,
+    weight_layouts.UNSHUFFLE: unshuffle_weight_reference,
+}
+
+
+def _routing_reference(op: ir.Operation) -> tuple[Any, Callable[..., Any]]:
+    """Raises CompileError where the routing is impossible: then there is nothing to expand either."""
+    routing = canonical.routing_contract(op)
+    gating, ids = torch_ir.tensor_type(op.operands[0]), torch_ir.tensor_type(op.results[1])
+    assert gating is not None and gating.shape[-1] is not None and ids is not None
+    if reason := why_impossible(routing, gating.shape[-1]):
+        raise CompileError(f"{torch_ir.location(op)}: grouped_topk cannot be done: {reason}")
+    dtype = getattr(torch, ids.dtype)
+    return (routing, dtype), lambda x, bias: ops.grouped_topk_reference(x, bias, routing, dtype)
+
+
+def _types(values: Sequence[ir.Value]) -> list[torch_ir.TensorType]:
+    types = [torch_ir.tensor_type(value) for value in values]
+    return [type_ for type_ in types if type_ is not None]
+
+
+def _examples(
+    types: Sequence[torch_ir.TensorType], axes: Sequence[Sequence[str]]
+) -> tuple[list[torch.Tensor], list[dict[int, Any]]]:
+    """Example tensors, and which of their axes are dynamic."""
+    names = dict.fromkeys(name for row in axes for name in row)
+    sizes = {name: 7 + 2 * number for number, name in enumerate(names)}
+    args, shapes = [], []
+    for type_, row in zip(types, axes, strict=True):
+        size = [sizes[name] if dim is None else dim for name, dim in zip(row, type_.shape, strict=True)]
+        args.append(torch.zeros(size, dtype=getattr(torch, type_.dtype)))
+        dynamic = {axis: name for axis, name in enumerate(row) if type_.shape[axis] is None}
+        shapes.append({axis: torch.export.Dim(name) for axis, name in dynamic.items()})
+    return args, shapes
+
+
+def _inline(function: ir.Operation, op: ir.Operation, operands: Sequence[ir.Value]) -> None:
+    """Copy the body of ``function``, applied to ``operands``, in place of ``op``."""
+    block = torch_ir.block_of(function)
+    values: dict[ir.Value, ir.Value] = dict(zip(block.arguments, operands, strict=True))
+    for inner in [inner.operation for inner in block.operations]:
+        if inner.name == "func.return":
+            for old, new in zip(op.results, inner.operands, strict=True):
+                old.replace_all_uses_with(_matching(values[new], old, op))
+            break
+        copy = inner.clone(ir.InsertionPoint(op))
+        for index, operand in enumerate(inner.operands):
+            copy.operands[index] = values[operand]
+        values.update(zip(inner.results, copy.results, strict=True))
+    op.erase()
+
+
+def _matching(value: ir.Value, old: ir.Value, op: ir.Operation) -> ir.Value:
+    """``value`` as the type of ``old``: a size that one of them knows the other may not."""
+    if value.type == old.type:
+        return value
+    with ir.InsertionPoint(op), op.location:
+        return ir.Operation.create(
+            "torch.tensor_static_info_cast", results=[old.type], operands=[value]
+        ).result

@@ -1,0 +1,1 @@
+"""Step 7: the whole program, on its way through IREE."""

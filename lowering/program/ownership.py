@@ -1,0 +1,97 @@
+"""Arguments belong to the caller: a program only reads them.
+
+IREE updates a tensor in place where an operation is the last to read it, and takes an argument for such a
+tensor: its copy-on-write asks whether a value has another reader, not whose memory it is.  So every argument
+gets one more reader, the barrier at the end of the function.  IREE then puts a copy before each operation
+that would write into an argument, and none where nothing is written: what is only read is not copied.
+"""
+
+from __future__ import annotations
+
+from iree.compiler import ir
+from iree.compiler.dialects import arith
+
+from ..passes import tensors
+
+# What updates a tensor, and which operand that is.
+_UPDATES = {"iree_linalg_ext.scatter": -1, "tensor.insert_slice": 1}
+_BARRIER = "hal.tensor.barrier"
+_IMPORT = "hal.tensor.import"
+
+
+def keep_arguments(module: ir.Module) -> None:
+    """Make no function of ``module``, as it is after IREE's torch pipeline, write into its arguments."""
+    for function in (op.operation for op in module.body.operations if op.operation.name == "util.func"):
+        operations = [op.operation for block in function.regions[0].blocks for op in block.operations]
+        imported = [op.results[0] for op in operations if op.name == _IMPORT]
+        for barrier in (op for op in operations if op.name == _BARRIER):
+            _read_until(barrier, [value for value in imported if value not in set(barrier.operands)])
+
+
+def part_updates(module: ir.Module) -> None:
+    """Give each update of a tensor that something else reads or updates too a copy of it to update.
+
+    IREE lets two updates of one tensor write into the same memory, and computes an update and its values,
+    where they come from what is updated, in one place: it reads what it has written already.
+    """
+    for function in (op.operation for op in module.body.operations if op.operation.name == "util.func"):
+        for op in [op.operation for block in function.regions[0].blocks for op in block.operations]:
+            if op.name in _UPDATES:
+                number = _UPDATES[op.name] % len(op.operands)
+                updated = op.operands[number]
+                readers = [use for use in updated.uses if use.owner.operation.name != "tensor.dim"]
+                if len(readers) > 1:
+                    op.operands[number] = _copy(updated, op)
+
+
+def _copy(value: ir.Value, op: ir.Operation) -> ir.Value:
+    """A copy of ``value`` in front of ``op``.
+
+    A computed one: its elements, or others if a bit that IREE knows nothing of were not set.  What IREE
+    knows to be a copy it leaves out where nothing reads ``value`` later, and of equal ones it makes one.
+    Two others, since it knows those in ``value`` where all are equal.
+    """
+    element = ir.RankedTensorType(value.type).element_type
+    with ir.InsertionPoint(op), op.location:
+        others = arith.SelectOp(_unknown(), _number(element, 1), _number(element, 2)).result
+        set_ = _unknown()
+        sizes = tensors.sizes(value)
+        same = ir.AffineMap.get_identity(len(sizes))
+        return tensors.generic(
+            [value],
+            tensors.empty(sizes, element),
+            [same, same],
+            [tensors.PARALLEL] * len(sizes),
+            lambda element, _: arith.SelectOp(set_, element, others).result,
+        )
+
+
+def _unknown() -> ir.Value:
+    """A bit that is set, of which IREE knows nothing."""
+    bit = arith.ConstantOp(ir.IntegerType.get_signless(1), 1).result
+    return ir.Operation.create("util.optimization_barrier", results=[bit.type], operands=[bit]).result
+
+
+def _number(element: ir.Type, number: int) -> ir.Value:
+    """A constant of any type that a tensor's elements have, as far as it holds the number."""
+    if isinstance(element, ir.ComplexType):
+        part = ir.FloatAttr.get(element.element_type, number)
+        parts = ir.ArrayAttr.get([part, part])
+        return ir.Operation.create("complex.constant", results=[element], attributes={"value": parts}).result
+    if isinstance(element, ir.IntegerType):
+        number %= 2**element.width
+    attribute = ir.IntegerAttr if isinstance(element, ir.IntegerType) else ir.FloatAttr
+    return arith.ConstantOp(element, attribute.get(element, number)).result
+
+
+def _read_until(barrier: ir.Operation, values: list[ir.Value]) -> None:
+    """Have ``barrier`` wait for ``values`` as well; what it gave before it still gives."""
+    *tensors, fence = barrier.operands
+    joined = [*tensors, *values]
+    with ir.InsertionPoint(barrier), barrier.location:
+        new = ir.Operation.create(
+            _BARRIER, results=[value.type for value in joined], operands=[*joined, fence]
+        )
+    for old, result in zip(barrier.results, new.results, strict=False):
+        old.replace_all_uses_with(result)
+    barrier.erase()

@@ -1,0 +1,194 @@
+"""Rules of ``scalar_ops`` about functions that IREE computes inexactly, or in a way that can end the process.
+
+The sine and cosine of a large angle, such as a position times a frequency, lose a digit for each of its own:
+here they are reduced and computed in float64.  The remainder of a division is the exact one.  An integer
+divided by zero would end the process where that traps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from iree.compiler import ir
+from iree.compiler.dialects import arith
+from iree.compiler.dialects import math as math_ops
+
+from patterns import torch_ir
+
+from ..errors import CompileError
+from ..targets import Target
+
+Rule = Callable[[ir.Operation], ir.Value | None]
+
+
+def rules(target: Target) -> dict[str, Rule]:
+    """The rules for ``target``: AMD's library has functions as good as PyTorch's."""
+    general: dict[str, Rule] = {"arith.remf": _remainder, "arith.divsi": _quotient, "arith.remsi": _quotient}
+    if target.backend == "hip":
+        return general
+    waves: dict[str, Rule] = {"math.sin": _sine, "math.cos": _cosine, "math.tan": _tangent}
+    if target.backend != "cpu":
+        return {**general, **waves}
+    logarithms: dict[str, Rule] = {"math.log10": _logarithm, "math.log2": _logarithm, "math.tanh": _tanh}
+    return {**general, **waves, **logarithms, **dict.fromkeys(_LACKING, _refused)}
+
+
+# Functions of float64 for which nothing is linked into a CPU program.
+_LACKING = tuple(
+    f"math.{name}" for name in ("acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "erf")
+)
+
+
+def _refused(op: ir.Operation) -> None:
+    if str(op.result.type) == "f64":
+        where, name = torch_ir.location(op), op.name.removeprefix("math.")
+        raise CompileError(
+            f"{where}: {name} of float64 cannot be compiled for the CPU; compute it in float32"
+        )
+
+
+def _logarithm(op: ir.Operation) -> ir.Value | None:
+    """The natural one over that of the base: no other is there for every float."""
+    if not _is_float(op) or (op.name == "math.log2" and str(op.result.type) == "f32"):
+        return None
+    factor = 1 / math.log(10 if op.name == "math.log10" else 2)
+    natural = math_ops.LogOp(op.operands[0]).result
+    return arith.MulFOp(natural, arith.ConstantOp(op.result.type, factor).result).result
+
+
+def _tanh(op: ir.Operation) -> ir.Value | None:
+    """1 - 2 / (exp(2 x) + 1), of float64."""
+    if str(op.result.type) != "f64":
+        return None
+    double, x = _Double(), op.operands[0]
+    power = math_ops.ExpOp(arith.AddFOp(x, x).result).result
+    rest = arith.DivFOp(double.number(2.0), arith.AddFOp(power, double.number(1.0)).result).result
+    return arith.SubFOp(double.number(1.0), rest).result
+
+
+class _Double:
+    """Shorthands for float64 arithmetic at the current insertion point."""
+
+    def __init__(self) -> None:
+        self.type = ir.F64Type.get()
+
+    def of(self, value: ir.Value) -> ir.Value:
+        return value if value.type == self.type else arith.ExtFOp(self.type, value).result
+
+    def number(self, value: float) -> ir.Value:
+        return arith.ConstantOp(self.type, value).result
+
+    def back(self, value: ir.Value, type_: ir.Type) -> ir.Value:
+        return value if value.type == type_ else arith.TruncFOp(type_, value).result
+
+    def minus_product(self, x: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+        """x - a * b, rounded once."""
+        return math_ops.FmaOp(arith.NegFOp(a).result, b, x).result
+
+    def polynomial(self, x: ir.Value, coefficients: Sequence[float]) -> ir.Value:
+        """The sum of ``coefficients`` times the powers of ``x``, from the first on."""
+        value = self.number(coefficients[-1])
+        for coefficient in reversed(coefficients[:-1]):
+            value = math_ops.FmaOp(value, x, self.number(coefficient)).result
+        return value
+
+
+# pi / 2 in three parts; what the first two lack is below their 106 bits.
+_HALF_PI = (math.pi / 2, 6.123233995736766e-17, -1.4973849048591833e-33)
+# Taylor's series: below pi / 4 the first term left out is less than the last bit.
+_SINE = [(-1) ** k / math.factorial(2 * k + 1) for k in range(10)]
+_COSINE = [(-1) ** k / math.factorial(2 * k) for k in range(10)]
+
+
+def _sine(op: ir.Operation) -> ir.Value | None:
+    return _wave(op, 0)
+
+
+def _cosine(op: ir.Operation) -> ir.Value | None:
+    return _wave(op, 1)
+
+
+def _tangent(op: ir.Operation) -> ir.Value | None:
+    if not _is_float(op):
+        return None
+    double = _Double()
+    return double.back(arith.DivFOp(_turned(op, 0), _turned(op, 1)).result, op.result.type)
+
+
+def _wave(op: ir.Operation, quarters: int) -> ir.Value | None:
+    return _Double().back(_turned(op, quarters), op.result.type) if _is_float(op) else None
+
+
+def _is_float(op: ir.Operation) -> bool:
+    return str(op.result.type) in ("f32", "f64")
+
+
+def _turned(op: ir.Operation, quarters: int) -> ir.Value:
+    """The sine, in float64, of the operand and ``quarters`` of a turn more."""
+    double = _Double()
+    x = double.of(op.operands[0])
+    turns = math_ops.FmaOp(x, double.number(2 / math.pi), double.number(0.5)).result
+    count = math_ops.FloorOp(turns).result
+    rest = x
+    for part in _HALF_PI:
+        rest = double.minus_product(rest, count, double.number(part))
+    # Of angles beyond 2^52 nothing would be left.
+    size = math_ops.AbsFOp(x).result
+    known = arith.CmpFOp(arith.CmpFPredicate.OLT, size, double.number(2.0**52)).result
+    rest = arith.SelectOp(known, rest, double.number(math.nan)).result
+    square = arith.MulFOp(rest, rest).result
+    # The leading term apart, so that a zero keeps its sign.
+    tail = arith.MulFOp(double.polynomial(square, _SINE[1:]), square).result
+    sine = math_ops.FmaOp(tail, rest, rest).result
+    cosine = double.polynomial(square, _COSINE)
+    shifted = arith.AddFOp(count, double.number(float(quarters))).result if quarters else count
+    quadrant = double.minus_product(shifted, _floor_of(shifted, 0.25), double.number(4.0))
+    half = _floor_of(quadrant, 0.5)
+    odd = arith.SubFOp(quadrant, arith.AddFOp(half, half).result).result
+    is_odd = arith.CmpFOp(arith.CmpFPredicate.OEQ, odd, double.number(1.0)).result
+    value = arith.SelectOp(is_odd, cosine, sine).result
+    is_lower = arith.CmpFOp(arith.CmpFPredicate.OEQ, half, double.number(1.0)).result
+    return arith.SelectOp(is_lower, arith.NegFOp(value).result, value).result
+
+
+def _floor_of(x: ir.Value, factor: float) -> ir.Value:
+    return math_ops.FloorOp(arith.MulFOp(x, _Double().number(factor)).result).result
+
+
+def _remainder(op: ir.Operation) -> ir.Value | None:
+    """x - y * trunc(x / y) without any rounding: 53 bits of the quotient at a time."""
+    if not _is_float(op):
+        return None
+    double, (x, y) = _Double(), map(_Double().of, op.operands)
+    size = math_ops.AbsFOp(y).result
+    rest = whole = math_ops.AbsFOp(x).result
+    for _ in range(6):
+        rest = double.minus_product(rest, math_ops.TruncOp(arith.DivFOp(rest, size).result).result, size)
+    # The last quotient may have been rounded up to the next integer.
+    below = arith.CmpFOp(arith.CmpFPredicate.OLT, rest, double.number(0.0)).result
+    rest = arith.SelectOp(below, arith.AddFOp(rest, size).result, rest).result
+    smaller = arith.CmpFOp(arith.CmpFPredicate.OLT, whole, size).result
+    rest = arith.SelectOp(smaller, whole, rest).result
+    # Not by copysign, which ends IREE's compiler for AMD.
+    negative = arith.CmpFOp(arith.CmpFPredicate.OLT, x, double.number(0.0)).result
+    signed = arith.SelectOp(negative, arith.NegFOp(rest).result, rest).result
+    return double.back(signed, op.result.type)
+
+
+def _quotient(op: ir.Operation) -> ir.Value | None:
+    """An integer division, or its remainder, that never traps: by zero as by one, by -1 as a negation."""
+    x, y = op.operands
+    known = torch_ir.producer(y)
+    if known is not None and known.name == "arith.constant":
+        return None
+    if not isinstance(x.type, ir.IntegerType):
+        return None
+    zero, one, minus = (arith.ConstantOp(x.type, value).result for value in (0, 1, -1))
+    by_minus = arith.CmpIOp(arith.CmpIPredicate.eq, y, minus).result
+    by_zero = arith.CmpIOp(arith.CmpIPredicate.eq, y, zero).result
+    divisor = arith.SelectOp(arith.OrIOp(by_minus, by_zero).result, one, y).result
+    if op.name == "arith.remsi":
+        return arith.RemSIOp(x, divisor).result
+    quotient = arith.DivSIOp(x, divisor).result
+    return arith.SelectOp(by_minus, arith.SubIOp(zero, x).result, quotient).result

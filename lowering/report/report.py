@@ -1,0 +1,230 @@
+"""What fused, what did not, and why: the answer a compilation gives about itself.
+
+A report is plain data.  It is written by the compiler, printed by the command line, and read by
+people and by other programs; nothing here knows about IR.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from patterns.contracts import Contract, GatedActivation, GroupedTopk, Quantization, RmsNorm
+from patterns.sites import Remark, Timing
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+Status = Literal["fused", "unfused"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A number without fusion and with it."""
+
+    before: int
+    after: int
+
+    def __add__(self, other: Change) -> Change:
+        return Change(self.before + other.before, self.after + other.after)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One operation that could be part of a fused kernel, and what became of it.
+
+    op
+        canonical name: ``rms_norm``, ``group_quant``, ...
+    location
+        ``file:line`` of the model's source.
+    pattern, kernel
+        the pattern that took the site and the kernel it became part of; None when unfused (a
+        pattern that looked at the site and refused may still be named).
+    reason
+        a sentence saying why the site did not fuse; None exactly when it did.
+    contract
+        what the site computes, bit for bit; None where it was not understood.
+    bytes, dispatches
+        what one call for the example arguments reads and writes, and launches.  Before: each operation of the
+        source, the residual add included, as a kernel of its own that reads its operands and writes its
+        results once.  After: the site's share of its kernel; the first site of a kernel has all that is not
+        another's result, so that the shares add up.  bytes is None where sizes are unknown.
+    note
+        what a reader must know although the site is as it should be, such as a changed element type.
+    """
+
+    op: str
+    location: str
+    status: Status
+    pattern: str | None = None
+    kernel: str | None = None
+    reason: str | None = None
+    contract: Contract | None = None
+    bytes: Change | None = None
+    dispatches: Change = Change(1, 1)
+    note: str | None = None
+
+    def __post_init__(self) -> None:
+        where = f"site {self.op} at {self.location}"
+        if self.status not in ("fused", "unfused"):
+            raise ValueError(f'{where}: status is "fused" or "unfused", not {self.status!r}')
+        if self.status == "fused" and self.reason is not None:
+            raise ValueError(f"{where} is fused, so it cannot have a reason for not fusing: {self.reason!r}")
+        if self.status == "fused" and (self.pattern is None or self.kernel is None):
+            raise ValueError(f"{where} is fused, so its pattern and its kernel must be named")
+        if self.status == "unfused" and not self.reason:
+            raise ValueError(f"{where} did not fuse, so it needs a reason")
+
+    @property
+    def fused(self) -> bool:
+        """Whether the site became part of a kernel."""
+        return self.status == "fused"
+
+
+@dataclass(frozen=True)
+class Folded:
+    """One value that depends on parameters alone, and was computed when compiling.
+
+    name
+        the parameter that holds it.
+    location
+        ``file:line`` of the model's source, of the last operation.
+    operations, sources
+        what it took, in order, and the parameters it is made from.
+    bytes
+        of the parameters: before, those that nothing else reads and that are dropped (one that several values
+        are made from counts with the first); after, the value.
+    saved
+        bytes that one call no longer reads and writes, each operation counted as a kernel of its own.
+    """
+
+    name: str
+    location: str
+    operations: tuple[str, ...]
+    sources: tuple[str, ...]
+    bytes: Change
+    saved: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every site of one compilation, in the order of the program.
+
+    ``dispatches`` counts the custom kernel launches of one call; what IREE generates itself is not
+    counted, since IREE decides about it after the report is made.  ``remarks`` are on operations that are no
+    sites, such as a product that no kernel computes.  ``timing`` is what finding and fusing took; it differs
+    from run to run and is not part of what is written.
+    """
+
+    target: str
+    sites: tuple[Site, ...] = ()
+    dispatches: int = 0
+    timing: Timing | None = field(default=None, compare=False)
+    folded: tuple[Folded, ...] = ()
+    remarks: tuple[Remark, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("sites", "folded", "remarks"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def fused(self) -> tuple[Site, ...]:
+        """The sites that became part of a kernel."""
+        return tuple(site for site in self.sites if site.fused)
+
+    @property
+    def unfused(self) -> tuple[Site, ...]:
+        """The sites that were left to IREE's own code generation."""
+        return tuple(site for site in self.sites if not site.fused)
+
+    def traffic(self) -> Change | None:
+        """Bytes of all sites for the example arguments; None where one of them is unknown."""
+        known = [site.bytes for site in self.sites if site.bytes is not None]
+        return sum(known, Change(0, 0)) if known and len(known) == len(self.sites) else None
+
+    def launches(self) -> Change:
+        """Kernel launches of all sites."""
+        return sum((site.dispatches for site in self.sites), Change(0, 0))
+
+    def summary(self) -> dict[str, int]:
+        """``{"fused": ..., "unfused": ..., "dispatches": ...}``."""
+        return {"fused": len(self.fused), "unfused": len(self.unfused), "dispatches": self.dispatches}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values: target, sites, summary, folded, remarks."""
+        return {
+            "target": self.target,
+            "sites": [{**asdict(site), "contract": _contract(site)} for site in self.sites],
+            "summary": self.summary(),
+            "folded": [asdict(value) for value in self.folded],
+            "remarks": [asdict(remark) for remark in self.remarks],
+        }
+
+    def to_json(self) -> str:
+        """The report as JSON text; ``json.loads`` of it is ``to_dict()``."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The report that ``to_json`` wrote."""
+        data = json.loads(text)
+        sites = tuple(map(_site, data["sites"]))
+        folded = tuple(map(_folded, data["folded"]))
+        remarks = tuple(Remark(**remark) for remark in data["remarks"])
+        return cls(data["target"], sites, data["summary"]["dispatches"], folded=folded, remarks=remarks)
+
+    def to_html(self) -> str:
+        """The report as one self-contained page: no script, style or font comes from elsewhere."""
+        from .page import page
+
+        return page(self)
+
+    def write(self, path: str | Path) -> None:
+        """Write the report as ``path``'s suffix says: ``.json`` or ``.html``."""
+        path = Path(path)
+        path.write_text(self.to_html() if path.suffix == ".html" else self.to_json(), encoding="utf-8")
+
+    def table(self) -> RenderableType:
+        """The report for a terminal: unfused sites first, equal sites as one line with a count."""
+        from .table import table_of
+
+        return table_of(self)
+
+    def timing_table(self) -> RenderableType:
+        """What each step took, and each pattern with its hits and misses, the slowest first."""
+        from .table import timing_table
+
+        return timing_table(self.timing or Timing())
+
+
+# JSON -------------------------------------------------------------------------------------------
+
+_CONTRACTS = {kind.__name__: kind for kind in (RmsNorm, GatedActivation, Quantization, GroupedTopk)}
+
+
+def _contract(site: Site) -> dict[str, Any] | None:
+    """The contract's fields and, as ``kind``, which contract it is."""
+    return site.contract and {"kind": type(site.contract).__name__, **asdict(site.contract)}
+
+
+def _site(written: dict[str, Any]) -> Site:
+    """The site of which ``to_dict`` wrote this."""
+    contract, size = written["contract"], written["bytes"]
+    if contract is not None:
+        contract = _CONTRACTS[contract["kind"]](**{k: v for k, v in contract.items() if k != "kind"})
+    return Site(
+        **{
+            **written,
+            "contract": contract,
+            "bytes": size and Change(**size),
+            "dispatches": Change(**written["dispatches"]),
+        }
+    )
+
+
+def _folded(written: dict[str, Any]) -> Folded:
+    """The folded value of which ``to_dict`` wrote this."""
+    lists = {key: tuple(written[key]) for key in ("operations", "sources")}
+    return Folded(**{**written, **lists, "bytes": Change(**written["bytes"])})

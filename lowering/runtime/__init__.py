@@ -1,0 +1,1 @@
+"""Step 8: calls of a compiled program; imports no compiler."""

@@ -1,0 +1,545 @@
+"""Step 8, run: load a compiled program and call it with torch tensors.
+
+Needs torch, numpy and iree-base-runtime; no compiler is imported here.  Tensors cross in both
+directions by DLPack, without a copy.  Two kinds of argument are copied first: tensors that are not
+contiguous, and, on the cpu, tensors that do not start at a multiple of 64 bytes (a slice, a file
+mapped by another library), which the cpu driver cannot take.
+
+Every call is checked against the signature in the program, because the IREE runtime checks only
+ranks and element types: a wrong size would be read out of bounds.  A program without that signature
+is refused.
+
+Threads: any number of threads may call one program.  An IREE context may be used by one thread at a time, so
+calls of one ``Program`` take turns; programs loaded separately run side by side.
+
+Order on a GPU: a call waits for torch's current stream, runs, and returns when its results are there.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from iree import runtime as iree
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .. import ops
+from ..errors import RunError
+from ..signature import (
+    ASYNC,
+    INTO,
+    SCRATCH_SIZE,
+    SIGNATURE_KEY,
+    Constant,
+    Leaf,
+    Parameters,
+    Signature,
+    Symbols,
+    TensorSpec,
+    holds,
+    names_in,
+    parameter_digest,
+    resolve,
+    solve,
+)
+from ..weights import integrity
+from .session import Place, Session, Storage, dtype_name, instance, reason, reported
+
+__all__ = ["Function", "Program", "load"]
+
+# Calls with new shapes are checked and planned; the plans of this many are kept, then all are made anew.
+_REMEMBERED_PLANS = 1024
+
+Check = Literal["whole", "headers"]
+
+# What ``check="headers"`` reads of a program: the module and its code, and no part larger than this, which is
+# weights and then stays unread until it is used.
+_LARGEST_HEADER = 16 << 20
+
+
+def load(
+    source: str | Path | bytes,
+    device: str | torch.device | None = None,
+    parameters: str | Path | None = None,
+    *,
+    check: Check = "whole",
+) -> Program:
+    """Load a compiled program.
+
+    source: path of a .vmfb, which is memory-mapped and must not be overwritten in place while the
+    program lives, or its bytes.  device: 'cpu', 'cuda', 'cuda:1', 'hip', ...; default: what the
+    program was compiled for.  parameters: the .irpa file, if the weights were kept outside.
+    check: 'whole' reads the program and its weights once and compares checksums, 'headers' leaves large
+    weights unread until they are used (docs/weights.md says what that takes and finds).
+
+    Raises RunError with one sentence when the file is missing, truncated, not ours or compiled for
+    another device or architecture, when it or its parameters are damaged, when these are missing or not the
+    ones it was compiled with, or when the device's driver is not available; UsageError for an unknown device
+    name.
+    """
+    name = "the program" if isinstance(source, bytes) else str(source)
+    with reported(f"{name} cannot be loaded"):
+        _check_archive(source, name, check)
+        module = _open_module(source)
+        signatures = _signatures(module, name)
+    first = next(iter(signatures.values()))
+    place = Place.for_program(first, device, name)
+    needed = next((s.parameters for s in signatures.values() if s.parameters), None)
+    providers = _parameter_modules(needed, parameters, name, check)
+    with reported(f"{name} cannot be loaded on {place}"):
+        return Program(module, signatures, place, providers)
+
+
+class Program:
+    """A loaded program: ``program(*args, **kwargs)`` calls ``main``, ``program[name](...)`` any function.
+
+    Arguments are those of the module that was compiled; the result has the structure that module
+    returned (a flat tuple where the structure's type is not known in this process).
+    """
+
+    def __init__(
+        self,
+        module: iree.VmModule,
+        signatures: dict[str, Signature],
+        place: Place,
+        parameter_modules: Sequence[iree.VmModule] = (),
+    ):
+        session = Session(module, place, parameter_modules)
+        self._functions = {
+            name: Function(name, signature, session, module) for name, signature in signatures.items()
+        }
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """The names of the exported functions."""
+        return tuple(self._functions)
+
+    def __getitem__(self, name: str) -> Function:
+        if name not in self._functions:
+            raise RunError(f"the program has no function {name!r}; it has {', '.join(self._functions)}")
+        return self._functions[name]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._default(*args, **kwargs)
+
+    @property
+    def _default(self) -> Function:
+        return self[next(iter(self._functions)) if len(self._functions) == 1 else "main"]
+
+
+class Function:
+    """One exported function of a program."""
+
+    def __init__(self, name: str, signature: Signature, session: Session, module: iree.VmModule):
+        self.name = name
+        self.signature = signature
+        self.tensor_inputs = _tensors(signature.inputs)
+        """The arguments of ``run``; None when the program does not say."""
+        self.tensor_outputs = _tensors(signature.outputs)
+        """The results of ``run``; None when the program does not say."""
+        self._session = session
+        into = bool(signature.placed)
+        self._function = _lookup(module, name + INTO if into else name)
+        # A program that needs no scratch memory has no such function.
+        self._scratch_size = module.lookup_function(name + INTO + SCRATCH_SIZE) if into else None
+        self._in_tree = _load_tree(signature.input_tree)
+        self._result_tree = _load_result_tree(signature.output_tree)
+        self._keywords = _keywords(signature.input_tree)
+        self._positional = _positional(self._in_tree, signature.inputs)
+        self._constants = any(isinstance(leaf, Constant) for leaf in signature.outputs or ())
+        outputs = self.tensor_outputs or ()
+        self._strided = [(i, spec.strides) for i, spec in enumerate(outputs) if spec.strides]
+        self._dtypes = tuple(getattr(torch, spec.dtype) for spec in outputs)
+        placed = {number for numbers in signature.placed for number in numbers}
+        self._returned = [i for i in range(len(outputs)) if i not in placed]
+        self._returned_dtypes = [self._dtypes[i] for i in self._returned]
+        self._plans: dict[Any, _Plan] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where arguments must be and results are."""
+        return self._session.place.device
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        plain = len(args) == self._positional and not kwargs and all(isinstance(x, Tensor) for x in args)
+        results = self.run(*(args if plain else self._leaves(args, kwargs)))
+        if self._constants:
+            results = list(self._with_constants(results))
+        tree = self._result_tree
+        if tree is not None and tree.num_leaves == len(results):
+            return pytree.tree_unflatten(results, tree)
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def run(self, *tensors: Tensor) -> list[Tensor]:
+        """Call with the tensor arguments alone, flat and in order; returns the tensors of the result."""
+        plan = self._plan(tensors)
+        session = self._session
+        if plan.all_empty and session.place.backend != "cpu":
+            return self._empty(plan)
+        with reported(f"{self.name} failed"):
+            storage = [session.allocate(each) for each in plan.storage]
+            memory = [view for _, view in storage]
+            if plan.scratch is not None:
+                memory.append(session.scratch(plan.scratch))
+            views = session.invoke(self._function, tensors, memory)
+        if self.tensor_outputs is None:
+            return _apart([session.to_torch(view, None) for view in views], tensors)
+        returned = self._returned
+        if len(returned) != len(views):
+            raise RunError(f"{self.name} returned {len(views)} tensors, its signature says {len(returned)}")
+        given = map(session.to_torch, views, self._returned_dtypes)
+        results = dict(zip(returned, _apart(given, tensors), strict=True))
+        for numbers, (tensor, _) in zip(self.signature.placed, storage, strict=True):
+            results[numbers[0]] = tensor
+            for number in numbers[1:]:
+                results[number] = tensor.view(self._dtypes[number])
+        for number, layout in self._strided:
+            results[number] = ops.from_physical(results[number], plan.leading(number), layout)
+        return [results[number] for number in range(len(results))]
+
+    def _empty(self, plan: _Plan) -> list[Tensor]:
+        """Results that are all empty, which no GPU driver of IREE's can make: CUDA refuses an empty grid and
+        fails the device with it; HIP has no address for an empty buffer, and the driver waits for one for
+        ever."""
+        return [
+            torch.empty([size or 0 for size in sizes], dtype=dtype, device=self.device)
+            for sizes, dtype in zip(plan.sizes, self._dtypes, strict=True)
+        ]
+
+    def _plan(self, tensors: Sequence[Any]) -> _Plan:
+        """What is known of a call with ``tensors``; they are checked when first they have these shapes."""
+        key = tuple([(x.dtype, x.shape, x.device) if isinstance(x, Tensor) else None for x in tensors])
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._planned(tensors)
+            if len(self._plans) >= _REMEMBERED_PLANS:
+                self._plans.clear()
+            self._plans[key] = plan
+        return plan
+
+    def _planned(self, tensors: Sequence[Any]) -> _Plan:
+        """Check the arguments of ``run`` and plan the call."""
+        plan = _Plan(self._check(tensors), self.tensor_outputs or ())
+        layouts, session = dict(self._strided), self._session
+        for number, *_ in self.signature.placed:
+            shape = ops.physical_shape(plan.shape(number), layouts.get(number, "row"))
+            plan.storage.append(session.storage(shape, self._dtypes[number]))
+        if self._scratch_size is not None:
+            with reported(f"{self.name} failed"):
+                plan.scratch = session.query(self._scratch_size, tensors, len(plan.storage) + 1)
+        elif plan.storage:
+            plan.scratch = 0
+        return plan
+
+    def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
+        """The arguments of ``run``."""
+        leaves = self._flatten(args, kwargs)
+        inputs = self.signature.inputs
+        if inputs is None:
+            return leaves
+        if len(leaves) != len(inputs):
+            raise RunError(f"{self._describe()}, got {len(leaves)}")
+        return _drop_constants(inputs, leaves)
+
+    def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
+        if self._in_tree is None:
+            if kwargs:
+                raise RunError(f"{self._describe()} and no keywords, got {', '.join(kwargs)}")
+            return args
+        if set(kwargs) == set(self._keywords):
+            # A dictionary's tree knows the order of its keys; a call may write them in any order.
+            kwargs = {name: kwargs[name] for name in self._keywords}
+        leaves, tree = pytree.tree_flatten((args, kwargs))
+        if tree != self._in_tree:
+            raise RunError(f"{self._describe()}, got {_describe_call(args, kwargs)}")
+        return leaves
+
+    def _check(self, tensors: Sequence[Any]) -> Symbols:
+        """Check the arguments of ``run`` and return the value of every symbol."""
+        specs = self.tensor_inputs
+        device = self.device
+        for position, tensor in enumerate(tensors):
+            name = specs[position].name if specs and position < len(specs) else str(position)
+            if not isinstance(tensor, Tensor):
+                raise RunError(f"argument {name}: expected a tensor, got {type(tensor).__name__}")
+            if tensor.device != device:
+                raise RunError(f"argument {name} is on {tensor.device}, the program runs on {device}")
+        if specs is None:
+            return {}
+        if len(tensors) != len(specs):
+            names = ", ".join(spec.name for spec in specs)
+            raise RunError(f"{self.name} takes {len(specs)} tensors ({names}), got {len(tensors)}")
+        symbols = _bind(specs, tensors)
+        for condition in self.signature.conditions:
+            if holds(condition, symbols) is False:
+                raise _not_exported_for(condition, specs, tensors)
+        return symbols
+
+    def _with_constants(self, tensors: Sequence[Tensor]) -> Iterator[Any]:
+        """The leaves of the result: the tensors, with the burned-in constants between them."""
+        remaining = iter(tensors)
+        for leaf in self.signature.outputs or ():
+            yield leaf.value if isinstance(leaf, Constant) else next(remaining)
+        yield from remaining
+
+    def _describe(self) -> str:
+        """'main takes 2 arguments (x, y)'."""
+        leaves = self.signature.inputs
+        if leaves is None:
+            return f"{self.name} takes tensors"
+        names = ", ".join(str(x.value) if isinstance(x, Constant) else x.name for x in leaves)
+        keywords = f", keywords {', '.join(self._keywords)}" if self._keywords else ""
+        plural = "" if len(leaves) == 1 else "s"
+        return f"{self.name} takes {len(leaves)} argument{plural} ({names}{keywords})"
+
+
+def _apart(results: Iterable[Tensor], arguments: Sequence[Tensor]) -> list[Tensor]:
+    """The results, those copied that lie in an argument: IREE returns its memory where nothing changes it."""
+    results = list(results)
+    if not results:
+        return results
+    spans = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in arguments]
+    return [
+        result.clone() if any(begin <= result.data_ptr() < end for begin, end in spans) else result
+        for result in results
+    ]
+
+
+class _Plan:
+    """What the arguments' dtypes and shapes decide about a call."""
+
+    def __init__(self, symbols: Symbols, outputs: Sequence[TensorSpec]):
+        self.outputs = outputs
+        shapes = [(None,) if spec.shape is None else spec.shape for spec in outputs]
+        self.sizes = [tuple(resolve(dim, symbols) for dim in shape) for shape in shapes]
+        """Of each result; None is a size that only the call itself tells."""
+        self.all_empty = bool(self.sizes) and all(0 in sizes and None not in sizes for sizes in self.sizes)
+        self.storage: list[Storage] = []
+        """The memory to pass for results."""
+        self.scratch: int | None = None
+        """The bytes of scratch memory to pass behind it; None where nothing is passed."""
+
+    def shape(self, number: int) -> tuple[int, ...]:
+        """Of the result ``number``; RunError where a size does not follow from the arguments."""
+        return self._known(number, self.sizes[number])
+
+    def leading(self, number: int) -> tuple[int, ...]:
+        """All but the last size of ``shape``."""
+        return self._known(number, self.sizes[number][:-1])
+
+    def _known(self, number: int, sizes: tuple[int | None, ...]) -> tuple[int, ...]:
+        known = tuple(size for size in sizes if size is not None)
+        if len(known) != len(sizes):
+            spec = self.outputs[number]
+            raise RunError(f"result {spec.name}: the size of {spec} does not follow from the arguments")
+        return known
+
+
+# --- checking a call ---------------------------------------------------------------------------
+
+
+def _tensors(leaves: tuple[Leaf, ...] | None) -> tuple[TensorSpec, ...] | None:
+    return None if leaves is None else tuple(leaf for leaf in leaves if isinstance(leaf, TensorSpec))
+
+
+def _drop_constants(specs: tuple[Leaf, ...], leaves: Sequence[Any]) -> list[Any]:
+    """The leaves that are tensors; the others must have the value that was compiled."""
+    tensors = []
+    for position, (spec, leaf) in enumerate(zip(specs, leaves, strict=True)):
+        if isinstance(spec, TensorSpec):
+            tensors.append(leaf)
+        elif isinstance(leaf, Tensor) or type(leaf) is not type(spec.value) or leaf != spec.value:
+            got = "a tensor" if isinstance(leaf, Tensor) else repr(leaf)
+            raise RunError(f"argument {position} was compiled as the constant {spec.value!r}, got {got}")
+    return tensors
+
+
+def _bind(specs: Sequence[TensorSpec], tensors: Sequence[Tensor]) -> Symbols:
+    """Check dtypes and shapes; the value of every symbol."""
+    symbols: Symbols = {}
+    for spec, tensor in zip(specs, tensors, strict=True):
+        if dtype_name(tensor.dtype) != spec.dtype:
+            raise _mismatch(spec, tensor)
+        if spec.shape is None:
+            continue
+        if tensor.dim() != len(spec.shape):
+            raise _mismatch(spec, tensor)
+        for dim, size in zip(spec.shape, tensor.shape, strict=True):
+            if isinstance(dim, str) and dim.isidentifier():
+                symbols.setdefault(dim, size)
+    # A size such as 2*s0 may come before the argument that gives s0 its value, or be all that does.
+    sizes = [
+        (spec, tensor, dim, size)
+        for spec, tensor in zip(specs, tensors, strict=True)
+        for dim, size in zip(spec.shape or (), tensor.shape, strict=spec.shape is not None)
+    ]
+    for _, _, dim, size in sizes:
+        symbols.update(solve(dim, size, symbols))
+    for spec, tensor, dim, size in sizes:
+        expected = resolve(dim, symbols)
+        if expected is not None and expected != size:
+            raise _mismatch(spec, tensor, f" where {dim} = {expected}" if isinstance(dim, str) else "")
+    return symbols
+
+
+def _mismatch(spec: TensorSpec, tensor: Tensor, why: str = "") -> RunError:
+    got = f"{dtype_name(tensor.dtype)}[{', '.join(str(size) for size in tensor.shape)}]"
+    return RunError(f"argument {spec.name}: expected {spec}, got {got}{why}")
+
+
+def _not_exported_for(condition: str, specs: Sequence[TensorSpec], tensors: Sequence[Tensor]) -> RunError:
+    """The condition in terms of the arguments, with the size that each of its symbols is seen by."""
+    seen: list[str] = []
+    for name in sorted(names_in(condition)):
+        places = [
+            (spec, tensor, axis)
+            for spec, tensor in zip(specs, tensors, strict=True)
+            for axis, dim in enumerate(spec.shape or ())
+            if name in names_in(dim)
+        ]
+        # The plain symbol before a multiple of it.
+        spec, tensor, axis = min(places, key=lambda place: (place[0].shape or ())[place[2]] != name)
+        dim = (spec.shape or ())[axis]
+        seen.append(f"argument {spec.name}: size {tensor.shape[axis]} of axis {axis}")
+        if dim != name:
+            seen[-1] += f" ({dim})"
+        condition = re.sub(rf"\b{name}\b", f"{spec.name}.shape[{axis}]" if dim == name else name, condition)
+    return RunError(f"{'; '.join(seen)}: the model was exported for sizes with {condition}")
+
+
+def _describe_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """'3 and keywords mask', or that only the nesting differs."""
+    keywords = f" and keywords {', '.join(kwargs)}" if kwargs else ""
+    return f"{len(args)} positional{keywords}, or other containers inside them"
+
+
+# --- trees -------------------------------------------------------------------------------------
+
+
+def _load_tree(text: str | None) -> pytree.TreeSpec | None:
+    """The tree, or None where it names a container type that this process does not know."""
+    if text is None:
+        return None
+    try:
+        return pytree.treespec_loads(text)
+    except (NotImplementedError, ValueError, KeyError, AttributeError, ImportError):
+        return None
+
+
+def _load_result_tree(text: str | None) -> pytree.TreeSpec | None:
+    """The tree of a result, or None where that is what there is without one: the one leaf, or a tuple."""
+    tree = _load_tree(text)
+    if tree is None:
+        return None
+    count = tree.num_leaves
+    built = pytree.tree_unflatten(list(range(count)), tree)
+    plain = 0 if count == 1 else tuple(range(count))
+    return None if type(built) is type(plain) and built == plain else tree
+
+
+def _positional(tree: pytree.TreeSpec | None, inputs: tuple[Leaf, ...] | None) -> int | None:
+    """How many arguments a call has, if all are tensors, none in a container and none a keyword."""
+    if tree is None or any(isinstance(leaf, Constant) for leaf in inputs or ()):
+        return None
+    count = tree.num_leaves
+    plain = pytree.tree_unflatten(list(range(count)), tree) == (tuple(range(count)), {})
+    return count if plain else None
+
+
+def _keywords(text: str | None) -> tuple[str, ...]:
+    """The keyword arguments of an input tree ``(args, kwargs)``, in order."""
+    if text is None:
+        return ()
+    children = json.loads(text)[1]["children_spec"]
+    return tuple(json.loads(children[1]["context"])) if len(children) == 2 else ()
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def _check_archive(source: str | Path | bytes, name: str, check: Check) -> None:
+    """RunError unless ``source`` is a complete .vmfb, a ZIP archive with the module in it, and undamaged.
+
+    IREE accepts a file whose tail is missing and reads beyond its end.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(source) if isinstance(source, bytes) else source) as archive:
+            entries = archive.infolist()
+        if "module.fb" not in [entry.filename for entry in entries]:
+            raise RunError(f"{name} is not a compiled program")
+        if check == "headers":
+            entries = [entry for entry in entries if entry.file_size <= _LARGEST_HEADER]
+        data = memoryview(source) if isinstance(source, bytes) else integrity.mapped(Path(source))
+        integrity.check(integrity.parts_of_program(data, entries))
+    except OSError as error:
+        raise RunError(f"{name} cannot be read: {error.strerror or error}") from error
+    except integrity.Damaged as error:
+        raise RunError(f"{name} is damaged: {error}") from error
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, RuntimeError) as error:
+        raise RunError(f"{name} is not a compiled program, or it is truncated or damaged") from error
+
+
+def _open_module(source: str | Path | bytes) -> iree.VmModule:
+    if isinstance(source, bytes):
+        return iree.VmModule.copy_buffer(instance(), source)
+    return iree.VmModule.mmap(instance(), str(source))
+
+
+def _signatures(module: iree.VmModule, name: str) -> dict[str, Signature]:
+    """The functions of a program that carry a signature, by name; not their twins that take fences."""
+    found: dict[str, Signature] = {}
+    for function in module.function_names:
+        if function.endswith(ASYNC):
+            continue
+        text = _lookup(module, function).reflection.get(SIGNATURE_KEY)
+        if text is None:
+            continue
+        try:
+            found[function] = Signature.from_json(text)
+        except ValueError as error:
+            raise RunError(f"{name} cannot be loaded: {error}") from error
+    if not found:
+        raise RunError(f"{name} was not made by compile-to-vmfb: it carries no {SIGNATURE_KEY}")
+    return found
+
+
+def _lookup(module: iree.VmModule, name: str) -> iree.VmFunction:
+    function = module.lookup_function(name)
+    if function is None:
+        raise RunError(f"the program has no function {name!r}")
+    return function
+
+
+def _parameter_modules(
+    needed: Parameters | None, path: str | Path | None, name: str, check: Check
+) -> list[iree.VmModule]:
+    """The module that gives a program its weights, after checking that they are the right ones."""
+    if needed is None:
+        if path is not None:
+            raise RunError(f"{name} carries its own parameters and takes none from {path}")
+        return []
+    if path is None:
+        raise RunError(f"{name} keeps its parameters in a separate .irpa file: pass parameters=FILE")
+    try:
+        digest = parameter_digest(path)
+        if digest != needed.digest:
+            raise RunError(f"{path} does not hold the parameters that {name} was compiled with")
+        if check == "whole":
+            integrity.check(integrity.parts_of_archive(integrity.mapped(Path(path))))
+        index = iree.ParameterIndex()
+        index.load(str(path))
+    except OSError as error:
+        raise RunError(f"parameters {path} cannot be read: {error.strerror or error}") from error
+    except integrity.Damaged as error:
+        raise RunError(f"parameters {path} are damaged: {error}") from error
+    except (ValueError, IndexError) as error:
+        raise RunError(f"parameters {path} cannot be used: {reason(error)}") from error
+    provider = index.create_provider(scope=needed.scope)
+    return [iree.create_io_parameters_module(instance(), provider)]

@@ -1,0 +1,352 @@
+"""Devices, contexts on them, and tensors that cross to the IREE runtime and back.
+
+What ``lowering.runtime`` calls programs with; which arguments a call takes is not known here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from iree import runtime as iree
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack, to_dlpack
+
+from ..errors import RunError, UsageError
+from ..signature import Signature, missing_on_host
+
+_DRIVERS = {"cpu": "local-task", "cuda": "cuda", "hip": "hip"}
+_DLPACK_TYPES = {"cpu": 1, "cuda": 2, "hip": 10}
+_CPU_ALIGNMENT = 64
+# Read by the drivers when they are created. With stream-ordered allocations the CUDA and HIP drivers
+# cannot export a result by DLPack.
+_DRIVER_FLAGS = {"cuda": "--cuda_async_allocations=false", "hip": "--hip_async_allocations=false"}
+
+# Element types that the runtime's DLPack does not know: they cross as bytes.
+_AS_BYTES = {
+    torch.float8_e4m3fn: iree.HalElementType.FLOAT_8_E4M3_FN,
+    torch.float8_e4m3fnuz: iree.HalElementType.FLOAT_8_E4M3_FNUZ,
+    torch.float8_e5m2: iree.HalElementType.FLOAT_8_E5M2,
+    torch.float8_e5m2fnuz: iree.HalElementType.FLOAT_8_E5M2_FNUZ,
+    torch.float8_e8m0fnu: iree.HalElementType.FLOAT_8_E8M0_FNU,
+}
+
+
+def _code(element: Any) -> int:
+    """The number of a HalElementType; the runtime's stubs do not say that it is an integer."""
+    return int(element)
+
+
+_DEVICE_LOCAL, _ANY_USAGE = int(iree.MemoryType.DEVICE_LOCAL), int(iree.BufferUsage.DEFAULT)
+
+_FROM_BYTES = {_code(element): dtype for dtype, element in _AS_BYTES.items()}
+
+
+class Place:
+    """A device, by IREE's name and by torch's."""
+
+    def __init__(self, backend: str, index: int):
+        self.backend = backend
+        self.index = index
+        self.emulated = emulated_arch(index) if backend == "hip" else None
+        """The architecture of a GPU that the cpu plays, whose tensors are torch's cpu tensors; else None."""
+        on_host = backend == "cpu" or self.emulated is not None
+        # torch's ROCm build calls its devices cuda.
+        self.device = torch.device("cpu") if on_host else torch.device("cuda", index)
+
+    def __str__(self) -> str:
+        return "cpu" if self.backend == "cpu" else f"{self.backend}:{self.index}"
+
+    @staticmethod
+    def for_program(signature: Signature, device: str | torch.device | None, name: str) -> Place:
+        """Where ``signature`` is to run; RunError unless it can."""
+        backend, index = _parse_device(str(device or signature.backend))
+        compiled = f"{name} was compiled for {signature.target}"
+        if backend == "cuda" and isinstance(device, torch.device) and torch.version.hip:
+            backend = "hip"
+        if backend != signature.backend:
+            raise RunError(f"{compiled} ({signature.backend}) and cannot run on {backend}")
+        place = Place(backend, index)
+        refusal = place.refusal(signature.arch)
+        if refusal is not None:
+            raise RunError(f"{compiled}; {refusal}")
+        return place
+
+    def refusal(self, arch: str) -> str | None:
+        """Why this device cannot run code for ``arch``, or None."""
+        if self.backend == "cpu":
+            missing = missing_on_host(arch)
+            return missing and f"this machine lacks {missing}"
+        # The driver first: without one, torch says less about what is missing.
+        hal_device(self.backend, self.index)
+        if self.emulated is not None:
+            return None if self.emulated == arch else f"{self} is an emulated {self.emulated}"
+        built_for = "HIP" if torch.version.hip else "CUDA" if torch.version.cuda else "the cpu alone"
+        if built_for.lower() != self.backend:
+            return f"the torch {torch.__version__} here is built for {built_for}"
+        if self.index >= torch.cuda.device_count():
+            return f"this machine has no {self}"
+        actual = gpu_arch(self.index)
+        # sm_90a: the a says that nothing but this very architecture will do, as for every cubin here.
+        needed = arch.removesuffix("a") if self.backend == "cuda" else arch
+        return None if actual == needed else f"{self} is {actual}"
+
+
+def gpu_arch(index: int) -> str:
+    """What a program's ``arch`` has to be to run on torch's GPU ``index``."""
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return properties.gcnArchName.partition(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def emulated_arch(index: int) -> str | None:
+    """What the HIP stand-in of ``tools/gfx950`` calls its device "emulated" of; None of any other device."""
+    hal_device("hip", index)
+    name = iree.get_driver("hip").query_available_devices()[index]["name"]
+    found = re.fullmatch(r"emulated (gfx\w+)", name)
+    return found and found[1]
+
+
+def _parse_device(text: str) -> tuple[str, int]:
+    backend, _, index = text.partition(":")
+    if backend not in _DRIVERS or not (index or "0").isdecimal():
+        raise UsageError(f"unknown device {text!r}; known devices: cpu, cuda, cuda:N, hip, hip:N")
+    return backend, int(index or 0)
+
+
+@cache
+def instance() -> iree.VmInstance:
+    """IREE's instance, one per process."""
+    return iree.VmInstance()
+
+
+@cache
+def _owner() -> int:
+    """The process that IREE's devices belong to: the one that used one first."""
+    return os.getpid()
+
+
+def _refuse_forked() -> None:
+    """RunError in a process forked from the owner: a call would wait for its threads for ever."""
+    if os.getpid() != _owner():
+        raise RunError(
+            "IREE was in use in the process that this one was forked from, and its threads are not here: "
+            "start processes with multiprocessing's 'spawn', or fork before anything is loaded"
+        )
+
+
+_DEVICE_LOCK = threading.Lock()
+_API_NAMES = {"cpu": "cpu", "cuda": "CUDA", "hip": "HIP"}
+
+
+def hal_device(backend: str, index: int) -> iree.HalDevice:
+    """IREE's device, one per process; RunError when its driver is not available."""
+    _refuse_forked()
+    uri = _DRIVERS[backend] if backend == "cpu" else f"{_DRIVERS[backend]}://{index}"
+    try:
+        with _DEVICE_LOCK:
+            if backend in _DRIVER_FLAGS:
+                iree.flags.parse_flags(_DRIVER_FLAGS[backend])
+            return iree.get_device(uri)
+    except (RuntimeError, ValueError, OSError) as error:
+        what = f"no {_API_NAMES[backend]} driver or device"
+        raise RunError(f"there is {what} on this machine: {reason(error)}") from error
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What the memory of a tensor has to be; it occupies none itself."""
+
+    like: Tensor
+    shape: tuple[int, ...]
+    element: Any
+    """The dtype in IREE's words."""
+    typed: bool
+    """Whether DLPack has a word for the dtype; ``element`` is a byte where it has none."""
+    size: int
+    """In bytes."""
+
+
+class Session:
+    """One IREE context on one device; calls take turns."""
+
+    def __init__(self, module: iree.VmModule, place: Place, parameter_modules: Sequence[iree.VmModule]):
+        self.place = place
+        # What an empty tensor points to: torch's points nowhere, which crashes the cpu driver.  Made first:
+        # on a GPU it also makes the device current in this thread, which IREE's module loading relies on.
+        self._somewhere = torch.zeros(_CPU_ALIGNMENT, dtype=torch.uint8, device=place.device)
+        self._hal = hal_device(place.backend, place.index)
+        self._allocator = self._hal.allocator
+        self._on_host = place.device.type == "cpu"
+        self._dlpack = (
+            (_DLPACK_TYPES["cpu"], 0) if self._on_host else (_DLPACK_TYPES[place.backend], place.index)
+        )
+        hal_module = iree.create_hal_module(instance(), self._hal)
+        self._context = iree.VmContext(instance(), [hal_module, *parameter_modules, module])
+        self._lock = threading.Lock()
+
+    def invoke(
+        self, function: iree.VmFunction, tensors: Sequence[Tensor], storage: Sequence[iree.HalBufferView] = ()
+    ) -> list[iree.HalBufferView]:
+        """Call ``function`` with ``tensors`` and then ``storage``, and wait for its results.
+
+        Raises what the IREE runtime raises: see ``reported``; RunError in a forked process.
+        """
+        _refuse_forked()
+        arguments = iree.VmVariantList(len(tensors) + len(storage))
+        for tensor in tensors:
+            arguments.push_ref(self.to_iree(tensor).ref)
+        for view in storage:
+            arguments.push_ref(view.ref)
+        results = iree.VmVariantList(4)
+        if self.place.device.type == "cuda":
+            # After the conversions and allocations: copies may be queued, and freed memory still in use.
+            torch.cuda.current_stream(self.place.device).synchronize()
+        with self._lock:
+            self._context.invoke(function, arguments, results)
+        return [results.get_as_object(i, iree.HalBufferView) for i in range(len(results))]
+
+    def query(self, function: iree.VmFunction, tensors: Sequence[Tensor], more: int) -> int:
+        """The integer that ``function`` computes from the shapes of ``tensors``.
+
+        It has more arguments, two fences and ``more`` buffer views, and looks at none of them.
+        """
+        _refuse_forked()
+        arguments = iree.VmVariantList(len(tensors) + 2 + more)
+        for tensor in tensors:
+            arguments.push_ref(self.to_iree(tensor).ref)
+        for _ in range(2):
+            arguments.push_ref(iree.HalFence(0).ref)
+        for _ in range(more):
+            arguments.push_ref(self._import(self._somewhere).ref)
+        results = iree.VmVariantList(1)
+        with self._lock:
+            self._context.invoke(function, arguments, results)
+        return results.get_variant(0)
+
+    def storage(self, shape: tuple[int, ...], dtype: torch.dtype) -> Storage:
+        """Memory for a tensor, as ``allocate`` takes it."""
+        like = self._somewhere.view(dtype)[0].expand(shape)
+        crossing = self._hal.from_dlpack_capsule(
+            to_dlpack(self._somewhere.view(torch.uint8 if dtype in _AS_BYTES else dtype))
+        )
+        typed = from_dlpack(self._hal.create_dlpack_capsule(crossing, *self._dlpack)).dtype == dtype
+        return Storage(like, shape, crossing.element_type, typed, like.numel() * like.element_size())
+
+    def allocate(self, storage: Storage) -> tuple[Tensor, iree.HalBufferView]:
+        """A tensor, contiguous and not set to anything, and a view of its bytes.
+
+        Where torch's tensors are the host's, the memory is IREE's: its cpu driver fills and copies into no
+        other.  On a GPU it is torch's, whose allocator keeps what is freed.
+        """
+        if self._on_host and storage.size:
+            buffer = self._allocator.allocate_buffer(_DEVICE_LOCAL, _ANY_USAGE, storage.size)
+            view = iree.HalBufferView(buffer, storage.shape, storage.element)
+            tensor = from_dlpack(self._hal.create_dlpack_capsule(view, *self._dlpack))
+            return (tensor if storage.typed else tensor.view(storage.like.dtype)), view
+        # Half the time of torch.empty, which has more arguments to read.
+        tensor = torch.empty_like(storage.like, memory_format=torch.contiguous_format)
+        return tensor, self._bytes(tensor)
+
+    def scratch(self, size: int) -> iree.HalBufferView:
+        """Memory that no tensor is made of."""
+        if self._on_host and size:
+            buffer = self._allocator.allocate_buffer(_DEVICE_LOCAL, _ANY_USAGE, size)
+            return iree.HalBufferView(buffer, (size,), iree.HalElementType.UINT_8)
+        return self._bytes(torch.empty(size, dtype=torch.uint8, device=self.place.device))
+
+    def _bytes(self, tensor: Tensor) -> iree.HalBufferView:
+        if not tensor.numel():
+            return self._import(self._somewhere)
+        return self._import(tensor.view(torch.uint8) if tensor.dtype in _AS_BYTES else tensor)
+
+    def to_iree(self, tensor: Tensor) -> iree.HalBufferView:
+        """The tensor's memory as a buffer view, which keeps it alive."""
+        if tensor.requires_grad:
+            tensor = tensor.detach()
+        if not tensor.is_contiguous():
+            tensor = tensor.contiguous()
+        if tensor.numel() == 0:
+            return self._empty(tensor)
+        if self.place.backend == "cpu" and tensor.data_ptr() % _CPU_ALIGNMENT:
+            tensor = tensor.clone()
+        element = _AS_BYTES.get(tensor.dtype)
+        if element is None:
+            return self._import(tensor)
+        view = self._import(tensor.view(torch.uint8))
+        return iree.HalBufferView(view.get_buffer(), list(tensor.shape), element)
+
+    def _empty(self, tensor: Tensor) -> iree.HalBufferView:
+        element = _AS_BYTES.get(tensor.dtype)
+        if element is None:
+            element = self._import(self._somewhere.view(tensor.dtype)).element_type
+        return iree.HalBufferView(self._import(self._somewhere).get_buffer(), list(tensor.shape), element)
+
+    def _import(self, tensor: Tensor) -> iree.HalBufferView:
+        view = self._hal.from_dlpack_capsule(to_dlpack(tensor))
+        return view if self.place.emulated is None else self._upload(tensor, view)
+
+    def _upload(self, tensor: Tensor, view: iree.HalBufferView) -> iree.HalBufferView:
+        """A copy in the emulated GPU's own memory, so that it knows where a buffer ends."""
+        buffer = self._allocator.allocate_buffer_copy(
+            memory_type=_DEVICE_LOCAL,
+            allowed_usage=_ANY_USAGE,
+            device=self._hal,
+            buffer=tensor.reshape(-1).view(torch.uint8).numpy(),
+        )
+        assert isinstance(buffer, iree.HalBuffer)  # a view only where an element type is given
+        return iree.HalBufferView(buffer, view.shape, view.element_type)
+
+    def to_torch(self, view: iree.HalBufferView, dtype: torch.dtype | None) -> Tensor:
+        """The buffer as a tensor, which keeps it alive; dtype None: by the buffer's element type."""
+        as_bytes = _FROM_BYTES.get(_code(view.element_type))
+        dtype = dtype or as_bytes
+        if 0 in view.shape and dtype is not None:
+            return torch.empty(view.shape, dtype=dtype, device=self.place.device)
+        if as_bytes is not None:
+            view = iree.HalBufferView(view.get_buffer(), view.shape, iree.HalElementType.UINT_8)
+        tensor = from_dlpack(self._hal.create_dlpack_capsule(view, *self._dlpack))
+        if dtype in (None, tensor.dtype):
+            return tensor
+        if dtype.itemsize != tensor.element_size():
+            raise RunError(f"a result is {dtype_name(tensor.dtype)}, the signature says {dtype_name(dtype)}")
+        # IREE's integers have no sign: an unsigned result arrives as a signed one.
+        return tensor.view(dtype)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch's name of it, 'bfloat16'."""
+    return str(dtype).removeprefix("torch.")
+
+
+# --- errors ------------------------------------------------------------------------------------
+
+
+class reported:
+    """Turns the IREE runtime's exceptions into a RunError that begins with ``what``.
+
+    A class, since a context manager made of a generator costs a call one more microsecond.
+    """
+
+    def __init__(self, what: str):
+        self.what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (RuntimeError, ValueError, IndexError, OSError)):
+            raise RunError(f"{self.what}: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """The part of an IREE message that is about the problem, not about IREE's source."""
+    text = str(error).strip().partition("\n")[0]
+    return re.sub(r"^.*?\.c(?:c|pp)?:\d+: ", "", text).rstrip("; ")

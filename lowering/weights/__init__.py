@@ -1,0 +1,1 @@
+"""Weights on their way into a program, and the archive beside it."""

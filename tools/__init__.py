@@ -1,0 +1,1 @@
+"""Tools of development; none is part of the package."""

@@ -1,0 +1,1 @@
+"""Benchmarks, and the tuning that rests on them."""

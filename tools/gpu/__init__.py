@@ -1,0 +1,1 @@
+"""Programs and kernels on a GPU machine."""
