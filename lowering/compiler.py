@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,28 +16,18 @@ from typing import Any, Literal
 import torch
 from iree.compiler import ir
 
-from patterns.flavour import use_flavours
 from patterns.sites import Ledger, SiteRecord
 
 from . import extensions
 from .backends import devices
 from .errors import CompileError, UsageError
-from .families.row import hardware_floats
 from .importing.importer import Program, import_module, parse_module
 from .isolation.culprit import find_culprit
-from .isolation.iree_steps import COMPILE, Iree, Step, TimedOut, Unplaced
-from .passes.check_scales import check_scales
-from .passes.dispatch import Dispatched, choose_kernels, dispatch, return_physical_scales, supported
-from .passes.expand import Expander
-from .passes.fold import fold
-from .passes.fuse import fuse
-from .passes.lay_out import check, lay_out, reads_of
-from .passes.normalize import normalize
-from .passes.raise_ops import RECOGNISERS, raise_function
-from .passes.respell import respell
-from .passes.sink_views import sink_views
-from .passes.spell_out import spell_out
-from .passes.widen import widen
+from .isolation.iree_steps import COMPILE, Iree, TimedOut, Unplaced
+from .isolation.iree_steps import Step as IreeStep
+from .passes import verify
+from .passes.dispatch import Dispatched, choose_kernels
+from .passes.raise_ops import recognisers
 from .program import floats
 from .program.ownership import keep_arguments, part_updates
 from .program.scalar_ops import correct
@@ -46,6 +35,7 @@ from .program.slices import mend_slices
 from .program.storage import add_entry, remove_entry
 from .report.report import Change, Report, Site
 from .signature import SIGNATURE_KEY, Signature, known_sizes
+from .steps import BY_NAME, FUSING, State, Step, run
 from .targets import Target, resolve
 from .weights import parameters as weights
 
@@ -157,7 +147,7 @@ class _Pipeline:
         if fp8 not in typing.get_args(Fp8):
             raise UsageError(f"fp8 is {' or '.join(typing.get_args(Fp8))}, not {fp8!r}")
         self.target, self.fp8, self.source_paths = target, fp8, source_paths
-        self.recognisers = (*extensions.recognisers(patterns), *RECOGNISERS)
+        self.recognisers = (*extensions.recognisers(patterns), *recognisers())
         self.dump_to = Path(dump_phases_to) if dump_phases_to is not None else None
         self.progress = progress or (lambda phase, detail: None)
         self.context = ir.Context()
@@ -179,8 +169,8 @@ class _Pipeline:
     def run(self, program: Program, parameters: str | os.PathLike[str] | None) -> Compiled:
         archive_path = Path(parameters) if parameters is not None else None
         with self.context, ir.Location.unknown(), tempfile.TemporaryDirectory() as directory:
-            ledger = self._fuse(program)
-            dispatched = self._dispatch(program, ledger, Path(directory))
+            state = self._steps(program, Path(directory), (*FUSING, BY_NAME["dispatch"], BY_NAME["expand"]))
+            ledger, dispatched = state.ledger, state.dispatched
             with weights.archived(program.parameters, archive_path, self.progress) as archive:
                 try:
                     signature, vmfb = self._compile(program, archive, ledger)
@@ -191,55 +181,27 @@ class _Pipeline:
         return Compiled(self.target, report, vmfb, dispatched, signature)
 
     def explain(self, program: Program) -> Report:
-        with self.context, ir.Location.unknown():
-            ledger = self._fuse(program)
+        with self.context, ir.Location.unknown(), tempfile.TemporaryDirectory() as directory:
+            ledger = self._steps(program, Path(directory), FUSING).ledger
             kernels = choose_kernels(program.main(), self.target, ledger)
             return _report(self.target, ledger, len(kernels), program)
 
-    def _fuse(self, program: Program) -> Ledger:
-        """Steps 2 to 5, in place; what became of every site."""
-        function, ledger = program.main(), Ledger()
+    def _steps(self, program: Program, directory: Path, steps: Sequence[Step]) -> State:
+        """Run ``steps`` on ``program``, in place."""
         self.dump("import", program.module)
-        steps: list[tuple[str, Callable[[], Any]]] = [
-            ("normalize", lambda: normalize(function)),
-            ("raise", lambda: raise_function(function, ledger, self.recognisers)),
-            ("sink", lambda: sink_views(function)),
-            ("fuse", lambda: fuse(function, ledger, supported(self.target))),
-            ("layout", lambda: lay_out(function, ledger, reads_of(self.target))),
-            ("fold", lambda: fold(program)),
-        ]
-        if self.fp8 == "native":
-            hardware = hardware_floats(self.target)
-            steps.insert(3, ("flavour", lambda: use_flavours(function, ledger, hardware)))
-        for phase, step in steps:
-            self.start(phase)
-            started = time.perf_counter()
-            step()
-            ledger.timing.steps[phase] = time.perf_counter() - started
-            self.dump(phase, program.module)
-        return ledger
-
-    def _dispatch(self, program: Program, ledger: Ledger, directory: Path) -> Dispatched:
-        """Step 6, in place: kernels for the fused rows, plain operations for what is left."""
-        function = program.main()
-        self.start("dispatch", f"{len(ledger.records)} sites")
-        check(function)
-        check_scales(program)
-        dispatched = dispatch(
+        state = State(
             program.module,
-            function,
+            program.main(),
             self.target,
-            ledger,
+            Ledger(),
             directory,
-            lambda entry: self.start("kernels", entry),
+            program,
+            self.recognisers,
+            native_floats=self.fp8 == "native",
+            progress=self.start,
         )
-        program.mark_strides(return_physical_scales(function, dispatched.physical_scales))
-        Expander(spell_attention=self.target.backend == "cpu").expand(function)
-        spell_out(function)
-        widen(function)
-        respell(function)
-        self.dump("dispatch", program.module)
-        return dispatched
+        run(steps, state, lambda name: self.dump(name, program.module), verified=verify.is_wanted())
+        return state
 
     def _compile(self, program: Program, archive: weights.Archive, ledger: Ledger) -> tuple[Signature, bytes]:
         self.start("compile", self.target.name)
@@ -276,7 +238,7 @@ class _Pipeline:
         floats.rewrite_unsupported(module, self.target)
         return module
 
-    def _fails(self, module: ir.Module, step: Step) -> bool:
+    def _fails(self, module: ir.Module, step: IreeStep) -> bool:
         """Whether a part of a program fails, in ``step`` or before it."""
         iree = Iree()
         try:

@@ -14,7 +14,11 @@ from iree.compiler import ir
 from . import canonical, torch_ir
 from .contracts import BlockScaledMatmul
 from .named_call import Arg, NamedOp
+from .operation import Operation
 from .recogniser import Raised
+from .well_typed import why_no_product
+
+OPERATION = Operation(canonical.BLOCK_SCALED_MATMUL, BlockScaledMatmul, why_no_product)
 
 _CAST = "torch.prims.convert_element_type"
 _FLOAT8 = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2")

@@ -33,17 +33,11 @@ from iree.compiler import ir
 from . import torch_ir
 from .contracts import (
     BlockScaledMatmul,
-    Contract,
     GatedActivation,
     GroupedTopk,
-    LinearSpec,
-    MatmulSpec,
     Quantization,
     RmsNorm,
-    RowSpec,
     ScaleLayout,
-    Spec,
-    TopkSpec,
 )
 from .sites import Cost
 from .torch_ir import TensorType
@@ -60,12 +54,6 @@ TOPK = "vmfuse.topk"
 MATMUL = "vmfuse.matmul"
 LINEAR = "vmfuse.linear"
 PHYSICAL_SCALE = "vmfuse.physical_scale"
-SPECS: dict[str, type[RowSpec] | type[TopkSpec] | type[MatmulSpec] | type[LinearSpec]] = {
-    ROW: RowSpec,
-    TOPK: TopkSpec,
-    MATMUL: MatmulSpec,
-    LINEAR: LinearSpec,
-}
 
 # A site's number in the ledger, and the numbers of the sites a fused operation stands for.
 SITE = "site"
@@ -167,18 +155,6 @@ def quantization(op: ir.Operation) -> Quantization:
     return from_attribute(Quantization, op.attributes["contract"])
 
 
-def contract(op: ir.Operation) -> Contract:
-    """What the canonical operation of a site computes."""
-    kinds = {
-        RMS_NORM: RmsNorm,
-        GATED_ACTIVATION: GatedActivation,
-        GROUP_QUANT: Quantization,
-        GROUPED_TOPK: GroupedTopk,
-        BLOCK_SCALED_MATMUL: BlockScaledMatmul,
-    }
-    return from_attribute(kinds[torch_ir.op_name(op)], op.attributes["contract"])
-
-
 def routing_contract(op: ir.Operation) -> GroupedTopk:
     """What a ``vmfuse.grouped_topk`` computes."""
     return from_attribute(GroupedTopk, op.attributes["contract"])
@@ -189,25 +165,11 @@ def product_contract(op: ir.Operation) -> BlockScaledMatmul:
     return from_attribute(BlockScaledMatmul, op.attributes["contract"])
 
 
-def spec(op: ir.Operation) -> Spec | None:
-    """What an operation that a kernel computes is specialised by; None for any other."""
-    kind = SPECS.get(torch_ir.op_name(op))
-    return None if kind is None else from_attribute(kind, op.attributes["spec"])
-
-
 def cost(op: ir.Operation) -> Cost:
     """What ``op`` costs as a kernel of its own: every operand read once, every result written once."""
     sizes = [torch_ir.example_bytes(value) for value in (*op.operands, *op.results)]
     known = [size for size in sizes if size is not None]
     return Cost(sum(known) if len(known) == len(sizes) else None, dispatches=1)
-
-
-def site_name(op: ir.Operation) -> str | None:
-    """What the report calls the site ``op`` is; None if it is not one and only carries meaning on."""
-    name = torch_ir.op_name(op)
-    if name == GATED_ACTIVATION:
-        return f"{gate_contract(op).activation}_mul"
-    return {RMS_NORM: "rms_norm", GROUP_QUANT: "group_quant", GROUPED_TOPK: "grouped_topk"}.get(name)
 
 
 def site_of(op: ir.Operation) -> int:

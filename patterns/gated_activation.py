@@ -13,7 +13,13 @@ from iree.compiler import ir
 from . import canonical, torch_ir, views
 from .contracts import Activation, GatedActivation, Rounding
 from .match import ANY, Bindings, Const, Is, Named, Near, OneOf, Op, Pattern, Var, f32, first_match
+from .operation import Operation
 from .recogniser import Raised
+from .well_typed import why_no_gate
+
+OPERATION = Operation(
+    canonical.GATED_ACTIVATION, GatedActivation, why_no_gate, site=lambda gate: f"{gate.activation}_mul"
+)
 
 _CAST = "torch.prims.convert_element_type"
 _G = Var("gate")

@@ -26,7 +26,13 @@ from .match import (
     first_match,
     times_one,
 )
+from .operation import Operation
 from .recogniser import Raised, WithoutLastAxis
+from .well_typed import why_no_quantization
+
+OPERATION = Operation(
+    canonical.GROUP_QUANT, Quantization, why_no_quantization, site=lambda quantization: "group_quant"
+)
 
 # The serving stacks have groups of up to this many elements; a longer last axis is quantized as a row.
 _LONGEST_GROUP = 128

@@ -1,6 +1,7 @@
 """Grouped top-k routing, by name and written out, raised to ``vmfuse.grouped_topk``.
 
-Routing is recognised where its scores are float32, whatever the dtype of the gating they come from.
+Routing is recognised where its scores are float32, whatever the dtype of the gating they come from.  It is
+whole when it is raised, so one kernel computes it and nothing around it.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from typing import Any
 from iree.compiler import ir
 
 from . import canonical, torch_ir
-from .contracts import GroupedTopk
+from .contracts import GroupedTopk, TopkSpec
 from .match import ANY, Bindings, Const, Exact, Is, OneOf, Op, Pattern, first_match
 from .named_call import Arg, Fields, NamedOp
+from .near_routings import SUSPICIONS
+from .operation import Operation, PatternFamily, Support, Types
 from .recogniser import Raised
+from .sites import Ledger
 from .torch_ir import TensorType
-from .well_typed import is_routing
+from .well_typed import is_routing, why_no_routing
 
 # --- by name ---------------------------------------------------------------------------------------
 
@@ -288,4 +292,58 @@ def _groups(found: Bindings, scores: TensorType) -> int | None:
     return groups if fits and same and found["scatter_axis"] in (-1, len(lead)) else None
 
 
-RECOGNISERS = (*NAMED_OPS, DecomposedTopk())
+# --- to a kernel -----------------------------------------------------------------------------------
+
+
+def fuse_routings(block: ir.Block, ledger: Ledger, support: Support) -> None:
+    """Give every ``vmfuse.grouped_topk`` to a kernel, or refuse it with a reason."""
+    for op in [op.operation for op in block.operations]:
+        if torch_ir.op_name(op) == canonical.GROUPED_TOPK:
+            _fuse(op, ledger, support)
+
+
+def _fuse(routing: ir.Operation, ledger: Ledger, support: Support) -> None:
+    site, spec = canonical.site_of(routing), _spec(routing)
+    reason = support(spec)
+    if reason is not None:
+        ledger.refuse(site, reason)
+        return
+    types = [torch_ir.tensor_type(result) for result in routing.results]
+    with ir.InsertionPoint(routing), routing.location:
+        fused = canonical.create(
+            canonical.TOPK,
+            list(routing.operands),
+            [type_ for type_ in types if type_ is not None],
+            spec=canonical.to_attribute(spec),
+            sites=canonical.to_attribute((site,)),
+        )
+    torch_ir.set_example(fused, [torch_ir.example_shape(result) for result in routing.results])
+    for old, new in zip(routing.results, fused.results, strict=True):
+        old.replace_all_uses_with(new)
+    routing.erase()
+    ledger.fuse(site, "grouped_topk")
+
+
+def _spec(routing: ir.Operation) -> TopkSpec:
+    gating, bias = (torch_ir.tensor_type(operand) for operand in routing.operands)
+    ids = torch_ir.tensor_type(routing.results[1])
+    assert gating is not None and bias is not None and ids is not None
+    experts = gating.shape[-1]
+    assert experts is not None
+    return TopkSpec(experts, gating.dtype, bias.dtype, canonical.routing_contract(routing), ids.dtype)
+
+
+def _why_no_kernel(spec: TopkSpec, operands: Types, results: Types) -> str | None:
+    return why_no_routing(spec.routing, operands, results)
+
+
+OPERATION = Operation(
+    canonical.GROUPED_TOPK, GroupedTopk, why_no_routing, site=lambda routing: "grouped_topk"
+)
+FAMILY = PatternFamily(
+    operations=(OPERATION, Operation(canonical.TOPK, TopkSpec, _why_no_kernel, is_kernel=True)),
+    recognisers=(*NAMED_OPS, DecomposedTopk()),
+    suspicions=SUSPICIONS,
+    named=NAMED_OPS,
+    fuse=fuse_routings,
+)

@@ -9,12 +9,21 @@ from iree.compiler import ir
 
 from . import canonical, torch_ir, weight_layouts
 from .contracts import LinearSpec
-from .row_fusion import Support
+from .operation import Operation, PatternFamily, Support, Types
+from .sites import Ledger
+from .torch_ir import TensorType
 
 LINEAR = "torch.aten.linear"
 
 
-def fuse_linear(op: ir.Operation, support: Support) -> None:
+def fuse_linears(block: ir.Block, ledger: Ledger, support: Support) -> None:
+    """Give every linear layer to a kernel where the target has one; the others are IREE's and no sites."""
+    for op in [op.operation for op in block.operations]:
+        if torch_ir.op_name(op) == LINEAR:
+            _fuse(op, support)
+
+
+def _fuse(op: ir.Operation, support: Support) -> None:
     """Replace a ``torch.aten.linear`` by a ``vmfuse.linear`` if ``support`` has no objection.
 
     A weight that is computed, as by a cast that widens it, is left to IREE, which computes it as the product
@@ -54,3 +63,22 @@ def _spec(op: ir.Operation) -> LinearSpec | None:
     if str(op.operands[2].type) != "!torch.none" and (bias is None or bias.shape != (columns,)):
         return None
     return LinearSpec(columns, depth, out.dtype, bias is not None)
+
+
+def _why_no_kernel(spec: LinearSpec, operands: Types, results: Types) -> str | None:
+    a, out = (operands or [None])[0], (results or [None])[0]
+    weights = [TensorType((spec.columns, spec.depth), spec.dtype), TensorType((spec.columns,), spec.dtype)]
+    if a is None or out is None or list(operands[1:]) != weights[: 1 + spec.bias] or len(results) != 1:
+        return f"it takes {', '.join(map(str, operands))} to {', '.join(map(str, results))}"
+    fits = (a.dtype, a.shape[-1:], out.dtype, out.shape) == (
+        spec.dtype,
+        (spec.depth,),
+        spec.dtype,
+        (*a.shape[:-1], spec.columns),
+    )
+    return None if fits else f"it takes {a} to {out}, and computes {spec.columns} columns from {spec.depth}"
+
+
+FAMILY = PatternFamily(
+    operations=(Operation(canonical.LINEAR, LinearSpec, _why_no_kernel, is_kernel=True),), fuse=fuse_linears
+)

@@ -15,7 +15,7 @@ from iree.compiler import ir
 
 from . import canonical, torch_ir, views, weight_layouts
 from .contracts import MatmulSpec, Quantization, RowSpec, ScaleLayout, WeightLayout
-from .row_fusion import Support
+from .operation import Operation, Support, Types
 from .sites import Ledger
 
 
@@ -208,3 +208,21 @@ def _is_free(scale: ir.Value) -> bool:
 
 def _reads_as_scale(product: ir.Operation, scale: ir.Value) -> bool:
     return [number for number, operand in enumerate(product.operands) if operand == scale] == [2]
+
+
+def _why_no_kernel(spec: MatmulSpec, operands: Types, results: Types) -> str | None:
+    """a, b, a_scale, b_scale, [bias] -> out; b has its layout's rows."""
+    if len(operands) != 4 + spec.bias or len(results) != 1 or None in (*operands, *results):
+        return f"a product has {4 + spec.bias} tensors as operands and one result"
+    a, b, a_scale, b_scale, *bias = (type_ for type_ in operands if type_ is not None)
+    (out,) = (type_ for type_ in results if type_ is not None)
+    dtypes = [type_.dtype for type_ in (a, b, a_scale, b_scale, *bias, out)]
+    given = [spec.a_dtype, spec.b_dtype, "float32", "float32", *[spec.dtype] * len(bias), spec.dtype]
+    if dtypes != given:
+        return f"its tensors are of {', '.join(dtypes)}, and not of {', '.join(given)}"
+    if (a.shape[-1:], out.shape) != ((spec.depth,), (*a.shape[:-1], spec.columns)) or len(b.shape) != 2:
+        return f"it takes {a} and {b} to {out}, and computes {spec.columns} columns from {spec.depth}"
+    return None
+
+
+OPERATION = Operation(canonical.MATMUL, MatmulSpec, _why_no_kernel, is_kernel=True)

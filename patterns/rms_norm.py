@@ -23,8 +23,12 @@ from .match import (
     first_match,
     times_one,
 )
+from .operation import Operation
 from .recogniser import Raised
 from .torch_ir import TensorType
+from .well_typed import why_no_norm
+
+OPERATION = Operation(canonical.RMS_NORM, RmsNorm, why_no_norm, site=lambda norm: "rms_norm")
 
 _CAST = "torch.prims.convert_element_type"
 _H = Var("h")

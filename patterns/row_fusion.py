@@ -7,18 +7,17 @@ their own.  Whatever is left out is refused in the ledger with its reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from iree.compiler import ir
 
 from . import canonical, splits, torch_ir
-from .contracts import GatedActivation, Quantization, RmsNorm, RowSpec, Spec
+from .contracts import GatedActivation, Quantization, RmsNorm, RowSpec
+from .operation import Operation, Support, Types
 from .sites import Ledger
+from .torch_ir import TensorType
 from .windows import wider
-
-# Says why no kernel exists for a spec, or None when one does: the target answers this, not the pattern.
-Support = Callable[[Spec], str | None]
 
 _FLOATS = ("bfloat16", "float16", "float32")
 
@@ -42,6 +41,18 @@ class Inputs:
 
     def operands(self) -> list[ir.Value]:
         return [v for v in (self.x, self.up, self.residual, self.weight) if v is not None]
+
+
+def fuse_rows(block: ir.Block, ledger: Ledger, support: Support) -> None:
+    """Fuse every producer with what quantizes it, then the quantizations of any other tensor."""
+    for producer in _ops(block, *canonical.PRODUCERS):
+        fuse_producer(producer, ledger, support)
+    for value in dict.fromkeys(quant.operands[0] for quant in _ops(block, canonical.GROUP_QUANT)):
+        fuse_plain(value, ledger, support)
+
+
+def _ops(block: ir.Block, *names: str) -> list[ir.Operation]:
+    return [op.operation for op in block.operations if torch_ir.op_name(op.operation) in names]
 
 
 def fuse_producer(producer: ir.Operation, ledger: Ledger, support: Support) -> None:
@@ -282,3 +293,27 @@ def _mark_blocked(quants: Iterable[ir.Operation], reason: str | None) -> None:
 def _refuse(ops: Iterable[ir.Operation], reason: str, ledger: Ledger) -> None:
     for op in ops:
         ledger.refuse(canonical.site_of(op), reason)
+
+
+def _why_no_kernel(spec: RowSpec, operands: Types, results: Types) -> str | None:
+    """x, [up], [residual], [weight] -> [sum], [y], (q, scale)*; inputs are as wide as their windows."""
+    inputs = ["x"] + ["up"] * bool(spec.gate and not spec.gate.packed)
+    inputs += ["residual"] * bool(spec.norm and spec.norm.residual)
+    read = [(spec.pitch(name), spec.dtype) for name in inputs]
+    read += [(spec.hidden, spec.weight_dtype)] * (spec.weight_dtype is not None)
+    x = (operands or [None])[0]
+    rows = TensorType((*x.shape[:-1], spec.hidden), spec.dtype) if x is not None else None
+    given = [(type_.shape[-1], type_.dtype) if type_ and type_.shape else None for type_ in operands]
+    if rows is None or given != read:
+        return f"it reads {given}, and its kernel {read}"
+    written = [rows] * (spec.writes_sum + spec.writes_y)
+    for quantization in spec.quantizations:
+        written += canonical.quantized_types(rows, quantization)
+    return (
+        None
+        if list(results) == written
+        else f"it writes {list(map(str, results))}, not {list(map(str, written))}"
+    )
+
+
+OPERATION = Operation(canonical.ROW, RowSpec, _why_no_kernel, is_kernel=True)

@@ -1,31 +1,87 @@
-"""Whether the tensors of a raised operation are those that its contract speaks of.
+"""The types of operands and results that each operation speaks of.
 
-The last check before a spelling is replaced, and the same for every recogniser: shapes and dtypes must be
-what the canonical operation computes with, whatever a recogniser looked at.
+What a recogniser raised is checked by these before it replaces anything, whatever the recogniser looked at;
+and every operation again after each step (``operation.Operation.verify``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from iree.compiler import ir
-
-from . import canonical, torch_ir
-from .contracts import GatedActivation, Quantization, RmsNorm
-from .recogniser import Raised, WithoutLastAxis
+from .canonical import quantized_types
+from .contracts import BlockScaledMatmul, GatedActivation, GroupedTopk, Quantization, RmsNorm
 from .torch_ir import TensorType
 
 FLOATS = ("float32", "bfloat16", "float16")
 
-Types = Sequence[TensorType | None]
+Types = Sequence["TensorType | None"]
 
 
-def is_well_typed(raised: Raised) -> bool:
-    """Whether ``raised``, and what is nested in it, has the types that its contract speaks of."""
-    operands = [_type_of(operand) for operand in raised.operands]
-    results = [_type_of(result) for result in raised.results if result is not None]
-    nested = (operand for operand in raised.operands if isinstance(operand, Raised))
-    return _fits(raised, operands, results) and all(map(is_well_typed, nested))
+def why_no_norm(norm: RmsNorm, operands: Types, results: Types) -> str | None:
+    """x, [residual], [weight] -> y, [sum]."""
+    x, *rest = operands or (None,)
+    if x is None or not x.shape or x.dtype not in (*FLOATS, "float64"):
+        return f"its x is {x}"
+    if norm.residual is not None and (not rest or rest.pop(0) != x):
+        return f"its residual is no {x}"
+    if list(results[1:]) != [x] * (norm.residual is not None) or len(rest) > 1:
+        return f"it takes {_listed(operands)} to {_listed(results)}"
+    weight = rest[0] if rest else None
+    if rest and (weight is None or weight.shape != x.shape[-1:] or weight.dtype not in (*FLOATS, x.dtype)):
+        return f"its weight is {weight}, and x {x}"
+    y = TensorType(x.shape, norm_dtype(norm, x, weight))
+    return None if results[0] == y else f"its y is {results[0]}, and not {y}"
+
+
+def norm_dtype(norm: RmsNorm, x: TensorType, weight: TensorType | None) -> str:
+    """The dtype of y."""
+    if norm.rounding == "none":
+        return "float32"
+    factor = weight.dtype if weight is not None and not norm.weight_offset else "float32"
+    return promoted(x.dtype, factor) if norm.rounding == "twice" and weight is not None else x.dtype
+
+
+def promoted(x: str, weight: str) -> str:
+    """The dtype of a product of two tensors of these floats."""
+    if weight == x:
+        return x
+    return "float64" if "float64" in (x, weight) else "float32"
+
+
+def why_no_gate(gate: GatedActivation, operands: Types, results: Types) -> str | None:
+    """gate_up (packed) or gate, up -> y."""
+    if len(operands) != (1 if gate.packed else 2) or len(results) != 1:
+        return f"a gated activation has {'one operand' if gate.packed else 'two operands'} and one result"
+    x = operands[0]
+    if x is None or not x.shape or x.dtype not in FLOATS or any(other != x for other in operands):
+        return f"its operands are {' and '.join(map(str, operands))}"
+    last = x.shape[-1]
+    if gate.packed and (last is None or last % 2):
+        return f"its rows of {last} elements are no gate and up"
+    shape = (*x.shape[:-1], last // 2) if gate.packed and last else x.shape
+    y = TensorType(shape, "float32" if gate.rounding == "none" else x.dtype)
+    return None if results[0] == y else f"its y is {results[0]}, and not {y}"
+
+
+def why_no_quantization(quantization: Quantization, operands: Types, results: Types) -> str | None:
+    """x -> q, scale."""
+    if len(operands) != 1 or len(results) != 2:
+        return "a quantization has one operand and two results"
+    x = operands[0]
+    if x is None or not x.shape or x.shape[-1] is None or x.dtype not in FLOATS:
+        return f"its x is {x}"
+    made = quantized_types(x, quantization)
+    return None if tuple(results) == made else f"its results are {_listed(results)}, and not {_listed(made)}"
+
+
+def why_no_routing(routing: GroupedTopk, operands: Types, results: Types) -> str | None:
+    """gating, bias -> weights, ids."""
+    if len(operands) != 2 or len(results) != 2 or not is_routing((*operands, results[0])):
+        return f"it takes {_listed(operands)} to {_listed(results)}"
+    weights, ids = results
+    if ids is None or weights is None or ids.shape != weights.shape or weights.shape[-1] != routing.topk:
+        return f"its results are {_listed(results)}, of {routing.topk} experts"
+    return None
 
 
 def is_routing(types: Types) -> bool:
@@ -45,66 +101,12 @@ def is_routing(types: Types) -> bool:
     )
 
 
-def promoted(x: str, weight: str) -> str:
-    """The dtype of a product of two tensors of these floats."""
-    if weight == x:
-        return x
-    return "float64" if "float64" in (x, weight) else "float32"
+def why_no_product(product: BlockScaledMatmul, operands: Types, results: Types) -> str | None:
+    """a, b, a_scale, b_scale, [bias] -> out; sizes are compared where the product gets its kernel."""
+    if not 4 <= len(operands) <= 5 or len(results) != 1 or None in (*operands, *results):
+        return "a product has four tensors as operands, or five, and one result"
+    return None
 
 
-def norm_dtype(norm: RmsNorm, x: TensorType, weight: TensorType | None) -> str:
-    """The dtype of y."""
-    if norm.rounding == "none":
-        return "float32"
-    factor = weight.dtype if weight is not None and not norm.weight_offset else "float32"
-    return promoted(x.dtype, factor) if norm.rounding == "twice" and weight is not None else x.dtype
-
-
-def _type_of(value: ir.Value | Raised | WithoutLastAxis | TensorType | None) -> TensorType | None:
-    if isinstance(value, Raised):
-        return _type_of(value.results[0])
-    if isinstance(value, WithoutLastAxis):
-        type_ = torch_ir.tensor_type(value.value)
-        return type_ and TensorType((*type_.shape, 1), type_.dtype)
-    return torch_ir.tensor_type(value) if isinstance(value, ir.Value) else value
-
-
-def _fits(raised: Raised, operands: Types, results: Types) -> bool:
-    contract = raised.contract
-    if isinstance(contract, RmsNorm):
-        return _is_norm(contract, operands, results)
-    if isinstance(contract, GatedActivation):
-        return _is_gate(contract, operands, results)
-    if isinstance(contract, Quantization):
-        return _is_quantization(contract, operands, results)
-    return raised.op != canonical.GROUPED_TOPK or is_routing([*operands, results[0]])
-
-
-def _is_norm(norm: RmsNorm, operands: Types, results: Types) -> bool:
-    x, *rest = operands
-    if x is None or not x.shape or x.dtype not in (*FLOATS, "float64"):
-        return False
-    if norm.residual is not None and (not rest or rest.pop(0) != x or results[1:] != [x]):
-        return False
-    weight = rest[0] if rest else None
-    if rest and (weight is None or weight.shape != x.shape[-1:] or weight.dtype not in (*FLOATS, x.dtype)):
-        return False
-    return results[0] == TensorType(x.shape, norm_dtype(norm, x, weight))
-
-
-def _is_gate(gate: GatedActivation, operands: Types, results: Types) -> bool:
-    x, y = operands[0], results[0]
-    if x is None or not x.shape or x.dtype not in FLOATS or any(other != x for other in operands):
-        return False
-    last = x.shape[-1]
-    if gate.packed and (last is None or last % 2):
-        return False
-    shape = (*x.shape[:-1], last // 2) if gate.packed and last else x.shape
-    return y == TensorType(shape, "float32" if gate.rounding == "none" else x.dtype)
-
-
-def _is_quantization(quantization: Quantization, operands: Types, results: Types) -> bool:
-    (x,) = operands
-    if x is None or not x.shape or x.shape[-1] is None or x.dtype not in FLOATS:
-        return False
-    return tuple(results) == canonical.quantized_types(x, quantization)
+def _listed(types: Types) -> str:
+    return ", ".join(map(str, types))

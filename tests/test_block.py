@@ -100,7 +100,7 @@ def block(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     )
 
 
-@pytest.mark.parametrize("phase", ["7-dispatch", "8-linalg"])
+@pytest.mark.parametrize("phase", ["8-expand", "9-linalg"])
 def test_nothing_is_computed_between_the_kernels(block: Phases, phase: str) -> None:
     """There are calls, sizes and views of leading axes; after dispatch, and in what IREE is given."""
     assert block.compiled.report.summary() == {"fused": 4, "unfused": 0, "dispatches": 4}
@@ -118,7 +118,7 @@ def test_weights_and_scales_are_in_the_layouts_of_the_kernels(block: Phases) -> 
         assert isinstance(spec, MatmulSpec)
         assert (spec.b_layout, spec.a_scale_layout) == (weights, scales)
     found = re.findall(
-        r"util\.global private @([\w.]+)(?: {weight_layout = \"(\w+)\"})?", block.text("8-linalg")
+        r"util\.global private @([\w.]+)(?: {weight_layout = \"(\w+)\"})?", block.text("9-linalg")
     )
     layouts = {name: layout or "row" for name, layout in found}
     gate_up, down = "gate.folded", "down" if weights == "row" else "down.folded"

@@ -13,22 +13,16 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from iree.compiler import ir
 
 from lowering.errors import LoweringError
-from lowering.passes.dispatch import dispatch, supported
-from lowering.passes.fuse import fuse
-from lowering.passes.lay_out import check, lay_out, reads_of
-from lowering.passes.normalize import normalize
-from lowering.passes.raise_ops import raise_function
-from lowering.passes.sink_views import sink_views
+from lowering.passes import verify
+from lowering.steps import BY_NAME, State, run
 from lowering.targets import Target, resolve
 from patterns.sites import NOT_REACHED, Ledger, SiteRecord
-
-STEPS = ("normalize", "raise", "sink", "fuse", "layout", "dispatch")
 
 # A kernel is machine code; a few bytes of it are enough to look at.
 _LONGEST_ELEMENTS = 16
@@ -52,9 +46,9 @@ def transform(text: str, steps: Sequence[str], target: Target, *, report: bool =
         ledgers = {}
         for function in _functions(module):
             ledger = ledgers[_name(function)] = Ledger()
-            for step in steps:
-                _run(step, module, function, target, ledger, Path(directory))
-        module.operation.verify()
+            state = State(module, function, target, ledger, Path(directory))
+            run([BY_NAME[step] for step in steps], state, verified=True)
+        verify.verify(module, "print")
         printed = []
         for op in module.body.operations:
             printed.append(op.operation.get_asm(use_local_scope=True, large_elements_limit=_LONGEST_ELEMENTS))
@@ -71,20 +65,6 @@ def describe(record: SiteRecord) -> str:
     if record.fused:
         return f"{site} fused as {record.pattern}" + (f" in {record.kernel}" if record.kernel else "")
     return f"{site} open" if record.reason == NOT_REACHED else f"{site} unfused: {record.reason}"
-
-
-def _run(
-    step: str, module: ir.Module, function: ir.Operation, target: Target, ledger: Ledger, scratch: Path
-) -> None:
-    run: dict[str, Callable[[], object]] = {
-        "normalize": lambda: normalize(function),
-        "raise": lambda: raise_function(function, ledger),
-        "sink": lambda: sink_views(function),
-        "fuse": lambda: fuse(function, ledger, supported(target)),
-        "layout": lambda: lay_out(function, ledger, reads_of(target)),
-        "dispatch": lambda: (check(function), dispatch(module, function, target, ledger, scratch)),
-    }
-    run[step]()
 
 
 def _functions(module: ir.Module) -> list[ir.Operation]:
@@ -104,8 +84,8 @@ def _read(file: str) -> str:
 def _steps(text: str) -> list[str]:
     steps = [name for name in text.split(",") if name]
     for name in steps:
-        if name not in STEPS:
-            raise argparse.ArgumentTypeError(f"unknown step {name!r}; the steps are {', '.join(STEPS)}")
+        if name not in BY_NAME:
+            raise argparse.ArgumentTypeError(f"unknown step {name!r}; the steps are {', '.join(BY_NAME)}")
     return steps
 
 
@@ -120,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_steps,
         default=[],
         metavar="NAMES",
-        help=f"any of {','.join(STEPS)}, in the order to run them",
+        help=f"any of {','.join(BY_NAME)}, in the order to run them",
     )
     parser.add_argument(
         "--target", default="cpu", help="whose kernels fuse and dispatch ask for (default: cpu)"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CompileError
-from ..families.row import Binding, KernelInstance
+from ..families.instance import Binding, KernelInstance
 
 _POINTER_BYTES = 8
 _CONSTANTS = ("rows",)  # i32 each, after the bindings

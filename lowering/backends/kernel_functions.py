@@ -15,7 +15,7 @@ from iree.compiler.dialects import arith, flow, func, hal, stream, tensor
 
 from patterns import torch_ir
 
-from ..families.row import Access, Binding, KernelInstance
+from ..families.instance import Access, Binding, KernelInstance
 from .devices import executable_target
 
 

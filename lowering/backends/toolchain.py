@@ -29,22 +29,10 @@ from typing import Any
 
 from .. import temporary
 from ..errors import ToolchainError
-from ..families.row import KernelInstance
+from ..families.instance import KernelInstance
+from ..families.registry import family_of
 from . import object_cache
 from .abi import prototype
-
-# What a device source may include; every one of them counts for the cache.
-_HEADERS = {
-    "row.cu": ("row.h", "tile.h", "quantize.h", "activation.h"),
-    "row.hip": ("row.h", "tile.h", "quantize.h", "activation.h"),
-    "row.c": ("cpu.h", "vectors.h", "quantize_cpu.h", "activation.h"),
-    "matmul.c": ("cpu.h", "vectors.h", "lanes.h", "float8.h", "plain.h"),
-    "matmul.cu": ("mma.h",),
-    "matmul.hip": (),
-    "topk.cu": ("topk.h", "sigmoid.h"),
-    "topk.hip": ("topk.h", "sigmoid.h"),
-    "topk.c": ("cpu.h", "sigmoid.h"),
-}
 
 _NVRTC_OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
 _HIP_OPTIONS = (
@@ -117,8 +105,9 @@ class _Compiler:
 
 
 def _job(instance: KernelInstance) -> _Job:
-    directory = kernel_source_dir()
-    names = (instance.source, *_HEADERS[instance.source])
+    family = family_of(instance.spec)
+    directory = family.directory or kernel_source_dir()
+    names = (instance.source, *family.sources[instance.source])
     texts = tuple((name, (directory / name).read_text(encoding="utf-8")) for name in names)
     defines = tuple(f"-D{name}={value}" for name, value in instance.defines)
     arch = instance.target.arch

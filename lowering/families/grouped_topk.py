@@ -6,13 +6,20 @@ that the fusion can record, ``instance`` raises the same sentence.
 
 from __future__ import annotations
 
-from patterns.contracts import TopkSpec
+import torch
+from iree.compiler import ir
 
+from patterns import canonical, torch_ir
+from patterns.contracts import TopkSpec
+from patterns.families import ROUTING
+
+from .. import ops
 from ..errors import CompileError
 from ..ops.grouped_topk import why_impossible
 from ..targets import Target
-from .row import Binding, KernelInstance, digest, float32_literal
-from .row_mapping import GridRule, Tile
+from .base import Family, Reference
+from .instance import Binding, GridRule, KernelInstance, digest, float32_literal
+from .row_mapping import Tile
 
 MAX_EXPERTS = 512
 MAX_GROUPS = 32
@@ -72,7 +79,7 @@ def instance(spec: TopkSpec, target: Target, tile: Tile | None = None) -> Kernel
         source=_SOURCES[target.backend],
         defines=(("ENTRY", entry), *defines),
         bindings=bindings(spec),
-        block=(tile.threads, 1, 1) if target.backend != "cpu" else (1, 1, 1),
+        block=(tile.threads if target.is_gpu else 1, 1, 1),
         grid_rule=GridRule(tile.rows),
     )
 
@@ -93,7 +100,7 @@ def choose_tile(spec: TopkSpec, target: Target) -> Tile:
 
     A token has ``lanes``, a power of two; every group an equal number of them, of ``vector`` experts each.
     """
-    if target.backend == "cpu":
+    if not target.is_gpu:
         return Tile(lanes=1, vectors=1, vector=1, rows=max(1, _CPU_EXPERTS // spec.experts))
     groups = spec.routing.num_expert_group
     size, parts = spec.experts // groups, _power_of_two_above(groups)
@@ -126,7 +133,7 @@ def _defines(spec: TopkSpec, target: Target) -> tuple[tuple[str, str], ...]:
 
 
 def _tile_defines(spec: TopkSpec, tile: Tile, target: Target) -> tuple[tuple[str, str], ...]:
-    if target.backend == "cpu":
+    if not target.is_gpu:
         return (("ROWS", str(tile.rows)),)
     values = {
         "GROUP_LANES": tile.lanes // _power_of_two_above(spec.routing.num_expert_group),
@@ -140,3 +147,29 @@ def _tile_defines(spec: TopkSpec, tile: Tile, target: Target) -> tuple[tuple[str
 def _stem(spec: TopkSpec) -> str:
     routing = spec.routing
     return f"topk{routing.topk}_{_SHORT[spec.dtype]}_e{spec.experts}_g{routing.num_expert_group}"
+
+
+def _reference(op: ir.Operation) -> Reference:
+    """Raises CompileError where the routing is impossible: then there is nothing to compute either."""
+    routing = canonical.routing_contract(op)
+    gating, ids = torch_ir.tensor_type(op.operands[0]), torch_ir.tensor_type(op.results[1])
+    assert gating is not None and gating.shape[-1] is not None and ids is not None
+    if reason := why_impossible(routing, gating.shape[-1]):
+        raise CompileError(f"{torch_ir.location(op)}: grouped_topk cannot be done: {reason}")
+    dtype = getattr(torch, ids.dtype)
+    return (routing, dtype), lambda x, bias: ops.grouped_topk_reference(x, bias, routing, dtype)
+
+
+FAMILY = Family(
+    name="grouped_topk",
+    patterns=ROUTING,
+    spec=TopkSpec,
+    instance=instance,
+    why_unsupported=why_unsupported,
+    sources={
+        "topk.c": ("cpu.h", "sigmoid.h"),
+        "topk.cu": ("topk.h", "sigmoid.h"),
+        "topk.hip": ("topk.h", "sigmoid.h"),
+    },
+    references={canonical.GROUPED_TOPK: _reference},
+)

@@ -7,12 +7,14 @@ On the CPU IREE's own product of a large weight, a language model's head above a
 from __future__ import annotations
 
 from patterns.contracts import LinearSpec
+from patterns.families import LINEAR
 
 from ..errors import CompileError
 from ..targets import Target
-from .matmul.cpu import ProductTile, tile_defines
+from .base import Family
+from .instance import Binding, KernelInstance, digest
+from .matmul.cpu import MATMUL_C, ProductTile, tile_defines
 from .matmul.variant import DTYPE_CODES, texts
-from .row import Binding, KernelInstance, digest
 
 DEPTH_MULTIPLE = 64  # of what is decoded along K at once, for every dtype and vector width
 _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
@@ -20,7 +22,7 @@ _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 def why_unsupported(spec: LinearSpec, target: Target) -> str | None:
     """A sentence saying why no kernel computes ``spec`` on ``target``, or None if one does."""
-    if target.backend != "cpu":
+    if target.is_gpu:
         return f"The kernel of linear layers is written for the cpu, not for {target.name}."
     if spec.dtype not in DTYPE_CODES:
         return f"The kernel of linear layers computes in {', '.join(DTYPE_CODES)}, not {spec.dtype}."
@@ -66,3 +68,7 @@ def bindings(spec: LinearSpec) -> tuple[Binding, ...]:
     if spec.bias:
         read.append(Binding("bias", spec.dtype, (spec.columns,), "read"))
     return (*read, Binding("out", spec.dtype, ("T", spec.columns), "write"))
+
+
+# It shares its source with the block-scaled product.
+FAMILY = Family("linear", LINEAR, LinearSpec, instance, why_unsupported, sources=MATMUL_C)

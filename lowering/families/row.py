@@ -8,22 +8,31 @@ the fusion can record, ``instance`` raises the same sentence.
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import math
-import struct
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
-from patterns.contracts import LARGEST_FINITE, Quantization, RowSpec, ScaleLayout, Spec
+import torch
+from iree.compiler import ir
 
+from patterns import canonical
+from patterns.contracts import LARGEST_FINITE, Quantization, RowSpec
+from patterns.families import ROW
+
+from .. import ops
 from ..errors import CompileError
 from ..targets import Target
-from .row_mapping import GROUPS, GridRule, Mapping, choose_mapping, group_of, has_row_scale, needs_whole_row
-
-Dimension = int | Literal["T", "T4"]
-Access = Literal["read", "write"]
+from .base import Family, Reference
+from .instance import (
+    Binding,
+    Dimension,
+    KernelInstance,
+    bits32,
+    digest,
+    float32_literal,
+    listed,
+    rounded32,
+)
+from .row_mapping import GROUPS, Mapping, choose_mapping, group_of, has_row_scale, needs_whole_row
 
 MAX_QUANTIZATIONS = 4
 MAX_HIDDEN = 16384  # on GPUs, where something depends on the whole row
@@ -41,10 +50,6 @@ _QUANT_SHORT = {"float8_e4m3fn": "", "float8_e4m3fnuz": "fnuz", "float8_e5m2": "
 _SCALE_SHORT = {"float32": "", "ue8m0": "_ue8m0"}
 _LAYOUT_SHORT = {"row": "", "column_tma": "_tma", "column": "_column", "ue8m0_packed": "_packed"}
 
-# The 8-bit floats a GPU's instructions convert to; int8 needs none, and the CPU kernel none at all.
-_OCP = ("float8_e4m3fn", "float8_e5m2")
-_FNUZ = ("float8_e4m3fnuz", "float8_e5m2fnuz")
-_HARDWARE_FLOATS = {"sm_90": _OCP, "sm_100": _OCP, "gfx950": _OCP, "gfx942": _FNUZ}
 # Bits of the significand of each type, int8's up to 127.
 _SIGNIFICAND = {"float8_e4m3fn": 4, "float8_e4m3fnuz": 4, "float8_e5m2": 3, "int8": 7}
 
@@ -52,76 +57,11 @@ _SIGNIFICAND = {"float8_e4m3fn": 4, "float8_e4m3fnuz": 4, "float8_e5m2": 3, "int
 _SAFE_FLOOR = 1e-30
 
 
-@dataclass(frozen=True)
-class Binding:
-    """One tensor of a dispatch, dense and row major.
-
-    ``shape`` holds ints and the symbols ``T`` (rows) and ``T4`` (rows rounded up to 4).  Scales have their
-    physical shape: [T, Gn] in ``row`` layout, [Gn, T] in ``column``, [Gn, T4] in ``column_tma``, and in
-    ``ue8m0_packed`` int32 [ceil(Gn/4), T4], four exponents in each; ``layout`` says which.  ``quantization``
-    is the one whose values or scales these are.  ``columns`` are the first column that the kernel touches and
-    the one after the last, where that is a part of each row.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[Dimension, ...]
-    access: Access
-    quantization: Quantization | None = None
-    layout: ScaleLayout = "row"
-    columns: tuple[int, int] | None = None
-
-    @property
-    def has_rows(self) -> bool:
-        """Whether it has a row for each of the dispatch's, unlike a weight."""
-        return len(self.shape) == 2 and self.shape[0] == "T"
-
-
-@dataclass(frozen=True)
-class KernelInstance:
-    """A kernel ready to be compiled and dispatched.
-
-    On a GPU the parameters are one pointer per binding, in order, then ``rows`` as i32.  On the CPU
-    they are a base pointer and an i64 element offset per binding, then i32 ``rows`` and i32 workgroup.
-    """
-
-    entry: str
-    target: Target
-    spec: Spec
-    source: str
-    defines: tuple[tuple[str, str], ...]
-    bindings: tuple[Binding, ...]
-    block: tuple[int, int, int]
-    grid_rule: GridRule
-    dynamic_shared: int = 0
-
-    def grid(self, rows: int) -> tuple[int, int, int]:
-        """Workgroups for ``rows`` rows."""
-        return self.grid_rule.workgroups(rows), 1, 1
-
-    def shape(self, binding: Binding, rows: int) -> tuple[int, ...]:
-        """The sizes of ``binding`` when there are ``rows`` rows."""
-        sizes = {"T": rows, "T4": (rows + 3) // 4 * 4}
-        return tuple(d if isinstance(d, int) else sizes[d] for d in binding.shape)
-
-    def elements(self, binding: Binding, rows: int) -> int:
-        """How many elements of ``binding`` the kernel touches."""
-        *leading, last = self.shape(binding, rows)
-        first, end = binding.columns or (0, last)
-        return math.prod(leading) * (end - first)
-
-
 def why_unsupported(spec: RowSpec, target: Target) -> str | None:
     """A sentence saying why the row kernel cannot do ``spec`` on ``target``, or None if it can."""
     reasons = [_why_not_dtypes(spec), _why_not_gate(spec), _why_not_norm(spec), _why_not_hidden(spec, target)]
     reasons += [*_why_not_quants(spec, target), _why_not_windows(spec)]
     return next((reason for reason in reasons if reason), None)
-
-
-def hardware_floats(target: Target) -> tuple[str, ...]:
-    """The 8-bit floats ``target`` converts to: by its instructions or, on the CPU, by the kernel's own."""
-    floats = tuple(dtype for dtype in _QUANT_CODES if dtype != "int8")
-    return _HARDWARE_FLOATS[target.name] if target.backend != "cpu" else floats
 
 
 def instance(spec: RowSpec, target: Target, mapping: Mapping | None = None) -> KernelInstance:
@@ -141,7 +81,7 @@ def instance(spec: RowSpec, target: Target, mapping: Mapping | None = None) -> K
         source=_SOURCES[target.backend],
         defines=(("ENTRY", entry), *defines),
         bindings=bindings(spec),
-        block=(mapping.threads, 1, 1) if target.backend != "cpu" else (1, 1, 1),
+        block=(mapping.threads if target.is_gpu else 1, 1, 1),
         grid_rule=mapping.grid_rule,
     )
 
@@ -200,9 +140,9 @@ def _why_not_gate(spec: RowSpec) -> str | None:
     if spec.norm is not None:
         return "The row kernel either normalises or gates, not both."
     if gate.activation not in _ACTIVATIONS:
-        return f"The row kernel gates with {_listed(_ACTIVATIONS)}, not {gate.activation}."
+        return f"The row kernel gates with {listed(_ACTIVATIONS)}, not {gate.activation}."
     if gate.rounding not in _ROUNDINGS:
-        return f"The row kernel rounds {_listed(_ROUNDINGS)}, not {gate.rounding}."
+        return f"The row kernel rounds {listed(_ROUNDINGS)}, not {gate.rounding}."
     return None
 
 
@@ -226,7 +166,7 @@ def _why_not_norm(spec: RowSpec) -> str | None:
 def _why_not_hidden(spec: RowSpec, target: Target) -> str | None:
     if spec.hidden < 1:
         return f"The row kernel needs rows of at least one element, not {spec.hidden}."
-    if spec.hidden > MAX_HIDDEN and target.backend != "cpu" and needs_whole_row(spec):
+    if spec.hidden > MAX_HIDDEN and target.is_gpu and needs_whole_row(spec):
         limit = f"rows of up to {MAX_HIDDEN} elements where a norm or a scale depends on all of them"
         return f"On {target.name} the row kernel takes {limit}, not {spec.hidden}."
     return None
@@ -261,15 +201,14 @@ def _why_not_quants(spec: RowSpec, target: Target) -> list[str | None]:
 def _why_not_codes(quantization: Quantization, target: Target) -> str | None:
     dtype, limit = quantization.dtype, quantization.limit
     if dtype not in _QUANT_CODES:
-        return f"The row kernel quantizes to {_listed(_QUANT_CODES)}, not {dtype}."
-    hardware = hardware_floats(target)
-    if dtype not in ("int8", *hardware):
+        return f"The row kernel quantizes to {listed(_QUANT_CODES)}, not {dtype}."
+    if dtype not in ("int8", *target.floats):
         other = (
             ", whose values differ by a factor of two; --fp8 native changes it where nothing else sees them"
             if dtype.startswith("float8_e4m3")
             else ""
         )
-        return f"{target.name} converts to {_listed(hardware)} in hardware, not to {dtype}{other}."
+        return f"{target.name} converts to {listed(target.floats)} in hardware, not to {dtype}{other}."
     if limit is not None and not (0 < limit <= LARGEST_FINITE[dtype] and limit == int(limit)):
         most = f"whole numbers up to {LARGEST_FINITE[dtype]:g}"
         return f"The row kernel limits {dtype} to {most}, not to {limit:g}."
@@ -292,9 +231,9 @@ def _why_not_group(quantization: Quantization, hidden: int) -> str | None:
 
 def _why_not_scale(quantization: Quantization) -> str | None:
     if quantization.scale not in _SCALE_SHORT:
-        return f"The row kernel writes {_listed(_SCALE_SHORT)} scales, not {quantization.scale}."
+        return f"The row kernel writes {listed(_SCALE_SHORT)} scales, not {quantization.scale}."
     if quantization.layout not in _LAYOUTS:
-        return f"The row kernel writes scales in {_listed(_LAYOUTS)} layout, not {quantization.layout}."
+        return f"The row kernel writes scales in {listed(_LAYOUTS)} layout, not {quantization.layout}."
     if quantization.layout == "ue8m0_packed" and quantization.scale != "ue8m0":
         return f"The layout ue8m0_packed holds ue8m0 scales, not {quantization.scale}."
     divisions = (quantization.scale_division, quantization.quotient)
@@ -307,11 +246,6 @@ def _why_not_scale(quantization: Quantization) -> str | None:
     if ceiling is not None and not 0.0 < ceiling < math.inf:
         return f"The upper bound on amax must be finite and positive, not {ceiling}."
     return None
-
-
-def _listed(names: Iterable[str]) -> str:
-    *most, last = names
-    return f"{', '.join(most)} or {last}" if most else last
 
 
 def _defines(spec: RowSpec) -> tuple[tuple[str, str], ...]:
@@ -363,16 +297,16 @@ def _scheme(quantization: Quantization, spec: RowSpec) -> dict[str, int | str]:
         "LIMIT": int(quantization.qmax),
         "POWER": int(quantization.scale == "ue8m0"),
         "RECIPROCAL": int(quantization.quotient == "reciprocal"),
-        "FLOOR": _bits32(quantization.amax_floor),
-        "CEILING": _bits32(ceiling),
-        "SCALE_FLOOR": _bits32(quantization.scale_floor),
-        "INVERSE": _bits32(inverse),
+        "FLOOR": bits32(quantization.amax_floor),
+        "CEILING": bits32(ceiling),
+        "SCALE_FLOOR": bits32(quantization.scale_floor),
+        "INVERSE": bits32(inverse),
         "QUOTIENT": _quotient(quantization, spec),
     }
 
 
 def _mapping_defines(mapping: Mapping, target: Target) -> tuple[tuple[str, str], ...]:
-    if target.backend == "cpu":
+    if not target.is_gpu:
         return (("ROWS", str(mapping.many.rows)),)
     many, few = mapping.many, mapping.few
     values = {
@@ -406,13 +340,13 @@ def _quotient(quantization: Quantization, spec: RowSpec) -> int:
     that does not come from 11 bits of amax is the one the kernel's reciprocal gets wrong.  2, the shortest,
     where y has 8 bits and no y/scale is too near to where float32 rounds the other way.
     """
-    floor, scale_floor = _rounded32(quantization.amax_floor), _rounded32(quantization.scale_floor)
+    floor, scale_floor = rounded32(quantization.amax_floor), rounded32(quantization.scale_floor)
     qmax = quantization.qmax
     if max(floor, scale_floor) < _SAFE_FLOOR or quantization.amax_ceiling is not None:
         return 0
     if not _has_bits(qmax, _SIGNIFICAND[quantization.dtype]):
         return 0
-    inverse = _rounded32(1.0 / qmax) if quantization.scale_division == "reciprocal" else None
+    inverse = rounded32(1.0 / qmax) if quantization.scale_division == "reciprocal" else None
     bounds = [scale_floor, _scale(floor, qmax, inverse)]
     if any(_is_all_ones(scale) for scale in [*bounds, _scale(qmax, qmax, inverse)]):
         return 0
@@ -420,7 +354,7 @@ def _quotient(quantization: Quantization, spec: RowSpec) -> int:
 
 
 def _scale(amax: float, qmax: float, inverse: float | None) -> float:
-    return _rounded32(amax / qmax if inverse is None else amax * inverse)
+    return rounded32(amax / qmax if inverse is None else amax * inverse)
 
 
 def _is_rounded_to_bfloat16(spec: RowSpec) -> bool:
@@ -460,20 +394,6 @@ def _has_bits(value: float, bits: int) -> bool:
     return (math.frexp(value)[0] * 2**bits).is_integer()
 
 
-def _rounded32(value: float) -> float:
-    return struct.unpack("f", struct.pack("f", value))[0]
-
-
-def float32_literal(value: float) -> str:
-    """``value`` rounded to float32 as a C hexadecimal literal."""
-    return _rounded32(value).hex() + "f"
-
-
-def _bits32(value: float) -> str:
-    """The bits of ``value`` rounded to float32, as a C literal."""
-    return f"0x{struct.unpack('I', struct.pack('f', value))[0]:08x}u"
-
-
 def _stem(spec: RowSpec) -> str:
     parts = []
     if spec.norm:
@@ -492,6 +412,49 @@ def _quant_stem(quantization: Quantization) -> str:
     return f"{_QUANT_SHORT[quantization.dtype]}quant{group}{scale}{_LAYOUT_SHORT[quantization.layout]}"
 
 
-def digest(defines: tuple[tuple[str, str], ...]) -> str:
-    """What tells instances of different ``defines`` apart in their names."""
-    return hashlib.sha256(json.dumps(defines).encode()).hexdigest()[:8]
+# -- what it computes, where there is no kernel ------------------------------------------------------
+
+
+def _norm_reference(op: ir.Operation) -> Reference:
+    norm = canonical.norm_contract(op)
+
+    def rms_norm(x: torch.Tensor, *rest: torch.Tensor) -> Any:
+        residual, weight = (rest[0], rest[1:]) if norm.residual else (None, rest)
+        y, total = ops.rms_norm_reference(x, residual, weight[0] if weight else None, norm)
+        return (y, total) if norm.residual else y
+
+    return norm, rms_norm
+
+
+def _gate_reference(op: ir.Operation) -> Reference:
+    gate = canonical.gate_contract(op)
+
+    def gated_activation(*halves: torch.Tensor) -> torch.Tensor:
+        first, second = ops.split_gate_up(halves[0]) if gate.packed else halves
+        return ops.gated_activation_reference(first, second, gate)
+
+    return gate, gated_activation
+
+
+def _quantization_reference(op: ir.Operation) -> Reference:
+    quantization = canonical.quantization(op)
+    return quantization, lambda x: ops.group_quant_contiguous_reference(x, quantization)
+
+
+FAMILY = Family(
+    name="row",
+    patterns=ROW,
+    spec=RowSpec,
+    instance=instance,
+    why_unsupported=why_unsupported,
+    sources={
+        "row.c": ("cpu.h", "vectors.h", "quantize_cpu.h", "activation.h"),
+        "row.cu": ("row.h", "tile.h", "quantize.h", "activation.h"),
+        "row.hip": ("row.h", "tile.h", "quantize.h", "activation.h"),
+    },
+    references={
+        canonical.RMS_NORM: _norm_reference,
+        canonical.GATED_ACTIVATION: _gate_reference,
+        canonical.GROUP_QUANT: _quantization_reference,
+    },
+)

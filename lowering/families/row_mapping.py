@@ -15,6 +15,7 @@ from typing import Any
 from patterns.contracts import Quantization, RowSpec
 
 from ..targets import Target
+from .instance import GridRule
 
 GROUPS = (32, 64, 128)
 
@@ -25,7 +26,6 @@ _WITHIN_WAVE = 3
 # Elements of x that one CPU workgroup takes: some ten microseconds, well above the cost of handing it out.
 _CPU_ELEMENTS = 16384
 
-_MULTIPROCESSORS = {"sm_90": 132, "sm_100": 148}
 # Rows from so many elements on have a mapping of their own on NVIDIA GPUs, from so many slices when few.
 _LONG, _SLICED = 1280, 6144
 
@@ -51,28 +51,6 @@ class Tile:
     @property
     def threads(self) -> int:
         return self.lanes * self.rows
-
-
-@dataclass(frozen=True)
-class GridRule:
-    """How many workgroups a kernel has for any number of rows.
-
-    ``few`` holds (up to so many rows, workgroups of each row), in order; beyond it a workgroup takes ``rows``
-    rows, and there are at most ``most`` workgroups.  Never zero, since CUDA does not skip an empty grid.
-    ``columns`` consecutive workgroups share what is one's by the above.
-    """
-
-    rows: int
-    most: int | None = None
-    few: tuple[tuple[int, int], ...] = ()
-    columns: int = 1
-
-    def workgroups(self, rows: int) -> int:
-        for up_to, each in self.few:
-            if 0 < rows <= up_to:
-                return rows * each * self.columns
-        wanted = max(1, -(-rows // self.rows))
-        return min(wanted, self.most or wanted) * self.columns
 
 
 @dataclass(frozen=True)
@@ -108,7 +86,7 @@ def choose_mapping(spec: RowSpec, target: Target) -> Mapping:
     """The mapping of rows to lanes: what was measured on the target for rows like these, else a rule."""
     if measured := _measured(target.name).get(tuning_key(spec)):
         return measured
-    if target.name in _MULTIPROCESSORS and tuning_key(spec) and spec.hidden >= _LONG:
+    if target.backend == "cuda" and tuning_key(spec) and spec.hidden >= _LONG:
         return _long_rows(spec, target)
     return Mapping(_default_tile(spec, target))
 
@@ -121,7 +99,7 @@ def _long_rows(spec: RowSpec, target: Target) -> Mapping:
     where a store has 32 bytes (sm_100).  Where only codes are, instructions are the limit: vectors of 16, and
     workgroups that keep the weight and read a row ahead, from half as many rows on as there are of those.
     """
-    multiprocessors, copies = _MULTIPROCESSORS[target.name], spec.writes_sum or spec.writes_y
+    multiprocessors, copies = target.multiprocessors, spec.writes_sum or spec.writes_y
     vector = 8 if spec.hidden % 16 or (copies and target.name == "sm_90") else 16
     count = -(-spec.hidden // vector)
     vectors = min(2, -(-count // 256)) if vector == 16 else -(-count // _MAX_LANES)
@@ -171,7 +149,7 @@ def _default_tile(spec: RowSpec, target: Target) -> Tile:
     a norm there is no such cost, and one vector a lane is enough; where nothing at all depends on the
     whole row, one of any length is taken in batches.
     """
-    if target.backend == "cpu":
+    if not target.is_gpu:
         return Tile(lanes=1, vectors=1, vector=1, rows=max(1, _CPU_ELEMENTS // spec.hidden))
     vector = 8 if spec.hidden % 16 == 8 and not spec.quantizations else 16
     count = -(-spec.hidden // vector)

@@ -11,45 +11,20 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from iree.compiler import ir
 
 from patterns import canonical, torch_ir
-from patterns.contracts import Contract, LinearSpec, MatmulSpec, RowSpec, Spec, TopkSpec
+from patterns.contracts import Contract
 from patterns.sites import Cost, Ledger
 
 from ..backends import abi, kernel_functions, toolchain
-from ..families import grouped_topk as topk_kernel
-from ..families import linear as linear_kernel
-from ..families import row as row_kernel
-from ..families.matmul import family as matmul_kernel
-from ..families.row import KernelInstance
+from ..families import registry
+from ..families.instance import KernelInstance
 from ..targets import Target
 from . import kernel_calls
 from .kernel_calls import PhysicalScale
 from .kernel_calls import return_physical_scales as return_physical_scales
-
-
-@dataclass(frozen=True)
-class _Family:
-    """What makes the kernels of one kind of spec, and says why it cannot."""
-
-    instance: Callable[[Any, Target], KernelInstance]
-    why_unsupported: Callable[[Any, Target], str | None]
-
-
-_FAMILIES: dict[type[Spec], _Family] = {
-    RowSpec: _Family(row_kernel.instance, row_kernel.why_unsupported),
-    TopkSpec: _Family(topk_kernel.instance, topk_kernel.why_unsupported),
-    MatmulSpec: _Family(matmul_kernel.instance, matmul_kernel.why_unsupported),
-    LinearSpec: _Family(linear_kernel.instance, linear_kernel.why_unsupported),
-}
-
-
-def supported(target: Target) -> Callable[[Spec], str | None]:
-    """What the fusion asks: why ``target`` has no kernel for a spec, or None."""
-    return lambda spec: _FAMILIES[type(spec)].why_unsupported(spec, target)
 
 
 @dataclass
@@ -111,9 +86,9 @@ def choose_kernels(
     """The kernel of every operation of ``function`` that has one, in block order; noted in ``ledger``."""
     chosen = []
     for op in [op.operation for op in torch_ir.block_of(function).operations]:
-        spec = canonical.spec(op)
+        spec = registry.spec_of(op)
         if spec is not None:
-            kernel = _FAMILIES[type(spec)].instance(spec, target)
+            kernel = registry.instance(spec, target)
             chosen.append((op, kernel))
             sites = canonical.sites_of(op)
             contracts = [ledger.records[site].contract for site in sites]

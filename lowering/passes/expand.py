@@ -17,8 +17,8 @@ from patterns import canonical, torch_ir, weight_layouts
 
 from .. import ops
 from ..errors import CompileError
+from ..families import registry
 from ..importing.importer import import_module
-from ..ops.grouped_topk import why_impossible
 from ..ops.shuffle_weight import shuffle_weight_reference, unshuffle_weight_reference
 from . import attention
 from .normalize import normalize
@@ -102,43 +102,8 @@ class Expander:
 def _reference(op: ir.Operation) -> tuple[Any, Callable[..., Any]] | None:
     """What distinguishes this op's reference, and the reference on its tensor operands."""
     name = torch_ir.op_name(op)
-    if name == canonical.RMS_NORM:
-        norm = canonical.norm_contract(op)
-
-        def rms_norm(x: torch.Tensor, *rest: torch.Tensor) -> Any:
-            residual, weight = (rest[0], rest[1:]) if norm.residual else (None, rest)
-            y, total = ops.rms_norm_reference(x, residual, weight[0] if weight else None, norm)
-            return (y, total) if norm.residual else y
-
-        return norm, rms_norm
-    if name == canonical.GATED_ACTIVATION:
-        gate = canonical.gate_contract(op)
-
-        def gated_activation(*halves: torch.Tensor) -> torch.Tensor:
-            first, second = ops.split_gate_up(halves[0]) if gate.packed else halves
-            return ops.gated_activation_reference(first, second, gate)
-
-        return gate, gated_activation
-    if name == canonical.GROUP_QUANT:
-        quantization = canonical.quantization(op)
-        return quantization, lambda x: ops.group_quant_contiguous_reference(x, quantization)
-    if name == canonical.GROUPED_TOPK:
-        return _routing_reference(op)
-    if name == canonical.BLOCK_SCALED_MATMUL:
-        result, layout = torch_ir.tensor_type(op.results[0]), canonical.product_contract(op).b_layout
-        assert result is not None
-        dtype = getattr(torch, result.dtype)
-
-        def block_scaled_matmul(
-            a: torch.Tensor,
-            b: torch.Tensor,
-            a_scale: torch.Tensor,
-            b_scale: torch.Tensor,
-            bias: torch.Tensor | None = None,
-        ) -> torch.Tensor:
-            return ops.block_scaled_matmul_reference(a, b, a_scale, b_scale, dtype, bias, layout)
-
-        return (dtype, layout), block_scaled_matmul
+    if (family_reference := registry.reference_of(op)) is not None:
+        return family_reference(op)
     if name == canonical.PHYSICAL_SCALE:
         layout = torch_ir.constant(op.operands[1])
         return layout, lambda scale: ops.to_physical(scale, layout)
@@ -167,17 +132,6 @@ _MOVES: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
     weight_layouts.SHUFFLE: shuffle_weight_reference,
     weight_layouts.UNSHUFFLE: unshuffle_weight_reference,
 }
-
-
-def _routing_reference(op: ir.Operation) -> tuple[Any, Callable[..., Any]]:
-    """Raises CompileError where the routing is impossible: then there is nothing to expand either."""
-    routing = canonical.routing_contract(op)
-    gating, ids = torch_ir.tensor_type(op.operands[0]), torch_ir.tensor_type(op.results[1])
-    assert gating is not None and gating.shape[-1] is not None and ids is not None
-    if reason := why_impossible(routing, gating.shape[-1]):
-        raise CompileError(f"{torch_ir.location(op)}: grouped_topk cannot be done: {reason}")
-    dtype = getattr(torch, ids.dtype)
-    return (routing, dtype), lambda x, bias: ops.grouped_topk_reference(x, bias, routing, dtype)
 
 
 def _types(values: Sequence[ir.Value]) -> list[torch_ir.TensorType]:

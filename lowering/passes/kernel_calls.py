@@ -17,7 +17,7 @@ from patterns import canonical, torch_ir, views
 from patterns.contracts import ScaleLayout
 
 from ..backends.kernel_functions import binding_type, function_name, index_constant
-from ..families.row import Binding, KernelInstance
+from ..families.instance import Binding, KernelInstance
 from .tensors import cast, reassociation
 
 

@@ -17,8 +17,8 @@ from patterns.sites import Ledger
 from ..errors import CompileError
 from ..families.matmul.family import scale_layouts
 from ..families.matmul.family import weight_layouts as read_layouts
+from ..families.registry import supported
 from ..targets import Target
-from .dispatch import supported
 
 _OWN = (canonical.MATMUL, canonical.BLOCK_SCALED_MATMUL)
 
@@ -96,9 +96,8 @@ def _note_what_is_said(products: list[ir.Operation], reads: Reads) -> None:
 
 def _read(product: ir.Operation) -> str:
     """The layout in which ``product`` reads its weight."""
-    spec = canonical.spec(product)
-    if isinstance(spec, MatmulSpec):
-        return spec.b_layout
+    if torch_ir.op_name(product) == canonical.MATMUL:
+        return canonical.from_attribute(MatmulSpec, product.attributes["spec"]).b_layout
     return canonical.product_contract(product).b_layout
 
 

@@ -7,44 +7,30 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 
 from iree.compiler import ir
 
-from patterns import (
-    block_scaled_matmul,
-    canonical,
-    gated_activation,
-    group_quant,
-    grouped_topk,
-    named_ops,
-    near_misses,
-    rms_norm,
-    torch_ir,
-)
+from patterns import canonical, torch_ir
 from patterns.recogniser import NearMiss, Raised, Recogniser, Suspicion, WithoutLastAxis
 from patterns.sites import Ledger
 from patterns.torch_ir import TensorType
-from patterns.well_typed import is_well_typed
 
-RECOGNISERS: tuple[Recogniser, ...] = (
-    *named_ops.RECOGNISERS,
-    *grouped_topk.RECOGNISERS,
-    *rms_norm.RECOGNISERS,
-    *gated_activation.RECOGNISERS,
-    *group_quant.RECOGNISERS,
-    *block_scaled_matmul.RECOGNISERS,
-)
+from ..families.registry import families, operation_named, operation_of
 
 
-def raise_function(
-    function: ir.Operation, ledger: Ledger, recognisers: Iterable[Recogniser] = RECOGNISERS
-) -> None:
+def recognisers() -> tuple[Recogniser, ...]:
+    """Those of all families."""
+    return tuple(recogniser for family in families() for recogniser in family.patterns.recognisers)
+
+
+def raise_function(function: ir.Operation, ledger: Ledger, asked: Iterable[Recogniser] | None = None) -> None:
     """Replace every spelling a recogniser knows, in place, and open a site for it in ``ledger``.
 
     What depends on parameters alone is computed when compiling, and is no site.
     """
     by_root: dict[str, list[Recogniser]] = defaultdict(list)
-    for recogniser in recognisers:
+    for recogniser in recognisers() if asked is None else asked:
         for root in recogniser.roots:
             by_root[root].append(recogniser)
     block = torch_ir.block_of(function)
@@ -66,9 +52,26 @@ def _recognise(
 ) -> Raised | None:
     for recogniser in by_root.get(torch_ir.op_name(op), ()):
         raised = ledger.timing.of(_name(recogniser)).call(recogniser.recognise, op)
-        if raised is not None and is_well_typed(raised):
+        if raised is not None and _is_well_typed(raised):
             return raised
     return None
+
+
+def _is_well_typed(raised: Raised) -> bool:
+    """Whether ``raised``, and what is nested in it, has the types that its operation speaks of."""
+    operation = operation_named(raised.op)
+    operands = [_type_of(operand) for operand in raised.operands]
+    results = [_type(result) for result in raised.results if result is not None]
+    nested = (operand for operand in raised.operands if isinstance(operand, Raised))
+    fits = operation is None or operation.why_not(raised.contract, operands, results) is None
+    return fits and all(map(_is_well_typed, nested))
+
+
+def _type_of(operand: ir.Value | Raised) -> TensorType | None:
+    if not isinstance(operand, Raised):
+        return torch_ir.tensor_type(operand)
+    first = operand.results[0]
+    return None if first is None else _type(first)
 
 
 def _name(recogniser: Recogniser) -> str:
@@ -167,9 +170,11 @@ def _open_sites(block: ir.Block, ledger: Ledger) -> None:
     """
     computed_once = torch_ir.of_parameters(block)
     for op in [op.operation for op in block.operations if op.operation not in computed_once]:
-        name = canonical.site_name(op)
-        if name is not None:
-            number = ledger.add(name, torch_ir.location(op), canonical.contract(op), canonical.cost(op))
+        operation = operation_of(op)
+        if operation is not None and operation.site is not None:
+            contract = operation.value(op)
+            name = operation.site(contract)
+            number = ledger.add(name, torch_ir.location(op), contract, canonical.cost(op))
         elif torch_ir.unmark_raised(op) or (near := _near_miss(op)) is None:
             continue
         elif near.is_site:
@@ -182,11 +187,15 @@ def _open_sites(block: ir.Block, ledger: Ledger) -> None:
 
 
 def _near_miss(op: ir.Operation) -> NearMiss | None:
-    looks = (suspicion.why_not(op) for suspicion in _SUSPICIONS.get(torch_ir.op_name(op), ()))
+    looks = (suspicion.why_not(op) for suspicion in _suspicions().get(torch_ir.op_name(op), ()))
     return next((near for near in looks if near is not None), None)
 
 
-_SUSPICIONS: dict[str, list[Suspicion]] = defaultdict(list)
-for _suspicion in near_misses.SUSPICIONS:
-    for _root in _suspicion.roots:
-        _SUSPICIONS[_root].append(_suspicion)
+@cache
+def _suspicions() -> dict[str, list[Suspicion]]:
+    by_root: dict[str, list[Suspicion]] = defaultdict(list)
+    for family in families():
+        for suspicion in family.patterns.suspicions:
+            for root in suspicion.roots:
+                by_root[root].append(suspicion)
+    return by_root

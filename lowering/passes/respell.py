@@ -11,8 +11,7 @@ from iree.compiler import ir
 
 from patterns import torch_ir
 
-from .. import respell_numbers, respell_updates
-from . import respell_index, respell_slices, respell_sorts, respell_views
+from . import respell_index, respell_numbers, respell_slices, respell_sorts, respell_updates, respell_views
 
 _RULES = {
     **respell_views.RULES,

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..families.row import KernelInstance
+from ..families.instance import KernelInstance
 from ..passes.dispatch import Dispatched, Launch
 
 _SUFFIX = {"cpu": ".o", "cuda": ".cubin", "hip": ".hsaco"}

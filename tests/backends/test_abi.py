@@ -9,7 +9,8 @@ import pytest
 
 from lowering.backends import abi, toolchain
 from lowering.errors import CompileError, ToolchainError
-from lowering.families.row import Binding, KernelInstance, instance
+from lowering.families.instance import Binding, KernelInstance
+from lowering.families.row import instance
 from lowering.targets import Target, resolve
 from patterns.contracts import GatedActivation, Quantization, RmsNorm, RowSpec
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from lowering.backends import abi, toolchain
-from lowering.families.row import KernelInstance
+from lowering.families.instance import KernelInstance
 
 Launch = Callable[[Sequence[int], int], None]
 

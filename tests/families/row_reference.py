@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from lowering.families.row import KernelInstance, instance
+from lowering.families.instance import KernelInstance
+from lowering.families.row import instance
 from lowering.targets import Target
 from patterns.contracts import Quantization, RowSpec
 from tests.families.host_kernels import Launch, assert_same, run

@@ -11,7 +11,8 @@ from collections import Counter
 import pytest
 
 from lowering.backends.toolchain import compile_kernel
-from lowering.families.row import KernelInstance, instance
+from lowering.families.instance import KernelInstance
+from lowering.families.row import instance
 from lowering.families.row_mapping import choose_mapping
 from lowering.targets import resolve
 

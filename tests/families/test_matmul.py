@@ -17,9 +17,9 @@ import torch
 import lowering
 from lowering.backends import abi, toolchain
 from lowering.errors import CompileError
+from lowering.families.instance import GridRule
 from lowering.families.matmul.cpu import ProductTile, tile_defines
 from lowering.families.matmul.family import instance, why_unsupported
-from lowering.families.row_mapping import GridRule
 from lowering.ops import block_scaled_matmul_reference, to_physical
 from lowering.targets import Target, resolve
 from patterns.contracts import MatmulSpec

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from lowering.backends import abi, toolchain
+from lowering.families.instance import KernelInstance
 from lowering.families.matmul.cuda import (
     ANY_ROWS,
     MOST_SPLIT,
@@ -29,7 +30,6 @@ from lowering.families.matmul.cuda import (
     default_plans,
 )
 from lowering.families.matmul.family import instance, why_unsupported
-from lowering.families.row import KernelInstance
 from lowering.ops import block_scaled_matmul_reference
 from lowering.targets import Target, resolve
 from patterns.contracts import MatmulSpec, ScaleLayout, stored_rows

@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 
+from lowering.families.instance import GridRule
 from lowering.families.row import instance
-from lowering.families.row_mapping import GridRule, Mapping, Tile, choose_mapping
+from lowering.families.row_mapping import Mapping, Tile, choose_mapping
 from lowering.targets import Target
 from patterns.contracts import Quantization
 from tests.families.host_kernels import assert_same, run

@@ -15,7 +15,7 @@ import torch
 from lowering.backends import abi, toolchain
 from lowering.errors import CompileError
 from lowering.families.grouped_topk import choose_tile, instance, why_unsupported
-from lowering.families.row import KernelInstance
+from lowering.families.instance import KernelInstance
 from lowering.families.row_mapping import Tile
 from lowering.ops.grouped_topk import grouped_topk_reference
 from lowering.targets import Target, resolve

@@ -16,10 +16,12 @@ from torch.export import Dim
 
 import lowering
 from lowering.backends import toolchain
-from lowering.families.row import KernelInstance, instance, why_unsupported
+from lowering.families import registry
+from lowering.families.instance import KernelInstance
+from lowering.families.row import instance, why_unsupported
 from lowering.families.row_mapping import Mapping, Tile
 from lowering.targets import Target
-from patterns import canonical, torch_ir
+from patterns import torch_ir
 from patterns.contracts import GatedActivation, RowSpec, Window
 from tests.families import host_kernels
 from tests.families.host_kernels import Launch, assert_same, run
@@ -161,7 +163,7 @@ def windows_of(
         sink_views(main)
         fuse(main, ledger, lambda spec: None)
         program.module.operation.verify()
-        specs = [canonical.spec(op.operation) for op in torch_ir.block_of(main).operations]
+        specs = [registry.spec_of(op.operation) for op in torch_ir.block_of(main).operations]
         return [(found.x_window, found.other_window) for found in specs if isinstance(found, RowSpec)]
 
 
@@ -280,7 +282,7 @@ def test_a_split_projection_is_read_in_place(target: str, tmp_path: Path) -> Non
         model, (x,), dynamic_shapes=({1: Dim("T")},), target=target, dump_phases_to=tmp_path
     )
     assert compiled.report.summary() == {"fused": 5, "unfused": 0, "dispatches": 3}
-    [dispatched] = [path.read_text() for path in tmp_path.glob("*-dispatch.mlir")]
+    [dispatched] = [path.read_text() for path in tmp_path.glob("*-expand.mlir")]
     assert "slice" not in dispatched and "linalg." not in dispatched
     names = dispatches(compiled, tmp_path)
     assert custom(names, compiled) == names and len(names) == 3

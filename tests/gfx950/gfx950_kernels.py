@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lowering.backends import abi, toolchain
-from lowering.families.row import KernelInstance
+from lowering.families.instance import KernelInstance
 from tests.families.host_kernels import Launch
 from tools import gfx950
 

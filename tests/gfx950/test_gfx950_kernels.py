@@ -13,7 +13,8 @@ from functools import cache, partial
 import pytest
 import torch
 
-from lowering.families.row import KernelInstance, instance, why_unsupported
+from lowering.families.instance import KernelInstance
+from lowering.families.row import instance, why_unsupported
 from lowering.targets import Target
 from tests.families import test_row_activations as activations
 from tests.families import test_row_kernel as row_kernel

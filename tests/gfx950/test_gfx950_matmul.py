@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from lowering.backends import toolchain
+from lowering.families.instance import KernelInstance
 from lowering.families.matmul.family import instance, why_unsupported
 from lowering.families.matmul.hip import ProductTile, default_tile
-from lowering.families.row import KernelInstance
 from lowering.ops import block_scaled_matmul_reference
 from lowering.targets import Target, resolve
 from patterns.contracts import MatmulSpec, stored_rows

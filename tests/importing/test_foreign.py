@@ -25,7 +25,7 @@ foreign.declare_ops()
 
 HIDDEN = 256
 FP8 = torch.float8_e4m3fn
-RECOGNISERS = raising.RECOGNISERS
+RECOGNISERS = raising.recognisers()
 
 
 class Calls(nn.Module):

@@ -22,8 +22,8 @@ from torch import nn
 from torch.export import Dim
 
 import lowering
+from lowering.families.registry import supported
 from lowering.importing.importer import import_module
-from lowering.passes.dispatch import supported
 from lowering.passes.fuse import fuse
 from lowering.passes.normalize import normalize
 from lowering.passes.raise_ops import raise_function

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 import lowering
 from lowering.errors import CompileError
+from lowering.families import registry
+from lowering.families.registry import supported
 from lowering.importing.importer import Program, import_module
 from lowering.passes import lay_out as step
-from lowering.passes.dispatch import supported
 from lowering.passes.fold import fold
 from lowering.passes.fuse import fuse
 from lowering.passes.normalize import normalize
@@ -72,7 +73,7 @@ class LaidOut:
 
     def specs(self, kind: type[Spec]) -> list[Any]:
         block = torch_ir.block_of(self.program.main())
-        found = (canonical.spec(op.operation) for op in block.operations)
+        found = (registry.spec_of(op.operation) for op in block.operations)
         return [spec for spec in found if isinstance(spec, kind)]
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 import lowering
 from lowering import compiler
+from lowering.targets import resolve
 from patterns.contracts import Quantization
 from patterns.flavour import retargeted
 
@@ -57,7 +59,11 @@ X = torch.randn(2, 3, 256, generator=torch.Generator().manual_seed(1)).bfloat16(
 @pytest.fixture
 def only(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Pretend that this CPU has one flavour only, so that retargeted programs run here."""
-    return lambda dtype: monkeypatch.setattr(compiler, "hardware_floats", lambda target: (dtype,))
+
+    def pretend(dtype: str) -> None:
+        monkeypatch.setattr(compiler, "resolve", lambda name: replace(resolve(name), floats=(dtype,)))
+
+    return pretend
 
 
 @pytest.mark.parametrize("reads", READS.values(), ids=READS.keys())

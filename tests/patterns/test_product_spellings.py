@@ -139,7 +139,7 @@ def test_aiter_s_preshuffled_product_in_the_executor(tmp_path: Path) -> None:
         "shuffled_16x16",
         "column",
     )
-    assert "linalg." not in (tmp_path / "8-linalg.mlir").read_text()
+    assert "linalg." not in (tmp_path / "9-linalg.mlir").read_text()
     compiled.save(tmp_path / "product.vmfb")
     ((found,),) = run_emulated(tmp_path / "product.vmfb", [(A, by_bytes)])
     torch.testing.assert_close(

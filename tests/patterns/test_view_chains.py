@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import lowering
-from lowering.passes.dispatch import supported
+from lowering.families.registry import supported
 from lowering.targets import resolve
 from tests.raised import Function, integers, sites
 

@@ -30,9 +30,9 @@ from torch import Tensor
 
 from lowering.backends.toolchain import compile_kernel
 from lowering.errors import LoweringError
+from lowering.families.instance import KernelInstance
 from lowering.families.matmul.cuda import ANY_ROWS, TOKENS, Plan
 from lowering.families.matmul.family import instance
-from lowering.families.row import KernelInstance
 from lowering.ops import to_physical
 from lowering.targets import resolve
 from patterns.contracts import MatmulSpec, ScaleLayout, stored_rows

@@ -30,11 +30,7 @@ from torch import Tensor, nn
 
 import lowering
 from lowering.importing.importer import Program, import_module
-from lowering.passes.dispatch import supported
-from lowering.passes.fuse import fuse
-from lowering.passes.normalize import normalize
-from lowering.passes.raise_ops import raise_function
-from lowering.passes.sink_views import sink_views
+from lowering.steps import BY_NAME, State
 from lowering.targets import resolve
 from patterns.sites import Ledger
 from tools.command_line import numbers, write_json
@@ -155,16 +151,11 @@ def measure(model: Model, layers: int, target_name: str) -> Measured:
         program = import_module(module, (ids,), context, dynamic_shapes=({1: tokens},))
         seconds["import"] = time.process_time() - start
         function = program.main()
-        steps: dict[str, Callable[[], object]] = {
-            "normalize": lambda: normalize(function),
-            "raise": lambda: raise_function(function, ledger),
-            "sink": lambda: sink_views(function),
-            "fuse": lambda: fuse(function, ledger, supported(target)),
-        }
-        for name, step in steps.items():
+        state = State(program.module, function, target, ledger, Path())
+        for step in (BY_NAME[name] for name in ("normalize", "raise", "sink", "fuse")):
             start = time.process_time()
-            step()
-            seconds[name] = time.process_time() - start
+            step.run(state)
+            seconds[step.name] = time.process_time() - start
         elapsed = time.perf_counter() - begun
         text = len(program.module.operation.get_asm())
     fused = sum(record.fused for record in ledger.records)

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from lowering.backends import toolchain
 from lowering.errors import LoweringError
-from lowering.families.row import KernelInstance, instance
+from lowering.families.instance import KernelInstance
+from lowering.families.row import instance
 from lowering.families.row_mapping import Mapping as Lanes
 from lowering.families.row_mapping import Tile, tuning_key
 from lowering.targets import Target, resolve

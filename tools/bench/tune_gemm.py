@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from lowering.backends.toolchain import compile_kernel
+from lowering.families.instance import KernelInstance
 from lowering.families.matmul.cuda import ANY_ROWS, AT_ONCE, TOKENS, Plan
-from lowering.families.row import KernelInstance
 from lowering.targets import Target, resolve
 from tools.bench.gemm_gpu import SHAPES, kernel_of, operand_sets
 from tools.gpu.launch import CudaKernel, launch_of

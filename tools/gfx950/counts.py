@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from lowering.backends import toolchain
-from lowering.families.row import KernelInstance, instance
+from lowering.families.instance import KernelInstance
+from lowering.families.row import instance
 from lowering.targets import resolve
 from patterns.contracts import GatedActivation, Quantization, RmsNorm, RowSpec
 from tools import gfx950

@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from lowering.backends import toolchain
+from lowering.families.instance import KernelInstance
 from lowering.families.matmul.family import instance
-from lowering.families.matmul.hip import COMPUTE_UNITS, ProductTile, default_tile
-from lowering.families.row import KernelInstance
+from lowering.families.matmul.hip import ProductTile, default_tile
 from lowering.targets import resolve
 from patterns.contracts import MatmulSpec
 from tools import gfx950
@@ -143,7 +143,7 @@ _UNIT_HEADER = (
 
 def _unit_row(unit: Unit, depth: int) -> list[object]:
     resources, products = unit.resources, unit.rows * unit.columns * depth
-    resident = unit.kernel.grid(1)[0] // COMPUTE_UNITS[TARGET.name]
+    resident = unit.kernel.grid(1)[0] // TARGET.multiprocessors
     return [
         *(f"{unit.rows} x {unit.columns}", depth, resources.vgprs, resources.sgprs, resources.lds_bytes),
         *(resources.scratch_bytes, resident, resident * WAVES // 4, unit.counts.by_work["matrix"]),

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from lowering.errors import RunError
-from lowering.families.row import KernelInstance
-from lowering.families.row_mapping import GridRule
+from lowering.families.instance import KernelInstance
+from lowering.families.instance import GridRule
 from lowering.ops import gated_activation_reference, group_quant_physical_reference, rms_norm_reference, split_gate_up
 from patterns.contracts import GatedActivation, Quantization, RmsNorm, RowSpec, Window
 

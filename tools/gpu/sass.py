@@ -23,7 +23,8 @@ from pathlib import Path
 from elftools.elf.elffile import ELFFile
 
 from lowering.errors import ToolchainError
-from lowering.families.row import KernelInstance, instance
+from lowering.families.row import instance
+from lowering.families.instance import KernelInstance
 from lowering.families.row_mapping import Mapping as Lanes
 from lowering.families.row_mapping import choose_mapping
 from lowering.targets import Target, resolve

@@ -9,7 +9,8 @@ import torch
 from patterns.contracts import MatmulSpec
 
 from ...targets import Target
-from ..row_mapping import GROUPS, GridRule
+from ..instance import GridRule
+from ..row_mapping import GROUPS
 from .variant import Specialised, Variant, common_defines, texts
 
 
@@ -25,6 +26,8 @@ class ProductTile:
     rows: int = 128
     few_rows: int = 1
 
+
+MATMUL_C = {"matmul.c": ("cpu.h", "vectors.h", "lanes.h", "float8.h", "plain.h")}
 
 # From so many workgroups for each worker on, IREE's task system hands out as many at a time.
 _AT_ONCE = 8

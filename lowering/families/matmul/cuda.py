@@ -10,7 +10,7 @@ from pathlib import Path
 from patterns.contracts import MatmulSpec
 
 from ...targets import Target
-from ..row_mapping import GridRule
+from ..instance import GridRule
 from .variant import Specialised, Variant, common_defines, texts
 
 # Rows of a that the kernel can have in a unit; without wgmma the registers do not suffice for more.

@@ -6,11 +6,18 @@ What that kernel family supports is decided here and in the variant of the targe
 
 from __future__ import annotations
 
-from patterns.contracts import DEPTH_MULTIPLE, MatmulSpec, ScaleLayout, WeightLayout, stored_rows
+import torch
+from iree.compiler import ir
 
+from patterns import canonical, torch_ir
+from patterns.contracts import DEPTH_MULTIPLE, MatmulSpec, ScaleLayout, WeightLayout, stored_rows
+from patterns.families import PRODUCT
+
+from ... import ops
 from ...errors import CompileError
 from ...targets import Backend, Target
-from ..row import Binding, Dimension, KernelInstance, digest
+from ..base import Family, Reference
+from ..instance import Binding, Dimension, KernelInstance, digest
 from . import cpu as matmul_cpu
 from . import cuda as matmul_cuda
 from . import hip as matmul_hip
@@ -105,3 +112,31 @@ def bindings(spec: MatmulSpec) -> tuple[Binding, ...]:
     if spec.bias:
         read.append(Binding("bias", spec.dtype, (spec.columns,), "read"))
     return (*read, Binding("out", spec.dtype, ("T", spec.columns), "write"))
+
+
+def _reference(op: ir.Operation) -> Reference:
+    result, layout = torch_ir.tensor_type(op.results[0]), canonical.product_contract(op).b_layout
+    assert result is not None
+    dtype = getattr(torch, result.dtype)
+
+    def block_scaled_matmul(
+        a: torch.Tensor,
+        b: torch.Tensor,
+        a_scale: torch.Tensor,
+        b_scale: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return ops.block_scaled_matmul_reference(a, b, a_scale, b_scale, dtype, bias, layout)
+
+    return (dtype, layout), block_scaled_matmul
+
+
+FAMILY = Family(
+    name="block_scaled_matmul",
+    patterns=PRODUCT,
+    spec=MatmulSpec,
+    instance=instance,
+    why_unsupported=why_unsupported,
+    sources={**matmul_cpu.MATMUL_C, "matmul.cu": ("mma.h",), "matmul.hip": ()},
+    references={canonical.BLOCK_SCALED_MATMUL: _reference},
+)

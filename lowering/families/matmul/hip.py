@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from patterns.contracts import MatmulSpec
 
 from ...targets import Target
-from ..row_mapping import GridRule
+from ..instance import GridRule
 from .variant import Specialised, Variant, common_defines, texts
-
-COMPUTE_UNITS = {"gfx950": 256, "gfx942": 304}
 
 _BLOCK = 128
 _THREADS = 256
@@ -38,7 +36,7 @@ class ProductTile:
 
 def default_tile(spec: MatmulSpec, target: Target) -> ProductTile:
     """Larger units once there is one for every second compute unit.  A rule: nothing was measured."""
-    tile, enough = ProductTile(0), COMPUTE_UNITS[target.name] // 2
+    tile, enough = ProductTile(0), target.multiprocessors // 2
     fewest = -(-enough // -(-spec.columns // tile.columns))
     width = 2 if spec.columns >= 2 * tile.few_columns * enough else 1
     return ProductTile(max(_FEW, (fewest - 1) * tile.rows), width * tile.few_columns)
@@ -57,7 +55,7 @@ def _why_unsupported(spec: MatmulSpec, target: Target) -> str | None:
 def _specialise(spec: MatmulSpec, target: Target, tile: object | None) -> Specialised:
     tile = tile if isinstance(tile, ProductTile) else default_tile(spec, target)
     resident = _RESIDENT[target.name]
-    workgroups = COMPUTE_UNITS[target.name] * resident
+    workgroups = target.multiprocessors * resident
     values = {
         "FEW_ROWS": tile.few_rows,
         "FEW_COLUMNS": tile.few_columns,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from patterns.contracts import MatmulSpec, ScaleLayout, WeightLayout
 
 from ...targets import Target
-from ..row_mapping import GridRule
+from ..instance import GridRule
 
 DTYPE_CODES = {"bfloat16": 1, "float16": 2, "float32": 3}
 FLOAT8_CODES = {"float8_e4m3fn": 0, "float8_e4m3fnuz": 1}

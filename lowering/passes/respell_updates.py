@@ -19,7 +19,7 @@ from iree.compiler.dialects import arith, linalg, tensor
 from patterns import torch_ir
 from patterns.torch_ir import TensorType
 
-from .passes import respell_index, tensors
+from . import respell_index, tensors
 
 _MOST = 64  # indices
 _P = arith.CmpIPredicate

@@ -1,0 +1,107 @@
+"""All families: those of this project, and those that installed packages bring.
+
+A package brings one by an entry point in the group ``vmfuse.families`` that names a ``Family`` or a tuple of
+them; docs/extending.md walks through one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+
+from iree.compiler import ir
+
+from patterns import torch_ir
+from patterns.contracts import Spec
+from patterns.operation import Operation
+
+from ..errors import UsageError
+from ..targets import Target
+from . import grouped_topk, linear, row
+from .base import Family, Reference
+from .instance import KernelInstance
+from .matmul import family as matmul
+
+GROUP = "vmfuse.families"
+
+FAMILIES: tuple[Family, ...] = (grouped_topk.FAMILY, row.FAMILY, matmul.FAMILY, linear.FAMILY)
+
+
+@cache
+def families() -> tuple[Family, ...]:
+    """Every family, this project's first: what they find, outsiders do not see.
+
+    Raises UsageError, naming the package, for an entry point that brings none, and where two families have an
+    operation, a spec or a source of one name.
+    """
+    found = list(FAMILIES)
+    for entry in entry_points(group=GROUP):
+        found += _brought(entry)
+    for what, names in (
+        ("an operation", [operation.name for family in found for operation in family.patterns.operations]),
+        ("a spec", [family.spec.__name__ for family in found]),
+    ):
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise UsageError(f"two families have {what} called {', '.join(sorted(twice))}")
+    return tuple(found)
+
+
+def _brought(entry: EntryPoint) -> tuple[Family, ...]:
+    try:
+        value = entry.load()
+    except Exception as error:  # another package's code
+        raise UsageError(f"the entry point {entry.value} of {GROUP} cannot be loaded: {error}") from error
+    brought = (value,) if isinstance(value, Family) else tuple(value) if isinstance(value, tuple) else ()
+    if not brought or not all(isinstance(family, Family) for family in brought):
+        raise UsageError(f"the entry point {entry.value} of {GROUP} is no lowering.families.base.Family")
+    return brought
+
+
+@cache
+def _operations() -> dict[str, tuple[Family, Operation]]:
+    return {
+        operation.name: (family, operation)
+        for family in families()
+        for operation in family.patterns.operations
+    }
+
+
+def operation_of(op: ir.Operation) -> Operation | None:
+    """The declaration of ``op``; None where it is no operation of a family."""
+    return operation_named(torch_ir.op_name(op))
+
+
+def operation_named(name: str) -> Operation | None:
+    """The declaration of the operation of that name; None where no family has it."""
+    found = _operations().get(name)
+    return None if found is None else found[1]
+
+
+def spec_of(op: ir.Operation) -> Spec | None:
+    """What an operation that a kernel computes is specialised by; None for any other."""
+    operation = operation_of(op)
+    return operation.value(op) if operation is not None and operation.is_kernel else None
+
+
+def reference_of(op: ir.Operation) -> Callable[[ir.Operation], Reference] | None:
+    """What gives the meaning of ``op`` in plain PyTorch; None for an operation of a kernel or of none."""
+    name = torch_ir.op_name(op)
+    found = _operations().get(name)
+    return None if found is None else found[0].references.get(name)
+
+
+def family_of(spec: Spec) -> Family:
+    """The family whose kernels ``spec`` specialises."""
+    return next(family for family in families() if family.spec is type(spec))
+
+
+def instance(spec: Spec, target: Target) -> KernelInstance:
+    """The kernel for ``spec`` on ``target``.  Raises CompileError where there is none, with the reason."""
+    return family_of(spec).instance(spec, target)
+
+
+def supported(target: Target) -> Callable[[Spec], str | None]:
+    """What the fusion asks: why ``target`` has no kernel for a spec, or None."""
+    return lambda spec: family_of(spec).why_unsupported(spec, target)

@@ -1,0 +1,54 @@
+"""The pattern families of this project, in the order in which they are asked.
+
+Bring one of your own by the entry point group ``vmfuse.families`` (docs/extending.md).
+"""
+
+from __future__ import annotations
+
+from . import (
+    block_scaled_matmul,
+    dequantized,
+    gated_activation,
+    group_quant,
+    grouped_topk,
+    linear_fusion,
+    matmul_fusion,
+    named_ops,
+    near_norms,
+    near_quantizations,
+    rms_norm,
+    row_fusion,
+)
+from .operation import PatternFamily
+
+ROUTING = grouped_topk.FAMILY
+# Norms, gates and quantizations: one kernel family computes all that is done to a row.
+ROW = PatternFamily(
+    operations=(
+        rms_norm.OPERATION,
+        gated_activation.OPERATION,
+        group_quant.OPERATION,
+        row_fusion.OPERATION,
+    ),
+    recognisers=(
+        *named_ops.RECOGNISERS,
+        *rms_norm.RECOGNISERS,
+        *gated_activation.RECOGNISERS,
+        *group_quant.RECOGNISERS,
+    ),
+    suspicions=(
+        *near_norms.SUSPICIONS,
+        *near_quantizations.SUSPICIONS,
+        *named_ops.SUSPICIONS,
+        *dequantized.SUSPICIONS,
+    ),
+    named=named_ops.NAMED_OPS,
+    fuse=row_fusion.fuse_rows,
+)
+# What a product reads is laid out for it in a step of its own, which gives it its kernel.
+PRODUCT = PatternFamily(
+    operations=(block_scaled_matmul.OPERATION, matmul_fusion.OPERATION),
+    recognisers=block_scaled_matmul.RECOGNISERS,
+    named=block_scaled_matmul.NAMED_OPS,
+)
+LINEAR = linear_fusion.FAMILY
