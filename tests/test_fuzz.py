@@ -112,6 +112,20 @@ def test_wrong_rows_nan_and_another_sign_of_infinity_are_seen() -> None:
     assert "dtype" in (reference.problem(0, special.double()) or "")
 
 
+def test_a_denormal_may_be_zero_and_nothing_else_may() -> None:
+    x = torch.tensor([[1e-40, 2.0, -1e-40, 0.5]] * 2)
+    reference = judge.Reference(lambda t: [t > 0, t * torch.inf, t.sqrt()], [x])
+    flushed = x.where(x.abs() > 1e-38, 0.0)
+    half = torch.stack([flushed[0], x[1]])
+    for t in (x, flushed, half):
+        assert [reference.problem(n, r) for n, r in enumerate((t > 0, t * torch.inf, t.sqrt()))] == [None] * 3
+    assert "integers" in (reference.problem(0, flushed >= 0) or "")
+    assert "integers" in (reference.problem(0, half > 1) or "")
+    assert "NaN" in (reference.problem(1, x * torch.nan) or "")
+    assert "infinite" in (reference.problem(1, x * -torch.inf) or "")
+    assert torch.equal(x * 2 > 0, x > 0)  # the setting is as it was
+
+
 def test_strides_are_those_of_eager_where_it_is_contiguous() -> None:
     x = torch.randn(4, 6)
     assert judge.strides_problem(x, x, strided=False) is None

@@ -7,7 +7,8 @@ quantization makes a whole step of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -145,6 +146,29 @@ def _narrowed(new: Any, old: Any) -> Any:
 def _has_floats(value: Any) -> bool:
     values = value if isinstance(value, (tuple, list)) else (value,)
     return any(isinstance(t, torch.Tensor) and t.dtype in _NARROW for t in values)
+
+
+@contextmanager
+def flushing() -> Iterator[None]:
+    """Denormals are zero, on one thread since each has a setting of its own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)
+
+
+def without_denormals(t: torch.Tensor) -> torch.Tensor:
+    """A copy with zeros in their place, for functions that do without the processor's setting.
+
+    Those of float16 are none: they are ordinary numbers of float32, which it is computed in.
+    """
+    if t.dtype not in (torch.float32, torch.bfloat16):
+        return t.clone()
+    return torch.where(t.abs() < torch.finfo(torch.float32).tiny, t * 0, t)
 
 
 def in_float64(module: Callable[..., Any], args: Iterable[Any]) -> list[torch.Tensor] | None:
