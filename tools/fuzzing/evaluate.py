@@ -7,7 +7,8 @@ quantization makes a whole step of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -121,7 +122,7 @@ class Disturbed(TorchDispatchMode):
             return plain
         wide = tree_map(lambda t: self._moved(_cast(t, torch.float32, _NARROW)), (args, kwargs))
         try:
-            found = func(*wide[0], **wide[1])
+            found = _OTHERWISE.get(name, func)(*wide[0], **wide[1])
         except (RuntimeError, ValueError):  # an operation of one dtype
             return tree_map(self._moved, plain)
         return tree_map(lambda new, old: _narrowed(self._moved(new), old), found, plain)
@@ -133,6 +134,29 @@ class Disturbed(TorchDispatchMode):
         signs = torch.randint(0, 2, value.shape, generator=self.generator) * 2 - 1
         moved = (value * (1 + signs * self.noise)).to(value.dtype)
         return torch.where(value == value.round(), value, moved)
+
+
+def _gelu(x: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
+    """Without the cancellation where x is negative."""
+    if approximate == "tanh":
+        return x / (1 + torch.exp(-2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return x / 2 * torch.erfc(-x * math.sqrt(0.5))
+
+
+def _layer_norm(
+    x: torch.Tensor, shape: Sequence[int], weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The mean first, then the squares of what is left: they overflow elsewhere than in one pass."""
+    axes = list(range(-len(shape), 0))
+    mean = x.mean(axes, keepdim=True)
+    scale = torch.rsqrt((x - mean).square().mean(axes, keepdim=True) + eps)
+    value = (x - mean) * scale
+    value = value if weight is None else value * weight
+    return value if bias is None else value + bias, mean, scale
+
+
+# What eager does inside one operation, in another way.
+_OTHERWISE = {"gelu": _gelu, "native_layer_norm": _layer_norm}
 
 
 def _cast(value: Any, to: torch.dtype, of: Iterable[torch.dtype]) -> Any:

@@ -63,12 +63,10 @@ class Reference:
         draws = chosen(lambda eager: eager.draws)
         if not eager.dtype.is_floating_point:
             return _integers(ours, eager, draws)
-        if not torch.equal(ours.float().isnan(), eager.float().isnan()):
-            share = _share(ours.float().isnan() != eager.float().isnan())
-            drawn = max(_share(d.float().isnan() != eager.float().isnan()) for d in draws)
-            return (
-                f"NaN: {share:.2%} of the elements are NaN on one side alone" if share > 4 * drawn else None
-            )
+        one = _alone(ours, eager)
+        if _share(one) > 4 * max(_share(_alone(draw, eager)) for draw in draws):
+            return f"NaN: {_share(one):.2%} of the elements are NaN on one side alone"
+        ours = _where(one, eager, ours)  # the others are still to be judged
         if eager.dtype.itemsize == 1:
             return _codes(ours, eager, draws)
         return _floats(ours, eager, draws, chosen(lambda eager: eager.far))
@@ -132,6 +130,11 @@ def _where(mask: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor
 def _nearer(ours: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The elements of ``ours`` that are nearer to ``a`` than to ``b``."""
     return _distance(ours.double(), a.double()) < _distance(ours.double(), b.double())
+
+
+def _alone(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Where one of the two is NaN and the other is not."""
+    return a.float().isnan() != b.float().isnan()
 
 
 def _share(mask: torch.Tensor) -> float:
