@@ -74,7 +74,7 @@ def group_quant_contiguous_reference(y: Tensor, quantization: Quantization) -> t
     blocks = y.to(torch.float32).unflatten(-1, (quantization.groups(hidden), group))
     scale = _scale(blocks.abs().amax(dim=-1), quantization)
     if quantization.scale == "ue8m0":
-        scale = _power_of_two_above(scale)
+        scale = _power_of_two_above(scale, infinite=quantization.infinite)
     q = _convert(_clip(_quotient(blocks, scale.unsqueeze(-1), quantization), qmax), quantization.dtype)
     stored = pack_exponents(scale) if quantization.layout == "ue8m0_packed" else scale
     return q.flatten(-2).contiguous(), stored.contiguous()
@@ -100,15 +100,17 @@ def _quotient(blocks: Tensor, scale: Tensor, quantization: Quantization) -> Tens
     return blocks * torch.reciprocal(scale)
 
 
-def _power_of_two_above(scale: Tensor) -> Tensor:
-    """The least power of two that is not below, its biased exponent kept in [1, 254]; NaN stays NaN.
+def _power_of_two_above(scale: Tensor, *, infinite: bool) -> Tensor:
+    """The least power of two that is not below; NaN stays NaN.
+
+    Its biased exponent is kept in [1, 254]; up to 255, infinity, where the scale may be ``infinite``.
 
     From the bits, since log2 of a float is off by one unit here and there, and its ceiling then by one
     power of two.  Source: DeepGEMM's ceil_to_ue8m0.
     """
     bits = scale.view(torch.int32)
     exponent, mantissa = (bits >> 23) & 0xFF, bits & 0x7FFFFF
-    exponent = (exponent + (mantissa != 0).to(torch.int32)).clamp(1, 254)
+    exponent = (exponent + (mantissa != 0).to(torch.int32)).clamp(1, 255 if infinite else 254)
     return torch.where(scale.isnan(), scale, (exponent << 23).view(torch.float32))
 
 

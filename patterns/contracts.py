@@ -91,7 +91,8 @@ class Quantization:
         amax = min(max(max|y|, amax_floor), amax_ceiling)
         scale = amax / qmax (``scale_division`` true) or amax * float32(1/qmax) (reciprocal)
         scale = max(scale, scale_floor)
-        ``ue8m0``: scale = 2^ceil(log2(scale)), the exponent kept in [-126, 127]
+        ``ue8m0``: scale = 2^ceil(log2(scale)), the exponent kept in [-126, 127]; with ``infinite`` an
+            infinite scale stays so, and its finite values become zeros
         q = clamp(y / scale, -qmax, qmax) (``quotient`` true) or of y * (1/scale) (reciprocal),
             rounded to nearest even.
     qmax is the largest finite value of ``dtype`` unless ``limit`` says otherwise (vLLM's 224 for e4m3fnuz).
@@ -117,6 +118,7 @@ class Quantization:
     scale_division: Division = "true"
     quotient: Division = "true"
     limit: float | None = None
+    infinite: bool = False
 
     @property
     def qmax(self) -> float:
