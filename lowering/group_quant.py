@@ -144,7 +144,8 @@ def _clip(x: Tensor, bound: float) -> Tensor:
     schema=(
         "(Tensor x, int group_size, *, ScalarType dtype=float8_e4m3fn, str scale='float32', "
         "str scale_layout='row', float amax_floor=1e-10, float? amax_ceiling=None, float scale_floor=0.0, "
-        "str scale_division='true', str quotient='true', float? limit=None) -> (Tensor, Tensor)"
+        "str scale_division='true', str quotient='true', float? limit=None, bool infinite=False) "
+        "-> (Tensor, Tensor)"
     ),
 )
 def group_quant(
@@ -160,6 +161,7 @@ def group_quant(
     scale_division: str = "true",
     quotient: str = "true",
     limit: float | None = None,
+    infinite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Quantize every ``group_size`` elements of the last axis with one scale; 0: the whole row.
 
@@ -169,7 +171,8 @@ def group_quant(
 
     dtype: float8_e4m3fn, float8_e4m3fnuz, float8_e5m2 or int8; qmax is its largest finite value, or ``limit``
     where that is given (vLLM has 224 for e4m3fnuz).
-    scale ``ue8m0``: scales are powers of two, rounded up.
+    scale ``ue8m0``: scales are powers of two, rounded up, at most 2^127; of a group with an infinity infinite
+    if ``infinite``.
     scale_layout ``row``: scale is contiguous.  The others are column-major; with the leading dimensions
     flattened to M, ``column`` has strides (1, M), ``column_tma`` (1, Mp), Mp = M rounded up to 4, and
     ``ue8m0_packed`` (for scale ``ue8m0`` in groups) is int32 [..., ceil(Gn/4)] with strides (1, Mp), four
@@ -192,6 +195,7 @@ def group_quant(
         scale_division=scale_division,
         quotient=quotient,
         limit=limit,
+        infinite=infinite,
     )
     return group_quant_reference(x, contract)
 
@@ -236,6 +240,8 @@ def _quantization(
     _check_bounds(quantization)
     check_choice("scale_division", quantization.scale_division, DIVISIONS)
     check_choice("quotient", quantization.quotient, DIVISIONS)
+    if quantization.infinite and (quantization.scale != "ue8m0" or quantization.layout == "ue8m0_packed"):
+        raise ValueError("infinite: is for scale 'ue8m0' in float32, of which 2^127 is the largest otherwise")
     if quantization.layout == "ue8m0_packed":
         if quantization.scale != "ue8m0":
             raise ValueError(f"scale: scale_layout 'ue8m0_packed' holds 'ue8m0' alone, not {scale!r}")
