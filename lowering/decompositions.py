@@ -6,6 +6,7 @@ function returns NotImplemented for a case that needs no other form.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -119,6 +120,33 @@ def _abs(x: Tensor) -> Tensor:
     return torch.view_as_real(x).square().sum(-1).sqrt()
 
 
+def _of_three_axes(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``op`` along one axis of many, the axes before it joined, and those behind it.
+
+    IREE keeps a tile of the other axes on the stack, and of many it takes too large a one.
+    """
+
+    def along(x: Tensor, dim: int | None = None, *others: Any, **named: Any) -> Tensor:
+        if dim is None or x.dim() <= 3:
+            return NotImplemented
+        dim %= x.dim()
+        before, after = math.prod(x.shape[:dim]), math.prod(x.shape[dim + 1 :])
+        made = op(x.reshape(before, x.shape[dim], after), 1, *others, **named)
+        return made.reshape(*x.shape[:dim], *made.shape[1:-1], *x.shape[dim + 1 :])
+
+    return along
+
+
+def _larger(x: Tensor, y: Tensor) -> Tensor:
+    """The larger element, a number where the other is NaN."""
+    return torch.where(torch.isnan(y), x, torch.where(torch.isnan(x), y, torch.maximum(x, y)))
+
+
+def _smaller(x: Tensor, y: Tensor) -> Tensor:
+    """The smaller element, a number where the other is NaN."""
+    return torch.where(torch.isnan(y), x, torch.where(torch.isnan(x), y, torch.minimum(x, y)))
+
+
 _SHIFTS_AND_BITS = {
     "__lshift__": torch.bitwise_left_shift,
     "__rshift__": torch.bitwise_right_shift,
@@ -143,6 +171,9 @@ _RULES: dict[Any, Callable[..., Any]] = {
     _ATEN.masked_scatter.default: _masked_scatter,
     _ATEN.constant_pad_nd.default: _pad,
     _ATEN.abs.default: _abs,
+    **{op: _of_three_axes(op) for op in (_ATEN.cumsum.default, _ATEN.argmax.default, _ATEN.argmin.default)},
+    _ATEN.fmax.default: _larger,
+    _ATEN.fmin.default: _smaller,
     **{getattr(_ATEN, name).Tensor: op for name, op in _SHIFTS_AND_BITS.items()},
     **{getattr(_ATEN, name).Scalar: _with_tensor(op) for name, op in _SHIFTS_AND_BITS.items()},
     **{op: _with_tensor(meaning) for op, meaning in _WITH_NUMBER.items()},

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops as _ops  # noqa: F401  registers torch.ops.lowering.*
+from .weight_reads import weights_read
 
 WEIGHT_DTYPE = torch.float8_e4m3fn
 _QMAX = torch.finfo(WEIGHT_DTYPE).max
@@ -121,13 +122,16 @@ def quantize(model: nn.Module, *, group_size: int = 128, exclude: str | Iterable
     Raises TypeError when ``exclude`` is no name, and ValueError when it names nothing in this model (but for
     an lm_head, which not every model has): a mistyped name would be quantized in silence.
 
-    A layer of fewer in_features than one group stays as it is, with a warning: it is not worth it.  Raises
-    ValueError naming the first other layer whose in_features ``group_size`` does not divide; the model is
-    then unchanged.
+    Two kinds of layers stay as they are, with a warning: those of fewer in_features than one group, which are
+    not worth it, and those whose weight other code of the model reads, which means its values.  Raises
+    ValueError naming the first other layer whose in_features ``group_size`` does not divide, and where the
+    model has no nn.Linear at all; the model is then unchanged.
     """
     patterns = _patterns(exclude)
     _check_patterns(patterns, model)
+    _check_any(model)
     sites = [site for site in _linear_layers(model) if not _excluded(site[0], patterns)]
+    sites = _without_read(sites, weights_read(model))
     sites = _without_small(sites, group_size)
     for name, _, linear in sites:
         label = f"layer {name!r} (in {linear.in_features}, out {linear.out_features})"
@@ -150,6 +154,28 @@ def quantize(model: nn.Module, *, group_size: int = 128, exclude: str | Iterable
 
 
 _Site = tuple[str, "nn.Module | None", nn.Linear]
+
+
+def _check_any(model: nn.Module) -> None:
+    if next(_linear_layers(model), None) is None:
+        others = {type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)}
+        others |= {type(module).__name__ for module in model.modules() if "Linear" in type(module).__name__}
+        raise ValueError(
+            "nothing to quantize: the model has no nn.Linear"
+            + (f" but {', '.join(sorted(others))}, which may mean something else" if others else "")
+        )
+
+
+def _without_read(sites: list[_Site], read: dict[str, str]) -> list[_Site]:
+    """Those whose weight nothing but their own call reads."""
+    found = {f"{name.rpartition('.')[2]} ({read[name]})" for name, _, _ in sites if name in read}
+    if found:
+        warnings.warn(
+            "not quantized, since other code of the model reads their weight and means its values: "
+            + ", ".join(sorted(found)),
+            stacklevel=3,
+        )
+    return [site for site in sites if site[0] not in read]
 
 
 def _without_small(sites: list[_Site], group_size: int) -> list[_Site]:

@@ -11,13 +11,15 @@ from iree.compiler import ir
 
 from patterns import torch_ir
 
-from . import respell_index, respell_slices, respell_sorts, respell_views
+from . import respell_index, respell_numbers, respell_slices, respell_sorts, respell_updates, respell_views
 
 _RULES = {
     **respell_views.RULES,
     **respell_slices.RULES,
     **respell_sorts.RULES,
     **respell_index.RULES,
+    **respell_updates.RULES,
+    **respell_numbers.RULES,
 }
 
 

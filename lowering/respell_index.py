@@ -23,7 +23,7 @@ def _count_from_front(op: ir.Operation) -> None:
         op.operands[1] = torch_ir.make_int(axis % max(len(source.shape), 1))
 
 
-def _spell_indices(op: ir.Operation) -> list[ir.Value | None] | None:
+def spelled(op: ir.Operation) -> list[ir.Value | None] | None:
     """A mask as the places where it is set, and narrower indices widened; the indices, if they are known."""
     given = torch_ir.producer(op.operands[1])
     if given is None or given.name != "torch.prim.ListConstruct":
@@ -51,7 +51,7 @@ def _listed(indices: list[ir.Value]) -> ir.Value:
 
 def _count_indices_from_front(op: ir.Operation) -> None:
     """The indices of an update, each along an axis of the first operand."""
-    indices = _spell_indices(op)
+    indices = spelled(op)
     if indices is None:
         return
     sizes = tensors.sizes(torch_ir.to_builtin(op.operands[0]))
@@ -69,7 +69,7 @@ def _from_front(index: ir.Value, size: tensors.Size) -> ir.Value:
     rank, element = len(type_.shape), ir.IntegerType.get_signless(64)
 
     def counted(place: ir.Value, _: ir.Value) -> ir.Value:
-        return arith.IndexCastOp(element, _wrapped(place, size)).result
+        return arith.IndexCastOp(element, wrapped(place, size)).result
 
     same = ir.AffineMap.get_identity(rank)
     init = tensors.empty(tensors.sizes(value), element)
@@ -80,7 +80,7 @@ def _from_front(index: ir.Value, size: tensors.Size) -> ir.Value:
 
 def _indexed(op: ir.Operation) -> list[ir.Value] | None:
     """Several indices together, which torch-mlir takes only where their sizes are known."""
-    indices, result = _spell_indices(op), torch_ir.tensor_type(op.result)
+    indices, result = spelled(op), torch_ir.tensor_type(op.result)
     if indices is None or result is None or sum(index is not None for index in indices) < 2:
         return None
     if any("complex" in str(value.type) for value in (op.operands[0], op.result)):
@@ -111,7 +111,7 @@ def _gather(value: ir.Value, indices: list[ir.Value | None]) -> ir.Value:
     def gathered(*elements: ir.Value) -> ir.Value:
         at = dict(zip(given, elements, strict=False))
         places = [
-            _wrapped(at[axis], sizes[axis]) if axis in at else linalg.IndexOp(place[axis]).result
+            wrapped(at[axis], sizes[axis]) if axis in at else linalg.IndexOp(place[axis]).result
             for axis in range(len(sizes))
         ]
         return tensor.ExtractOp(value, places).result
@@ -148,7 +148,7 @@ def _aligned(index: ir.Value, first: int, rank: int, loops: int) -> ir.AffineMap
     return ir.AffineMap.get(loops, 0, places)
 
 
-def _wrapped(element: ir.Value, size: tensors.Size) -> ir.Value:
+def wrapped(element: ir.Value, size: tensors.Size) -> ir.Value:
     """An index that may count from the end."""
     place = arith.IndexCastOp(ir.IndexType.get(), element).result
     from_end = arith.AddIOp(place, tensors.index(size)).result

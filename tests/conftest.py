@@ -15,6 +15,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are built from configs; nothing is looked up
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+pytest_plugins = ["kernel_objects"]
+
 # What these modules assert is explained as in a test.
 pytest.register_assert_rewrite("host_kernels", "row_reference")
 

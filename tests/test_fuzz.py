@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import fuzz
 import pytest
 import torch
 from fuzzing import judge, runner
@@ -13,12 +16,16 @@ from fuzzing.grammar import graph_of
 from fuzzing.graph import Graph, Step, Tensor, source
 from fuzzing.runner import Outcome, Workers
 from fuzzing.shrink import shrink
-from fuzzing.worker import verdict_of
+from fuzzing.worker import judgement_of, verdict_of
 from torch import nn
 
 # Seeds of graphs that go through the compiler: ordinary and special arguments.  tools/fuzz.py tries others.
 ORDINARY = range(10000, 10008)
 SPECIAL = range(10024, 10028)
+
+
+ARGUMENT = Tensor("a0", ("T", 64), "bfloat16", "normal", 1)
+GRAPH = Graph(0, False, ((3, 5), (7, 2)), (ARGUMENT,), (), (Step("v1 = a0 + 1", ("v1",)),), ("v1",))
 
 
 def test_a_seed_is_a_graph() -> None:
@@ -112,6 +119,34 @@ def test_wrong_rows_nan_and_another_sign_of_infinity_are_seen() -> None:
     assert "dtype" in (reference.problem(0, special.double()) or "")
 
 
+def test_a_denormal_may_be_zero_and_nothing_else_may() -> None:
+    x = torch.tensor([[1e-40, 2.0, -1e-40, 0.5]] * 2)
+    reference = judge.Reference(lambda t: [t > 0, t * torch.inf, t.sqrt()], [x])
+    flushed = x.where(x.abs() > 1e-38, 0.0)
+    half = torch.stack([flushed[0], x[1]])
+    for t in (x, flushed, half):
+        assert [reference.problem(n, r) for n, r in enumerate((t > 0, t * torch.inf, t.sqrt()))] == [None] * 3
+    assert "integers" in (reference.problem(0, flushed >= 0) or "")
+    assert "integers" in (reference.problem(0, half > 1) or "")
+    assert "NaN" in (reference.problem(1, x * torch.nan) or "")
+    assert "infinite" in (reference.problem(1, x * -torch.inf) or "")
+    assert torch.equal(x * 2 > 0, x > 0)  # the setting is as it was
+
+
+def test_an_operation_may_be_computed_in_another_way_inside() -> None:
+    x = torch.linspace(-9, 4, 64).repeat(4, 1)
+    gelu = judge.Reference(lambda t: [torch.nn.functional.gelu(t, approximate="tanh")], [x])
+    exact = torch.nn.functional.gelu(x.double(), approximate="tanh").float()
+    assert gelu.problem(0, exact) is None
+    assert "values" in (gelu.problem(0, exact + 1e-4 * x) or "")
+    x[0, 0] = 3e38  # its square is infinite
+    norm = judge.Reference(lambda t: [torch.nn.functional.layer_norm(t, (64,))], [x])
+    centred = x - x.mean(-1, keepdim=True)
+    ours = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-5)
+    assert norm.problem(0, ours) is None
+    assert "values" in (norm.problem(0, ours + 1e-4) or "")
+
+
 def test_strides_are_those_of_eager_where_it_is_contiguous() -> None:
     x = torch.randn(4, 6)
     assert judge.strides_problem(x, x, strided=False) is None
@@ -154,16 +189,95 @@ def test_a_child_that_dies_or_hangs_is_an_outcome(
     workers.close()
 
 
-# -- through the compiler -----------------------------------------------------------------------------------
+class Judges(Workers):
+    """Workers that know which seeds are wrong; not all say which graphs their outcome is about."""
 
-ARGUMENT = Tensor("a0", ("T", 64), "bfloat16", "normal", 1)
+    def __init__(
+        self, wrong: dict[int, str], *, together: str = "", about: bool = False, settled: bool = False
+    ):
+        super().__init__()
+        self.wrong, self.of_several, self.about, self.settled = wrong, together, about, settled
+        self.asked: list[list[int]] = []
+
+    def judge_seeds(self, seeds: Sequence[int], special: bool) -> Outcome:
+        self.asked.append(list(seeds))
+        wrong = [number for number, seed in enumerate(seeds) if seed in self.wrong]
+        about = tuple(wrong) if self.about else ()
+        if wrong:
+            return Outcome(self.wrong[seeds[wrong[0]]], "of a kind", about, self.settled)
+        if self.of_several and len(seeds) > 1:
+            return Outcome(self.of_several, "of several")
+        return Outcome("right", "")
+
+    def graph(self, seed: int, special: bool) -> Graph:
+        return replace(GRAPH, seed=seed)
+
+    def judge(self, graphs: Sequence[Graph]) -> Outcome:
+        return self.judge_seeds([graph.seed for graph in graphs], special=False)
+
+
+def campaign(tmp_path: Path, workers: Workers, first: int = 0) -> fuzz.Campaign:
+    return fuzz.Campaign(workers, tmp_path, fuzz.Tally(first, "cpu", first), trials=0)
+
+
+@pytest.mark.parametrize(
+    ("known", "asked"),
+    [
+        ({}, [range(8), range(4), range(2), range(2, 4), [2], [3], range(4, 8)]),
+        ({"about": True}, [range(8), [3], [0, 1, 2, 4, 5, 6, 7]]),
+        ({"about": True, "settled": True}, [range(8), [3]]),
+    ],
+)
+def test_what_is_not_right_is_sought_no_longer_than_needed(
+    tmp_path: Path, known: dict[str, Any], asked: list[Sequence[int]]
+) -> None:
+    workers = Judges({3: "wrong"}, **known)
+    found = campaign(tmp_path, workers)
+    fuzz.run([found], minutes=1, together=8, graphs=8)
+    assert workers.asked == [list(seeds) for seeds in asked]
+    assert found.tally.verdicts == {"right": 7, "wrong": 1}
+    assert found.tally.seeds == {"wrong of a kind": [3]}
+    assert (tmp_path / "wrong_3.py").exists()
+
+
+def test_graphs_that_are_right_alone_and_not_together_are_a_finding(tmp_path: Path) -> None:
+    found = campaign(tmp_path, Judges({}, together="wrong"))
+    fuzz.run([found], minutes=1, together=4, graphs=4)
+    assert found.tally.verdicts == {"right": 4}
+    assert found.tally.kinds == {"together wrong of several": 2}
+
+
+def test_jobs_share_seeds_and_a_tally(tmp_path: Path) -> None:
+    workers = [Judges({17: "late"}, about=True) for _ in range(3)]
+    jobs = [campaign(tmp_path, each, 16) for each in workers]
+    for job in jobs:
+        job.tally = jobs[0].tally
+    fuzz.run(jobs, minutes=1, together=8, graphs=64)
+    modules = sorted(asked[0] for each in workers for asked in each.asked if len(asked) == 8)
+    assert modules == list(range(16, 80, 8))
+    tally = json.loads((tmp_path / "tally.json").read_text())
+    assert (tally["graphs"], tally["next"], tally["underway"]) == (64, 80, [])
+    assert tally["verdicts"] == {"right": 63, "late": 1}
+
+
+# -- through the compiler -----------------------------------------------------------------------------------
 
 
 def test_a_site_that_a_report_lacks_is_a_finding() -> None:
     step = Step("v1 = a0 + 1", ("v1",), ("rms_norm",))
-    graph = Graph(0, False, ((3, 5), (7, 2)), (ARGUMENT,), (), (step,), ("v1",))
+    graph = replace(GRAPH, steps=(step,))
     assert verdict_of([graph]) == ("sites", "no rms_norm in the report of: v1 = a0 + 1")
-    assert verdict_of([replace(graph, steps=(replace(step, sites=()),))])[0] == "right"
+    found = judgement_of([GRAPH, graph, GRAPH])
+    assert (found.about, found.settled) == ([1], True)
+
+
+def test_graphs_that_torch_does_not_export_or_we_refuse_are_named() -> None:
+    rejected = replace(GRAPH, steps=(Step("v1 = a0 + 1 if a0.shape[0] == 3 else a0", ("v1",)),))
+    found = judgement_of([GRAPH, rejected, GRAPH, rejected])
+    assert (found.verdict[0], found.about, found.settled) == ("refused", [1, 3], False)
+    refused = replace(GRAPH, steps=(Step("v1 = a0.to(torch.complex64).real", ("v1",)),))
+    found = judgement_of([GRAPH, GRAPH, refused])
+    assert (found.verdict[0], found.about, found.settled) == ("refused", [2], False)
 
 
 @pytest.mark.parametrize(

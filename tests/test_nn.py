@@ -172,6 +172,41 @@ def test_layers_shorter_than_a_group_stay_and_are_named() -> None:
     assert [type(layer) for layer in model] == [BlockScaledLinear, nn.Linear]
 
 
+class ReadsWeights(nn.Module):
+    """Reads of a weight as models have them: its dtype, its values, and what tells nothing of its values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("cast", "multiplied", "placed", "trained", "plain"):
+            setattr(self, name, nn.Linear(64, 64))
+        nn.init.ones_(self.plain.weight)
+
+    def forward(self, x):
+        x = self.cast(x.to(self.cast.weight.dtype)) + x @ self.multiplied.weight
+        if self.training:
+            return x @ self.trained.weight
+        return self.plain(self.trained(self.placed(x.to(self.placed.weight.device))))
+
+
+def test_layers_whose_weight_is_read_elsewhere_stay_and_are_named() -> None:
+    model = nn.ModuleDict({"a": ReadsWeights(), "b": nn.Linear(64, 64)}).eval()
+    with pytest.warns(UserWarning, match=r"reads their weight.*: cast \(test_nn.py:\d+\), multiplied \(test"):
+        quantize(model, group_size=64)
+    left = [name for name, layer in model.named_modules() if type(layer) is nn.Linear]
+    assert left == ["a.cast", "a.multiplied"]
+    assert model["a"](torch.randn(2, 64)).dtype == torch.float32
+
+
+def test_a_model_without_linear_layers_is_refused() -> None:
+    class Special(nn.Linear):
+        pass
+
+    with pytest.raises(ValueError, match=r"no nn\.Linear but Special, which may mean something else"):
+        quantize(nn.Sequential(Special(64, 64)))
+    with pytest.raises(ValueError, match=r"the model has no nn\.Linear$"):
+        quantize(nn.Sequential(nn.ReLU()))
+
+
 def test_a_group_that_does_not_divide_changes_nothing():
     model = nn.Sequential(nn.Linear(128, 576), nn.Linear(576, 4))
     message = r"layer '1' \(in 576, out 4\): group_size 128 does not divide in_features; group_size 64 does"

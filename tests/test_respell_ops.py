@@ -13,6 +13,7 @@ from lowering.errors import CompileError
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
 ROWS = torch.tensor([True, False, True, True, False])
 FEW = torch.tensor([[0, 2]] * 5)
+SOME, OTHERS = torch.tensor([3, 2, 3]), torch.tensor([0, -1, 0])
 UPDATES = torch.randn(5, 2, generator=torch.Generator().manual_seed(1))
 
 
@@ -124,6 +125,61 @@ def test_several_indices_with_a_size_unknown():
         (torch.randn(3, 4, 6), i, j),
         shapes=({0: Dim("n")}, None, None),
     )
+
+
+def test_updates_at_a_few_indices_with_two_sizes_unknown():
+    """In the order of the indices, of which some are equal and some count from the end."""
+
+    def updated(x, y, i, j):
+        n = torch.cat([i, j + 1]).expand(*y.shape[:-1], 6)
+        v = y.float()
+        w = v.cumsum(-1)[..., :6]
+        put = torch.ops.aten.index_put
+        return (
+            y.scatter_add(-1, n[..., :1], y[..., :1]),
+            v.scatter_add(-1, n, w),
+            v.scatter(-1, n, w * 2),
+            y.scatter(3, n, 0.1),
+            (y > 0).scatter(-1, n[..., :2], True),
+            v.scatter(-1, n[:1], w),
+            x[1:-1].index_put((i,), torch.zeros(8)),
+            x.index_put((i,), x[:3] * 2),
+            x.index_put((i[:1],), x[:1], accumulate=True),
+            put(v, [None, None, j[:2, None], i[:2]], w[0, 0, 0, :2], True),
+            put(v, [j[:2] % 2, None, None, i[:2]], x[0, 0]),
+        )
+
+    def drawn(t, s):
+        return torch.randn(t, 8), torch.randn(2, t, s, 8).bfloat16(), SOME, OTHERS
+
+    a, b = Dim("a", min=6), Dim("b", min=5)
+    check(updated, drawn(7, 5), drawn(6, 9), shapes=({0: a}, {1: a, 2: b}, None, None))
+
+
+def test_axes_of_many_with_two_sizes_unknown():
+    def reduced(x):
+        return (
+            x.cumsum(-4),
+            x.half().argmax(-4, keepdim=True),
+            x.argmin(0),
+            x.argmax(2),
+            x.roll(1, -2),
+            x.roll((-1, 2), (1, 2)),
+            torch.fmax(x, x.mean()),
+            torch.fmin(x.sum(-1), torch.tensor(torch.nan)),
+        )
+
+    size = {1: Dim("a"), 2: Dim("b")}
+    check(reduced, (torch.randn(2, 8, 3, 64),), (torch.randn(2, 5, 7, 64),), shapes=(size,))
+
+
+def test_what_is_known_is_compared_with_numbers_of_another_kind():
+    def compared(x):
+        zeros, whole = torch.zeros_like(x), torch.ones_like(x, dtype=torch.int32)
+        true = torch.ones_like(x, dtype=torch.bool)
+        return zeros < 0, zeros >= 0, zeros == 0, whole > 0.5, whole != 1.0, true > 0, true == 1, true < 1
+
+    check(compared, (X,))
 
 
 def test_nothing():

@@ -1,13 +1,15 @@
 """Random graphs through the compiler: each against eager PyTorch and float64, in a child process.
 
     python tools/fuzz.py --minutes 10 --seed 1000 --out findings
+    python tools/fuzz.py --minutes 10 --jobs 16               # so many modules at a time
     python tools/fuzz.py --minutes 5 --target h200            # run on such a GPU, elsewhere compiled only
     python tools/fuzz.py --seeds 17,33 --out findings         # these again, one by one
 
 A graph follows from its seed alone.  Eight graphs share a module, since compiling is what takes time; where
-the module is not right each is looked at alone.  Whatever is not right is shrunk and written to the directory
-as a file with ``build()``, which holds the seed and what is wrong.  docs/fuzzing.md says what is in a graph
-and how it is judged.
+the module is not right, the graphs that it is about are looked at alone.  Whatever is not right is shrunk and
+written to the directory as a file with ``build()``, which holds the seed and what is wrong.  A run that is
+stopped has lost the modules that were underway, no more.  docs/fuzzing.md says what is in a graph and how it
+is judged.
 
 Exit codes: 0 every graph is right or refused, 1 a finding, 2 usage.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -29,11 +32,15 @@ from fuzzing.shrink import shrink
 
 _SPECIAL_EVERY = 4  # one module in so many has NaN, infinities and denormals in its arguments
 _SHRUNK_OF_A_KIND = 8
+_LOCK = threading.Lock()  # of the tally, which all jobs write to
 
 
 @dataclass
 class Tally:
-    """Counts of a run, kept in the directory's tally.json after every module."""
+    """Counts of a run, kept in the directory's tally.json after every module.
+
+    next: the first seed that no module has had; underway: the first seeds of the modules that are not done.
+    """
 
     first: int
     target: str
@@ -43,18 +50,34 @@ class Tally:
     verdicts: Counter[str] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
     seeds: dict[str, list[int]] = field(default_factory=dict)
+    underway: list[int] = field(default_factory=list)
 
     def count(self, seed: int, outcome: Outcome) -> None:
         """Add one graph."""
-        self.graphs += 1
-        self.verdicts[outcome.verdict] += 1
-        if outcome.verdict != "right":
-            self.kinds[outcome.kind] += 1
-            self.seeds.setdefault(outcome.kind, []).append(seed)
+        with _LOCK:
+            self.graphs += 1
+            self.verdicts[outcome.verdict] += 1
+            if outcome.verdict != "right":
+                self.kinds[outcome.kind] += 1
+                self.seeds.setdefault(outcome.kind, []).append(seed)
 
-    def write(self, path: Path) -> None:
-        """All of it as JSON."""
-        path.write_text(json.dumps(vars(self), indent=1) + "\n", encoding="utf-8")
+    def begin(self, together: int, graphs: int | None) -> tuple[range, bool] | None:
+        """The seeds of the next module, and whether its arguments are special; None after so many graphs."""
+        with _LOCK:
+            if graphs is not None and self.next >= self.first + graphs:
+                return None
+            seeds = range(self.next, self.next + together)
+            self.next, self.modules = seeds.stop, self.modules + 1
+            self.underway.append(seeds.start)
+            return seeds, self.modules % _SPECIAL_EVERY == 0
+
+    def end(self, seeds: range, path: Path) -> None:
+        """A module is done: write everything as JSON."""
+        with _LOCK:
+            self.underway.remove(seeds.start)
+            new = path.with_suffix(".new")
+            new.write_text(json.dumps(vars(self), indent=1) + "\n", encoding="utf-8")
+            new.replace(path)
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {verdict}" for verdict, count in self.verdicts.most_common())
@@ -62,38 +85,42 @@ class Tally:
 
 
 class Campaign:
-    """One run over seeds."""
+    """A job: a worker, and what is done with its answers."""
 
     def __init__(self, workers: Workers, out: Path, tally: Tally, trials: int) -> None:
         self.workers, self.out, self.tally, self.trials = workers, out, tally, trials
         out.mkdir(parents=True, exist_ok=True)
 
-    def module(self, seeds: Sequence[int], special: bool) -> None:
-        """Judge the graphs of ``seeds``, together and, if that is not right, each alone."""
-        self.tally.modules += 1
-        together = self.workers.judge_seeds(seeds, special) if len(seeds) > 1 else None
-        if together is not None and together.verdict == "right":
+    def judge(self, seeds: Sequence[int], special: bool) -> bool:
+        """Whether ``seeds`` are right together; if not, those that it is about are judged alone."""
+        if len(seeds) == 1:
+            return self.alone(seeds[0], special).verdict == "right"
+        outcome = self.workers.judge_seeds(seeds, special)
+        if outcome.verdict == "right":
             for seed in seeds:
-                self.tally.count(seed, together)
+                self.tally.count(seed, outcome)
+            return True
+        about = [seeds[number] for number in outcome.about]
+        if outcome.settled:
+            parts = [[seed] for seed in about]
+            for seed in set(seeds) - set(about):
+                self.tally.count(seed, Outcome("right", ""))
+        elif about and len(about) < len(seeds):
+            parts = [*([seed] for seed in about), [seed for seed in seeds if seed not in about]]
         else:
-            outcomes = [self.alone(seed, special) for seed in seeds]
-            if together is not None and all(outcome.verdict == "right" for outcome in outcomes):
-                self.together(seeds, special, together)
-        self.tally.next = seeds[-1] + 1
-        self.tally.write(self.out / "tally.json")
+            parts = [seeds[: len(seeds) // 2], seeds[len(seeds) // 2 :]]
+        alone = [self.judge(part, special) for part in parts]
+        if all(alone):
+            self.together(seeds, special, outcome)
+        return False
 
     def alone(self, seed: int, special: bool) -> Outcome:
         """Judge one graph; a reproducer of what is not right."""
         outcome = self.workers.judge_seeds([seed], special)
         self.tally.count(seed, outcome)
         if outcome.verdict != "right" and self.tally.kinds[outcome.kind] <= _SHRUNK_OF_A_KIND:
-            graph = self.workers.graph(seed, special)
-            self.write(self.shrunk(graph, outcome), outcome, f"{outcome.verdict}_{seed}")
+            self.write(self.workers.graph(seed, special), outcome)
         return outcome
-
-    def shrunk(self, graph: Graph, outcome: Outcome) -> Graph:
-        """``graph`` with less in it that has an outcome of the same kind."""
-        return shrink(graph, lambda smaller: self.workers.judge([smaller]).kind == outcome.kind, self.trials)
 
     def together(self, seeds: Sequence[int], special: bool, outcome: Outcome) -> None:
         """Graphs that are right alone and not in one module; without those that it takes not."""
@@ -102,14 +129,16 @@ class Campaign:
             fewer = [other for other in graphs if other is not graph]
             if len(fewer) > 1 and self.workers.judge(fewer).kind == outcome.kind:
                 graphs = fewer
-        self.tally.kinds[f"together {outcome.kind}"] += 1
+        with _LOCK:
+            self.tally.kinds[f"together {outcome.kind}"] += 1
         self.write_all(graphs, outcome, f"together_{seeds[0]}")
         print(f"together  {[graph.seed for graph in graphs]}: {outcome.why}", flush=True)
 
-    def write(self, graph: Graph, outcome: Outcome, name: str) -> None:
-        """Leave a reproducer, and a line."""
-        found = self.workers.judge([graph])
-        self.write_all([graph], found, name)
+    def write(self, graph: Graph, outcome: Outcome) -> None:
+        """Leave a reproducer with as little in it as has an outcome of the same kind, and a line."""
+        small = shrink(graph, lambda less: self.workers.judge([less]).kind == outcome.kind, self.trials)
+        found = outcome if small == graph else self.workers.judge([small])
+        self.write_all([small], found, f"{outcome.verdict}_{graph.seed}")
         print(f"{outcome.verdict:9} {graph.seed}: {' '.join(found.why.split())[:200]}", flush=True)
 
     def write_all(self, graphs: Sequence[Graph], outcome: Outcome, name: str) -> None:
@@ -120,12 +149,30 @@ class Campaign:
         (self.out / f"{name}.py").write_text(text, encoding="utf-8")
 
 
-def run(campaign: Campaign, minutes: float, together: int, graphs: int | None) -> None:
-    """Seeds from the first on, as long as there is time."""
-    end, number, seed = time.monotonic() + 60 * minutes, 0, campaign.tally.first
-    while time.monotonic() < end and (graphs is None or campaign.tally.graphs < graphs):
-        campaign.module(range(seed, seed + together), number % _SPECIAL_EVERY == _SPECIAL_EVERY - 1)
-        seed, number = seed + together, number + 1
+def run(campaigns: Sequence[Campaign], minutes: float, together: int, graphs: int | None) -> None:
+    """Seeds from the first on, as long as there is time; a campaign that is free takes the next module."""
+    end = time.monotonic() + 60 * minutes
+
+    def work(campaign: Campaign) -> None:
+        tally = campaign.tally
+        while time.monotonic() < end and (begun := tally.begin(together, graphs)) is not None:
+            seeds, special = begun
+            campaign.judge(seeds, special)
+            tally.end(seeds, campaign.out / "tally.json")
+
+    threads = [threading.Thread(target=work, args=[campaign], daemon=True) for campaign in campaigns]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def again(campaign: Campaign, seeds: str) -> None:
+    """These seeds, one by one."""
+    for seed in seeds.split(","):
+        number, _, special = seed.partition(":")
+        outcome = campaign.alone(int(number), bool(special))
+        print(f"{outcome.verdict:9} {seed}", flush=True)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -136,6 +183,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--minutes", type=float, default=10.0, help="how long new modules are begun (%(default)s)"
     )
     parser.add_argument("--graphs", type=int, metavar="N", help="and how many graphs at most")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="modules at a time (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the first (%(default)s)")
     parser.add_argument(
         "--seeds", metavar="N,N,...", help="these alone, one by one; :special for special values"
@@ -157,26 +205,25 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; 1 where something is wrong."""
     options = _arguments(argv)
-    workers = Workers(options.target, options.timeout)
-    campaign = Campaign(
-        workers, options.out, Tally(options.seed, options.target, options.seed), options.trials
-    )
+    tally = Tally(options.seed, options.target, options.seed)
+    campaigns = [
+        Campaign(Workers(options.target, options.timeout), options.out, tally, options.trials)
+        for _ in range(1 if options.seeds else options.jobs)
+    ]
     try:
         if options.seeds:
-            for seed in options.seeds.split(","):
-                number, _, special = seed.partition(":")
-                outcome = campaign.alone(int(number), bool(special))
-                print(f"{outcome.verdict:9} {seed}", flush=True)
+            again(campaigns[0], options.seeds)
         else:
-            run(campaign, options.minutes, options.together, options.graphs)
+            run(campaigns, options.minutes, options.together, options.graphs)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
     finally:
-        workers.close()
-    print(campaign.tally)
-    for kind, count in campaign.tally.kinds.most_common():
+        for campaign in campaigns:
+            campaign.workers.close()
+    print(tally)
+    for kind, count in tally.kinds.most_common():
         print(f"{count:6} {kind}")
-    return 0 if set(campaign.tally.verdicts) <= {"right", "refused"} else 1
+    return 0 if set(tally.verdicts) <= {"right", "refused"} else 1
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ quantization makes a whole step of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -120,7 +122,7 @@ class Disturbed(TorchDispatchMode):
             return plain
         wide = tree_map(lambda t: self._moved(_cast(t, torch.float32, _NARROW)), (args, kwargs))
         try:
-            found = func(*wide[0], **wide[1])
+            found = _OTHERWISE.get(name, func)(*wide[0], **wide[1])
         except (RuntimeError, ValueError):  # an operation of one dtype
             return tree_map(self._moved, plain)
         return tree_map(lambda new, old: _narrowed(self._moved(new), old), found, plain)
@@ -134,6 +136,29 @@ class Disturbed(TorchDispatchMode):
         return torch.where(value == value.round(), value, moved)
 
 
+def _gelu(x: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
+    """Without the cancellation where x is negative."""
+    if approximate == "tanh":
+        return x / (1 + torch.exp(-2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return x / 2 * torch.erfc(-x * math.sqrt(0.5))
+
+
+def _layer_norm(
+    x: torch.Tensor, shape: Sequence[int], weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The mean first, then the squares of what is left: they overflow elsewhere than in one pass."""
+    axes = list(range(-len(shape), 0))
+    mean = x.mean(axes, keepdim=True)
+    scale = torch.rsqrt((x - mean).square().mean(axes, keepdim=True) + eps)
+    value = (x - mean) * scale
+    value = value if weight is None else value * weight
+    return value if bias is None else value + bias, mean, scale
+
+
+# What eager does inside one operation, in another way.
+_OTHERWISE = {"gelu": _gelu, "native_layer_norm": _layer_norm}
+
+
 def _cast(value: Any, to: torch.dtype, of: Iterable[torch.dtype]) -> Any:
     return value.to(to) if isinstance(value, torch.Tensor) and value.dtype in of else value
 
@@ -145,6 +170,29 @@ def _narrowed(new: Any, old: Any) -> Any:
 def _has_floats(value: Any) -> bool:
     values = value if isinstance(value, (tuple, list)) else (value,)
     return any(isinstance(t, torch.Tensor) and t.dtype in _NARROW for t in values)
+
+
+@contextmanager
+def flushing() -> Iterator[None]:
+    """Denormals are zero, on one thread since each has a setting of its own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)
+
+
+def without_denormals(t: torch.Tensor) -> torch.Tensor:
+    """A copy with zeros in their place, for functions that do without the processor's setting.
+
+    Those of float16 are none: they are ordinary numbers of float32, which it is computed in.
+    """
+    if t.dtype not in (torch.float32, torch.bfloat16):
+        return t.clone()
+    return torch.where(t.abs() < torch.finfo(torch.float32).tiny, t * 0, t)
 
 
 def in_float64(module: Callable[..., Any], args: Iterable[Any]) -> list[torch.Tensor] | None:

@@ -28,10 +28,13 @@ class Outcome:
     right; refused by a CompileError or UsageError; wrong, strides, sites: judged so; changed: an argument or
     a weight was written; late: compiled, and a call fails; crash: the process died; hang: no answer in time;
     raw: an exception that is not the project's; invalid: eager PyTorch does not run it.
+    about: the numbers of the graphs that are not right, where that is known; settled: the others are right.
     """
 
     verdict: str
     why: str
+    about: tuple[int, ...] = ()
+    settled: bool = False
 
     @property
     def kind(self) -> str:
@@ -82,7 +85,8 @@ class Workers:
             return found
         if found["memory"] > _MEMORY:
             self.close()
-        return Outcome(found["verdict"], found["why"])
+        verdict, why = found["verdict"]
+        return Outcome(verdict, why, tuple(found["about"]), found["settled"])
 
     def _ask(self, job: dict[str, Any], seconds: float) -> dict[str, Any] | Outcome:
         process = self._running()

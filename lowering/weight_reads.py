@@ -1,0 +1,96 @@
+"""Find the linear layers whose weight the model's own code reads beside the layer's call.
+
+``x.to(self.gate.weight.dtype)`` and ``self.dt_proj.weight @ x`` mean the values of a weight; with codes in
+its place they fail, or compute with codes.  The sources of the model's classes say where this is done.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import nn
+
+_INDEPENDENT = {"device", "shape", "size", "ndim", "numel", "is_cuda", "is_meta", "requires_grad"}
+"""What is read of a weight and is the same for its codes."""
+
+
+def weights_read(model: nn.Module) -> dict[str, str]:
+    """Return {qualified name of an nn.Linear: "file:line" of a read of its weight by other code}.
+
+    Code that runs in training alone or that initialises weights does not count.  A class without source
+    (defined in a shell, compiled) is taken to read nothing.
+    """
+    names = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    found: dict[str, str] = {}
+    for prefix, module in model.named_modules():
+        for path, of_self, where in _reads(type(module)):
+            if of_self:
+                matching = {f"{prefix}.{path}".lstrip(".")} & names
+            else:
+                matching = {name for name in names if f".{name}".endswith(f".{path}")}
+            found |= dict.fromkeys(matching, where)
+    return found
+
+
+_Read = tuple[str, bool, str]  # path of the layer, whether it begins at self, file:line
+
+_READS: dict[type, list[_Read]] = {}
+
+
+def _reads(kind: type) -> list[_Read]:
+    """The reads in the methods of ``kind`` and of the classes it is made of, torch's own left out."""
+    if kind not in _READS:
+        classes = [base for base in kind.__mro__ if not base.__module__.startswith(("torch.", "builtins"))]
+        _READS[kind] = [read for base in classes for read in _reads_of_class(base)]
+    return _READS[kind]
+
+
+def _reads_of_class(kind: type) -> list[_Read]:
+    try:
+        lines, first = inspect.getsourcelines(kind)
+        tree = ast.parse(textwrap.dedent("".join(lines)))
+        file = Path(inspect.getsourcefile(kind) or "?").name
+    except (OSError, TypeError, SyntaxError):  # no file, or text that is no class by itself
+        return []
+    return [
+        (".".join(path), root == "self", f"{file}:{first + line - 1}") for root, path, line in _chains(tree)
+    ]
+
+
+def _chains(node: ast.AST) -> Iterator[tuple[str, list[str], int]]:
+    """(root, path, line) of every ``root.path.weight`` that is read when the model is evaluated."""
+    if isinstance(node, ast.FunctionDef) and "init" in node.name:
+        return
+    if isinstance(node, ast.If) and _in_training(node.test):
+        for other in node.orelse:
+            yield from _chains(other)
+        return
+    if isinstance(node, ast.Attribute):
+        chain = _chain(node)
+        if "weight" in chain[2:]:
+            at = chain.index("weight", 2)
+            if not _INDEPENDENT & set(chain[at + 1 : at + 2]):
+                yield chain[0], chain[1:at], node.lineno
+            return
+    for child in ast.iter_child_nodes(node):
+        yield from _chains(child)
+
+
+def _in_training(test: ast.expr) -> bool:
+    """Whether a branch is taken in training alone."""
+    text = ast.unparse(test)
+    return "self.training" in text and "not self.training" not in text
+
+
+def _chain(node: ast.expr) -> list[str]:
+    """``a.b.c`` as its names; empty where it does not begin with a name."""
+    if isinstance(node, ast.Name):
+        return [node.id]
+    if isinstance(node, ast.Attribute):
+        front = _chain(node.value)
+        return [*front, node.attr] if front else []
+    return []
