@@ -140,7 +140,7 @@ def _why_no_mean(reduction: ir.Operation, h: ir.Value) -> str | None:
     if reduction.name in _SPREADS:
         return LAYER_NORM
     if type_ is None or not type_.shape:
-        return "the normed tensor has no known rank"
+        return "the normed tensor has no axes, or is of unknown rank"
     if {type_.dtype, torch_ir.dtype_of(reduction.operands[0])} != {"float32"}:
         return f"the mean of squares is taken in {type_.dtype}; convert the tensor with .float() before"
     axes = reduced_axes(reduction)

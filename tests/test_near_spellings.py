@@ -307,6 +307,19 @@ def test_other_codes_and_values_are_named() -> None:
         assert (site.op, site.status) == ("group_quant", "unfused") and name in (site.reason or ""), site
 
 
+def test_a_number_has_no_rows() -> None:
+    spellings = [
+        lambda x, y, w, z: normed(x.sum(), mean),
+        lambda x, y, w, z: quantized(x.sum(), by_row),
+    ]
+    report = lowering.explain(Spelled(spellings), tensors())
+    assert [(site.op, site.status) for site in report.sites] == [
+        ("rms_norm", "unfused"),
+        ("group_quant", "unfused"),
+    ]
+    assert "has no axes" in (report.sites[0].reason or "") and report.sites[1].reason
+
+
 def test_nearly_a_gate() -> None:
     """The quantization has a kernel, and the activation before it is no part of that."""
     quant = torch.ops.lowering.group_quant
