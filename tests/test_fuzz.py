@@ -119,6 +119,25 @@ def test_wrong_rows_nan_and_another_sign_of_infinity_are_seen() -> None:
     assert "dtype" in (reference.problem(0, special.double()) or "")
 
 
+def test_equal_elements_come_in_any_order_and_others_do_not() -> None:
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)).relu()  # half of them are zero
+
+    class Chosen(nn.Module):
+        def forward(self, x: torch.Tensor):
+            _, index = torch.topk(x, 40)
+            return index, x.sort(-1, descending=True)[1], x.sort(dim=-1, stable=True)[1], x.gather(-1, index)
+
+    reference = judge.Reference(Chosen(), [x])
+    ours = x.sort(dim=-1, descending=True, stable=True)[1]
+    assert reference.problem(0, ours[:, :40]) is None
+    assert reference.problem(1, ours) is None
+    assert reference.problem(2, x.sort(dim=-1, stable=True)[1]) is None
+    assert "integers" in (reference.problem(0, ours.flip(1)[:, :40]) or "")
+    assert "integers" in (reference.problem(1, ours.roll(1, 1)) or "")
+    assert "integers" in (reference.problem(2, ours.flip(1)) or "")
+    assert reference.problem(3, x.gather(-1, ours[:, :40])) is None
+
+
 def test_a_denormal_may_be_zero_and_nothing_else_may() -> None:
     x = torch.tensor([[1e-40, 2.0, -1e-40, 0.5]] * 2)
     reference = judge.Reference(lambda t: [t > 0, t * torch.inf, t.sqrt()], [x])

@@ -91,7 +91,7 @@ class Chosen(nn.Module):
             *x.topk(5),
             *x.topk(3, 1, largest=False),
             *one.topk(4),
-            *columns.topk(7, dim=1),
+            *columns.topk(7, dim=1, sorted=False),
         )
 
 

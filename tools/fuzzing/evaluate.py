@@ -83,6 +83,9 @@ _EXACT = frozenset(
     ]
 )
 
+# The order of equal elements is not defined: PyTorch on the cpu takes another with each size.
+_UNORDERED = ("topk", "sort")
+
 # Of 16-bit operands: their float32 result is exact, often a tie, and there is one way to round it.
 _ROUNDED_ONCE = ("add", "sub", "rsub", "mul", "div")
 
@@ -102,7 +105,7 @@ class InFloat64(TorchDispatchMode):
 class Disturbed(TorchDispatchMode):
     """Every operation that rounds is off by a little more, up or down, relative to its result: ``noise``.
 
-    Whole numbers stay: what computes them does so exactly.
+    Whole numbers stay: what computes them does so exactly.  Without noise, equal elements have another order.
     """
 
     def __init__(self, seed: int, noise: float) -> None:
@@ -113,7 +116,9 @@ class Disturbed(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if func.is_view or func._schema.is_mutable or name in _EXACT:
+        if name in _UNORDERED and not self.noise:
+            return self._reordered(func, args, kwargs)
+        if func.is_view or func._schema.is_mutable or name in _EXACT or not self.noise:
             return func(*args, **kwargs)
         plain = func(*args, **kwargs)
         if func.namespace != "lowering" and not _has_floats(plain):
@@ -126,6 +131,16 @@ class Disturbed(TorchDispatchMode):
         except (RuntimeError, ValueError):  # an operation of one dtype
             return tree_map(self._moved, plain)
         return tree_map(lambda new, old: _narrowed(self._moved(new), old), found, plain)
+
+    def _reordered(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The values and indices of a sort or top-k of the elements in another order."""
+        given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
+        x, axis = given["self"], given.get("dim", -1)
+        if x.dim() == 0 or given.get("stable"):
+            return func(*args, **kwargs)
+        order = torch.rand(x.shape, generator=self.generator).argsort(axis)
+        values, index = func(**{**given, "self": x.gather(axis, order)})
+        return values, order.gather(axis, index)
 
     def _moved(self, value: Any) -> Any:
         """``value``, each element moved where it is a float."""
