@@ -16,10 +16,19 @@ from typing import Any
 from iree.compiler import ir
 
 from patterns import canonical, torch_ir
-from patterns.contracts import Contract, LinearSpec, MatmulSpec, RowSpec, Spec, TopkSpec
+from patterns.contracts import Contract, LinearSpec, MatmulSpec, RowSpec, SelectionSpec, Spec, TopkSpec
 from patterns.sites import Cost, Ledger
 
-from . import abi, kernel_calls, kernel_functions, linear_kernel, matmul_kernel, toolchain, topk_kernel
+from . import (
+    abi,
+    kernel_calls,
+    kernel_functions,
+    linear_kernel,
+    matmul_kernel,
+    selection_kernel,
+    toolchain,
+    topk_kernel,
+)
 from . import kernel as row_kernel
 from .kernel import KernelInstance
 from .kernel_calls import PhysicalScale
@@ -40,6 +49,7 @@ _FAMILIES: dict[type[Spec], _Family] = {
     TopkSpec: _Family(topk_kernel.instance, topk_kernel.why_unsupported),
     MatmulSpec: _Family(matmul_kernel.instance, matmul_kernel.why_unsupported),
     LinearSpec: _Family(linear_kernel.instance, linear_kernel.why_unsupported),
+    SelectionSpec: _Family(selection_kernel.instance, selection_kernel.why_unsupported),
 }
 
 

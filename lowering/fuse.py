@@ -7,6 +7,7 @@ from iree.compiler import ir
 from patterns import canonical, torch_ir
 from patterns.linear_fusion import LINEAR, fuse_linear
 from patterns.row_fusion import Support, fuse_plain, fuse_producer
+from patterns.selection_fusion import SELECT, fuse_selection
 from patterns.sites import Ledger
 from patterns.topk_fusion import fuse_routing
 
@@ -26,6 +27,8 @@ def fuse(function: ir.Operation, ledger: Ledger, support: Support) -> None:
         fuse_routing(routing, ledger, support)
     for linear in _ops(block, LINEAR):
         fuse_linear(linear, support)
+    for selection in _ops(block, SELECT):
+        fuse_selection(selection, support)
     torch_ir.erase_dead(block)
 
 

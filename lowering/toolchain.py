@@ -43,6 +43,7 @@ _HEADERS = {
     "topk.cu": ("topk.h", "sigmoid.h"),
     "topk.hip": ("topk.h", "sigmoid.h"),
     "topk.c": ("cpu.h", "sigmoid.h"),
+    "select.c": ("cpu.h",),
 }
 
 _NVRTC_OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")

@@ -17,6 +17,7 @@ and those that a kernel computes, made of them by the fusion:
 ``vmfuse.topk``                  gating, bias -> weights, ids                               spec: TopkSpec
 ``vmfuse.matmul``                a, b, a_scale, b_scale, [bias] -> out                      spec: MatmulSpec
 ``vmfuse.linear``                a, b, [bias] -> out                                        spec: LinearSpec
+``vmfuse.selection``             x -> values, places                                     spec: SelectionSpec
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from .contracts import (
     RmsNorm,
     RowSpec,
     ScaleLayout,
+    SelectionSpec,
     Spec,
     TopkSpec,
 )
@@ -59,12 +61,16 @@ ROW = "vmfuse.row"
 TOPK = "vmfuse.topk"
 MATMUL = "vmfuse.matmul"
 LINEAR = "vmfuse.linear"
+SELECTION = "vmfuse.selection"
 PHYSICAL_SCALE = "vmfuse.physical_scale"
-SPECS: dict[str, type[RowSpec] | type[TopkSpec] | type[MatmulSpec] | type[LinearSpec]] = {
+SPECS: dict[
+    str, type[RowSpec] | type[TopkSpec] | type[MatmulSpec] | type[LinearSpec] | type[SelectionSpec]
+] = {
     ROW: RowSpec,
     TOPK: TopkSpec,
     MATMUL: MatmulSpec,
     LINEAR: LinearSpec,
+    SELECTION: SelectionSpec,
 }
 
 # A site's number in the ledger, and the numbers of the sites a fused operation stands for.

@@ -294,6 +294,25 @@ class LinearSpec:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class SelectionSpec:
+    """A top-k by itself: the ``count`` first of rows of ``elements``, the ``largest`` or the smallest.
+
+    Reads x [T, elements] and writes values [T, count] in ``dtype`` and their places, int64 [T, count].  A NaN
+    is larger than every number.  Equal elements come in the order in which eager PyTorch has them on a CPU,
+    and so do all that are not ``sorted``.
+    """
+
+    elements: int
+    count: int
+    dtype: str
+    largest: bool = True
+    sorted: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 def stored_rows(columns: int, layout: WeightLayout) -> int:
     """The rows of a weight [columns, K] in ``layout``, padding included."""
     return -(-columns // ROW_MULTIPLE[layout]) * ROW_MULTIPLE[layout]

@@ -6,11 +6,12 @@ spelling away and say what would have to change; so nothing that looks like a si
 
 from __future__ import annotations
 
-from . import dequantized, named_ops, near_norms, near_quantizations, near_routings
+from . import dequantized, named_ops, near_gates, near_norms, near_quantizations, near_routings
 from .recogniser import Suspicion
 
 SUSPICIONS: tuple[Suspicion, ...] = (
     *near_norms.SUSPICIONS,
+    *near_gates.SUSPICIONS,
     *near_quantizations.SUSPICIONS,
     *near_routings.SUSPICIONS,
     *named_ops.SUSPICIONS,

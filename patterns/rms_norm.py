@@ -27,7 +27,8 @@ from .recogniser import Raised
 from .torch_ir import TensorType
 
 _CAST = "torch.prims.convert_element_type"
-_H = Var("h")
+# A product of 16-bit and float32 tensors is taken in float32: of what was widened, or as it is.
+_H = Exact("h")
 _SQUARE = OneOf(f32("pow.Tensor_Scalar", _H, Is(2)), f32("mul.Tensor", _H, _H))
 _SUM = Aside(Statistic("sum.dim_IntList", _SQUARE))
 _MEAN = Aside(
