@@ -9,7 +9,8 @@ constexpr int LARGEST_GROUP = GROUP0 | GROUP1 | GROUP2 | GROUP3;  // as far as c
   struct Scheme##i { \
     static constexpr int group = GROUP##i, length = GROUP##i ? GROUP##i : HIDDEN, groups = HIDDEN / length; \
     static constexpr int layout = LAYOUT##i, codes = CODES##i, limit = LIMIT##i; \
-    static constexpr bool power = POWER##i, reciprocal = RECIPROCAL##i, safe = QUOTIENT##i != DIVIDED; \
+    static constexpr bool power = POWER##i, infinite = POWER##i == 2; \
+    static constexpr bool reciprocal = RECIPROCAL##i, safe = QUOTIENT##i != DIVIDED; \
     static constexpr bool twofold = QUOTIENT##i == TWOFOLD && !power && !reciprocal; \
     static constexpr u32 floor = FLOOR##i, ceiling = CEILING##i, scale_floor = SCALE_FLOOR##i, inverse = INVERSE##i; \
   }
@@ -65,14 +66,15 @@ DEVICE Amax group_amax(const Y &y, u32 of_row) {
   return amax;
 }
 
-// The next power of two not below, its exponent kept in [-126, 127]; NaN stays NaN.
-DEVICE float power_of_two_above(float scale) {
+// The next power of two not below, its exponent kept in [-126, 127], or up to infinity; NaN stays NaN.
+template <bool infinite> DEVICE float power_of_two_above(float scale) {
   u32 bits = as_bits(scale), up = (bits + 0x7fffffu) & INFINITE_BITS;
-  return bits > INFINITE_BITS ? scale : as_float(min_u32(max_u32(up, 0x00800000u), 0x7f000000u));
+  return bits > INFINITE_BITS ? scale : as_float(min_u32(max_u32(up, 0x00800000u), infinite ? INFINITE_BITS : 0x7f000000u));
 }
 
 // 1/scale for such a power, exactly: that of 2^127 is subnormal.
-DEVICE float inverse_power(float scale) {
+template <bool infinite> DEVICE float inverse_power(float scale) {
+  if (infinite && scale == INFINITE) return 0.0f;
   return scale < INFINITE ? as_float(max_u32(0x7f000000u - as_bits(scale), 0x00400000u)) : scale;
 }
 
@@ -84,7 +86,7 @@ template <class S> DEVICE float scale_of(const Amax &amax) {
   if constexpr (S::inverse != 0) scale = as_float(bits) * as_float(S::inverse);
   else scale = S::safe ? divide_by<S::limit>(as_float(bits)) : divide(as_float(bits), (float)S::limit);
   if constexpr (S::scale_floor != 0) scale = as_float(max_u32(as_bits(scale), S::scale_floor));
-  return S::power ? power_of_two_above(scale) : scale;
+  return S::power ? power_of_two_above<S::infinite>(scale) : scale;
 }
 
 // 1/scale correctly rounded, by one Newton step from an approximation within an ulp.  Of all significands only that of
@@ -113,7 +115,7 @@ DEVICE Divisor twofold_divisor(float scale) {
 template <class S> DEVICE Divisor divisor_of(float scale) {
   const bool infinite = scale == INFINITE;
   const float s = infinite ? 0.0f : scale;
-  if constexpr (S::power) return {scale, inverse_power(scale), 0.0f, s};
+  if constexpr (S::power) return {scale, inverse_power<S::infinite>(scale), 0.0f, s};
   else if constexpr (S::twofold) return twofold_divisor(scale);
   else if constexpr (S::safe) return {scale, infinite ? 0.0f : scale_reciprocal(scale), 0.0f, s};
   else return {scale, S::reciprocal ? reciprocal(scale) : 0.0f, 0.0f, s};
@@ -142,8 +144,8 @@ template <class S> DEVICE f2 quotient(f2 y, const Divisor &by) {
   return fma2(negated(fma2(near, pair(by.s, by.s), negated(y))), pair(by.r, by.r), near);
 }
 
-// Whether quotients may lie beyond the limit: a power of two is never infinite, so there an infinite y has to be
-// clamped, unless the machine's converter does it.
+// Whether quotients may lie beyond the limit: a power of two is infinite only where it may be, so elsewhere an infinite y has
+// to be clamped, unless the machine's converter does it.
 template <class S> DEVICE bool clamps(const Divisor &by) {
   constexpr int largest = S::codes == E4M3FN ? 448 : S::codes == E4M3FNUZ ? 240 : S::codes == E5M2 ? 57344 : 0;
   if constexpr (!S::safe) return true;

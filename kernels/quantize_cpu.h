@@ -21,10 +21,10 @@ typedef struct {
 // What a group's values are divided by: r = 1/scale, and s = scale but where that is infinite.
 typedef struct { float scale, r, s; } Divisor;
 
-// The next power of two not below, its exponent kept in [-126, 127]; NaN stays NaN.
-INLINE u32 power_of_two_above(u32 scale) {
-  u32 up = (scale + 0x7fffffu) & 0x7f800000u;
-  up = up < 0x00800000u ? 0x00800000u : up > 0x7f000000u ? 0x7f000000u : up;
+// The next power of two not below, its exponent kept in [-126, 127], or up to infinity where power is 2; NaN stays NaN.
+INLINE u32 power_of_two_above(u32 scale, int power) {
+  u32 up = (scale + 0x7fffffu) & 0x7f800000u, largest = power == 2 ? 0x7f800000u : 0x7f000000u;
+  up = up < 0x00800000u ? 0x00800000u : up > largest ? largest : up;
   return scale > 0x7f800000u ? scale : up;
 }
 
@@ -33,7 +33,7 @@ INLINE float scale_of(u32 amax, Scheme scheme) {
   if (amax > scheme.ceiling && amax <= 0x7f800000u) amax = scheme.ceiling;
   float scale = scheme.inverse ? float_of(amax) * float_of(scheme.inverse) : float_of(amax) / (float)scheme.limit;
   u32 bits = MAX2(word_of(scale), scheme.scale_floor);
-  return float_of(scheme.power ? power_of_two_above(bits) : bits);
+  return float_of(scheme.power ? power_of_two_above(bits, scheme.power) : bits);
 }
 
 INLINE Divisor divisor_of(float scale) {

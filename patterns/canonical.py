@@ -17,6 +17,7 @@ and those that a kernel computes, made of them by the fusion:
 ``vmfuse.topk``                  gating, bias -> weights, ids                               spec: TopkSpec
 ``vmfuse.matmul``                a, b, a_scale, b_scale, [bias] -> out                      spec: MatmulSpec
 ``vmfuse.linear``                a, b, [bias] -> out                                        spec: LinearSpec
+``vmfuse.selection``             x -> values, places                                     spec: SelectionSpec
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ ROW = "vmfuse.row"
 TOPK = "vmfuse.topk"
 MATMUL = "vmfuse.matmul"
 LINEAR = "vmfuse.linear"
+SELECTION = "vmfuse.selection"
 PHYSICAL_SCALE = "vmfuse.physical_scale"
 
 # A site's number in the ledger, and the numbers of the sites a fused operation stands for.

@@ -91,7 +91,8 @@ class Quantization:
         amax = min(max(max|y|, amax_floor), amax_ceiling)
         scale = amax / qmax (``scale_division`` true) or amax * float32(1/qmax) (reciprocal)
         scale = max(scale, scale_floor)
-        ``ue8m0``: scale = 2^ceil(log2(scale)), the exponent kept in [-126, 127]
+        ``ue8m0``: scale = 2^ceil(log2(scale)), the exponent kept in [-126, 127]; with ``infinite`` an
+            infinite scale stays so, and its finite values become zeros
         q = clamp(y / scale, -qmax, qmax) (``quotient`` true) or of y * (1/scale) (reciprocal),
             rounded to nearest even.
     qmax is the largest finite value of ``dtype`` unless ``limit`` says otherwise (vLLM's 224 for e4m3fnuz).
@@ -117,6 +118,7 @@ class Quantization:
     scale_division: Division = "true"
     quotient: Division = "true"
     limit: float | None = None
+    infinite: bool = False
 
     @property
     def qmax(self) -> float:
@@ -287,6 +289,25 @@ class LinearSpec:
     depth: int
     dtype: str
     bias: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SelectionSpec:
+    """A top-k by itself: the ``count`` first of rows of ``elements``, the ``largest`` or the smallest.
+
+    Reads x [T, elements] and writes values [T, count] in ``dtype`` and their places, int64 [T, count].  A NaN
+    is larger than every number.  Equal elements come in the order in which eager PyTorch has them on a CPU,
+    and so do all that are not ``sorted``.
+    """
+
+    elements: int
+    count: int
+    dtype: str
+    largest: bool = True
+    sorted: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

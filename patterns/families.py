@@ -14,10 +14,12 @@ from . import (
     linear_fusion,
     matmul_fusion,
     named_ops,
+    near_gates,
     near_norms,
     near_quantizations,
     rms_norm,
     row_fusion,
+    selection_fusion,
 )
 from .operation import PatternFamily
 
@@ -38,6 +40,7 @@ ROW = PatternFamily(
     ),
     suspicions=(
         *near_norms.SUSPICIONS,
+        *near_gates.SUSPICIONS,
         *near_quantizations.SUSPICIONS,
         *named_ops.SUSPICIONS,
         *dequantized.SUSPICIONS,
@@ -52,3 +55,4 @@ PRODUCT = PatternFamily(
     named=block_scaled_matmul.NAMED_OPS,
 )
 LINEAR = linear_fusion.FAMILY
+SELECTION = selection_fusion.FAMILY

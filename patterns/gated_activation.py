@@ -7,6 +7,7 @@ which can put it behind the product that makes it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from iree.compiler import ir
 
@@ -25,46 +26,61 @@ _CAST = "torch.prims.convert_element_type"
 _G = Var("gate")
 
 
-def _mul(a: Pattern, b: Pattern) -> Op:
-    return f32("mul.Tensor", a, b, commutative=True)
+# How a step is written: in float32, or in any dtype.
+_Step = Callable[..., Op]
 
 
-def _plus_one(a: Pattern) -> Op:
-    return f32("add.Scalar", a, Is(1), Is(1))
+def _in_any_dtype(name: str, *operands: Pattern, commutative: bool = False) -> Op:
+    return Op(f"torch.aten.{name}", *operands, commutative=commutative)
 
 
-# Written out, in float32: there no step between is rounded to less than the activation is.
-_CUBE = OneOf(f32("pow.Tensor_Scalar", _G, Is(3)), _mul(_mul(_G, _G), _G))
-_POLYNOMIAL = f32("add.Tensor", _G, f32("mul.Scalar", _CUBE, Near(0.044715)), Is(1), commutative=True)
-_TANH = f32("tanh", f32("mul.Scalar", _POLYNOMIAL, Near(math.sqrt(2.0 / math.pi))))
-_ERF = f32(
-    "erf", OneOf(f32("mul.Scalar", _G, Near(math.sqrt(0.5))), f32("div.Scalar", _G, Near(math.sqrt(2.0))))
-)
+def _activations(step: _Step) -> OneOf:
+    """The activations of ``gate``: torch's, and those whose every operation is a ``step``."""
+
+    def mul(a: Pattern, b: Pattern) -> Op:
+        return step("mul.Tensor", a, b, commutative=True)
+
+    def plus_one(a: Pattern) -> Op:
+        return step("add.Scalar", a, Is(1), Is(1))
+
+    def half_of_product(a: Pattern, b: Pattern) -> OneOf:
+        """a * b / 2, the half taken anywhere."""
+        half = [lambda x: step("mul.Scalar", x, Is(0.5)), lambda x: step("div.Scalar", x, Is(2))]
+        return OneOf(*(p for h in half for p in (mul(h(a), b), mul(a, h(b)), h(mul(a, b)))))
+
+    cube = OneOf(step("pow.Tensor_Scalar", _G, Is(3)), mul(mul(_G, _G), _G))
+    polynomial = step("add.Tensor", _G, step("mul.Scalar", cube, Near(0.044715)), Is(1), commutative=True)
+    tanh = step("tanh", step("mul.Scalar", polynomial, Near(math.sqrt(2.0 / math.pi))))
+    over_root = [step("mul.Scalar", _G, Near(math.sqrt(0.5))), step("div.Scalar", _G, Near(math.sqrt(2.0)))]
+    silu = OneOf(
+        Op("torch.aten.silu", _G),
+        mul(_G, step("sigmoid", _G)),
+        step("div.Tensor", _G, plus_one(step("exp", step("neg", _G)))),
+    )
+    return OneOf(
+        Named("silu", silu),
+        Named("gelu", Op("torch.aten.gelu", _G, Const("approximate"))),
+        Named("gelu", half_of_product(_G, plus_one(step("erf", OneOf(*over_root))))),
+        Named("gelu_tanh", half_of_product(_G, plus_one(tanh))),
+    )
 
 
-def _half_of_product(a: Pattern, b: Pattern) -> OneOf:
-    """a * b / 2, the half taken anywhere."""
-    half = [lambda x: f32("mul.Scalar", x, Is(0.5)), lambda x: f32("div.Scalar", x, Is(2))]
-    return OneOf(*(p for h in half for p in (_mul(h(a), b), _mul(a, h(b)), h(_mul(a, b)))))
+def _maybe_cast(activated: Pattern) -> OneOf:
+    return OneOf(Op(_CAST, activated, ANY, capture="inner"), activated)
 
 
-_SILU = OneOf(
-    Op("torch.aten.silu", _G),
-    _mul(_G, f32("sigmoid", _G)),
-    f32("div.Tensor", _G, _plus_one(f32("exp", f32("neg", _G)))),
-)
-_ACTIVATED = OneOf(
-    Named("silu", _SILU),
-    Named("gelu", Op("torch.aten.gelu", _G, Const("approximate"))),
-    Named("gelu", _half_of_product(_G, _plus_one(_ERF))),
-    Named("gelu_tanh", _half_of_product(_G, _plus_one(_TANH))),
-)
-_GATED = Op(
-    "torch.aten.mul.Tensor",
-    OneOf(Op(_CAST, _ACTIVATED, ANY, capture="inner"), _ACTIVATED),
-    Var("up"),
-    commutative=True,
-)
+# Written out in float32: there no step between is rounded to less than the activation is.
+_GATED = Op("torch.aten.mul.Tensor", _maybe_cast(_activations(f32)), Var("up"), commutative=True)
+_NEARLY_ACTIVATED = _maybe_cast(_activations(_in_any_dtype))
+
+
+def nearly_gated(product: ir.Operation) -> Bindings | None:
+    """The parts of a product of an activation, of whatever shapes and dtypes: gate, up, and inner if cast."""
+    for factor, up in (product.operands, reversed(list(product.operands))):
+        found = first_match(_NEARLY_ACTIVATED, factor)
+        if found is not None:
+            return {**found, "up": up}
+    return None
 
 
 class DecomposedGate:
@@ -84,7 +100,7 @@ class DecomposedGate:
         rounding, result = outcome
         gate, up = torch_ir.widened_from(found["gate"]), torch_ir.widened_from(found["up"])
         packed = _halves_of(gate, up)
-        contract = GatedActivation(_activation(found), rounding, packed=packed is not None)
+        contract = GatedActivation(activation_of(found), rounding, packed=packed is not None)
         operands = [gate, up] if packed is None else [packed]
         return Raised(canonical.GATED_ACTIVATION, contract, operands, [result])
 
@@ -108,7 +124,8 @@ def _outcome(product: ir.Value, found: Bindings) -> tuple[Rounding, ir.Value] | 
     return ("none", product) if views.only_quantized(product) else None
 
 
-def _activation(found: Bindings) -> Activation:
+def activation_of(found: Bindings) -> Activation:
+    """Which activation was found."""
     if "silu" in found:
         return "silu"
     return "gelu_tanh" if "gelu_tanh" in found or found.get("approximate") == "tanh" else "gelu"

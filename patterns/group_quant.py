@@ -122,7 +122,8 @@ def _maybe(name: str, inner: Pattern) -> OneOf:
     return OneOf(Op(name, inner), inner)
 
 
-# 2^ceil(log2(scale)), and the same from the bits of the float: DeepGEMM has had both.
+# 2^ceil(log2(scale)), and the same from the bits of the float: DeepGEMM has had both.  Of infinity the
+# first is infinite, the second bounded.
 _EXPONENT = f32("ceil", f32("log2", _maybe("torch.aten.abs", _FLOORED)))
 _BITS = _i32("view.dtype", _maybe("torch.aten.abs", _FLOORED), ANY, capture="bits")
 _MANTISSA = _with_number(_AND, Var("bits"), 0x7FFFFF)
@@ -141,8 +142,7 @@ _BIASED = _i32(
     Is(1),
 )
 _POWER = OneOf(
-    f32("exp2", _EXPONENT),
-    f32("pow.Scalar", Is(2), _EXPONENT),
+    Named("infinite", OneOf(f32("exp2", _EXPONENT), f32("pow.Scalar", Is(2), _EXPONENT))),
     f32(
         "view.dtype",
         _with_number(_LEFT, _i32("clamp", _BIASED, Is(1), Is(254)), 23),
@@ -212,6 +212,7 @@ def read_contract(found: Bindings, q: ir.Value) -> Quantization | str:
         scale_division="true" if "qmax" in found else "reciprocal",
         quotient=_quotient(found),
         limit=None if limit == LARGEST_FINITE[type_.dtype] else limit,
+        infinite="infinite" in found and found["amax_ceiling"] == math.inf,
     )
     return next(_objections(found, contract), contract)
 

@@ -251,6 +251,8 @@ def reduced_axes(reduction: ir.Operation) -> list[int] | None:
     source, place = torch_ir.tensor_type(reduction.operands[0]), _REDUCTIONS.get(reduction.name)
     if source is None:
         return None
+    if not source.shape:
+        return []
     given = None if place is None else torch_ir.constant(reduction.operands[place])
     if given is torch_ir.NOT_CONSTANT:
         return None

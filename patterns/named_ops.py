@@ -142,7 +142,8 @@ _OURS = (  # read: they are this project's own, and PyTorch's
         "lowering::group_quant",
         "(Tensor x, int group_size, *, ScalarType dtype=float8_e4m3fn, str scale='float32', "
         "str scale_layout='row', float amax_floor=1e-10, float? amax_ceiling=None, float scale_floor=0.0, "
-        "str scale_division='true', str quotient='true', float? limit=None) -> (Tensor, Tensor)",
+        "str scale_division='true', str quotient='true', float? limit=None, bool infinite=False) "
+        "-> (Tensor, Tensor)",
         ("q", "scale"),
         x="x",
         quantization={
@@ -158,6 +159,7 @@ _OURS = (  # read: they are this project's own, and PyTorch's
                     "scale_division",
                     "quotient",
                     "limit",
+                    "infinite",
                 )
             },
         },

@@ -127,10 +127,11 @@ def _why_no_norm(reduction: ir.Operation, found: Bindings, way: _Way) -> str:
         divided = [op for op in way.ends if op.name == "torch.aten.div.Tensor"]
         if divided:
             return _DIVIDED
-    ends = [op for op in way.ends if found["h"] in list(op.operands)]
+    h = torch_ir.widened_from(found["h"])
+    ends = [op for op in way.ends if h in map(torch_ir.widened_from, op.operands)]
     if not ends:
         return "its reciprocal root is not multiplied with the tensor that the mean of squares was taken of"
-    return _why_not_raised(found["h"], ends[0], way)
+    return _why_not_raised(h, ends[0], way)
 
 
 def _why_no_mean(reduction: ir.Operation, h: ir.Value) -> str | None:
@@ -139,7 +140,7 @@ def _why_no_mean(reduction: ir.Operation, h: ir.Value) -> str | None:
     if reduction.name in _SPREADS:
         return LAYER_NORM
     if type_ is None or not type_.shape:
-        return "the normed tensor has no known rank"
+        return "the normed tensor has no axes, or is of unknown rank"
     if {type_.dtype, torch_ir.dtype_of(reduction.operands[0])} != {"float32"}:
         return f"the mean of squares is taken in {type_.dtype}; convert the tensor with .float() before"
     axes = reduced_axes(reduction)
@@ -157,8 +158,11 @@ SPREAD = "is spread along another axis than it was taken over: keep that axis wi
 
 def _why_not_raised(h: ir.Value, product: ir.Operation, way: _Way) -> str:
     """Why the product of ``h`` and what looks like its reciprocal root was not raised."""
-    factor = next((value for value in product.operands if value != h), h)
+    factor = next((value for value in product.operands if torch_ir.widened_from(value) != h), h)
     found = first_match(rms_norm.RSTD, factor)
+    narrow = (dtype for op in way.passed if (dtype := torch_ir.dtype_of(op.result)) != "float32")
+    if dtype := next(narrow, None):
+        return f"its statistic is rounded to {dtype}; keep it in float32 until the product with it is taken"
     if any(views.is_view(op) and past_unit_axis(op.result) is None for op in way.passed):
         return f"its statistic {SPREAD}"
     if found is None:
@@ -168,11 +172,11 @@ def _why_not_raised(h: ir.Value, product: ir.Operation, way: _Way) -> str:
         return no_mean
     if first_match(rms_norm.NORMED, product.result) is None:
         return f"its statistic {SPREAD}"
-    x, y = torch_ir.widened_from(h), product.result
+    y = product.result
     readers = ", ".join(dict.fromkeys(short(op) for op in torch_ir.users(y))) or "nothing"
     return (
         f"its value before rounding, {torch_ir.tensor_type(y)}, is read by {readers}; a kernel writes "
-        f"{torch_ir.dtype_of(x)}, as it reads: round it once, before anything but a weight's product or a "
+        f"{torch_ir.dtype_of(h)}, as it reads: round it once, before anything but a weight's product or a "
         "quantization reads it"
     )
 

@@ -139,6 +139,9 @@ def _objections(path: list[ir.Operation], largest: ir.Operation, x: ir.Value) ->
     dtype = next((d for op in narrow if (d := torch_ir.dtype_of(op.result)) != "float32"), None)
     if dtype is not None:
         yield f"its scale is computed in {dtype}; widen the largest magnitude with .float() first"
+    rounded = (d for op in path if op.name == CAST and (d := torch_ir.dtype_of(op.result)) != "float32")
+    if dtype := next(rounded, None):
+        yield f"its scale is rounded to {dtype}; divide by it as it is, in float32"
     other = next((op for op in path if op.name not in _IN_A_SCALE), None)
     if other is not None:
         yield (

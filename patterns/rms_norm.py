@@ -31,7 +31,8 @@ from .well_typed import why_no_norm
 OPERATION = Operation(canonical.RMS_NORM, RmsNorm, why_no_norm, site=lambda norm: "rms_norm")
 
 _CAST = "torch.prims.convert_element_type"
-_H = Var("h")
+# A product of 16-bit and float32 tensors is taken in float32: of what was widened, or as it is.
+_H = Exact("h")
 _SQUARE = OneOf(f32("pow.Tensor_Scalar", _H, Is(2)), f32("mul.Tensor", _H, _H))
 _SUM = Aside(Statistic("sum.dim_IntList", _SQUARE))
 _MEAN = Aside(

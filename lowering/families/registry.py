@@ -18,14 +18,20 @@ from patterns.operation import Operation
 
 from ..errors import UsageError
 from ..targets import Target
-from . import grouped_topk, linear, row
+from . import grouped_topk, linear, row, selection
 from .base import Family, Reference
 from .instance import KernelInstance
 from .matmul import family as matmul
 
 GROUP = "vmfuse.families"
 
-FAMILIES: tuple[Family, ...] = (grouped_topk.FAMILY, row.FAMILY, matmul.FAMILY, linear.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    grouped_topk.FAMILY,
+    row.FAMILY,
+    matmul.FAMILY,
+    linear.FAMILY,
+    selection.FAMILY,
+)
 
 
 @cache

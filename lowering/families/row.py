@@ -285,8 +285,8 @@ def _defines(spec: RowSpec) -> tuple[tuple[str, str], ...]:
 def _scheme(quantization: Quantization, spec: RowSpec) -> dict[str, int | str]:
     """The constants of one quantization; those that are floats as their bits.
 
-    GROUP 0 is the whole row.  POWER: scales are powers of two.  RECIPROCAL: y is multiplied by 1/scale.
-    INVERSE is what amax is multiplied by for the scale, 0 where it is divided by LIMIT.
+    GROUP 0 is the whole row.  POWER: scales are powers of two, where it is 2 perhaps infinite.  RECIPROCAL: y
+    is multiplied by 1/scale.  INVERSE is what amax is multiplied by for the scale, 0 where LIMIT divides it.
     """
     ceiling = math.inf if quantization.amax_ceiling is None else quantization.amax_ceiling
     inverse = 1.0 / quantization.qmax if quantization.scale_division == "reciprocal" else 0.0
@@ -295,7 +295,7 @@ def _scheme(quantization: Quantization, spec: RowSpec) -> dict[str, int | str]:
         "LAYOUT": _LAYOUTS[quantization.layout],
         "CODES": _QUANT_CODES[quantization.dtype],
         "LIMIT": int(quantization.qmax),
-        "POWER": int(quantization.scale == "ue8m0"),
+        "POWER": int(quantization.scale == "ue8m0") * (2 if quantization.infinite else 1),
         "RECIPROCAL": int(quantization.quotient == "reciprocal"),
         "FLOOR": bits32(quantization.amax_floor),
         "CEILING": bits32(ceiling),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._decomp import get_decompositions
 from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.utils._pytree import tree_map
 
 _ATEN = torch.ops.aten
 Number = int | float | bool
@@ -137,6 +138,17 @@ def _of_three_axes(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return along
 
 
+def _of_a_vector(op: Callable[..., Any], otherwise: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """``op`` along the axis that a tensor without axes does not have: that of a vector of one element."""
+
+    def along(x: Tensor, *others: Any, **named: Any) -> Any:
+        if x.dim():
+            return otherwise(x, *others, **named) if otherwise else NotImplemented
+        return tree_map(lambda made: made.reshape(()), op(x.reshape(1), *others, **named))
+
+    return along
+
+
 def _larger(x: Tensor, y: Tensor) -> Tensor:
     """The larger element, a number where the other is NaN."""
     return torch.where(torch.isnan(y), x, torch.where(torch.isnan(x), y, torch.maximum(x, y)))
@@ -162,6 +174,11 @@ _WITH_NUMBER = {
     _ATEN.bitwise_xor.Scalar: torch.bitwise_xor,
 }
 
+_OF_AN_AXIS = (
+    *(_ATEN.amax.default, _ATEN.amin.default, _ATEN.max.dim, _ATEN.min.dim, _ATEN.any.dim),
+    *(_ATEN.prod.dim_int, _ATEN.var.correction, _ATEN._softmax.default, _ATEN._log_softmax.default),
+)
+
 _RULES: dict[Any, Callable[..., Any]] = {
     _ATEN.histc.default: _histc,
     _ATEN.mul.Tensor: _mul,
@@ -171,7 +188,9 @@ _RULES: dict[Any, Callable[..., Any]] = {
     _ATEN.masked_scatter.default: _masked_scatter,
     _ATEN.constant_pad_nd.default: _pad,
     _ATEN.abs.default: _abs,
-    **{op: _of_three_axes(op) for op in (_ATEN.cumsum.default, _ATEN.argmax.default, _ATEN.argmin.default)},
+    _ATEN.cumsum.default: _of_three_axes(_ATEN.cumsum.default),
+    **{op: _of_a_vector(op, _of_three_axes(op)) for op in (_ATEN.argmax.default, _ATEN.argmin.default)},
+    **{op: _of_a_vector(op) for op in _OF_AN_AXIS},
     _ATEN.fmax.default: _larger,
     _ATEN.fmin.default: _smaller,
     **{getattr(_ATEN, name).Tensor: op for name, op in _SHIFTS_AND_BITS.items()},

@@ -74,7 +74,7 @@ def group_quant_contiguous_reference(y: Tensor, quantization: Quantization) -> t
     blocks = y.to(torch.float32).unflatten(-1, (quantization.groups(hidden), group))
     scale = _scale(blocks.abs().amax(dim=-1), quantization)
     if quantization.scale == "ue8m0":
-        scale = _power_of_two_above(scale)
+        scale = _power_of_two_above(scale, infinite=quantization.infinite)
     q = _convert(_clip(_quotient(blocks, scale.unsqueeze(-1), quantization), qmax), quantization.dtype)
     stored = pack_exponents(scale) if quantization.layout == "ue8m0_packed" else scale
     return q.flatten(-2).contiguous(), stored.contiguous()
@@ -100,15 +100,17 @@ def _quotient(blocks: Tensor, scale: Tensor, quantization: Quantization) -> Tens
     return blocks * torch.reciprocal(scale)
 
 
-def _power_of_two_above(scale: Tensor) -> Tensor:
-    """The least power of two that is not below, its biased exponent kept in [1, 254]; NaN stays NaN.
+def _power_of_two_above(scale: Tensor, *, infinite: bool) -> Tensor:
+    """The least power of two that is not below; NaN stays NaN.
+
+    Its biased exponent is kept in [1, 254]; up to 255, infinity, where the scale may be ``infinite``.
 
     From the bits, since log2 of a float is off by one unit here and there, and its ceiling then by one
     power of two.  Source: DeepGEMM's ceil_to_ue8m0.
     """
     bits = scale.view(torch.int32)
     exponent, mantissa = (bits >> 23) & 0xFF, bits & 0x7FFFFF
-    exponent = (exponent + (mantissa != 0).to(torch.int32)).clamp(1, 254)
+    exponent = (exponent + (mantissa != 0).to(torch.int32)).clamp(1, 255 if infinite else 254)
     return torch.where(scale.isnan(), scale, (exponent << 23).view(torch.float32))
 
 
@@ -142,7 +144,8 @@ def _clip(x: Tensor, bound: float) -> Tensor:
     schema=(
         "(Tensor x, int group_size, *, ScalarType dtype=float8_e4m3fn, str scale='float32', "
         "str scale_layout='row', float amax_floor=1e-10, float? amax_ceiling=None, float scale_floor=0.0, "
-        "str scale_division='true', str quotient='true', float? limit=None) -> (Tensor, Tensor)"
+        "str scale_division='true', str quotient='true', float? limit=None, bool infinite=False) "
+        "-> (Tensor, Tensor)"
     ),
 )
 def group_quant(
@@ -158,6 +161,7 @@ def group_quant(
     scale_division: str = "true",
     quotient: str = "true",
     limit: float | None = None,
+    infinite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Quantize every ``group_size`` elements of the last axis with one scale; 0: the whole row.
 
@@ -167,7 +171,8 @@ def group_quant(
 
     dtype: float8_e4m3fn, float8_e4m3fnuz, float8_e5m2 or int8; qmax is its largest finite value, or ``limit``
     where that is given (vLLM has 224 for e4m3fnuz).
-    scale ``ue8m0``: scales are powers of two, rounded up.
+    scale ``ue8m0``: scales are powers of two, rounded up, at most 2^127; of a group with an infinity infinite
+    if ``infinite``.
     scale_layout ``row``: scale is contiguous.  The others are column-major; with the leading dimensions
     flattened to M, ``column`` has strides (1, M), ``column_tma`` (1, Mp), Mp = M rounded up to 4, and
     ``ue8m0_packed`` (for scale ``ue8m0`` in groups) is int32 [..., ceil(Gn/4)] with strides (1, Mp), four
@@ -190,6 +195,7 @@ def group_quant(
         scale_division=scale_division,
         quotient=quotient,
         limit=limit,
+        infinite=infinite,
     )
     return group_quant_reference(x, contract)
 
@@ -234,6 +240,8 @@ def _quantization(
     _check_bounds(quantization)
     check_choice("scale_division", quantization.scale_division, DIVISIONS)
     check_choice("quotient", quantization.quotient, DIVISIONS)
+    if quantization.infinite and (quantization.scale != "ue8m0" or quantization.layout == "ue8m0_packed"):
+        raise ValueError("infinite: is for scale 'ue8m0' in float32, of which 2^127 is the largest otherwise")
     if quantization.layout == "ue8m0_packed":
         if quantization.scale != "ue8m0":
             raise ValueError(f"scale: scale_layout 'ue8m0_packed' holds 'ue8m0' alone, not {scale!r}")

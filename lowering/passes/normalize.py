@@ -55,8 +55,6 @@ def normalize(function: ir.Operation) -> None:
             _rename(op, "torch.aten.view")
         elif name == "torch.prim.ListUnpack":
             _split_to_slices(op)
-        elif name == "torch.aten.topk":
-            _sort(op)
     _merge_equal(block)
     torch_ir.erase_dead(block)
 
@@ -150,12 +148,6 @@ def _split_to_slices(unpack: ir.Operation) -> None:
             torch_ir.set_example(piece.owner.operation, [(*example[:place], size, *example[place + 1 :])])
         part.replace_all_uses_with(piece)
         start += size
-
-
-def _sort(topk: ir.Operation) -> None:
-    """Any order will do where a model asks for none, and only the sorted one is lowered."""
-    with ir.InsertionPoint(topk), topk.location:
-        topk.operands[4] = torch_ir.make_bool(True)
 
 
 def _is_noop(op: ir.Operation, name: str) -> bool:

@@ -136,6 +136,7 @@ def _with_tensor(op: ir.Operation, make: _Speller) -> ir.Value | None:
 
 
 def _gelu(op: ir.Operation, make: _Speller) -> ir.Value | None:
+    """x / (1 + exp(-2 z)): it is x / 2 * (1 + tanh z), and keeps its digits where x is negative."""
     if torch_ir.constant(op.operands[1]) != "tanh":
         return None
     dtype = make.computed
@@ -143,9 +144,8 @@ def _gelu(op: ir.Operation, make: _Speller) -> ir.Value | None:
     x = make.cast(op.operands[0], dtype)
     cube = wide("mul.Tensor", wide("mul.Tensor", x, x), x)
     sum_ = wide("add.Tensor", x, wide("mul.Scalar", cube, 0.044715), 1)
-    tanh = wide("tanh", wide("mul.Scalar", sum_, math.sqrt(2 / math.pi)))
-    half = wide("mul.Scalar", x, 0.5)
-    return make.cast(wide("mul.Tensor", half, wide("add.Scalar", tanh, 1.0, 1)), make.type_.dtype)
+    power = wide("exp", wide("mul.Scalar", sum_, -2 * math.sqrt(2 / math.pi)))
+    return make.cast(wide("div.Tensor", x, wide("add.Scalar", power, 1.0, 1)), make.type_.dtype)
 
 
 def _float_remainder(op: ir.Operation, make: _Speller) -> ir.Value | None:

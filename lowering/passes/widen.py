@@ -53,6 +53,7 @@ _MOVES = (
     *("take_along_dim", "scatter", "diagonal_scatter", "select_scatter", "slice_scatter"),
     *("masked_fill", "masked_scatter", "masked_select", "nonzero", "where", "sort", "topk"),
 )
+_BOUNDS = ("aten::clamp", "aten::clamp_max", "aten::clamp_min")
 _PRODUCTS = ("_int_mm", "bmm", "convolution", "dot", "matmul", "mm", "mv", "scaled_dot_product_attention")
 
 
@@ -120,6 +121,8 @@ def _rounded_numbers(op: ir.Operation, schema: torch._C.FunctionSchema) -> list[
     divisor stays a float32.
     """
     operands = list(op.operands)
+    if schema.name in _BOUNDS and torch_ir.dtype_of(op.result) == "uint8":
+        return [_rounded(value, "uint8") for value in operands]
     pair = [argument.name for argument in schema.arguments[:2]] == ["self", "other"]
     if not pair or schema.name == "aten::mul" or (schema.name == "aten::div" and len(operands) == 2):
         return operands

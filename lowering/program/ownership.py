@@ -9,7 +9,7 @@ that would write into an argument, and none where nothing is written: what is on
 from __future__ import annotations
 
 from iree.compiler import ir
-from iree.compiler.dialects import arith
+from iree.compiler.dialects import arith, linalg
 
 from ..passes import tensors
 
@@ -35,41 +35,43 @@ def part_updates(module: ir.Module) -> None:
     where they come from what is updated, in one place: it reads what it has written already.
     """
     for function in (op.operation for op in module.body.operations if op.operation.name == "util.func"):
-        for op in [op.operation for block in function.regions[0].blocks for op in block.operations]:
-            if op.name in _UPDATES:
-                number = _UPDATES[op.name] % len(op.operands)
-                updated = op.operands[number]
-                readers = [use for use in updated.uses if use.owner.operation.name != "tensor.dim"]
-                if len(readers) > 1:
-                    op.operands[number] = _copy(updated, op)
+        operations = [op.operation for block in function.regions[0].blocks for op in block.operations]
+        for copy, op in enumerate(op for op in operations if op.name in _UPDATES):
+            number = _UPDATES[op.name] % len(op.operands)
+            updated = op.operands[number]
+            readers = [use for use in updated.uses if use.owner.operation.name != "tensor.dim"]
+            if len(readers) > 1 and ir.RankedTensorType(updated.type).rank:
+                op.operands[number] = _copy(updated, op, copy)
 
 
-def _copy(value: ir.Value, op: ir.Operation) -> ir.Value:
-    """A copy of ``value`` in front of ``op``.
+def _copy(value: ir.Value, op: ir.Operation, copy: int) -> ir.Value:
+    """A copy of ``value`` in front of ``op``, unlike every other ``copy``.
 
-    A computed one: its elements, or others if a bit that IREE knows nothing of were not set.  What IREE
-    knows to be a copy it leaves out where nothing reads ``value`` later, and of equal ones it makes one.
-    Two others, since it knows those in ``value`` where all are equal.
+    A computed one: its elements, or others if a product of two whole numbers in a row were odd, of which IREE
+    knows nothing.  What it knows to be a copy it leaves out where nothing reads ``value`` later, and of equal
+    ones it makes one.  Two others, since it knows those in ``value`` where all are equal.  An operation that
+    is opaque to IREE would do as well, but parts a program in two, which then cannot be given its memory.
     """
-    element = ir.RankedTensorType(value.type).element_type
+    element_type = ir.RankedTensorType(value.type).element_type
+
+    def same(element: ir.Value, _: ir.Value) -> ir.Value:
+        one, two = _number(element_type, 1), _number(element_type, 2)
+        others = arith.SelectOp(_is_even(2 * copy + 1), one, two).result
+        return arith.SelectOp(_is_even(2 * copy), element, others).result
+
     with ir.InsertionPoint(op), op.location:
-        others = arith.SelectOp(_unknown(), _number(element, 1), _number(element, 2)).result
-        set_ = _unknown()
         sizes = tensors.sizes(value)
-        same = ir.AffineMap.get_identity(len(sizes))
-        return tensors.generic(
-            [value],
-            tensors.empty(sizes, element),
-            [same, same],
-            [tensors.PARALLEL] * len(sizes),
-            lambda element, _: arith.SelectOp(set_, element, others).result,
-        )
+        identity = ir.AffineMap.get_identity(len(sizes))
+        kinds = [tensors.PARALLEL] * len(sizes)
+        return tensors.generic([value], tensors.empty(sizes, element_type), [identity, identity], kinds, same)
 
 
-def _unknown() -> ir.Value:
-    """A bit that is set, of which IREE knows nothing."""
-    bit = arith.ConstantOp(ir.IntegerType.get_signless(1), 1).result
-    return ir.Operation.create("util.optimization_barrier", results=[bit.type], operands=[bit]).result
+def _is_even(start: int) -> ir.Value:
+    """Whether n * (n + 1) is even, n from ``start`` on along the first axis of a loop."""
+    n = arith.AddIOp(linalg.IndexOp(0).result, tensors.index(start)).result
+    product = arith.MulIOp(n, arith.AddIOp(n, tensors.index(1)).result).result
+    last = arith.AndIOp(product, tensors.index(1)).result
+    return arith.CmpIOp(arith.CmpIPredicate.eq, last, tensors.index(0)).result
 
 
 def _number(element: ir.Type, number: int) -> ir.Value:

@@ -83,7 +83,7 @@ SCHEMES = {
         Quantization(None),
         Quantization(None, "int8", scale_division="reciprocal", quotient="reciprocal", scale_floor=2**-23),
         Quantization(128, amax_floor=0.0, scale_floor=1 / (448 * 512)),
-        Quantization(64, scale="ue8m0"),
+        Quantization(64, scale="ue8m0", infinite=True),
     ],
     "bounds": [
         Quantization(128, "int8", layout="column_tma"),

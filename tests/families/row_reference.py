@@ -105,7 +105,8 @@ def _scale(amax: torch.Tensor, quantization: Quantization) -> torch.Tensor:
         fraction, exponent = torch.frexp(scale)
         exponent = (exponent - (fraction == 0.5).int()).clamp(-126, 127)
         exponent = torch.where(scale > 1e38, 127, torch.where(scale < 2.0**-126, -126, exponent))
-        scale = torch.where(scale.isnan(), scale, torch.exp2(exponent.double()).float())
+        kept = scale.isnan() | (scale.isinf() & quantization.infinite)
+        scale = torch.where(kept, scale, torch.exp2(exponent.double()).float())
     return scale
 
 

@@ -170,6 +170,7 @@ SCHEMES = [
     Quantization(None, "int8", scale="ue8m0", scale_floor=1e-3),
     Quantization(64, "int8", scale="ue8m0", limit=1.0, amax_floor=0.0),
     Quantization(32, scale="ue8m0", amax_floor=0.0, amax_ceiling=100.0, scale_division="reciprocal"),
+    Quantization(32, scale="ue8m0", infinite=True),
 ]
 
 
@@ -195,6 +196,8 @@ def quant_by_numpy(x: torch.Tensor, scheme: Quantization) -> tuple[np.ndarray, n
         scale = np.maximum(scale, f32(scheme.scale_floor))
         if scheme.scale == "ue8m0":
             scale = np.where(np.isnan(scale), scale, np.ldexp(f32(1), exponents(scale) - 127))
+            if scheme.infinite:
+                scale = np.where(np.isinf(amax), amax, scale)
         divisor = scale[..., None]
         values = blocks / divisor if scheme.quotient == "true" else blocks * (f32(1) / divisor)
         values = np.clip(values, -qmax, qmax)
@@ -253,9 +256,9 @@ def test_defaults_are_a_public_contract():
     assert [(argument.name, argument.default_value) for argument in declared if argument.name != "dtype"] == [
         ("x", None), ("group_size", None), ("scale", "float32"), ("scale_layout", "row"),
         ("amax_floor", 1e-10), ("amax_ceiling", None), ("scale_floor", 0.0), ("scale_division", "true"),
-        ("quotient", "true"), ("limit", None),
+        ("quotient", "true"), ("limit", None), ("infinite", False),
     ]  # fmt: skip
-    assert declared[2].name == "dtype" and [a.kwarg_only for a in declared] == [False] * 2 + [True] * 9
+    assert declared[2].name == "dtype" and [a.kwarg_only for a in declared] == [False] * 2 + [True] * 10
     x = strange_values(torch.bfloat16)
     for got, expected in zip(
         LOW.group_quant(x, 64), LOW.group_quant(x, **arguments(Quantization(64))), strict=True

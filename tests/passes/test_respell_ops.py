@@ -244,3 +244,17 @@ def test_a_quantization_of_unknown_rows_is_refused_by_name():
 
     with pytest.raises(CompileError, match=r"test_respell_ops.py:\d+: lowering.ops.group_quant .* last axis"):
         lowering.compile(Quantization(), (torch.randn(4, 512),), dynamic_shapes=({1: 128 * Dim("groups")},))
+
+
+def test_reductions_of_a_tensor_without_axes():
+    """Along the axis that it does not have, which torch allows."""
+
+    def reduced(x):
+        n = x.sum()
+        return (
+            *(n.amax(-1), n.amin(0), *n.max(0), *n.min(-1), (n > 0).any(0), n.prod(0)),
+            *(n.var(0, correction=0), n.softmax(-1), n.log_softmax(0), n.logsumexp(0)),
+            *(n.argmax(), n.argmin(0), n.argmax(0, keepdim=True), n.sum(0), n.mean(-1)),
+        )
+
+    check(reduced, (torch.randn(4, 8),))

@@ -85,6 +85,7 @@ INTEGER: Table = {
     "less": lambda x, y: x < y,
     "maximum": torch.maximum,
     "clamp": lambda x, y: x.clamp(3, 50),
+    "clamp to less than zero": lambda x, y: (x.clamp(-3, 50), x.clamp(min=-3), x.clamp(max=-3)),
     "bitwise": lambda x, y: (x & y) | (x ^ 5),
     "not": lambda x, y: ~x,
     "nibbles": lambda x, y: (x >> 4) + ((x & 15) << 4),

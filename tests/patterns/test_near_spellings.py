@@ -70,6 +70,7 @@ NORMS: dict[str, SPELLING] = {
     ),
     "epsilon taken away": lambda x, y, w, z: x * torch.rsqrt(mean(x * x) - 1e-9),
     "an epsilon for each row": lambda x, y, w, z: x * torch.rsqrt(mean(x * x) + w.unsqueeze(-1)),
+    "a statistic of 16 bits": lambda x, y, w, z: normed(x, mean, lambda m: m.rsqrt().bfloat16()),
     "another tensor's statistic": lambda x, y, w, z: y * torch.rsqrt(mean(x * x) + EPS),
     "its transpose's statistic": lambda x, y, w, z: x * torch.rsqrt(mean(x.T * x.T) + EPS),
     "layer norm": lambda x, y, w, z: F.layer_norm(x, (N,), w, None, EPS),
@@ -156,6 +157,24 @@ GATES: dict[str, SPELLING] = {
     "another cube": lambda x, y, w, z: 0.5 * x * (1 + torch.tanh(0.7978845608 * (x + 0.05 * x.pow(3)))) * y,
     "a root that is another": lambda x, y, w, z: 0.5 * x * (1 + torch.erf(x / 1.5)) * y,
     "clamped": lambda x, y, w, z: F.silu(x.clamp(max=7.0)) * (y.clamp(-5, 7) + 1),
+    "up of 16 bits": lambda x, y, w, z: y.bfloat16() * F.gelu(x),
+    "gate of 16 bits": lambda x, y, w, z: F.silu(x.bfloat16()) * y,
+    "two kinds of 16 bits": lambda x, y, w, z: F.silu(x.bfloat16()) * y.half(),
+    "activated in 16 bits": lambda x, y, w, z: F.silu(x.bfloat16()).float() * y.bfloat16().float(),
+    "written out in 16 bits": lambda x, y, w, z: x.bfloat16() * torch.sigmoid(x.bfloat16()) * y.bfloat16(),
+    "rounded afterwards": lambda x, y, w, z: (F.silu(x) * y).bfloat16(),
+}
+# The reasons of those that are products of an activation; the others are none of one.
+WHY_NO_GATE = {
+    "up of rows": "the row kernel's gate and other factor have one shape",
+    "up of columns": "the row kernel's gate and other factor have one shape",
+    "gate of columns": "the row kernel's gate and other factor have one shape",
+    "up of 16 bits": "its gate is float32 and the other factor bfloat16",
+    "gate of 16 bits": "its gate is bfloat16 and the other factor float32",
+    "two kinds of 16 bits": "its gate is bfloat16 and the other factor float16",
+    "activated in 16 bits": "its activation is computed in bfloat16, and its product in float32",
+    "written out in 16 bits": "its activation is written out in bfloat16",
+    "rounded afterwards": "its product in float32 is read by prims.convert_element_type",
 }
 
 
@@ -200,6 +219,9 @@ SAME: dict[str, SPELLING] = {
     "indexed": lambda x, y, w, z: normed(x, lambda a: a.mean(1)[..., None]),
     "viewed": lambda x, y, w, z: normed(x, lambda a: a.mean(-1).view(N, 1)),
     "root unsqueezed": lambda x, y, w, z: normed(z, lambda a: a.mean(-1), lambda m: m.rsqrt().unsqueeze(2)),
+    "not widened in the product": lambda x, y, w, z: (
+        x.bfloat16() * torch.rsqrt(mean(x.bfloat16().float().pow(2)) + EPS) * w.bfloat16().float()
+    ).bfloat16(),
     "epsilon first": lambda x, y, w, z: x * torch.rsqrt(EPS + mean(torch.square(x))),
     "no epsilon": lambda x, y, w, z: x * torch.rsqrt(mean(x * x)),
 }
@@ -285,15 +307,32 @@ def test_other_codes_and_values_are_named() -> None:
         assert (site.op, site.status) == ("group_quant", "unfused") and name in (site.reason or ""), site
 
 
+def test_a_number_has_no_rows() -> None:
+    spellings = [
+        lambda x, y, w, z: normed(x.sum(), mean),
+        lambda x, y, w, z: quantized(x.sum(), by_row),
+    ]
+    report = lowering.explain(Spelled(spellings), tensors())
+    assert [(site.op, site.status) for site in report.sites] == [
+        ("rms_norm", "unfused"),
+        ("group_quant", "unfused"),
+    ]
+    assert "has no axes" in (report.sites[0].reason or "") and report.sites[1].reason
+
+
 def test_nearly_a_gate() -> None:
     """The quantization has a kernel, and the activation before it is no part of that."""
     quant = torch.ops.lowering.group_quant
     report = compiled({name: lambda *a, f=f: quant(f(*a), 32) for name, f in GATES.items()})
-    raised = [site for site in report.sites if site.op != "group_quant"]
-    assert [site.op for site in raised] == ["silu_mul"] * 2, "of a product, and of what is clamped"
-    reasons = [site.reason or "" for site in report.sites if not site.fused]
-    assert len(reasons) == len(GATES) - 2
-    assert all("is no part of this kernel: between them is aten." in reason for reason in reasons), reasons
+    quantizations = [site.reason or "" for site in report.sites if site.op == "group_quant" and site.reason]
+    gates = [site for site in report.sites if site.op != "group_quant"]
+    assert [site.op for site in gates if site.fused] == ["silu_mul"] * 2, "of a product, of a clamp"
+    reasons = iter([site.reason or "" for site in gates if not site.fused])
+    for name in (name for name in GATES if name in WHY_NO_GATE):
+        assert WHY_NO_GATE[name] in next(reasons), name
+    assert next(reasons, None) is None
+    assert len(quantizations) == len(GATES) - 2
+    assert all("is no part of this kernel: between them is " in reason for reason in quantizations)
 
 
 def test_nearly_a_routing() -> None:

@@ -5,7 +5,9 @@ Nothing is summed here, so results are equal bit for bit on any input.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,6 +62,7 @@ TRUE = Quantization(128)
 RECIPROCAL = Quantization(128, quotient="reciprocal")
 INT8 = Quantization(128, dtype="int8")
 UE8M0 = Quantization(128, scale="ue8m0", amax_floor=1e-4)
+POWER = replace(UE8M0, infinite=True)
 
 SPELLINGS: dict[str, tuple[Callable[[Tensor], Any], Quantization]] = {
     "divisions": (divided, TRUE),
@@ -178,7 +181,7 @@ SPELLINGS: dict[str, tuple[Callable[[Tensor], Any], Quantization]] = {
     ),
     "power of two, pow": (
         lambda x: divided(x, floor=lambda a: a.clamp(1e-4), scale=power(lambda e: torch.pow(2.0, e))),
-        UE8M0,
+        POWER,
     ),
     "power of two, exp2": (
         lambda x: divided(
@@ -188,7 +191,7 @@ SPELLINGS: dict[str, tuple[Callable[[Tensor], Any], Quantization]] = {
             quotient=lambda g, s: g * (1.0 / s),
             stored=lambda v: v.to(FP8),
         ),
-        UE8M0,
+        POWER,
     ),
     "DeepGEMM": (per_token_cast_to_fp8, UE8M0),
 }
@@ -267,12 +270,18 @@ def test_the_power_of_two_of_a_logarithm() -> None:
     x[:, 0] = torch.logspace(-3, 30, 4096, base=2.0) * 448
     x[:64, 0] = 448 * 2.0 ** torch.arange(-8, 56) * (1 + 2.0**-22)
     module = Function(lambda w, x: function(x))
-    got, expected = (run(x)[1][:, 0] for run in (lowering.load(lowering.compile(module, (x,)).vmfb), module))
+    program = lowering.load(lowering.compile(module, (x,)).vmfb)
+    got, expected = (run(x)[1][:, 0] for run in (program, module))
     ratio = (got / expected).flatten()
     assert set(ratio.tolist()) <= {1.0, 2.0}
     exact = x[:, 0].double() / 448
     assert (exact[ratio == 2] / expected.flatten()[ratio == 2].double() - 1).max() < 1e-5
     assert (got.flatten().double() >= exact * (1 - 2.0**-23)).all()
+    x[::3, 7], x[::5, 200] = math.inf, -math.inf  # an infinite scale, finite values zero, infinite ones NaN
+    for ours, theirs in zip(program(x), module(x), strict=True):
+        there = torch.isinf(module(x)[1]).expand(-1, 2, ours[0].numel() // 2).reshape(ours.shape)
+        assert torch.equal(ours.float()[there].nan_to_num(), theirs.float()[there].nan_to_num())
+        assert torch.equal(ours.float()[there].isnan(), theirs.float()[there].isnan())
 
 
 # -- what is not one ----------------------------------------------------------------------------------------

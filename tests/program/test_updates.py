@@ -56,3 +56,26 @@ def test_updates_with_values_of_what_they_update() -> None:
         y = torch.randn(size, 8)
         for number, (got, expected) in enumerate(zip(program(x, y), model(x, y), strict=True)):
             assert torch.allclose(got.float(), expected.float(), atol=1e-5), number
+
+
+class Twice(nn.Module):
+    """Each tensor is updated twice."""
+
+    def forward(self, y: Tensor) -> tuple[Tensor, ...]:
+        columns, zeros, z = ROWS.expand(*y.shape[:-1], 4), torch.zeros_like(y), y + 1
+        return (
+            zeros.index_copy(0, ROWS[:1], y[:1]),
+            zeros.scatter(-1, columns, y[..., :4]),
+            z.scatter(-1, columns, y[..., :4]),
+            z.scatter(-1, columns, y[..., :4] * 2),
+        )
+
+
+def test_a_tensor_that_is_updated_twice_does_not_cost_the_results_their_memory() -> None:
+    model, rows = Twice(), torch.export.Dim("rows", min=8)
+    compiled = lowering.compile(model, (torch.randn(9, 8),), dynamic_shapes=({0: rows},))
+    program = lowering.load(compiled.vmfb)
+    assert program["main"].signature.placed == ((0,), (1,), (2,), (3,)) and not compiled.report.remarks
+    for size in (9, 30):
+        y = torch.randn(size, 8)
+        assert all(map(torch.equal, program(y), model(y))), size

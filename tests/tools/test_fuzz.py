@@ -120,6 +120,53 @@ def test_wrong_rows_nan_and_another_sign_of_infinity_are_seen() -> None:
     assert "dtype" in (reference.problem(0, special.double()) or "")
 
 
+def test_equal_elements_come_in_any_order_and_others_do_not() -> None:
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)).relu()  # half of them are zero
+
+    class Chosen(nn.Module):
+        def forward(self, x: torch.Tensor):
+            _, index = torch.topk(x, 40)
+            return index, x.sort(-1, descending=True)[1], x.sort(dim=-1, stable=True)[1], x.gather(-1, index)
+
+    reference = judge.Reference(Chosen(), [x])
+    ours = x.sort(dim=-1, descending=True, stable=True)[1]
+    assert reference.problem(0, ours[:, :40]) is None
+    assert reference.problem(1, ours) is None
+    assert reference.problem(2, x.sort(dim=-1, stable=True)[1]) is None
+    assert "integers" in (reference.problem(0, ours.flip(1)[:, :40]) or "")
+    assert "integers" in (reference.problem(1, ours.roll(1, 1)) or "")
+    assert "integers" in (reference.problem(2, ours.flip(1)) or "")
+    assert reference.problem(3, x.gather(-1, ours[:, :40])) is None
+
+
+def test_a_denormal_may_be_zero_and_nothing_else_may() -> None:
+    x = torch.tensor([[1e-40, 2.0, -1e-40, 0.5]] * 2)
+    reference = judge.Reference(lambda t: [t > 0, t * torch.inf, t.sqrt()], [x])
+    flushed = x.where(x.abs() > 1e-38, 0.0)
+    half = torch.stack([flushed[0], x[1]])
+    for t in (x, flushed, half):
+        assert [reference.problem(n, r) for n, r in enumerate((t > 0, t * torch.inf, t.sqrt()))] == [None] * 3
+    assert "integers" in (reference.problem(0, flushed >= 0) or "")
+    assert "integers" in (reference.problem(0, half > 1) or "")
+    assert "NaN" in (reference.problem(1, x * torch.nan) or "")
+    assert "infinite" in (reference.problem(1, x * -torch.inf) or "")
+    assert torch.equal(x * 2 > 0, x > 0)  # the setting is as it was
+
+
+def test_an_operation_may_be_computed_in_another_way_inside() -> None:
+    x = torch.linspace(-9, 4, 64).repeat(4, 1)
+    gelu = judge.Reference(lambda t: [torch.nn.functional.gelu(t, approximate="tanh")], [x])
+    exact = torch.nn.functional.gelu(x.double(), approximate="tanh").float()
+    assert gelu.problem(0, exact) is None
+    assert "values" in (gelu.problem(0, exact + 1e-4 * x) or "")
+    x[0, 0] = 3e38  # its square is infinite
+    norm = judge.Reference(lambda t: [torch.nn.functional.layer_norm(t, (64,))], [x])
+    centred = x - x.mean(-1, keepdim=True)
+    ours = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-5)
+    assert norm.problem(0, ours) is None
+    assert "values" in (norm.problem(0, ours + 1e-4) or "")
+
+
 def test_strides_are_those_of_eager_where_it_is_contiguous() -> None:
     x = torch.randn(4, 6)
     assert judge.strides_problem(x, x, strided=False) is None

@@ -7,7 +7,9 @@ quantization makes a whole step of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -81,6 +83,9 @@ _EXACT = frozenset(
     ]
 )
 
+# The order of equal elements is not defined: PyTorch on the cpu takes another with each size.
+_UNORDERED = ("topk", "sort")
+
 # Of 16-bit operands: their float32 result is exact, often a tie, and there is one way to round it.
 _ROUNDED_ONCE = ("add", "sub", "rsub", "mul", "div")
 
@@ -100,7 +105,7 @@ class InFloat64(TorchDispatchMode):
 class Disturbed(TorchDispatchMode):
     """Every operation that rounds is off by a little more, up or down, relative to its result: ``noise``.
 
-    Whole numbers stay: what computes them does so exactly.
+    Whole numbers stay: what computes them does so exactly.  Without noise, equal elements have another order.
     """
 
     def __init__(self, seed: int, noise: float) -> None:
@@ -111,7 +116,9 @@ class Disturbed(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if func.is_view or func._schema.is_mutable or name in _EXACT:
+        if name in _UNORDERED and not self.noise:
+            return self._reordered(func, args, kwargs)
+        if func.is_view or func._schema.is_mutable or name in _EXACT or not self.noise:
             return func(*args, **kwargs)
         plain = func(*args, **kwargs)
         if func.namespace != "lowering" and not _has_floats(plain):
@@ -120,10 +127,20 @@ class Disturbed(TorchDispatchMode):
             return plain
         wide = tree_map(lambda t: self._moved(_cast(t, torch.float32, _NARROW)), (args, kwargs))
         try:
-            found = func(*wide[0], **wide[1])
+            found = _OTHERWISE.get(name, func)(*wide[0], **wide[1])
         except (RuntimeError, ValueError):  # an operation of one dtype
             return tree_map(self._moved, plain)
         return tree_map(lambda new, old: _narrowed(self._moved(new), old), found, plain)
+
+    def _reordered(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The values and indices of a sort or top-k of the elements in another order."""
+        given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
+        x, axis = given["self"], given.get("dim", -1)
+        if x.dim() == 0 or given.get("stable"):
+            return func(*args, **kwargs)
+        order = torch.rand(x.shape, generator=self.generator).argsort(axis)
+        values, index = func(**{**given, "self": x.gather(axis, order)})
+        return values, order.gather(axis, index)
 
     def _moved(self, value: Any) -> Any:
         """``value``, each element moved where it is a float."""
@@ -132,6 +149,29 @@ class Disturbed(TorchDispatchMode):
         signs = torch.randint(0, 2, value.shape, generator=self.generator) * 2 - 1
         moved = (value * (1 + signs * self.noise)).to(value.dtype)
         return torch.where(value == value.round(), value, moved)
+
+
+def _gelu(x: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
+    """Without the cancellation where x is negative."""
+    if approximate == "tanh":
+        return x / (1 + torch.exp(-2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return x / 2 * torch.erfc(-x * math.sqrt(0.5))
+
+
+def _layer_norm(
+    x: torch.Tensor, shape: Sequence[int], weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The mean first, then the squares of what is left: they overflow elsewhere than in one pass."""
+    axes = list(range(-len(shape), 0))
+    mean = x.mean(axes, keepdim=True)
+    scale = torch.rsqrt((x - mean).square().mean(axes, keepdim=True) + eps)
+    value = (x - mean) * scale
+    value = value if weight is None else value * weight
+    return value if bias is None else value + bias, mean, scale
+
+
+# What eager does inside one operation, in another way.
+_OTHERWISE = {"gelu": _gelu, "native_layer_norm": _layer_norm}
 
 
 def _cast(value: Any, to: torch.dtype, of: Iterable[torch.dtype]) -> Any:
@@ -145,6 +185,29 @@ def _narrowed(new: Any, old: Any) -> Any:
 def _has_floats(value: Any) -> bool:
     values = value if isinstance(value, (tuple, list)) else (value,)
     return any(isinstance(t, torch.Tensor) and t.dtype in _NARROW for t in values)
+
+
+@contextmanager
+def flushing() -> Iterator[None]:
+    """Denormals are zero, on one thread since each has a setting of its own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)
+
+
+def without_denormals(t: torch.Tensor) -> torch.Tensor:
+    """A copy with zeros in their place, for functions that do without the processor's setting.
+
+    Those of float16 are none: they are ordinary numbers of float32, which it is computed in.
+    """
+    if t.dtype not in (torch.float32, torch.bfloat16):
+        return t.clone()
+    return torch.where(t.abs() < torch.finfo(torch.float32).tiny, t * 0, t)
 
 
 def in_float64(module: Callable[..., Any], args: Iterable[Any]) -> list[torch.Tensor] | None:

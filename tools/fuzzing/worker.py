@@ -29,6 +29,8 @@ from tools.fuzzing.graph import Graph, source
 # The one verdict that holds for each of several graphs in one module.
 RIGHT = "right"
 Verdict = tuple[str, str]
+# What is said of sizes that torch.export excludes: those where it would have traced something else.
+_EXCLUDED = "the model was exported for sizes with"
 
 
 @dataclass
@@ -170,7 +172,8 @@ def _called(
         try:
             results = program(*args)
         except lowering.LoweringError as error:
-            raise _Failed("late", f"call {call + 1}: {error}") from error
+            verdict = "refused" if _EXCLUDED in str(error) and "!=" in str(error) else "late"
+            raise _Failed(verdict, f"call {call + 1}: {error}") from error
         except Exception as error:
             raise _Failed(
                 "raw", f"call {call + 1}: {type(error).__name__}: {error} {_where(error)}"
