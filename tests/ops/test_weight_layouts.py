@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from lowering.ops import block_scaled_matmul_reference
-from lowering.ops import shuffle_weight as weight_layouts
 from lowering.ops.shuffle_weight import shuffle_weight_reference, unshuffle_weight_reference
 
 LOW = torch.ops.lowering
+
+# The module: the package has a function of that name.
+PIECES = sys.modules["lowering.ops.shuffle_weight"]
 
 
 def weight(rows: int, depth: int, dtype: torch.dtype = torch.float8_e4m3fn) -> torch.Tensor:
@@ -45,7 +49,7 @@ def offset(layout: str, n: torch.Tensor, k: torch.Tensor, depth: int) -> torch.T
 def test_each_element_lies_where_the_formula_says(
     layout: str, rows: int, depth: int, stored: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weight_layouts, "_PIECE", 128 * depth)  # several pieces of one weight
+    monkeypatch.setattr(PIECES, "_PIECE", 128 * depth)  # several pieces of one weight
     w = weight(rows, depth, dtype)
     shuffled = LOW.shuffle_weight(w, layout)
     assert shuffled.shape == (stored, depth) and shuffled.dtype == dtype and shuffled.is_contiguous()
@@ -63,7 +67,7 @@ def test_each_element_lies_where_the_formula_says(
 def test_the_operation_in_pieces_is_the_reference(layout, monkeypatch: pytest.MonkeyPatch) -> None:
     w = weight(300, 256)
     whole = shuffle_weight_reference(w, layout)
-    monkeypatch.setattr(weight_layouts, "_PIECE", 1)
+    monkeypatch.setattr(PIECES, "_PIECE", 1)
     assert torch.equal(LOW.shuffle_weight(w, layout).view(torch.uint8), whole.view(torch.uint8))
     back = unshuffle_weight_reference(whole, layout)
     assert torch.equal(LOW.unshuffle_weight(whole, layout).view(torch.uint8), back.view(torch.uint8))
