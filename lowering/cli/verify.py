@@ -222,18 +222,21 @@ def _in_order(
     return actual
 
 
+_MAKERS = {"CUDA": "NVIDIA", "ROCm": "AMD"}
+
+
 def require_device(target: Target) -> torch.device:
     """The torch device a program for ``target`` runs on; UsageError if this machine has none.
 
     Verification is a request this machine may be unable to serve, so that is an error of usage
     (exit 2), known before anything is compiled, and not a failed verification (exit 4).
     """
-    if target.backend == "cpu":
+    if target.torch_build is None:
         return torch.device("cpu")
-    is_hip = torch.version.hip is not None
-    if torch.cuda.is_available() and is_hip == (target.backend == "hip"):
+    here = "ROCm" if torch.version.hip else "CUDA"
+    if torch.cuda.is_available() and target.torch_build == here:
         return torch.device("cuda")
-    kind = "AMD GPU that PyTorch for ROCm" if target.backend == "hip" else "NVIDIA GPU that PyTorch for CUDA"
+    kind = f"{_MAKERS[target.torch_build]} GPU that PyTorch for {target.torch_build}"
     raise UsageError(
         f"--verify runs the program, and this machine has no {kind} can use; "
         f"compile for {target.name} without --verify, or run the command where the device is"

@@ -102,7 +102,7 @@ class Program:
         return Signature(
             target=target.name,
             backend=target.backend,
-            arch=host_arch() if target.backend == "cpu" else target.arch,
+            arch=target.arch if target.is_gpu else host_arch(),
             inputs=self.inputs,
             outputs=self.outputs,
             input_tree=self.input_tree,
