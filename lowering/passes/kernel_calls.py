@@ -16,7 +16,8 @@ from iree.compiler.dialects import func, linalg, tensor
 from patterns import canonical, torch_ir, views
 from patterns.contracts import ScaleLayout
 
-from ..backends.kernel_functions import binding_type, function_name, index_constant
+from ..backends.embed import binding_type, index_constant
+from ..backends.kernel_functions import function_name
 from ..families.instance import Binding, KernelInstance
 from .tensors import cast, reassociation
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from lowering.backends import abi, toolchain
+from lowering.backends import abi, commands, toolchain
 from lowering.families.instance import KernelInstance
 
 Launch = Callable[[Sequence[int], int], None]
@@ -57,7 +57,7 @@ def _emulated(kernel: KernelInstance, directory: Path) -> Launch:
     library = directory / "emulation.so"
     defines = [f"-D{name}={value}" for name, value in kernel.defines]
     source = Path(__file__).with_name(f"{Path(kernel.source).stem}_emulation.cpp")
-    include = f"-I{toolchain.kernel_source_dir()}"
+    include = f"-I{commands.kernel_source_dir()}"
     flags = ["-std=c++17", "-O0", "-ffp-contract=off", "-shared", "-fPIC", f"-DWAVE={kernel.target.wave}"]
     subprocess.run([cxx_compiler(), *flags, *defines, include, source, "-o", library], check=True)
     entry = ctypes.CDLL(str(library)).launch
