@@ -22,7 +22,7 @@ _QMAX = torch.finfo(WEIGHT_DTYPE).max
 _AMAX_FLOOR = 1e-10
 
 LM_HEAD = ("lm_head",)
-"""What ``quantize`` leaves alone unless it is told otherwise: the projection to a model's vocabulary."""
+"""Name what ``quantize`` leaves alone unless it is told otherwise: the projection to a model's vocabulary."""
 
 
 class BlockScaledLinear(nn.Module):
@@ -225,7 +225,7 @@ def _check_patterns(patterns: tuple[str, ...], model: nn.Module) -> None:
 
 
 def _excluded(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a pattern names the layer or a module around it, in full or by the last part of the name."""
+    """Tell whether a pattern names the layer or a module around it, in full or by the end of the name."""
     parts = name.split(".")
     names = (*parts, *(".".join(parts[:count]) for count in range(2, len(parts) + 1)))
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)

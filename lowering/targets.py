@@ -33,7 +33,7 @@ class Target:
 
     @property
     def is_gpu(self) -> bool:
-        """Whether kernels run in workgroups of many lanes, in a memory of their own."""
+        """Tell whether kernels run in workgroups of many lanes, in a memory of their own."""
         return self.wave > 1
 
 

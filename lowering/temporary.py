@@ -90,7 +90,7 @@ def _mark() -> str:
 
 
 def _is_abandoned(mark: re.Match[str]) -> bool:
-    """Whether its process ran here, where processes can be told apart, and does not any more."""
+    """Tell whether its process ran here, where processes can be told apart, and does not any more."""
     if mark["machine"] != _machine() or mark["started"] == "0":
         return False
     return _started(int(mark["process"])) != int(mark["started"])
@@ -98,7 +98,7 @@ def _is_abandoned(mark: re.Match[str]) -> bool:
 
 @functools.cache
 def _machine() -> str:
-    """Where a process number means something: this machine since it was started, and its set of processes."""
+    """Name where a process number means something: this machine since its start, and its set of processes."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
         return f"{zlib.crc32((boot + str(Path('/proc/self/ns/pid').readlink())).encode()):08x}"

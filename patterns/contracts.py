@@ -180,7 +180,7 @@ def in_words(contract: Contract) -> str:
 
 @dataclass(frozen=True)
 class Window:
-    """Where the rows of an input lie: in those of a tensor [T, ``pitch``], from column ``offset`` on."""
+    """Say where the rows of an input lie: in those of a tensor [T, ``pitch``], from column ``offset`` on."""
 
     pitch: int
     offset: int
@@ -319,6 +319,6 @@ def stored_rows(columns: int, layout: WeightLayout) -> int:
 
 
 class Spec(Protocol):
-    """What specialises a kernel: a frozen value that can be written as plain data."""
+    """Specialise a kernel by a frozen value that can be written as plain data."""
 
     def to_dict(self) -> dict[str, Any]: ...

@@ -79,7 +79,7 @@ def _why_seen(quant: ir.Operation) -> str | None:
 
 
 def _undoes(user: ir.Operation, codes: list[ir.Value], scales: list[ir.Value]) -> bool:
-    """Whether ``user`` multiplies codes by their scales, and so sees neither."""
+    """Tell whether ``user`` multiplies codes by their scales, and so sees neither."""
     operands = list(user.operands)
     if torch_ir.op_name(user) == canonical.BLOCK_SCALED_MATMUL:
         a, b, a_scale, b_scale, *_ = operands

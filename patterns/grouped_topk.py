@@ -162,7 +162,7 @@ NAMED_OPS = (
 
 @dataclass(frozen=True)
 class _Once(Pattern):
-    """What ``pattern`` matches, remembered by name; where it is met again it must be the same value."""
+    """Remember by name what ``pattern`` matches; where it is met again it must be the same value."""
 
     name: str
     pattern: Pattern
@@ -277,7 +277,7 @@ def _vector(bias: ir.Value) -> ir.Value:
 
 
 def _groups(found: Bindings, scores: TensorType) -> int | None:
-    """How many groups there are; None where the views around them are of other sizes."""
+    """Count the groups; None where the views around them are of other sizes."""
     if "in_groups" not in found:
         return 1
     *lead, experts = scores.shape

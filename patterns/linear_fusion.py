@@ -46,7 +46,7 @@ def _is_computed(weight: ir.Value) -> bool:
 
 
 def _spec(op: ir.Operation) -> LinearSpec | None:
-    """What the layer computes; None if a size is unknown or its tensors are not all of one dtype.
+    """Read what the layer computes; None if a size is unknown or its tensors are not all of one dtype.
 
     Nor if its weight was widened for it, at every call: IREE widens it as its product reads it.
     """

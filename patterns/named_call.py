@@ -82,7 +82,7 @@ class NamedOp:
 
     @cached_property
     def required(self) -> int:
-        """How many arguments come before the first that has a default."""
+        """Count the arguments before the first that has a default."""
         inside = self.schema[: self.schema.rindex("->")]
         return (
             len(_arguments(f"{inside[: inside.find('=')]}) ->")) - 1 if "=" in inside else len(self.arguments)
@@ -126,7 +126,7 @@ class NamedOp:
         return None
 
     def accepts(self, op: ir.Operation) -> bool:
-        """Whether the call has what the row requires, so that a refusal is about the call itself."""
+        """Tell whether the call has what the row requires, so that a refusal is about the call itself."""
         try:
             call = _Call.of(self, op)
         except _Refusal:
@@ -135,7 +135,7 @@ class NamedOp:
 
     @property
     def site(self) -> str:
-        """What the report calls the last operation it stands for."""
+        """Name the last operation it stands for, as the report does."""
         if self.quantization is not None:
             return "group_quant"
         return "rms_norm" if self.norm is not None else f"{(self.gate or {})['activation']}_mul"
@@ -153,7 +153,7 @@ class NamedOp:
         return self._quantization(call, producer, quantized)
 
     def _producer(self, call: _Call) -> Any:
-        """What makes the row: a Raised, or x itself where nothing does."""
+        """Give what makes the row: a Raised, or x itself where nothing does."""
         if self.norm is not None:
             return self._norm(call, self.norm)
         if self.gate is not None:
@@ -295,7 +295,7 @@ class _Call:
         return self.x.shape[-1]
 
     def value(self, name: str) -> Any:
-        """What the argument ``name`` is; None too where only a twin has it."""
+        """Give the argument ``name``; None also where only a twin has it."""
         return torch_ir.constant(self.operands[name]) if name in self.operands else None
 
     def fields(self, row: Fields) -> dict[str, Any]:

@@ -71,7 +71,7 @@ _WEIGHTED = OneOf(
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What is normed: ``x``, or in float32 its sum with ``residual``; and that sum where it is rounded."""
+    """Hold what is normed, ``x`` or its float32 sum with ``residual``, and that sum where it is rounded."""
 
     x: ir.Value
     residual: ir.Value | None = None

@@ -53,7 +53,7 @@ def _fuse(op: ir.Operation, support: Support) -> None:
 
 
 def _spec(op: ir.Operation, elements: int | None, dtype: str) -> SelectionSpec | None:
-    """What is selected; None where its size, how many or how is not known."""
+    """Read what is selected; None where the size of the axis, how many or in which order is not known."""
     count, _, largest, in_order = map(torch_ir.constant, list(op.operands)[1:])
     if elements is None or not isinstance(count, int):
         return None

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Cost:
-    """What one call spends: bytes read and written (None where sizes are unknown), and kernel launches."""
+    """Hold what one call spends: bytes read and written (None if sizes are unknown), and kernel launches."""
 
     bytes: int | None
     dispatches: int
@@ -58,7 +58,7 @@ class SiteRecord:
 
 @dataclass(frozen=True)
 class Remark:
-    """What a reader must know of an operation that is no site."""
+    """Hold what a reader must know of an operation that is no site."""
 
     op: str
     location: str
@@ -67,7 +67,7 @@ class Remark:
 
 @dataclass
 class Tally:
-    """How often a pattern was tried, how often it matched, and the seconds it took."""
+    """Count how often a pattern was tried and matched, and the seconds it took."""
 
     tried: int = 0
     matched: int = 0

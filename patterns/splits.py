@@ -58,7 +58,7 @@ def note_gated_norms(gate: ir.Operation, ledger: Ledger) -> None:
 
 
 def _above(value: ir.Value) -> Iterator[tuple[ir.Operation, ir.Operation | None]]:
-    """What ``value`` is computed of row by row, the nearest first, each with the last step that reads it."""
+    """Walk what ``value`` is computed of row by row, nearest first, each with the last step that reads it."""
     seen = set[ir.Operation]()
     pending: list[tuple[ir.Value, ir.Operation | None]] = [(value, None)]
     while pending:

@@ -211,7 +211,7 @@ def unmark_raised(op: ir.Operation) -> bool:
 
 
 def is_left_over(op: ir.Operation) -> bool:
-    """Whether ``op`` was part of a raised spelling and nothing reads it any more."""
+    """Tell whether ``op`` was part of a raised spelling and nothing reads it any more."""
     return _READ in op.attributes and not ir.BoolAttr(op.attributes[_READ]).value
 
 
@@ -252,7 +252,7 @@ def _items(op: ir.Operation) -> Any:
 
 
 def _folded(compute: Callable[..., float]) -> Callable[[ir.Operation], Any]:
-    """How a float32 of constants is read: computed of float32 numbers, and rounded to float32."""
+    """Read a float32 of constants as it is computed: of float32 numbers, rounded to float32."""
 
     def read(op: ir.Operation) -> Any:
         values = [constant(operand) for operand in op.operands]
@@ -305,14 +305,14 @@ def widened_from(value: ir.Value) -> ir.Value:
 
 
 def is_plain_add(op: ir.Operation) -> bool:
-    """Whether ``op`` adds two tensors of one type, as they are."""
+    """Tell whether ``op`` adds two tensors of one type, as they are."""
     if op.name != "torch.aten.add.Tensor" or constant(op.operands[2]) != 1:
         return False
     return op.operands[0].type == op.operands[1].type == op.result.type
 
 
 def dominates(value: ir.Value, op: ir.Operation) -> bool:
-    """Whether ``value`` is known where ``op`` stands, in the one block there is."""
+    """Tell whether ``value`` is known where ``op`` stands, in the one block there is."""
     source = producer(value)
     return source is None or source.is_before_in_block(op)
 

@@ -47,7 +47,7 @@ def _changes_nothing(view: ir.Operation) -> bool:
 
 
 def _settled(type_: TensorType) -> bool:
-    """Whether the other sizes settle the one that may be unknown."""
+    """Tell whether the other sizes settle the one that may be unknown."""
     return type_.shape.count(None) <= 1
 
 

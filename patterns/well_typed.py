@@ -85,7 +85,7 @@ def why_no_routing(routing: GroupedTopk, operands: Types, results: Types) -> str
 
 
 def is_routing(types: Types) -> bool:
-    """Whether these are gating [.., E], bias [E] and float32 weights [.., k], E and k known."""
+    """Tell whether these are gating [.., E], bias [E] and float32 weights [.., k], E and k known."""
     known = [type_ for type_ in types if type_ is not None]
     if len(known) != 3 or len(types) != 3:
         return False

@@ -42,7 +42,7 @@ class _Multiple:
 
 
 def exported_shapes(program: torch.export.ExportedProgram) -> list[Any] | None:
-    """What an exported program leaves open of its positional arguments, as ``dynamic_shapes`` would say it.
+    """List what an exported program leaves open of its positional arguments, as ``dynamic_shapes`` does.
 
     None if there is a size that is more than a multiple of another.
     """
@@ -88,7 +88,7 @@ def _open_sizes(args: Any, dynamic_shapes: Any) -> dict[int, Sizes]:
 
 
 def _per_leaf(args: list[Any], shapes: Any) -> list[Any]:
-    """What ``shapes`` says of each leaf of ``args``; it has their structure, or names their parameters."""
+    """List what ``shapes`` says of each leaf; it is built like ``args``, or names their parameters."""
     top = list(shapes.values()) if isinstance(shapes, dict) else list(shapes)
     if len(top) == 1 and len(args) != 1 and isinstance(top[0], (tuple, list)):
         top = list(top[0])  # of *args
@@ -125,7 +125,7 @@ def _symbol(size: Any, now: int) -> Any:
 
 
 def _factor(size: Any) -> int:
-    """How many units of its root a derived Dim is (``4 * Dim("q")``); 1 for every other."""
+    """Count the units of its root that a derived Dim is (4 for ``4 * Dim("q")``); 1 for every other."""
     fn = getattr(size, "fn", None)
     return int(fn(1)) if fn else 1
 

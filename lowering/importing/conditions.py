@@ -1,4 +1,4 @@
-"""What a model was exported for: which sizes its arguments may have, for the runtime to check at each call.
+"""Collect which sizes of its arguments a model was exported for, for the runtime to check at each call.
 
 torch.export keeps that in three places: the range of each symbol, the guards that the model's own branches
 and views gave rise to, and assertions in the graph (``torch._check``).  Each becomes a condition on the
@@ -80,7 +80,7 @@ def _assertions(exported: torch.export.ExportedProgram) -> Iterator[str]:
 
 
 def _is_about(text: str, symbols: set[str]) -> bool:
-    """Whether ``text`` can be evaluated, and names sizes of the arguments alone."""
+    """Tell whether ``text`` can be evaluated, and names sizes of the arguments alone."""
     names = names_in(text)
     return bool(names) and names <= symbols and holds(text, dict.fromkeys(names, 64)) is not None
 

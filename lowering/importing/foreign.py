@@ -154,7 +154,7 @@ def functionalize(
 
 
 def _spell_bytes(exported: ExportedProgram) -> None:
-    """Where a product reads scales by their bytes, in columns behind a shape of rows: say what it reads."""
+    """Say what a product reads that takes scales by their bytes: columns, whose shape is that of rows."""
     graph = exported.graph
     for node in list(graph.nodes):
         name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
@@ -262,7 +262,7 @@ def _twin(row: NamedOp) -> torch._ops.OpOverload:
 
 
 def _layout(scale: Any) -> str:
-    """How the caller laid out the tensor for the scales: its strides, which no program has."""
+    """Name the layout that the caller gave the tensor for the scales: its strides, which no program has."""
     if not isinstance(scale, Tensor) or scale.dim() != 2 or scale.dtype != torch.float32:
         return "row"
     (rows, groups), (down, across) = scale.shape, scale.stride()
@@ -272,7 +272,7 @@ def _layout(scale: Any) -> str:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two sizes are one; sizes only known at run time, whether they are one expression."""
+    """Tell whether two sizes are one; sizes only known at run time, whether they are one expression."""
     return str(a) == str(b)
 
 
@@ -330,7 +330,7 @@ def _clone(graph: fx.Graph, base: Any) -> fx.Node:
 
 
 def _view_of(node: fx.Node, name: str, clones: list[fx.Node]) -> fx.Node:
-    """What the argument ``name`` is: a clone, or a clone with its axes in another order."""
+    """Find what the argument ``name`` is: a clone, or a clone with its axes in another order."""
     index = node.kwargs[f"_{name}_base_index"]
     assert isinstance(index, int)
     clone, strides = clones[index], node.kwargs.get(f"_{name}_stride")

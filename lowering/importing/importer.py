@@ -362,7 +362,7 @@ def _as_stored(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def is_storable(dtype: torch.dtype) -> bool:
-    """Whether a parameter can have this dtype."""
+    """Tell whether a parameter can have this dtype."""
     return dtype in _MLIR_DTYPES
 
 

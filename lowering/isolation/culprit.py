@@ -51,7 +51,10 @@ def find_culprit(program: Program, fails: Callable[[ir.Module], bool]) -> ir.Ope
 
 
 def _made_by(op: ir.Operation) -> ir.Operation:
-    """What computes the value that ``op`` only gives another type: only torch's tensors are returned."""
+    """Find what computes the value that ``op`` only gives another type.
+
+    The parts of a program that are compiled alone return torch's tensors.
+    """
     while op.name in _CASTS and not isinstance(op.operands[0].owner, ir.Block):
         op = op.operands[0].owner.operation
     return op

@@ -1,4 +1,4 @@
-"""What every operation of ``torch.ops.lowering`` says about arguments that do not fit.
+"""Refuse arguments that do not fit, in the same words for every operation of ``torch.ops.lowering``.
 
 Each check raises ValueError with a sentence that begins with the argument's name.
 """

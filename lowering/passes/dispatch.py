@@ -40,7 +40,7 @@ class Launch:
 
 @dataclass
 class Dispatched:
-    """What was embedded: the calls in program order, and each kernel's object by entry name."""
+    """Hold what was embedded: the calls in program order, and each kernel's object by entry name."""
 
     launches: list[Launch] = field(default_factory=list)
     objects: dict[str, bytes] = field(default_factory=dict)
@@ -98,7 +98,7 @@ def choose_kernels(
 
 
 def _costs(kernel: KernelInstance, contracts: Sequence[Contract | None], rows: int | None) -> list[Cost]:
-    """What the sites of one operation have of its kernel's cost, in their order.
+    """Share the cost of a kernel among the sites of its operation, in their order.
 
     A quantization writes its own results, equal ones once; the first site does everything else.
     """

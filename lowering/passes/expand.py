@@ -100,7 +100,7 @@ class Expander:
 
 
 def _reference(op: ir.Operation) -> tuple[Any, Callable[..., Any]] | None:
-    """What distinguishes this op's reference, and the reference on its tensor operands."""
+    """Find this op's reference, a function of its tensor operands, and what distinguishes it from others."""
     name = torch_ir.op_name(op)
     if (family_reference := registry.reference_of(op)) is not None:
         return family_reference(op)

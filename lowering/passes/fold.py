@@ -220,7 +220,7 @@ def _choose(read: Iterable[Recipe]) -> list[Recipe]:
 
 
 def _frontier(read: Iterable[Recipe], refused: Collection[Recipe]) -> tuple[list[Recipe], set[Source]]:
-    """What may be stored for the program to read; and the parameters it reads as they are."""
+    """Choose what may be stored for the program to read, and the parameters it reads as they are."""
     candidates: dict[Recipe, None] = {}
     kept: set[Source] = set()
     pending, seen = list(read)[::-1], set()
@@ -267,7 +267,7 @@ def _excess(group: Iterable[Recipe], kept: Collection[Source]) -> Recipe | None:
 
 
 def _is_small(recipe: Recipe) -> bool:
-    """Whether the value may take more room than before; a quantized weight never does."""
+    """Tell whether the value may take more room than before; a quantized weight never does."""
     given = recipe.sources()
     widened = recipe.nbytes > sum(source.tensor.nbytes for source in given)
     is_quantized = any(source.tensor.dtype in _CODES for source in given)
@@ -282,7 +282,7 @@ def _layout(recipe: Recipe) -> str:
 
 
 def _can_be_stored(recipe: Recipe) -> bool:
-    """Whether the value is worth a parameter of its own, and can be one."""
+    """Tell whether the value is worth a parameter of its own, and can be one."""
     call = recipe.origin
     assert isinstance(call, Call)
     sources = recipe.sources()
@@ -297,7 +297,7 @@ def _can_be_stored(recipe: Recipe) -> bool:
 
 
 def _is_free(call: Call, meta: torch.Tensor) -> bool:
-    """Whether nothing is computed or moved: a constant fill or count, another shape, a broadcast."""
+    """Tell whether nothing is computed or moved: a constant fill or count, another shape, a broadcast."""
     if not call.operands:
         return True
     operand = call.operands[0].meta
@@ -360,7 +360,7 @@ def _drop_unread(program: Program) -> dict[str, int]:
 
 
 def _described(names: Mapping[Recipe, str], dropped: Mapping[str, int]) -> Iterator[Folded]:
-    """What each value is made of; a parameter or an operation that several share counts with the first."""
+    """Say what each value is made of; what several share, leaf or operation, counts with the first."""
     left, counted = dict(dropped), set()
     for recipe, name in names.items():
         calls = recipe.calls()

@@ -53,9 +53,9 @@ def call(op: ir.Operation, kernel: KernelInstance, physical: list[PhysicalScale]
 
 
 def _argument(binding: Binding, operand: ir.Value, physical: Sequence[PhysicalScale]) -> ir.Value:
-    """What the kernel is given for ``operand``: a scale in columns as the buffer a kernel has written.
+    """Give the kernel what it reads for ``operand``: for a scale in columns the buffer that a kernel wrote.
 
-    Or, where no kernel has, as what it is the transpose of.
+    Where no kernel has written one, it is what the scale is the transpose of.
     """
     if binding.layout != "row":
         source, columns = views.same_rows(operand), views.transposed(operand)
@@ -67,7 +67,7 @@ def _argument(binding: Binding, operand: ir.Value, physical: Sequence[PhysicalSc
 
 
 def return_physical_scales(function: ir.Operation, scales: Sequence[PhysicalScale]) -> dict[int, ScaleLayout]:
-    """Where the program returns a logical scale as it is, return the kernel's buffer instead.
+    """Return the kernel's buffer where the program returns a logical scale as it is.
 
     The runtime gives it the strides torch would; so no transpose is computed to be undone.  What no kernel
     computes is brought into its layout, to be returned alike.

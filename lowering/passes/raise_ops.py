@@ -58,7 +58,7 @@ def _recognise(
 
 
 def _is_well_typed(raised: Raised) -> bool:
-    """Whether ``raised``, and what is nested in it, has the types that its operation speaks of."""
+    """Tell whether ``raised``, and what is nested in it, has the types that its operation speaks of."""
     operation = operation_named(raised.op)
     operands = [_type_of(operand) for operand in raised.operands]
     results = [_type(result) for result in raised.results if result is not None]
@@ -75,7 +75,7 @@ def _type_of(operand: ir.Value | Raised) -> TensorType | None:
 
 
 def _name(recogniser: Recogniser) -> str:
-    """What a recogniser is called beside its time: its class, and its row where it is one of a table."""
+    """Name a recogniser, for its time: its class, and its row where it is one of a table."""
     row = getattr(recogniser, "name", None)
     return f"{type(recogniser).__name__} {row}" if row else type(recogniser).__name__
 

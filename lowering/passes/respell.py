@@ -42,7 +42,7 @@ def respell(function: ir.Operation) -> int:
 
 
 def _is_empty(op: ir.Operation) -> bool:
-    """Whether all that ``op`` makes are tensors without elements."""
+    """Tell whether all that ``op`` makes are tensors without elements."""
     types = [torch_ir.tensor_type(result) for result in op.results]
     return bool(types) and all(type_ is not None and 0 in type_.shape for type_ in types)
 

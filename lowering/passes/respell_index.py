@@ -138,7 +138,7 @@ def _broadcast(indices: list[ir.Value]) -> list[tensors.Size]:
 
 
 def _aligned(index: ir.Value, first: int, rank: int, loops: int) -> ir.AffineMap:
-    """Where an index is read: its axes are the last of the ``rank`` ones that begin at ``first``."""
+    """Map loops to where an index is read, whose axes are the last of the ``rank`` from ``first`` on."""
     type_ = ir.RankedTensorType(index.type)
     start = first + rank - type_.rank
     places = [

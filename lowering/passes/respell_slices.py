@@ -49,7 +49,7 @@ def _slice(op: ir.Operation) -> list[ir.Value] | None:
 
 
 def _counts_on_bounds(op: ir.Operation, axis: int) -> bool:
-    """Whether torch.export took bounds for ones that the axis has, and made the rest of the program so."""
+    """Tell whether torch.export took the bounds to lie within the axis, for the rest of the program too."""
     before, after = torch_ir.example_shape(op.operands[0]), torch_ir.example_shape(op.result)
     if before is None or after is None:
         return False
@@ -58,7 +58,7 @@ def _counts_on_bounds(op: ir.Operation, axis: int) -> bool:
 
 
 def _require_slice(op: ir.Operation) -> None:
-    """What is put into a slice has as many elements as the slice."""
+    """Require, in each call, that what is put into a slice has as many elements as the slice."""
     found, source = _bounds(op, op.operands[2:]), torch_ir.tensor_type(op.operands[1])
     if found is not None and source is not None:
         axis, _, length, _ = found

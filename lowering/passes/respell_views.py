@@ -23,7 +23,7 @@ _VIEWS = ("torch.aten.view", "torch.aten._unsafe_view", "torch.aten.reshape")
 
 @dataclass(frozen=True)
 class _Extent:
-    """What is proved about a size: a product of a number and of names; a name stands for one size."""
+    """Hold what is proved about a size: a product of a number and of names; a name stands for one size."""
 
     number: int
     names: Counter[str]

@@ -74,7 +74,7 @@ def empty(shape: Sequence[Size], element: ir.Type) -> ir.Value:
 
 
 def reassociation(groups: Sequence[Sequence[int]]) -> ir.ArrayAttr:
-    """What collapses and expansions call the groups of axes."""
+    """Write groups of axes as collapses and expansions name them."""
     i64 = ir.IntegerType.get_signless(64)
     return ir.ArrayAttr.get(
         [ir.ArrayAttr.get([ir.IntegerAttr.get(i64, axis) for axis in group]) for group in groups]

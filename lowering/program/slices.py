@@ -65,7 +65,7 @@ def _negation(concat: ir.Operation) -> ir.Operation | None:
 
 
 def _are_halves_exchanged(first: ir.Operation, second: ir.Operation) -> bool:
-    """Whether these slices are the second and the first half of a tensor along its last axis."""
+    """Tell whether these slices are the second and the first half of a tensor along its last axis."""
     *rest, half = _bounds(first)[1]
     offsets, ones = [0] * len(rest), [1] * (len(rest) + 1)
     return (
@@ -76,7 +76,7 @@ def _are_halves_exchanged(first: ir.Operation, second: ir.Operation) -> bool:
 
 
 def _places_in_source(cut: ir.Operation, places: Sequence[ir.Value]) -> list[ir.Value]:
-    """Where an element of a slice is in the tensor that it was cut from."""
+    """Find where an element of a slice is in the tensor that it was cut from."""
     offsets, sizes, strides = _bounds(cut)
     shape, remaining = list(ir.RankedTensorType(cut.result.type).shape), list(places)
     found = []

@@ -152,7 +152,7 @@ def _alias(
 
 
 def _root(value: ir.Value) -> ir.Value:
-    """What ``value`` is another shape of: the same bytes."""
+    """Find the value that ``value`` is another shape of: the same bytes."""
     while value.owner.operation.name in _RESHAPES:
         value = value.owner.operation.operands[0]
     return value

@@ -65,7 +65,7 @@ class Place:
 
     @staticmethod
     def for_program(signature: Signature, device: str | torch.device | None, name: str) -> Place:
-        """Where ``signature`` is to run; RunError unless it can."""
+        """Find where ``signature`` is to run; raises RunError unless it can."""
         backend, index = _parse_device(str(device or signature.backend))
         compiled = f"{name} was compiled for {signature.target}"
         if backend == "cuda" and isinstance(device, torch.device) and torch.version.hip:
@@ -99,7 +99,7 @@ class Place:
 
 
 def gpu_arch(index: int) -> str:
-    """What a program's ``arch`` has to be to run on torch's GPU ``index``."""
+    """Name what a program's ``arch`` has to be to run on torch's GPU ``index``."""
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         return properties.gcnArchName.partition(":")[0]
@@ -107,7 +107,7 @@ def gpu_arch(index: int) -> str:
 
 
 def emulated_arch(index: int) -> str | None:
-    """What the HIP stand-in of ``tools/gfx950`` calls its device "emulated" of; None of any other device."""
+    """Name the chip that an emulated HIP device (``tools/gfx950``) stands for; None for any other device."""
     hal_device("hip", index)
     name = iree.get_driver("hip").query_available_devices()[index]["name"]
     found = re.fullmatch(r"emulated (gfx\w+)", name)
@@ -162,14 +162,14 @@ def hal_device(backend: str, index: int) -> iree.HalDevice:
 
 @dataclass(frozen=True)
 class Storage:
-    """What the memory of a tensor has to be; it occupies none itself."""
+    """Describe what the memory of a tensor has to be; this occupies none itself."""
 
     like: Tensor
     shape: tuple[int, ...]
     element: Any
     """The dtype in IREE's words."""
     typed: bool
-    """Whether DLPack has a word for the dtype; ``element`` is a byte where it has none."""
+    """Tell whether DLPack has a word for the dtype; ``element`` is a byte where it has none."""
     size: int
     """In bytes."""
 
