@@ -22,7 +22,7 @@ _QMAX = torch.finfo(WEIGHT_DTYPE).max
 _AMAX_FLOOR = 1e-10
 
 LM_HEAD = ("lm_head",)
-"""Name what ``quantize`` leaves alone unless it is told otherwise: the projection to a model's vocabulary."""
+"""Left alone by ``quantize`` unless it is told otherwise: the projection to a model's vocabulary."""
 
 
 class BlockScaledLinear(nn.Module):

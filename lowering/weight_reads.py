@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import nn
 
 _INDEPENDENT = {"device", "shape", "size", "ndim", "numel", "is_cuda", "is_meta", "requires_grad"}
-"""Name what is read of a weight and is the same for its codes."""
+"""Attributes of a weight that are the same for its codes."""
 
 
 def weights_read(model: nn.Module) -> dict[str, str]:
