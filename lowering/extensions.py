@@ -23,7 +23,7 @@ ENTRY_POINTS = "vmfuse.recognisers"
 
 
 def recognisers(files: Iterable[str | os.PathLike[str]] = ()) -> tuple[Recogniser, ...]:
-    """Those of ``files``, in order, then those of installed packages.
+    """Collect the recognisers of ``files``, in order, then those of installed packages.
 
     Raises UsageError naming the file or entry point that does not hold any.
     """

@@ -167,7 +167,7 @@ def _check_any(model: nn.Module) -> None:
 
 
 def _without_read(sites: list[_Site], read: dict[str, str]) -> list[_Site]:
-    """Those whose weight nothing but their own call reads."""
+    """Keep the layers whose weight nothing but their own call reads."""
     found = {f"{name.rpartition('.')[2]} ({read[name]})" for name, _, _ in sites if name in read}
     if found:
         warnings.warn(
@@ -179,7 +179,7 @@ def _without_read(sites: list[_Site], read: dict[str, str]) -> list[_Site]:
 
 
 def _without_small(sites: list[_Site], group_size: int) -> list[_Site]:
-    """Those with a whole group in a row; all of them if none has one, for the error that says so."""
+    """Keep the layers with a whole group in a row; all if none has one, for the error that says so."""
     small = [name for name, _, linear in sites if linear.in_features < group_size]
     if len(small) in (0, len(sites)):
         return sites

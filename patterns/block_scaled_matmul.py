@@ -1,4 +1,4 @@
-"""The block-scaled product, by every name it has, raised to ``vmfuse.block_scaled_matmul``, with its bias.
+"""Raise the block-scaled product, by every name it has, to ``vmfuse.block_scaled_matmul``, with its bias.
 
 A bias is taken in only where the sum is rounded as the kernel rounds it: once, after a float32 addition.  A
 product that is rounded to 16 bits before its bias is added, as ``lowering.nn`` has it, stays that.

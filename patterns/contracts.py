@@ -131,7 +131,7 @@ class Quantization:
 
 @dataclass(frozen=True)
 class GroupedTopk:
-    """Routing of a token to ``topk`` of E experts, which lie in ``num_expert_group`` equal groups.
+    """Grouped top-k: route a token to ``topk`` of E experts, which lie in ``num_expert_group`` equal groups.
 
     For each token, in float32:
         score = sigmoid(gating), the float32 nearest to the exact value (but for one value in 10^7)
@@ -228,7 +228,7 @@ class RowSpec:
 
 @dataclass(frozen=True)
 class TopkSpec:
-    """One routing site: what a kernel reads and writes for each token.
+    """One grouped top-k: what a kernel reads and writes for each token.
 
     Reads gating [T, experts] in ``dtype`` and bias [experts] in ``bias_dtype``.  Writes weights, float32
     [T, topk], and ids, ``ids_dtype`` [T, topk].

@@ -1,4 +1,4 @@
-"""The two flavours of e4m3, and how a quantization to one becomes a quantization to the other.
+"""Make a quantization to one of the two flavours of e4m3 a quantization to the other.
 
 One bit pattern has half the value in fnuz that it has in fn (the OCP flavour); only -0 and the NaNs are
 others.  So a quantization to half the largest value with scales twice as large makes the same codes, and

@@ -249,7 +249,7 @@ def _shortest(value: float) -> float:
 
 
 def _objections(found: Bindings, contract: Quantization) -> Iterator[str]:
-    """Why what was written is not ``contract`` after all."""
+    """Say why what was written is not ``contract`` after all."""
     limit, low, high = contract.qmax, found["low"], found["high"]
     whole_numbers, rounded = contract.dtype == "int8", ROUND in found
     if not 0 < limit <= LARGEST_FINITE[contract.dtype]:

@@ -118,7 +118,7 @@ class NamedOp:
             return None
 
     def why_not(self, op: ir.Operation) -> str | None:
-        """Why this row does not stand for the call ``op``; None if it does."""
+        """Say why this row does not stand for the call ``op``; None if it does."""
         try:
             self._read(op)
         except _Refusal as refusal:
@@ -180,7 +180,7 @@ class NamedOp:
         return Raised(canonical.RMS_NORM, contract, operands, results)
 
     def _check_norm(self, call: _Call) -> None:
-        """That the tensors are those of a norm over the last axis."""
+        """Check that the tensors are those of a norm over the last axis."""
         weight, residual = call.types.get("weight"), call.types.get("residual")
         if weight is not None:
             row = TensorType((call.hidden,), weight.dtype)
@@ -237,7 +237,7 @@ class NamedOp:
 
 
 class _Refusal(Exception):
-    """Why a row does not stand for a call: which argument is what, and what it would have to be."""
+    """Say why a row does not stand for a call: which argument is what, and what it would have to be."""
 
 
 def _require(condition: bool, refusal: str) -> None:

@@ -135,7 +135,7 @@ def _why_no_norm(reduction: ir.Operation, found: Bindings, way: _Way) -> str:
 
 
 def _why_no_mean(reduction: ir.Operation, h: ir.Value) -> str | None:
-    """Why ``reduction`` is no statistic of the rows of ``h`` that a kernel takes."""
+    """Say why ``reduction`` is no statistic of the rows of ``h`` that a kernel takes."""
     type_ = torch_ir.tensor_type(h)
     if reduction.name in _SPREADS:
         return LAYER_NORM
@@ -157,7 +157,7 @@ SPREAD = "is spread along another axis than it was taken over: keep that axis wi
 
 
 def _why_not_raised(h: ir.Value, product: ir.Operation, way: _Way) -> str:
-    """Why the product of ``h`` and what looks like its reciprocal root was not raised."""
+    """Say why the product of ``h`` and what looks like its reciprocal root was not raised."""
     factor = next((value for value in product.operands if torch_ir.widened_from(value) != h), h)
     found = first_match(rms_norm.RSTD, factor)
     narrow = (dtype for op in way.passed if (dtype := torch_ir.dtype_of(op.result)) != "float32")

@@ -37,7 +37,7 @@ _WRITE_IT = "write it like torch.ops.lowering.grouped_topk, or call that"
 
 
 class UnmatchedRouting:
-    """The last top-k of a routing that was not raised."""
+    """The last top-k of a grouped one that was not raised."""
 
     roots = (_TOPK,)
 

@@ -36,7 +36,7 @@ class Raised:
 
 
 class Recogniser(Protocol):
-    """``roots``: names of the operations it may start from, so that others cost nothing."""
+    """Recognise what an operation ends.  ``roots``: the operations it may be, so that others cost nothing."""
 
     @property
     def roots(self) -> tuple[str, ...]: ...

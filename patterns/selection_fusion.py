@@ -1,4 +1,4 @@
-"""A top-k that is no part of a routing becomes ``vmfuse.selection`` where the target has a kernel for it.
+"""Make a top-k that is no part of a grouped one a ``vmfuse.selection`` where the target has a kernel for it.
 
 Like a linear layer it is no site of the report: without a kernel it is computed as well, in more time, and of
 equal elements others may be chosen than eager PyTorch chooses.

@@ -34,7 +34,7 @@ class Cost:
 
 @dataclass
 class SiteRecord:
-    """``op`` is the canonical name, ``location`` file:line of the model's source.
+    """Record one site: ``op`` is the canonical name, ``location`` file:line of the model's source.
 
     ``before`` is the cost of the source's operations, each as a kernel of its own; ``after`` what this
     site has of its kernel's cost, the same as before while it has none.  ``note`` says what a reader
@@ -111,7 +111,7 @@ class Ledger:
         return len(self.records) - 1
 
     def absorb(self, site: int, contract: Contract | None, cost: Cost) -> None:
-        """An operation that is no site of its own, and cost this much, became part of ``site``."""
+        """Record that an operation that is no site itself, and cost this much, became part of ``site``."""
         self.records[site].contract = contract
         self.records[site].before += cost
 

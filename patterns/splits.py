@@ -32,7 +32,7 @@ _ACTIVATIONS = tuple(f"torch.aten.{name}" for name in ("silu", "gelu", "sigmoid"
 
 
 def why_split(value: ir.Value) -> str | None:
-    """Why a quantization of ``value`` is no part of a norm's or activation's kernel; None if it may be."""
+    """Say why a quantization of ``value`` is in no norm's or activation's kernel; None if it may be."""
     for op, between in _above(value):
         what = "activation" if op.name in _ACTIVATIONS else _made_by(op)
         where = f"the {what} at {torch_ir.location(op)} is no part of this kernel"

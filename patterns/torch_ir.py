@@ -203,7 +203,7 @@ def mark_raised(inside: Sequence[ir.Operation]) -> None:
 
 
 def unmark_raised(op: ir.Operation) -> bool:
-    """Forget that mark; whether it was there."""
+    """Remove that mark, and tell whether it was there."""
     if _READ not in op.attributes:
         return False
     del op.attributes[_READ]
@@ -324,7 +324,7 @@ def dtype_constant(value: ir.Value) -> str | None:
 
 
 def make_int(value: int) -> ir.Value:
-    """A torch integer constant."""
+    """Make a torch integer constant."""
     return _constant(
         "torch.constant.int", "!torch.int", ir.IntegerAttr.get(ir.IntegerType.get_signless(64), value)
     )
@@ -336,27 +336,27 @@ def rounded(value: float, dtype: str) -> float:
 
 
 def make_float(value: float) -> ir.Value:
-    """A torch float constant."""
+    """Make a torch float constant."""
     return _constant("torch.constant.float", "!torch.float", ir.FloatAttr.get(ir.F64Type.get(), value))
 
 
 def make_bool(value: bool) -> ir.Value:
-    """A torch bool constant."""
+    """Make a torch bool constant."""
     return _constant("torch.constant.bool", "!torch.bool", ir.BoolAttr.get(value))
 
 
 def make_str(value: str) -> ir.Value:
-    """A torch string constant."""
+    """Make a torch string constant."""
     return _constant("torch.constant.str", "!torch.str", ir.StringAttr.get(value))
 
 
 def make_none() -> ir.Value:
-    """The torch none constant."""
+    """Make the torch none constant."""
     return ir.Operation.create("torch.constant.none", results=[ir.Type.parse("!torch.none")]).result
 
 
 def make_int_list(items: Sequence[ir.Value]) -> ir.Value:
-    """A torch list of integers."""
+    """Make a torch list of integers."""
     list_type = ir.Type.parse("!torch.list<int>")
     return ir.Operation.create("torch.prim.ListConstruct", results=[list_type], operands=list(items)).result
 

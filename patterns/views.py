@@ -85,7 +85,7 @@ def _quantizes(op: ir.Operation) -> bool:
 
 
 def why_blocked(view: ir.Operation, quantization: Quantization, returned: bool = True) -> str | None:
-    """Why ``quantization`` cannot be moved above ``view``; None when it can.
+    """Say why ``quantization`` cannot be moved above ``view``; None when it can.
 
     A scale layout says how the scale lies in memory: where it is not ``returned`` nobody sees that.
     """

@@ -16,7 +16,7 @@ Sizes = dict[int, tuple[Any, int]]
 
 
 def other_arguments(args: Any, dynamic_shapes: Any) -> Iterator[tuple[str, list[Any]]] | None:
-    """Arguments with other sizes, and words for those; None where every size is fixed.
+    """Make arguments with other sizes, and words for those; None where every size is fixed.
 
     The tensors hold the values of ``args``, repeated or cut.  Sizes are within the range that their Dim has,
     and multiples of what it says; whether a model takes them only it can tell.
@@ -70,7 +70,7 @@ def _exported(size: Any, program: torch.export.ExportedProgram) -> Any:
 
 
 def _open_sizes(args: Any, dynamic_shapes: Any) -> dict[int, Sizes]:
-    """By the number of the tensor among the leaves of the arguments."""
+    """Find the sizes that are open, by the number of the tensor among the leaves of the arguments."""
     if dynamic_shapes is None:
         return {}
     leaves = pytree.tree_leaves(list(args))

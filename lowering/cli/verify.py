@@ -122,7 +122,7 @@ class _Refused(VerificationError):
 def _with_other_sizes(
     program: Callable[..., Any], module: torch.nn.Module, candidates: Iterable[tuple[str, list[Any]]]
 ) -> tuple[str, list[Output]]:
-    """The outputs for the first candidate that both take; sizes that eager refuses are none of it."""
+    """Compare the outputs for the first candidate that both take; sizes that eager refuses do not count."""
     refused = ""
     for sizes, args in candidates:
         try:
@@ -205,7 +205,7 @@ def _check_arguments(after: Sequence[Any], before: Sequence[Any], call: str) -> 
 def _in_order(
     actual: list[torch.Tensor], expected: list[torch.Tensor], unsorted: set[int]
 ) -> list[torch.Tensor]:
-    """The results of a top-k that is not sorted, which are a set, in eager's order.
+    """Put the results of a top-k that is not sorted, which are a set, in eager's order.
 
     The indices say which of the program's is which of eager's; what else has their shape, as weights have, is
     brought in the same order.
@@ -222,18 +222,21 @@ def _in_order(
     return actual
 
 
+_MAKERS = {"CUDA": "NVIDIA", "ROCm": "AMD"}
+
+
 def require_device(target: Target) -> torch.device:
     """The torch device a program for ``target`` runs on; UsageError if this machine has none.
 
     Verification is a request this machine may be unable to serve, so that is an error of usage
     (exit 2), known before anything is compiled, and not a failed verification (exit 4).
     """
-    if target.backend == "cpu":
+    if target.torch_build is None:
         return torch.device("cpu")
-    is_hip = torch.version.hip is not None
-    if torch.cuda.is_available() and is_hip == (target.backend == "hip"):
+    here = "ROCm" if torch.version.hip else "CUDA"
+    if torch.cuda.is_available() and target.torch_build == here:
         return torch.device("cuda")
-    kind = "AMD GPU that PyTorch for ROCm" if target.backend == "hip" else "NVIDIA GPU that PyTorch for CUDA"
+    kind = f"{_MAKERS[target.torch_build]} GPU that PyTorch for {target.torch_build}"
     raise UsageError(
         f"--verify runs the program, and this machine has no {kind} can use; "
         f"compile for {target.name} without --verify, or run the command where the device is"
@@ -402,7 +405,7 @@ def _fraction(mask: torch.Tensor) -> float:
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """In float64; the exponents of e8m0."""
+    """Widen to float64; of e8m0, take the exponents."""
     return (_bits(tensor) if tensor.dtype == _E8M0 else tensor).double()
 
 

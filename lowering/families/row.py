@@ -1,4 +1,4 @@
-"""From a RowSpec and a target to a kernel instance: one source file and the constants that specialise it.
+"""Make a kernel instance of a RowSpec and a target: one source file and the constants that specialise it.
 
 Nothing here runs a compiler (``toolchain``) or reads an object (``abi``).  What the row kernel
 family supports is decided here and nowhere else: ``why_unsupported`` says it in a sentence that
@@ -58,14 +58,14 @@ _SAFE_FLOOR = 1e-30
 
 
 def why_unsupported(spec: RowSpec, target: Target) -> str | None:
-    """A sentence saying why the row kernel cannot do ``spec`` on ``target``, or None if it can."""
+    """Say in a sentence why the row kernel cannot do ``spec`` on ``target``; None if it can."""
     reasons = [_why_not_dtypes(spec), _why_not_gate(spec), _why_not_norm(spec), _why_not_hidden(spec, target)]
     reasons += [*_why_not_quants(spec, target), _why_not_windows(spec)]
     return next((reason for reason in reasons if reason), None)
 
 
 def instance(spec: RowSpec, target: Target, mapping: Mapping | None = None) -> KernelInstance:
-    """The kernel for ``spec`` on ``target``; ``mapping`` overrides the chosen one (for tuning).
+    """Make the kernel for ``spec`` on ``target``; ``mapping`` overrides the chosen one (for tuning).
 
     Raises CompileError with ``why_unsupported``'s sentence.
     """
@@ -87,7 +87,7 @@ def instance(spec: RowSpec, target: Target, mapping: Mapping | None = None) -> K
 
 
 def bindings(spec: RowSpec) -> tuple[Binding, ...]:
-    """The tensors of ``spec`` in dispatch order: x, up, residual, weight; sum, y, every q and scale."""
+    """List the tensors of ``spec`` in dispatch order: x, up, residual, weight; sum, y, every q and scale."""
     row: tuple[Dimension, ...] = ("T", spec.hidden)
     out = [_input_binding("x", spec)]
     if spec.gate and not spec.gate.packed:

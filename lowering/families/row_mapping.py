@@ -26,6 +26,8 @@ _WITHIN_WAVE = 3
 # Elements of x that one CPU workgroup takes: some ten microseconds, well above the cost of handing it out.
 _CPU_ELEMENTS = 16384
 
+# What was measured on an H200 is the rule for these.
+_LIKE_H200 = ("sm_90", "sm_100")
 # Rows from so many elements on have a mapping of their own on NVIDIA GPUs, from so many slices when few.
 _LONG, _SLICED = 1280, 6144
 
@@ -86,7 +88,7 @@ def choose_mapping(spec: RowSpec, target: Target) -> Mapping:
     """The mapping of rows to lanes: what was measured on the target for rows like these, else a rule."""
     if measured := _measured(target.name).get(tuning_key(spec)):
         return measured
-    if target.backend == "cuda" and tuning_key(spec) and spec.hidden >= _LONG:
+    if target.name in _LIKE_H200 and tuning_key(spec) and spec.hidden >= _LONG:
         return _long_rows(spec, target)
     return Mapping(_default_tile(spec, target))
 

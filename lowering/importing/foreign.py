@@ -104,7 +104,7 @@ def _made(row: NamedOp, given: Mapping[str, Any]) -> dict[str, tuple[tuple[Any, 
 
 
 def _routed(row: NamedTopk, given: Mapping[str, Any]) -> dict[str, tuple[tuple[Any, ...], torch.dtype]]:
-    """Shape and dtype of the results of a routing."""
+    """Shape and dtype of the results of a grouped top-k."""
     shape = (*given[row.x].shape[:-1], given["topk"])
     return {"weights": (shape, torch.float32), "ids": (shape, torch.int32)}
 
@@ -128,7 +128,7 @@ def _returned(results: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
 def functionalize(
     exported: ExportedProgram, decompositions: Mapping[Any, Callable[..., Any]] | None = None
 ) -> ExportedProgram:
-    """``exported`` decomposed, with every operation of the table that writes into its arguments replaced.
+    """Decompose ``exported``, with every operation of the table that writes into its arguments replaced.
 
     Each becomes its functional twin; what it would have written is what is read afterwards, through any
     alias.  ``decompositions`` are those of ``ExportedProgram.run_decompositions``.  Raises CompileError,

@@ -185,7 +185,7 @@ def _is_arithmetic(text: str) -> bool:
 
 
 def _is_guard(text: str) -> bool:
-    """The same, with ``L['x'].size()[0]`` for the symbols."""
+    """Tell whether ``text`` is such an expression, with ``L['x'].size()[0]`` for the symbols."""
     return _holds_only(text, (ast.Subscript, ast.Attribute, ast.Tuple))
 
 

@@ -93,7 +93,7 @@ def _keep(request: socket.socket) -> None:
 
 
 def _wait(request: socket.socket, alive: int, seconds: float | None) -> str:
-    """Until the worker is gone ("done"), time is up ("late") or the other side has closed ("left")."""
+    """Wait until the worker is gone ("done"), time is up ("late") or the other side has closed ("left")."""
     deadline = None if seconds is None else time.monotonic() + seconds
     poll = select.poll()
     poll.register(request, select.POLLIN)

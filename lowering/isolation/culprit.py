@@ -61,7 +61,7 @@ def _made_by(op: ir.Operation) -> ir.Operation:
 
 
 def _keep(function: ir.Operation, count: int) -> bool:
-    """Leave the first ``count`` operations, and return what none of them reads; whether that is anything."""
+    """Keep the first ``count`` operations, and return what none reads; tells whether that is anything."""
     block = torch_ir.block_of(function)
     operations = [op.operation for op in block.operations]
     for op in reversed(operations[count:]):

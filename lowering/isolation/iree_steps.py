@@ -73,7 +73,7 @@ class Iree:
         isolation.start()
 
     def lower(self, module: ir.Module) -> ir.Module:
-        """The torch dialect's operations as IREE's own; a new module in the same context."""
+        """Lower the torch dialect's operations to IREE's own; returns a new module in the same context."""
         try:
             return isolation.run_passes(module, _TORCH_TO_IREE)
         except isolation.Failed as failed:
@@ -81,7 +81,7 @@ class Iree:
             raise _error(LOWER, failed, self._rest(module, failed, command)) from None
 
     def compile(self, module: ir.Module, flags: Sequence[str]) -> bytes:
-        """The program, a vmfb."""
+        """Compile the program to a vmfb."""
         flags = (_INPUT, *flags)
         try:
             return isolation.compile_module(module, flags)

@@ -116,7 +116,7 @@ def _reference(op: ir.Operation) -> tuple[Any, Callable[..., Any]] | None:
 
 
 def _not_raised(op: ir.Operation, name: str) -> CompileError:
-    """Why an operation of this package was left as the model spells it."""
+    """Say why an operation of this package was left as the model spells it."""
     type_ = torch_ir.tensor_type(op.operands[0])
     unknown = type_ is not None and type_.shape[-1:] == (None,)
     why = (

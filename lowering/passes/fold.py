@@ -202,7 +202,7 @@ def _type(meta: torch.Tensor) -> torch_ir.TensorType:
 
 
 def _choose(read: Iterable[Recipe]) -> list[Recipe]:
-    """Of what the program reads, and what that is made from, the values to be stored.
+    """Choose the values to be stored, of what the program reads and what that is made from.
 
     Values of common parameters stand together: they are stored if they take no more room than the parameters
     that are dropped for it, so neither the archive nor what a call reads grows.  ``SMALL`` values are
@@ -378,7 +378,7 @@ def _described(names: Mapping[Recipe, str], dropped: Mapping[str, int]) -> Itera
 
 
 def _location(calls: Sequence[Call]) -> str:
-    """Of the last operation that is in a file: a traced submodule, such as a no_grad block, is in none."""
+    """Locate the last operation that is in a file: a traced submodule, like a no_grad block, is in none."""
     in_files = [call.location for call in calls if not call.location.startswith("<")]
     return in_files[-1] if in_files else calls[-1].location
 

@@ -20,7 +20,7 @@ from ..families.registry import families, operation_named, operation_of
 
 
 def recognisers() -> tuple[Recogniser, ...]:
-    """Those of all families."""
+    """Collect the recognisers of all families."""
     return tuple(recogniser for family in families() for recogniser in family.patterns.recognisers)
 
 

@@ -17,7 +17,7 @@ from . import tensors
 
 
 def _count_from_front(op: ir.Operation) -> None:
-    """The axis of a scatter."""
+    """Count the axis of a scatter from the front."""
     source, axis = torch_ir.tensor_type(op.operands[0]), torch_ir.constant(op.operands[1])
     if source is not None and isinstance(axis, int) and axis < 0:
         op.operands[1] = torch_ir.make_int(axis % max(len(source.shape), 1))
@@ -50,7 +50,7 @@ def _listed(indices: list[ir.Value]) -> ir.Value:
 
 
 def _count_indices_from_front(op: ir.Operation) -> None:
-    """The indices of an update, each along an axis of the first operand."""
+    """Count from the front the indices of an update, each along an axis of the first operand."""
     indices = spelled(op)
     if indices is None:
         return

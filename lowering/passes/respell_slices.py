@@ -67,7 +67,7 @@ def _require_slice(op: ir.Operation) -> None:
 
 
 def _require_element(op: ir.Operation) -> None:
-    """The element that is selected is there."""
+    """Require, in each call, that the element that is selected is there."""
     source, axis = torch_ir.tensor_type(op.operands[0]), torch_ir.constant(op.operands[1])
     number = torch_ir.constant(op.operands[2])
     if source is None or not isinstance(axis, int) or source.shape[axis] is not None:

@@ -225,7 +225,7 @@ def _aligned(type_: ir.RankedTensorType, order: Sequence[int], loops: Sequence[i
 def _or(
     rule: Callable[[ir.Operation], list[ir.Value] | None], name: str
 ) -> Callable[..., list[ir.Value] | None]:
-    """The rule, or where it has nothing to say what is done for IREE's own form."""
+    """Try ``rule``; where it has nothing to say, do what is done for IREE's own form of ``name``."""
 
     def either(op: ir.Operation) -> list[ir.Value] | None:
         made = rule(op)

@@ -72,7 +72,7 @@ class _Widening:
     _wide: dict[ir.Value, ir.Value] = field(default_factory=dict)
 
     def rewrite(self, op: ir.Operation) -> bool:
-        """Widen ``op`` if it computes in a narrow type; whether it does."""
+        """Widen ``op`` if it computes in a narrow type, and tell whether it does."""
         schema = _computed(op)
         if schema is None:
             return False

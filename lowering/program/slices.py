@@ -19,7 +19,7 @@ _SLICE, _CONCAT, _ELEMENT = "tensor.extract_slice", "tensor.concat", "tensor.ext
 
 
 def mend_slices(module: ir.Module) -> None:
-    """Respell them in ``module``, as it is after IREE's torch pipeline, in place."""
+    """Respell such slices in ``module``, as it is after IREE's torch pipeline, in place."""
     for op in _named(module, _ELEMENT):
         while (cut := _maker(op.operands[0])) is not None and cut.name == _SLICE:
             with ir.InsertionPoint(op), op.location:

@@ -192,7 +192,7 @@ def _forward(entry: ir.Operation, callee: str, placed: Placed) -> None:
 
 
 def _others(placed: Placed, count: int) -> list[int]:
-    """Those of ``count`` results that are returned."""
+    """Keep those of ``count`` results that are returned."""
     return sorted(set(range(count)) - {number for numbers in placed for number in numbers})
 
 

@@ -181,7 +181,7 @@ class Function:
         """Call with the tensor arguments alone, flat and in order; returns the tensors of the result."""
         plan = self._plan(tensors)
         session = self._session
-        if plan.all_empty and session.place.backend != "cpu":
+        if plan.all_empty and not session.place.driver.on_host:
             return self._empty(plan)
         with reported(f"{self.name} failed"):
             storage = [session.allocate(each) for each in plan.storage]
@@ -327,7 +327,7 @@ class _Plan:
         """The bytes of scratch memory to pass behind it; None where nothing is passed."""
 
     def shape(self, number: int) -> tuple[int, ...]:
-        """Of the result ``number``; RunError where a size does not follow from the arguments."""
+        """Give the shape of result ``number``; RunError where a size does not follow from the arguments."""
         return self._known(number, self.sizes[number])
 
     def leading(self, number: int) -> tuple[int, ...]:
@@ -465,7 +465,7 @@ def _keywords(text: str | None) -> tuple[str, ...]:
 
 
 def _check_archive(source: str | Path | bytes, name: str, check: Check) -> None:
-    """RunError unless ``source`` is a complete .vmfb, a ZIP archive with the module in it, and undamaged.
+    """Raise RunError unless ``source`` is a complete, undamaged .vmfb: a ZIP archive with the module in it.
 
     IREE accepts a file whose tail is missing and reads beyond its end.
     """

@@ -71,8 +71,8 @@ def test_the_files_also_run_under_lit() -> None:
 
 def test_opt_reads_standard_input_and_reports() -> None:
     text = (ROOT / "tests" / "ir" / "raise_lowering_rms_norm.mlir").read_text()
-    command = [sys.executable, str(ROOT / "tools" / "opt.py"), "--steps", "raise", "--report"]
-    result = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "tools.opt", "--steps", "raise", "--report"]
+    result = subprocess.run(command, cwd=ROOT, input=text, capture_output=True, text=True, check=True)
     assert "vmfuse.rms_norm" in result.stdout
     assert "// site 0: rms_norm at line" in result.stdout
 
