@@ -1,4 +1,4 @@
-"""Quantized layers, and the one call that puts them into a loaded model.
+"""Quantize layers, by the one call that puts quantized ones into a loaded model.
 
 Weights are quantized once, here; activations at every call, by ``torch.ops.lowering.group_quant``,
 which is what the compiler fuses with the norm before it.  No compiler is imported here.

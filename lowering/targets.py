@@ -1,4 +1,4 @@
-"""The table of machines a program can be compiled for."""
+"""List the machines a program can be compiled for."""
 
 from __future__ import annotations
 

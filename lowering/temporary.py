@@ -1,4 +1,4 @@
-"""Files on their way: written under a name of their own, renamed when they are whole, removed when not.
+"""Write files under a name of their own, rename them when they are whole, remove them when not.
 
 A process that is killed cannot clean up.  The names therefore say whose they are (the machine since it was
 started, the process and when that began), and whoever next writes in the same directory removes those of the

@@ -1,4 +1,4 @@
-"""The canonical operations every spelling is raised to, and those a kernel computes.
+"""Define the canonical operations every spelling is raised to, and those a kernel computes.
 
 They are ``torch.operator`` ops whose names start with ``vmfuse.`` and whose attributes hold one of
 the frozen values of ``patterns.contracts``:

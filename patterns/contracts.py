@@ -1,4 +1,4 @@
-"""The values that say what a site computes, bit for bit.
+"""Say what a site computes, bit for bit, in frozen values.
 
 Patterns attach them to operations, the report prints them and the kernels are
 specialised by them; nothing here knows about IR, targets or compilers.  The

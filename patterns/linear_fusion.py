@@ -1,4 +1,4 @@
-"""A linear layer that is not quantized becomes ``vmfuse.linear`` where the target has a kernel for it.
+"""Give a linear layer that is not quantized to ``vmfuse.linear`` where the target has a kernel for it.
 
 Nothing fuses into it and it is no site of the report: IREE computes it as well, where there is no kernel.
 """

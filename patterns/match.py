@@ -1,4 +1,4 @@
-"""Declared patterns over the operations that compute a value.
+"""Declare patterns over the operations that compute a value.
 
 A pattern is written as an expression and asked for its bindings:
 

@@ -1,4 +1,4 @@
-"""A block-scaled product becomes ``vmfuse.matmul``, a kernel's operation, in layouts that the kernel reads.
+"""Make a block-scaled product a ``vmfuse.matmul``, in layouts that the product's kernel reads.
 
 Nothing fuses into it and it is no site of the report.  A weight that depends on parameters alone is shuffled
 to the kernel's layout by an operation, which folding then does once; scales that only products read are

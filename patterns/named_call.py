@@ -1,4 +1,4 @@
-"""A call of an operation that another library has a name for, read as what it computes.
+"""Read a call of an operation that another library has a name for as what it computes.
 
 A row (``NamedOp``) maps a name to the canonical op or ops it stands for: which argument holds what, by the
 argument's name, and the contract, field by field, as a value or as the argument that gives it.

@@ -1,4 +1,4 @@
-"""The one fusion: a producer takes all its quantizations, and the add before it, into one row kernel.
+"""Fuse rows: a producer takes all its quantizations, and the add before it, into one row kernel.
 
 It starts at the producer (a norm, or any tensor that is quantized) and looks at everything that
 reads it, so fan-out, equal quantizations and readers of the unquantized value need no patterns of

@@ -1,4 +1,4 @@
-"""The ledger of sites: every norm and quantization found, and what became of it.
+"""Keep the ledger of sites: every norm and quantization found, and what became of it.
 
 No site can leave the ledger: it ends fused, with the pattern and kernel that took it, or unfused
 with a reason.  The report is made from this.

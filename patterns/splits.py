@@ -1,4 +1,4 @@
-"""Norms and activations that another kernel quantizes, because a row kernel does not do what lies between.
+"""Say which norms and activations have a kernel of their own, since a row kernel cannot do what follows.
 
 Each half may well have a kernel, and still the chain is not one: the report says so, and what is in the way.
 """

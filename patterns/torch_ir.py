@@ -1,4 +1,4 @@
-"""Reading and building torch-dialect IR: types, constants, and the few operations passes create.
+"""Read and build torch-dialect IR: types, constants, and the few operations passes create.
 
 The IREE wheel registers the torch dialect without Python classes for it, so operations are
 handled by name here, and nowhere else.

@@ -1,4 +1,4 @@
-"""Two views in a row as one, so that steps which cancel block nothing."""
+"""Compose two views in a row, so that steps which cancel block nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The types of operands and results that each operation speaks of.
+"""Check the types of operands and results that each operation speaks of.
 
 What a recogniser raised is checked by these before it replaces anything, whatever the recogniser looked at;
 and every operation again after each step (``operation.Operation.verify``).

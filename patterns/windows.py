@@ -1,4 +1,4 @@
-"""Inputs whose rows are part of wider ones, as after a split: a kernel reads them where they are.
+"""Read inputs whose rows are part of wider ones, as after a split, where they are.
 
 A part of each row is a copy for whatever needs dense rows.  A row kernel needs none: it is given the wider
 tensor and the window.  A part is a slice of the last axis, or one of several rows that lie behind each other

@@ -1,4 +1,4 @@
-"""The files of one run of a command: each appears whole or not at all, and none is what the run reads."""
+"""Write the files of one run of a command: each whole or not at all, and none over what the run reads."""
 
 from __future__ import annotations
 

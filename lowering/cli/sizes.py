@@ -1,4 +1,4 @@
-"""Other sizes to call a model with, where its exported form leaves sizes open."""
+"""Find other sizes to call a model with, where its exported form leaves sizes open."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors as ``run-vmfb`` is given them and shows them: literals, NumPy files and safetensors files."""
+"""Read and show tensors as ``run-vmfb`` is given them: literals, NumPy files and safetensors files."""
 
 from __future__ import annotations
 

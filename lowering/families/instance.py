@@ -1,4 +1,4 @@
-"""A kernel of a family, ready to be compiled: its source, its constants, what it is given."""
+"""Describe a kernel of a family, ready to be compiled: its source, its constants, what it is given."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operations that the torch dialect has no form of, or a wrong one, in terms of others; used when importing.
+"""Decompose, when importing, operations that the torch dialect has no form of, or a wrong one.
 
 PyTorch's own decompositions where it has one, and functions of the same signature where it has none.  A
 function returns NotImplemented for a case that needs no other form.

@@ -1,4 +1,4 @@
-"""Operations of other libraries in a traced program: declaring them, and making them functional.
+"""Declare operations of other libraries, and make them functional in a traced program.
 
 The tables of ``patterns.named_ops`` and its neighbours say which they are.  ``declare_ops`` lets
 torch.export trace them without their library; ``functionalize`` replaces those that write into their

@@ -1,4 +1,4 @@
-"""Step 1, import: a torch module becomes torch-dialect MLIR with its weights left outside.
+"""Step 1, import: make torch-dialect MLIR of a torch module, with its weights left outside.
 
 torch.export traces the module, the FX importer that ships with the IREE compiler
 (torch-mlir's) turns the graph into MLIR.  Parameters, buffers and constant tensors become

@@ -1,4 +1,4 @@
-"""The process that IREE's compiler runs in; ``isolation`` starts it as a script and talks to it.
+"""Run IREE's compiler: the process that ``isolation`` starts as a script and talks to.
 
 Nothing of this project is imported here, nor torch: what is held is IREE's compiler, loaded once.  For each
 request it forks twice.  The inner process compiles and may die; the outer one keeps it: it says how that

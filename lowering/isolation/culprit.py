@@ -1,4 +1,4 @@
-"""Finds the operation that a program cannot be compiled for, where the compiler does not say.
+"""Find the operation that a program cannot be compiled for, where the compiler does not say.
 
 A compiler that died says nothing, and torch-mlir may name a constant in place of the operation that reads it.
 The first operations of the program are compiled alone, fewer or more of them, until one makes the difference.

@@ -1,4 +1,4 @@
-"""Runs IREE's compiler in a process of its own, so that what kills it is an error here.
+"""Run IREE's compiler in a process of its own, so that what kills it is an error here.
 
 One process, ``isolated``, is started with the first compilation, while torch.export is at work; it loads IREE
 and forks for every request.  Nothing that a request holds or leaks outlives it, no signal of the terminal

@@ -1,4 +1,4 @@
-"""Attention spelled out, for targets on which IREE's own lowering of it is slow.
+"""Spell attention out, for targets on which IREE's own lowering of it is slow.
 
 On the CPU, IREE's fused attention takes vectors of single elements where a length is not known when
 compiling; two products with a softmax between them, which it compiles as well as any others, are several

@@ -1,4 +1,4 @@
-"""Step 6, dispatch: each fused operation becomes a call of one kernel, embedded as machine code.
+"""Step 6, dispatch: make each fused operation a call of one kernel, embedded as machine code.
 
 Here kernels are chosen, compiled, and checked against the dispatch before they are embedded.  Each distinct
 one gets one private function (``kernel_functions``), called from each of its sites (``kernel_calls``).

@@ -1,4 +1,4 @@
-"""Step 6, what is left: canonical ops that got no kernel become plain torch ops for IREE.
+"""Step 6, expand: make plain torch ops of canonical ops that got no kernel, for IREE to compile.
 
 Their lowering is the eager reference itself, exported and imported for the types at hand, so what
 an op means is written once, in ``lowering.ops``.

@@ -1,4 +1,4 @@
-"""Step 5, fold: what depends on parameters and constants alone is computed when compiling.
+"""Step 5, fold: compute once, when compiling, what depends on parameters and constants alone.
 
 A cast of a bias, a transposed or concatenated weight, a rescaled table: every maximal subgraph without an
 input of the program becomes one parameter in its final form and dtype, and a parameter that nothing else

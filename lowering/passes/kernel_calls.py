@@ -1,4 +1,4 @@
-"""Step 6, the call at a site: a fused operation becomes a call of its kernel's function.
+"""Step 6, the call at a site: make a fused operation a call of its kernel's function.
 
 A kernel knows rows, an operation any number of leading axes: they are collapsed before and restored after.
 A scale in columns is the kernel's buffer for the next kernel, and a logical tensor for everything else.

@@ -1,4 +1,4 @@
-"""Step 2, normalize: one spelling for casts, views and splits, no checks, nothing dead, nothing twice.
+"""Step 2, normalize: spell casts, views and splits in one way; drop checks, dead code and duplicates.
 
 What torch.export adds for its own purposes (metadata assertions, aliases, clones of immutable
 values) hides uses from the patterns; it goes here and nowhere else.  A tensor that is widened and

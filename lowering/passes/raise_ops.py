@@ -1,4 +1,4 @@
-"""Step 3, raise: every recognised spelling becomes a canonical op and a site in the ledger.
+"""Step 3, raise: make every recognised spelling a canonical op and a site in the ledger.
 
 What looks like a site and was not recognised becomes one too, unfused, with the reason.
 """

@@ -1,4 +1,4 @@
-"""Step 6, what torch-mlir would lower wrongly, or not at all: respelled as builtin operations.
+"""Step 6, respell: write as builtin operations what torch-mlir would lower wrongly, or not at all.
 
 Run last, on what is left of the torch dialect when every kernel has been called, so that no recogniser sees
 it.  Each ``respell_*`` file is about one kind of operation and has a table of rules; a rule builds, in front

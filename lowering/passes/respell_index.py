@@ -1,4 +1,4 @@
-"""Indices as torch-mlir takes them: axes counted from the front, int64, no masks; and nothing over nothing.
+"""Give torch-mlir indices as it takes them: counted from the front, int64, no masks; nothing over nothing.
 
 It reads other forms as something else, or dies of them.  Most rules mend an operation where it stands.
 """

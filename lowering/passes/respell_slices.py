@@ -1,4 +1,4 @@
-"""Slices of an axis whose size is unknown until run time.
+"""Respell slices of an axis whose size is unknown until run time.
 
 torch.export takes such a size for larger than what a constant bound names, and torch-mlir reads as much,
 whether it is there or not.  Here bounds are clamped in each call as PyTorch clamps them; a call fails where

@@ -1,4 +1,4 @@
-"""Updates at a few indices, each element of the result from the elements that are put there, in their order.
+"""Respell updates at a few indices: each element of the result is made of what is put there, in order.
 
 IREE's scatter updates a tensor in place, one element after the other, and IREE's code generator fails for
 many of its shapes.  Here the result is a loop over its elements and, within, over the indices: an element is

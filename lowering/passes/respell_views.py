@@ -1,4 +1,4 @@
-"""Flat views with a size unknown until run time, as a collapse of axes followed by an expansion.
+"""Respell flat views with a size unknown until run time, as a collapse of axes and an expansion.
 
 torch-mlir matches the sizes it knows, and casts an unknown one to 1 where that leaves a question; what it
 makes then reads outside the tensor.  Here axes are grouped by what is proved about their sizes, from

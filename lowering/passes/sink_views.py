@@ -1,4 +1,4 @@
-"""Step 4, sink views: a view between a producer and a quantization moves below the quantization."""
+"""Step 4, sink views: move a view between a producer and a quantization below the quantization."""
 
 from __future__ import annotations
 

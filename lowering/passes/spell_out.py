@@ -1,4 +1,4 @@
-"""Step 7, operations that the torch dialect lowers to something else than they are, spelled out.
+"""Step 6, spell out operations that the torch dialect lowers to something else than they are.
 
 Each is written with operations whose lowering is right, in the order and with the roundings that PyTorch's
 own implementation has.  This is for what is left when kernels have been chosen.

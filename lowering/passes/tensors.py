@@ -1,4 +1,4 @@
-"""Builders of builtin tensor operations, at the current insertion point: sizes, reshapes, linalg.generic.
+"""Build builtin tensor operations, at the current insertion point: sizes, reshapes, linalg.generic.
 
 A size is a Python integer where it is known when compiling, and otherwise a value of type index.
 """

@@ -1,4 +1,4 @@
-"""Step 7, narrow arithmetic: an operation on 16-bit floats or small integers is one of 32 bits, rounded once.
+"""Step 6, widen: make an operation on 16-bit floats or small integers one of 32 bits, rounded once.
 
 PyTorch computes an operation on bfloat16 or float16 in float32 and rounds its result once, however many steps
 the operation has.  The torch dialect's lowering takes each step in the element type, sums included.  So the

@@ -1,4 +1,4 @@
-"""Arguments belong to the caller: a program only reads them.
+"""Leave arguments to the caller: a program only reads them.
 
 IREE updates a tensor in place where an operation is the last to read it, and takes an argument for such a
 tensor: its copy-on-write asks whether a value has another reader, not whose memory it is.  So every argument

@@ -1,4 +1,4 @@
-"""Step 7, slices that IREE reads wrongly, respelled.
+"""Step 7, respell slices that IREE reads wrongly.
 
 Elements that are picked one by one from a slice are read as if it were a tensor of its own, rows next to each
 other: they are picked from the tensor that it was cut from.  Two slices of a tensor, the first of them

@@ -1,4 +1,4 @@
-"""A second entry point for each program, which writes into memory of the caller's.
+"""Add a second entry point to each program, which writes into memory of the caller's.
 
 ``@main`` takes tensors and returns tensors, as every IREE program does, and allocates what it returns and
 what it needs on the way.  On a GPU that is a synchronous allocation and a synchronous release for each call.

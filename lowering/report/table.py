@@ -1,4 +1,4 @@
-"""A report for a terminal."""
+"""Show a report in a terminal."""
 
 from __future__ import annotations
 

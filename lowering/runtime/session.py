@@ -1,4 +1,4 @@
-"""Devices, contexts on them, and tensors that cross to the IREE runtime and back.
+"""Hold devices and contexts on them, and carry tensors to the IREE runtime and back.
 
 What ``lowering.runtime`` calls programs with; which arguments a call takes is not known here.
 """

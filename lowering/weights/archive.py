@@ -1,4 +1,4 @@
-"""The file format of parameter archives (.irpa), written a tensor at a time.
+"""Write parameter archives (.irpa) in their file format, a tensor at a time.
 
 Where everything lies follows from names and sizes, so the file can be laid out before any tensor exists,
 and the tensors be written in any order and from several threads.  Beside each tensor the archive keeps

@@ -1,4 +1,4 @@
-"""The block-scaled product of ``kernels/matmul.c``."""
+"""Specialise the block-scaled product of ``kernels/matmul.c``."""
 
 from __future__ import annotations
 

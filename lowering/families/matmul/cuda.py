@@ -1,4 +1,4 @@
-"""The block-scaled product of ``kernels/matmul.cu``."""
+"""Specialise the block-scaled product of ``kernels/matmul.cu``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The block-scaled product of ``kernels/matmul.hip``."""
+"""Specialise the block-scaled product of ``kernels/matmul.hip``."""
 
 from __future__ import annotations
 
