@@ -1,6 +1,6 @@
 """Make a kernel instance of a RowSpec and a target: one source file and the constants that specialise it.
 
-Nothing here runs a compiler (``toolchain``) or reads an object (``abi``).  What the row kernel
+Nothing here runs a compiler or reads an object: that is ``backends``' business.  What the row kernel
 family supports is decided here and nowhere else: ``why_unsupported`` says it in a sentence that
 the fusion can record, ``instance`` raises the same sentence.
 """

@@ -1,6 +1,6 @@
 """Lay the rows of a kernel over the lanes, workgroups and multiprocessors of a machine.
 
-What a kernel computes is ``kernel``'s business; nothing here changes a bit of any result.
+What a kernel computes is ``row``'s business; nothing here changes a bit of any result.
 """
 
 from __future__ import annotations
