@@ -1,6 +1,6 @@
-"""How the rows of a kernel are laid over the lanes, workgroups and multiprocessors of a machine.
+"""Lay the rows of a kernel over the lanes, workgroups and multiprocessors of a machine.
 
-What a kernel computes is ``kernel``'s business; nothing here changes a bit of any result.
+What a kernel computes is ``row``'s business; nothing here changes a bit of any result.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LONG, _SLICED = 1280, 6144
 
 @dataclass(frozen=True)
 class Tile:
-    """How rows are laid over lanes.
+    """Say how rows are laid over lanes.
 
     ``lanes`` work on one row, each on ``vectors`` vectors of ``vector`` elements at once, ``batches`` times;
     a workgroup takes ``rows``.  With ``blocks`` there are at most so many workgroups, which go through the
@@ -94,7 +94,7 @@ def choose_mapping(spec: RowSpec, target: Target) -> Mapping:
 
 
 def _long_rows(spec: RowSpec, target: Target) -> Mapping:
-    """What was measured on an H200, as a rule for lengths and NVIDIA GPUs that were not.
+    """Apply what was measured on an H200 to lengths and NVIDIA GPUs that were not.
 
     Where 16-bit values are written, one workgroup a row, since rows that are worked on in order are near to
     each other in memory; and vectors of 8, since their stores then cover whole sectors, which those of 16 do
@@ -117,7 +117,7 @@ def _long_rows(spec: RowSpec, target: Target) -> Mapping:
 
 
 def tuning_key(spec: RowSpec) -> str:
-    """What the best mapping depends on: the length of a row and what is read and written of it.
+    """Name what the best mapping depends on: the length of a row and what is read and written of it.
 
     Empty where nothing was measured: rows of float32, and those without a norm, which need no barrier.
     """
@@ -129,7 +129,7 @@ def tuning_key(spec: RowSpec) -> str:
 
 @functools.cache
 def _measured(target: str) -> dict[str, Mapping]:
-    """What tools/bench/tune.py wrote for ``target``, by ``tuning_key``."""
+    """Read what tools/bench/tune.py wrote for ``target``, by ``tuning_key``."""
     path = Path(__file__).with_name("tuning") / f"{target}.json"
     if not path.is_file():
         return {}
@@ -143,7 +143,7 @@ def _mapping(fields: dict[str, Any]) -> Mapping:
 
 
 def _default_tile(spec: RowSpec, target: Target) -> Tile:
-    """How rows are laid over lanes where nothing was measured.
+    """Lay rows over lanes by a rule, where nothing was measured.
 
     Short rows stay inside a wave or a part of it, so no barrier is needed; longer ones take whole
     waves, of two vectors a lane where possible: what every lane computes for itself (the reduction,
@@ -175,12 +175,12 @@ def _batched_tile(count: int, wave: int, vector: int, at_most: int) -> Tile:
 
 
 def needs_whole_row(spec: RowSpec) -> bool:
-    """Whether something depends on all elements of a row."""
+    """Tell whether something depends on all elements of a row."""
     return spec.norm is not None or has_row_scale(spec)
 
 
 def has_row_scale(spec: RowSpec) -> bool:
-    """Whether a group is a whole row, of no length the kernel knows as a group."""
+    """Tell whether a group is a whole row, of no length the kernel knows as a group."""
     return any(group_of(quantization, spec) == 0 for quantization in spec.quantizations)
 
 

@@ -1,4 +1,4 @@
-"""Operations of other libraries in a traced program: declaring them, and making them functional.
+"""Declare operations of other libraries, and make them functional in a traced program.
 
 The tables of ``patterns.named_ops`` and its neighbours say which they are.  ``declare_ops`` lets
 torch.export trace them without their library; ``functionalize`` replaces those that write into their
@@ -104,7 +104,7 @@ def _made(row: NamedOp, given: Mapping[str, Any]) -> dict[str, tuple[tuple[Any, 
 
 
 def _routed(row: NamedTopk, given: Mapping[str, Any]) -> dict[str, tuple[tuple[Any, ...], torch.dtype]]:
-    """Shape and dtype of the results of a routing."""
+    """Shape and dtype of the results of a grouped top-k."""
     shape = (*given[row.x].shape[:-1], given["topk"])
     return {"weights": (shape, torch.float32), "ids": (shape, torch.int32)}
 
@@ -128,7 +128,7 @@ def _returned(results: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
 def functionalize(
     exported: ExportedProgram, decompositions: Mapping[Any, Callable[..., Any]] | None = None
 ) -> ExportedProgram:
-    """``exported`` decomposed, with every operation of the table that writes into its arguments replaced.
+    """Decompose ``exported``, with every operation of the table that writes into its arguments replaced.
 
     Each becomes its functional twin; what it would have written is what is read afterwards, through any
     alias.  ``decompositions`` are those of ``ExportedProgram.run_decompositions``.  Raises CompileError,
@@ -154,7 +154,7 @@ def functionalize(
 
 
 def _spell_bytes(exported: ExportedProgram) -> None:
-    """Where a product reads scales by their bytes, in columns behind a shape of rows: say what it reads."""
+    """Say what a product reads that takes scales by their bytes: columns, whose shape is that of rows."""
     graph = exported.graph
     for node in list(graph.nodes):
         name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
@@ -262,7 +262,7 @@ def _twin(row: NamedOp) -> torch._ops.OpOverload:
 
 
 def _layout(scale: Any) -> str:
-    """How the caller laid out the tensor for the scales: its strides, which no program has."""
+    """Name the layout that the caller gave the tensor for the scales: its strides, which no program has."""
     if not isinstance(scale, Tensor) or scale.dim() != 2 or scale.dtype != torch.float32:
         return "row"
     (rows, groups), (down, across) = scale.shape, scale.stride()
@@ -272,7 +272,7 @@ def _layout(scale: Any) -> str:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two sizes are one; sizes only known at run time, whether they are one expression."""
+    """Tell whether two sizes are one; sizes only known at run time, whether they are one expression."""
     return str(a) == str(b)
 
 
@@ -330,7 +330,7 @@ def _clone(graph: fx.Graph, base: Any) -> fx.Node:
 
 
 def _view_of(node: fx.Node, name: str, clones: list[fx.Node]) -> fx.Node:
-    """What the argument ``name`` is: a clone, or a clone with its axes in another order."""
+    """Find what the argument ``name`` is: a clone, or a clone with its axes in another order."""
     index = node.kwargs[f"_{name}_base_index"]
     assert isinstance(index, int)
     clone, strides = clones[index], node.kwargs.get(f"_{name}_stride")

@@ -146,7 +146,7 @@ def _turned(op: ir.Operation, quarters: int) -> ir.Value:
 
 
 def _far(x: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Of an angle beyond 2^52 that is a float32: the rest and the number of quarters of a turn in it.
+    """Reduce an angle beyond 2^52 that is a float32: the rest, and the number of quarters of a turn in it.
 
     Its product with each part of 2 / pi is exact, and so is what that is more than whole turns.
     """

@@ -1,4 +1,4 @@
-"""Devices, contexts on them, and tensors that cross to the IREE runtime and back.
+"""Hold devices and contexts on them, and carry tensors to the IREE runtime and back.
 
 What ``lowering.runtime`` calls programs with; which arguments a call takes is not known here.
 """
@@ -86,7 +86,7 @@ class Place:
 
     @staticmethod
     def for_program(signature: Signature, device: str | torch.device | None, name: str) -> Place:
-        """Where ``signature`` is to run; RunError unless it can."""
+        """Find where ``signature`` is to run; raises RunError unless it can."""
         backend, index = _parse_device(str(device or signature.backend))
         compiled = f"{name} was compiled for {signature.target}"
         if isinstance(device, torch.device) and device.type == "cuda" and torch.version.hip:
@@ -100,7 +100,7 @@ class Place:
         return place
 
     def refusal(self, arch: str) -> str | None:
-        """Why this device cannot run code for ``arch``, or None."""
+        """Say why this device cannot run code for ``arch``, or None."""
         if self.driver.on_host:
             missing = missing_on_host(arch)
             return missing and f"this machine lacks {missing}"
@@ -120,7 +120,7 @@ class Place:
 
 
 def gpu_arch(index: int) -> str:
-    """What a program's ``arch`` has to be to run on torch's GPU ``index``."""
+    """Name what a program's ``arch`` has to be to run on torch's GPU ``index``."""
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         return properties.gcnArchName.partition(":")[0]
@@ -128,7 +128,7 @@ def gpu_arch(index: int) -> str:
 
 
 def emulated_arch(backend: str, index: int) -> str | None:
-    """What a stand-in for IREE's driver calls its device "emulated" of; None of any other device."""
+    """Name the chip that a stand-in for IREE's driver emulates; None for any other device."""
     if not _DRIVERS[backend].has_stand_in:
         return None
     hal_device(backend, index)
@@ -157,7 +157,7 @@ def _owner() -> int:
 
 
 def _refuse_forked() -> None:
-    """RunError in a process forked from the owner: a call would wait for its threads for ever."""
+    """Raise RunError in a process forked from the owner: a call would wait for its threads for ever."""
     if os.getpid() != _owner():
         raise RunError(
             "IREE was in use in the process that this one was forked from, and its threads are not here: "
@@ -185,14 +185,14 @@ def hal_device(backend: str, index: int) -> iree.HalDevice:
 
 @dataclass(frozen=True)
 class Storage:
-    """What the memory of a tensor has to be; it occupies none itself."""
+    """Describe what the memory of a tensor has to be; this occupies none itself."""
 
     like: Tensor
     shape: tuple[int, ...]
     element: Any
     """The dtype in IREE's words."""
     typed: bool
-    """Whether DLPack has a word for the dtype; ``element`` is a byte where it has none."""
+    """Tell whether DLPack has a word for the dtype; ``element`` is a byte where it has none."""
     size: int
     """In bytes."""
 
