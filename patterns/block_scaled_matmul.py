@@ -6,6 +6,7 @@ product that is rounded to 16 bits before its bias is added, as ``lowering.nn`` 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +53,11 @@ class NamedProduct(NamedOp):
     b_layout: str | Arg = "row"
     by_bytes: bool = False
     results: tuple[str, ...] = field(default=("y",))  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def shapes(self, given: Mapping[str, Any], fp8: str) -> dict[str, tuple[tuple[Any, ...], Any]]:
+        shape = (*given[self.x].shape[:-1], given[self.b].shape[0])
+        default = "bfloat16" if "bfloat16" in self.schema else "float16"  # the schema's
+        return {"y": (shape, given.get(self.out_dtype or "", default))}
 
     def recognise(self, op: ir.Operation) -> Raised | None:
         # MLIR written by hand may leave out what the schema has a value for.

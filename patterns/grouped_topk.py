@@ -44,6 +44,10 @@ class NamedTopk(NamedOp):
     routing: Fields = field(default_factory=dict)
     same_dtype: bool = False
 
+    def shapes(self, given: Mapping[str, Any], fp8: str) -> dict[str, tuple[tuple[Any, ...], Any]]:
+        shape = (*given[self.x].shape[:-1], given["topk"])
+        return {"weights": (shape, "float32"), "ids": (shape, "int32")}
+
     def recognise(self, op: ir.Operation) -> Raised | None:
         # MLIR written by hand may leave out what the schema has a value for.
         names = self.arguments[: max(len(op.operands), self.required)]

@@ -76,6 +76,23 @@ class NamedOp:
     lower: str | None = None
     requires: Fields = field(default_factory=dict)
 
+    def shapes(self, given: Mapping[str, Any], fp8: str) -> dict[str, tuple[tuple[Any, ...], Any]]:
+        """Shape and dtype (a name, or that of an argument) of each result, for declaring the operation.
+
+        given: the arguments by name.  fp8: what quantizations that leave it to their platform return.  Raises
+        ValueError where the arguments do not fit each other.
+        """
+        x, group = given[self.x], given.get("group_size")
+        hidden = x.shape[-1] // 2 if self.gate is not None else x.shape[-1]
+        if group is not None and hidden % group:
+            raise ValueError(f"{self.name}: group {group} does not divide the last axis, {hidden}")
+        return {
+            "y": ((*x.shape[:-1], hidden), x.dtype),
+            "sum": (x.shape, x.dtype),
+            "q": ((*x.shape[:-1], hidden), fp8),
+            "scale": ((*x.shape[:-1], hidden // group if group else 1), "float32"),
+        }
+
     @cached_property
     def arguments(self) -> tuple[str, ...]:
         return tuple(name for name, _ in _arguments(self.schema))
