@@ -8,8 +8,8 @@ DeepGEMM, torch.nn.RMSNorm); where those disagree the field exists.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Protocol
+from dataclasses import Field, asdict, dataclass, fields
+from typing import Any, ClassVar, Literal, Protocol
 
 Rounding = Literal["once", "twice", "none"]
 Residual = Literal["exact", "rounded"]
@@ -163,7 +163,10 @@ class BlockScaledMatmul:
     b_layout: WeightLayout = "row"
 
 
-Contract = RmsNorm | GatedActivation | Quantization | GroupedTopk | BlockScaledMatmul
+class Contract(Protocol):
+    """What one operation computes: a frozen dataclass of plain values, one of these or an outsider's."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
 
 def in_words(contract: Contract) -> str:

@@ -29,6 +29,7 @@ from typing import Any
 
 from .. import temporary
 from ..errors import ToolchainError
+from ..families.base import Family
 from ..families.instance import KernelInstance
 from ..families.registry import family_of
 from . import object_cache
@@ -106,9 +107,8 @@ class _Compiler:
 
 def _job(instance: KernelInstance) -> _Job:
     family = family_of(instance.spec)
-    directory = family.directory or kernel_source_dir()
     names = (instance.source, *family.sources[instance.source])
-    texts = tuple((name, (directory / name).read_text(encoding="utf-8")) for name in names)
+    texts = tuple((name, _source(family, name).read_text(encoding="utf-8")) for name in names)
     defines = tuple(f"-D{name}={value}" for name, value in instance.defines)
     arch = instance.target.arch
     if instance.target.backend == "cuda":
@@ -120,6 +120,16 @@ def _job(instance: KernelInstance) -> _Job:
     machine = _machine_option(arch)
     options = (*_CPU_OPTIONS, machine, *defines, f"-DPROTOTYPE={prototype(instance)}")
     return _Job(_cpu(_c_compiler(), machine), instance.source, texts, options)
+
+
+def _source(family: Family, name: str) -> Path:
+    """The file of that name: the family's own where it has one, else this project's."""
+    shared = kernel_source_dir()
+    own = family.directory or shared
+    for directory in (own, shared):
+        if (directory / name).is_file():
+            return directory / name
+    raise ToolchainError(f"The family {family.name} names {name}, which is neither in {own} nor in {shared}.")
 
 
 def _machine_option(arch: str) -> str:
