@@ -20,7 +20,8 @@ class LayerNorm:
     The order of a sum could only show where a float64 sum lies within its own error of the middle between
     two float32: for about one row in 10^6.
 
-    PyTorch rounds otherwise, and not alike on every device: on a CPU it computes x * rstd - mean * rstd.
+    PyTorch rounds otherwise, and not alike on every device: on a CPU it computes x * rstd - mean * rstd.  A
+    LayerNorm that gets no kernel is PyTorch's, in float32, rounded to x's dtype at the end.
     Source: torch.nn.LayerNorm.
     """
 

@@ -1,7 +1,4 @@
-"""The contract in plain PyTorch, and the operation that a model may call by name.
-
-The reference is what a site without a kernel compiles to, and what kernels are compared with.
-"""
+"""The contract in plain PyTorch, and the operation that a model may call by name."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from .contract import LayerNorm
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: LayerNorm) -> Tensor:
-    """Compute y of ``contract.LayerNorm``, in operations that torch.export can trace."""
+    """Compute y of ``contract.LayerNorm``: what kernels are compared with."""
     share = 1.0 / x.shape[-1]
     wide = x.to(torch.float64)
     mean = (wide.sum(-1, keepdim=True) * share).to(torch.float32)
@@ -29,6 +26,17 @@ def layer_norm_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, 
     if bias is not None:
         y = y + bias.to(torch.float32)
     return y.to(x.dtype)
+
+
+def without_kernel(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: LayerNorm) -> Tensor:
+    """Compute a site that gets no kernel, in operations that IREE compiles for every target.
+
+    PyTorch's own LayerNorm, since IREE has no float64 sums on CUDA.
+    """
+    vectors = [None if vector is None else vector.to(torch.float32) for vector in (weight, bias)]
+    return torch.nn.functional.layer_norm(
+        x.to(torch.float32), x.shape[-1:], vectors[0], vectors[1], norm.eps
+    ).to(x.dtype)
 
 
 @torch.library.custom_op(

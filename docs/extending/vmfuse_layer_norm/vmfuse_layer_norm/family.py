@@ -23,7 +23,7 @@ from patterns import canonical
 from patterns.contracts import Quantization, in_words
 
 from .contract import LayerNorm, LayerNormSpec
-from .eager import layer_norm_reference
+from .eager import without_kernel
 from .patterns import FAMILY as PATTERNS
 from .patterns import LAYER_NORM
 
@@ -121,7 +121,7 @@ def _defines(spec: LayerNormSpec) -> tuple[tuple[str, str], ...]:
 def _reference(op: ir.Operation) -> Reference:
     """What a LayerNorm computes where it gets no kernel."""
     norm = canonical.from_attribute(LayerNorm, op.attributes["contract"])
-    return norm, lambda x, weight=None, bias=None: layer_norm_reference(x, weight, bias, norm)
+    return norm, lambda x, weight=None, bias=None: without_kernel(x, weight, bias, norm)
 
 
 FAMILY = Family(
