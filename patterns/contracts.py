@@ -164,7 +164,7 @@ class BlockScaledMatmul:
 
 
 class Contract(Protocol):
-    """What a site computes, bit for bit: a frozen dataclass of plain values; a family brings its own."""
+    """What one operation computes: a frozen dataclass of plain values, one of these or an outsider's."""
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 

@@ -19,7 +19,11 @@ from .recogniser import Raised
 from .well_typed import why_no_gate
 
 OPERATION = Operation(
-    canonical.GATED_ACTIVATION, GatedActivation, why_no_gate, site=lambda gate: f"{gate.activation}_mul"
+    canonical.GATED_ACTIVATION,
+    GatedActivation,
+    why_no_gate,
+    site=lambda gate: f"{gate.activation}_mul",
+    is_producer=True,
 )
 
 _CAST = "torch.prims.convert_element_type"

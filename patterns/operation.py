@@ -44,6 +44,9 @@ class Operation:
         What the report calls it; None if it is no site, such as what the fusion makes of one.
     is_kernel
         Whether one kernel computes it: then what it carries is the spec of that kernel.
+    is_producer
+        Whether a quantization of its first result may be part of its kernel: then views between the two
+        move below the quantization.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Operation:
     why_not: Callable[[Any, Types, Types], str | None]
     site: Callable[[Any], str] | None = None
     is_kernel: bool = False
+    is_producer: bool = False
 
     def value(self, op: ir.Operation) -> Any:
         """Read what ``op``, of this name, carries."""

@@ -28,7 +28,9 @@ from .recogniser import Raised
 from .torch_ir import TensorType
 from .well_typed import why_no_norm
 
-OPERATION = Operation(canonical.RMS_NORM, RmsNorm, why_no_norm, site=lambda norm: "rms_norm")
+OPERATION = Operation(
+    canonical.RMS_NORM, RmsNorm, why_no_norm, site=lambda norm: "rms_norm", is_producer=True
+)
 
 _CAST = "torch.prims.convert_element_type"
 # A product of 16-bit and float32 tensors is taken in float32: of what was widened, or as it is.

@@ -9,6 +9,10 @@ Environment: ``CC`` (the C compiler for CPU kernels).
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from ..errors import ToolchainError
+from ..families.base import Family
 from ..families.instance import KernelInstance
 from ..families.registry import family_of
 from . import cuda, hip, object_cache
@@ -33,11 +37,20 @@ def compile_kernel(instance: KernelInstance) -> bytes:
 def job_of(instance: KernelInstance) -> Job:
     """The compilation that gives the object of ``instance``."""
     family = family_of(instance.spec)
-    directory = family.directory or kernel_source_dir()
     names = (instance.source, *family.sources[instance.source])
-    texts = tuple((name, (directory / name).read_text(encoding="utf-8")) for name in names)
+    texts = tuple((name, _source(family, name).read_text(encoding="utf-8")) for name in names)
     defines = tuple(f"-D{name}={value}" for name, value in instance.defines)
     return backend_of(instance.target).job(instance, texts, defines)
+
+
+def _source(family: Family, name: str) -> Path:
+    """The file of that name: the family's own where it has one, else this project's."""
+    shared = kernel_source_dir()
+    own = family.directory or shared
+    for directory in (own, shared):
+        if (directory / name).is_file():
+            return directory / name
+    raise ToolchainError(f"The family {family.name} names {name}, which is neither in {own} nor in {shared}.")
 
 
 def ptx(instance: KernelInstance) -> str:

@@ -34,7 +34,8 @@ class Family:
     why_unsupported
         A sentence saying why no kernel computes a spec on a target; None if one does.
     sources
-        The device sources, by file name, each with the headers it includes.
+        The device sources, by file name, each with the headers it includes: the family's own, or those of
+        this project.
     references
         By the name of a raised operation: what it computes where it gets no kernel.  Such a function may
         raise CompileError where there is nothing to compute.
@@ -58,6 +59,10 @@ class Family:
             raise ValueError(
                 f"family {self.name}: one operation of a kernel carries {self.spec.__name__}, not {carried}"
             )
+        if self.directory is not None:
+            missing = [name for name in self.sources if not (self.directory / name).is_file()]
+            if missing:
+                raise ValueError(f"family {self.name}: {self.directory} has no {', '.join(missing)}")
         unknown = set(self.references) - {operation.name for operation in self.patterns.operations}
         if unknown:
             raise ValueError(

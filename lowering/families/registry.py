@@ -6,7 +6,7 @@ them; docs/extending.md walks through one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
@@ -36,22 +36,30 @@ FAMILIES: tuple[Family, ...] = (
 
 @cache
 def families() -> tuple[Family, ...]:
-    """Every family, this project's first: what they find, outsiders do not see.
+    """Every family, those that packages bring first, by the names of their entry points.
 
-    Raises UsageError, naming the package, for an entry point that brings none, and where two families have an
-    operation, a spec or a source of one name.
+    They are asked before this project's, like recognisers that a user names: what somebody installs is meant
+    for a narrower case.  Raises UsageError, naming the entry point, for one that brings none, and naming both
+    families where two have an operation, or what operations carry, of one name.
     """
-    found = list(FAMILIES)
-    for entry in entry_points(group=GROUP):
+    found: list[Family] = []
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         found += _brought(entry)
-    for what, names in (
-        ("an operation", [operation.name for family in found for operation in family.patterns.operations]),
-        ("a spec", [family.spec.__name__ for family in found]),
-    ):
-        twice = {name for name in names if names.count(name) > 1}
-        if twice:
-            raise UsageError(f"two families have {what} called {', '.join(sorted(twice))}")
+    found += FAMILIES
+    _refuse_equal_names(found)
     return tuple(found)
+
+
+def _refuse_equal_names(found: Sequence[Family]) -> None:
+    """Raise UsageError where a name stands for two things: in the IR, or in a written report."""
+    owners: dict[str, tuple[Family, object]] = {}
+    for number, family in enumerate(found):
+        for operation in family.patterns.operations:
+            carried = number if operation.is_kernel else operation.carries  # a spec says whose kernel it is
+            for name, meant in ((operation.name, number), (operation.carries.__name__, carried)):
+                owner, other = owners.setdefault(name, (family, meant))
+                if other != meant:
+                    raise UsageError(f"the families {owner.name} and {family.name} both have a {name}")
 
 
 def _brought(entry: EntryPoint) -> tuple[Family, ...]:
@@ -83,6 +91,12 @@ def operation_named(name: str) -> Operation | None:
     """The declaration of the operation of that name; None where no family has it."""
     found = _operations().get(name)
     return None if found is None else found[1]
+
+
+def contract_kind(name: str) -> type | None:
+    """The contract of that name; None where no operation of a family carries one."""
+    carried = (operation.carries for family in families() for operation in family.patterns.operations)
+    return next((kind for kind in carried if kind.__name__ == name), None)
 
 
 def spec_of(op: ir.Operation) -> Spec | None:

@@ -164,6 +164,7 @@ def _inline(function: ir.Operation, op: ir.Operation, operands: Sequence[ir.Valu
                 old.replace_all_uses_with(_matching(values[new], old, op))
             break
         copy = inner.clone(ir.InsertionPoint(op))
+        copy.location = op.location  # an error then names the line of the model, not of the reference
         for index, operand in enumerate(inner.operands):
             copy.operands[index] = values[operand]
         values.update(zip(inner.results, copy.results, strict=True))

@@ -6,6 +6,8 @@ from iree.compiler import ir
 
 from patterns import canonical, torch_ir, views
 
+from ..families.registry import operation_of
+
 
 def sink_views(function: ir.Operation) -> None:
     """Move the views between a producer and a ``vmfuse.group_quant`` below it, whole chains, in place.
@@ -65,4 +67,5 @@ def _starts_at_producer(view: ir.Operation) -> bool:
     source: ir.Operation | None = view
     while source is not None and views.is_view(source):
         source = torch_ir.producer(source.operands[0])
-    return source is not None and torch_ir.op_name(source) in canonical.PRODUCERS
+    operation = None if source is None else operation_of(source)
+    return operation is not None and operation.is_producer

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from patterns.contracts import Contract, GatedActivation, GroupedTopk, Quantization, RmsNorm
 from patterns.sites import Remark, Timing
 
+from ..errors import UsageError
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -206,14 +208,17 @@ _CONTRACTS = {kind.__name__: kind for kind in (RmsNorm, GatedActivation, Quantiz
 
 def _contract(site: Site) -> dict[str, Any] | None:
     """The contract's fields and, as ``kind``, which contract it is."""
-    return site.contract and {"kind": type(site.contract).__name__, **asdict(site.contract)}
+    if site.contract is None:
+        return None
+    return {"kind": type(site.contract).__name__, **asdict(site.contract)}
 
 
 def _site(written: dict[str, Any]) -> Site:
     """The site of which ``to_dict`` wrote this."""
     contract, size = written["contract"], written["bytes"]
     if contract is not None:
-        contract = _CONTRACTS[contract["kind"]](**{k: v for k, v in contract.items() if k != "kind"})
+        kind = _contract_kind(contract["kind"])
+        contract = kind(**{k: v for k, v in contract.items() if k != "kind"})
     return Site(
         **{
             **written,
@@ -222,6 +227,18 @@ def _site(written: dict[str, Any]) -> Site:
             "dispatches": Change(**written["dispatches"]),
         }
     )
+
+
+def _contract_kind(name: str) -> type:
+    """The contract of that name.  Raises UsageError where no installed package has it."""
+    if name in _CONTRACTS:
+        return _CONTRACTS[name]
+    from ..families.registry import contract_kind  # an outsider's; those above are read without the compiler
+
+    kind = contract_kind(name)
+    if kind is None:
+        raise UsageError(f"the report has a contract {name}, of a package that is not installed here")
+    return kind
 
 
 def _folded(written: dict[str, Any]) -> Folded:
