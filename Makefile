@@ -21,6 +21,7 @@ test: $(STAMP)  ## every test, lint and type checks included (PYTEST_ARGS= for m
 lint: $(STAMP)  ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 wheel: $(STAMP)  ## build dist/vmfuse-*.whl

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     )
     from .importing.foreign import declare_ops
     from .nn import quantize
-    from .report.report import Report, Site
+    from .report.report import Report
+    from .report.sites import Site
     from .runtime.program import Program, load
     from .targets import TARGETS, Target
 

@@ -33,7 +33,8 @@ from .program.ownership import keep_arguments, part_updates
 from .program.scalar_ops import correct
 from .program.slices import mend_slices
 from .program.storage import add_entry, remove_entry
-from .report.report import Change, Report, Site
+from .report.report import Report
+from .report.sites import Change, Site
 from .signature import SIGNATURE_KEY, Signature, known_sizes
 from .steps import BY_NAME, FUSING, State, Step, run
 from .targets import Target, resolve

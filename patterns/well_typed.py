@@ -103,9 +103,17 @@ def is_routing(types: Types) -> bool:
 
 def why_no_product(product: BlockScaledMatmul, operands: Types, results: Types) -> str | None:
     """a, b, a_scale, b_scale, [bias] -> out; sizes are compared where the product gets its kernel."""
-    if not 4 <= len(operands) <= 5 or len(results) != 1 or None in (*operands, *results):
+    if not 4 <= len(operands) <= 5 or len(results) != 1:
         return "a product has four tensors as operands, or five, and one result"
-    return None
+    types = [type_ for type_ in (*operands, *results) if type_ is not None]
+    codes, scales, out = types[:2], types[2:4], types[-1]
+    fits = (
+        len(types) == len(operands) + 1
+        and all(type_.dtype.startswith("float8") for type_ in codes)
+        and all(type_.dtype == "float32" for type_ in scales)
+        and out.dtype in FLOATS
+    )
+    return None if fits else f"it takes {_listed(operands)} to {_listed(results)}"
 
 
 def _listed(types: Types) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -46,6 +47,33 @@ def test_types(root):
 
 
 # Layering ---------------------------------------------------------------------------------------
+
+
+def test_imports_go_one_way_between_the_folders(root):
+    """Between the folders, as pyproject.toml declares it: none upward, and no circle."""
+    command = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    done = run(sys.executable, "-c", command, "--no-cache", cwd=root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 kept, 0 broken" in done.stdout
+
+
+def test_an_import_upward_is_found(root, tmp_path):
+    """A pass that imports the command line, and two modules that import each other."""
+    for name in ("lowering", "patterns", "tools", "pyproject.toml"):
+        copy = shutil.copytree if (root / name).is_dir() else shutil.copy
+        copy(root / name, tmp_path / name)
+    for file, line in (
+        ("lowering/passes/fuse.py", "from ..cli import outputs"),
+        ("lowering/passes/normalize.py", "from . import fuse"),
+        ("lowering/report/words.py", "from . import page"),
+    ):
+        path = tmp_path / file
+        path.write_text(path.read_text() + f"{line}\n")
+    command = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    done = run(sys.executable, "-c", command, "--no-cache", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1 and "1 kept, 2 broken" in done.stdout, done.stdout
+    assert "lowering.passes is not allowed to import lowering.cli" in done.stdout
+    assert "No cycles are allowed in lowering.report" in done.stdout
 
 
 def imported(path: Path) -> set[str]:

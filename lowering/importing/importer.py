@@ -27,7 +27,7 @@ from patterns.sites import Remark
 
 from .. import ops as _ops  # noqa: F401  registers torch.ops.lowering.*
 from ..errors import CompileError
-from ..report.report import Folded
+from ..report.sites import Folded
 from ..signature import PARAMETER_SCOPE, Constant, Leaf, Parameters, Signature, TensorSpec, host_arch
 from ..targets import Target
 from ..weights.recipes import Recipe

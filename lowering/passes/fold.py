@@ -24,7 +24,7 @@ from iree.compiler import ir
 from patterns import torch_ir, weight_layouts
 
 from ..importing.importer import Program, declare_parameter, is_storable, read_parameter
-from ..report.report import Change, Folded
+from ..report.sites import Change, Folded
 from ..weights.recipes import WORKING, Call, Recipe, Source, traced
 
 SMALL = 1 << 20

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from patterns.contracts import in_words
 
-from .report import Report, Site
+from .sites import Site
 from .words import by_kernel, folding_text, headline, short_location, size_text, traffic_text, with_counts
+
+if TYPE_CHECKING:
+    from .report import Report
 
 _STYLE = """
 :root { --ink: #1c2430; --soft: #667085; --line: #e3e7ee; --page: #f6f7f9; --card: #fff;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -9,8 +11,10 @@ from rich.text import Text
 
 from patterns.sites import Timing
 
-from .report import Report
 from .words import by_kernel, folding_text, headline, short_location, totals, with_counts
+
+if TYPE_CHECKING:
+    from .report import Report
 
 
 def timing_table(timing: Timing) -> RenderableType:

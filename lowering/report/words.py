@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import PurePath
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from .report import Change, Report, Site
+from .sites import Change, Site
+
+if TYPE_CHECKING:
+    from .report import Report
 
 Item = TypeVar("Item")
 

@@ -21,7 +21,8 @@ import lowering
 from lowering.cli import compile as compile_cli
 from lowering.cli.source import MlirText, Model, resolve
 from lowering.errors import CompileError, UsageError
-from lowering.report.report import Report, Site
+from lowering.report.report import Report
+from lowering.report.sites import Site
 from lowering.targets import resolve as resolve_target
 
 ROOT = Path(__file__).resolve().parents[2]

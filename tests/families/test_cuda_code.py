@@ -17,7 +17,7 @@ from lowering.families.row_mapping import choose_mapping
 from lowering.targets import resolve
 
 sass = pytest.importorskip("tools.gpu.sass")
-families = pytest.importorskip("tools.bench.kernel_families")
+families = pytest.importorskip("tools.kernel_families")
 
 BUDGET = {"sm_90": 23.6 / 3, "sm_100": 13.1 / 3}  # of each byte of an element
 OVER = {("silu*up, quant", "sm_100"): 1.15}  # exp in float32 to the last bit costs more than its bytes

@@ -17,7 +17,7 @@ from lowering.errors import CompileError
 from lowering.importing.importer import Program, import_module
 from lowering.passes.fold import SMALL, fold
 from lowering.passes.normalize import normalize
-from lowering.report.report import Change
+from lowering.report.sites import Change
 from lowering.weights.recipes import Recipe
 from patterns import torch_ir
 

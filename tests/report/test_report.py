@@ -10,7 +10,8 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from lowering.report.report import Change, Folded, Report, Site
+from lowering.report.report import Report
+from lowering.report.sites import Change, Folded, Site
 from patterns.contracts import Quantization, RmsNorm
 from patterns.sites import Remark, Tally, Timing
 

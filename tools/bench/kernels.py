@@ -35,11 +35,11 @@ from torch import Tensor
 
 from patterns.contracts import RowSpec
 from tools.bench.float64_check import problems
-from tools.bench.kernel_families import CHECKED, CHECKED_HIDDEN, FAMILIES, HIDDEN, ROWS
 from tools.bench.peers import Call, FlashInfer, Step, inductor_calls, ways
 from tools.command_line import write_json
 from tools.gpu.launch import CudaKernel, Launch, inputs_for, outputs_for, read_launches, row_spec
 from tools.gpu.timing import copy_bandwidth, is_cold, tensor_sets, time_calls, time_in_turn
+from tools.kernel_families import CHECKED, CHECKED_HIDDEN, FAMILIES, HIDDEN, ROWS
 
 SPECS = "specs.json"
 INDUCTOR = ("norm, quant", "add, norm, quant, y")

@@ -38,9 +38,9 @@ from lowering.families.row_mapping import Tile, tuning_key
 from lowering.targets import Target, resolve
 from patterns.contracts import RowSpec
 from tools.bench.float64_check import problems
-from tools.bench.kernel_families import FAMILIES, HIDDEN, ROWS
 from tools.gpu.launch import CudaKernel, Launch, inputs_for, launch_of, outputs_for
 from tools.gpu.timing import tensor_sets, time_in_turn
+from tools.kernel_families import FAMILIES, HIDDEN, ROWS
 
 MANY = 1024  # rows from which on only the tile of many rows counts
 _MANY_COUNTS = 3  # times as much as few, in what is chosen: that is where time goes

@@ -161,7 +161,7 @@ def instructions_per_element(kernel: KernelInstance, code: Code) -> float:
 
 def main() -> int:
     """Print every family."""
-    from tools.bench.kernel_families import FAMILIES
+    from tools.kernel_families import FAMILIES
 
     for name, family in FAMILIES.items():
         for target in ("sm_90", "sm_100"):
