@@ -10,8 +10,6 @@ from . import (
     dequantized,
     gated_activation,
     group_quant,
-    grouped_topk,
-    linear_fusion,
     matmul_fusion,
     named_ops,
     near_gates,
@@ -19,11 +17,9 @@ from . import (
     near_quantizations,
     rms_norm,
     row_fusion,
-    selection_fusion,
 )
 from .operation import PatternFamily
 
-ROUTING = grouped_topk.FAMILY
 # Norms, gates and quantizations: one kernel family computes all that is done to a row.
 ROW = PatternFamily(
     operations=(
@@ -54,5 +50,3 @@ PRODUCT = PatternFamily(
     recognisers=block_scaled_matmul.RECOGNISERS,
     named=block_scaled_matmul.NAMED_OPS,
 )
-LINEAR = linear_fusion.FAMILY
-SELECTION = selection_fusion.FAMILY

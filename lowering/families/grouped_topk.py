@@ -11,7 +11,7 @@ from iree.compiler import ir
 
 from patterns import canonical, torch_ir
 from patterns.contracts import TopkSpec
-from patterns.families import ROUTING
+from patterns.grouped_topk import FAMILY as PATTERNS
 
 from .. import ops
 from ..errors import CompileError
@@ -162,7 +162,7 @@ def _reference(op: ir.Operation) -> Reference:
 
 FAMILY = Family(
     name="grouped_topk",
-    patterns=ROUTING,
+    patterns=PATTERNS,
     spec=TopkSpec,
     instance=instance,
     why_unsupported=why_unsupported,

@@ -7,7 +7,7 @@ On the CPU IREE's own product of a large weight, a language model's head above a
 from __future__ import annotations
 
 from patterns.contracts import LinearSpec
-from patterns.families import LINEAR
+from patterns.linear_fusion import FAMILY as PATTERNS
 
 from ..errors import CompileError
 from ..targets import Target
@@ -71,4 +71,4 @@ def bindings(spec: LinearSpec) -> tuple[Binding, ...]:
 
 
 # It shares its source with the block-scaled product.
-FAMILY = Family("linear", LINEAR, LinearSpec, instance, why_unsupported, sources=MATMUL_C)
+FAMILY = Family("linear", PATTERNS, LinearSpec, instance, why_unsupported, sources=MATMUL_C)

@@ -7,7 +7,7 @@ Elsewhere than on the CPU, and where this kernel does not fit, a top-k is comput
 from __future__ import annotations
 
 from patterns.contracts import SelectionSpec
-from patterns.families import SELECTION
+from patterns.selection_fusion import FAMILY as PATTERNS
 
 from ..errors import CompileError
 from ..targets import Target
@@ -72,5 +72,5 @@ def bindings(spec: SelectionSpec) -> tuple[Binding, ...]:
 
 
 FAMILY = Family(
-    "selection", SELECTION, SelectionSpec, instance, why_unsupported, sources={"select.c": ("cpu.h",)}
+    "selection", PATTERNS, SelectionSpec, instance, why_unsupported, sources={"select.c": ("cpu.h",)}
 )

@@ -395,7 +395,7 @@ def test_code_that_is_in_no_file_is_no_line_of_the_model() -> None:
     for own in ("/x/lowering/nn.py", "/x/lowering/ops/rms_norm.py", "/x/lowering/families/matmul/cpu.py"):
         inner = f'loc(callsite("{own}":3:0 at "/m/model.py":7:0))'
         assert torch_ir.model_line(inner) == "/m/model.py:7"
-    # A folder of the user's that is called like one of ours is the user's, as far as its files are no modules.
+    # A folder of the user's that is called like one of ours is the user's: its name is another one.
     assert torch_ir.model_line('loc("/m/lowering-tests/model.py":7:0)') == "/m/lowering-tests/model.py:7"
     assert torch_ir.model_line('loc(callsite("<string>":1:0 at "/m/model.py":7:0))') == "/m/model.py:7"
 

@@ -7,7 +7,7 @@
 
 // CHECK-LABEL: func.func @with_weight
 // CHECK-NEXT:    torch.operator "vmfuse.rms_norm"(%arg0, %arg1) {contract = {eps = 9.9999999999999995E-7 : f64}, site = 0 : i64} : (!torch.vtensor<[?,256],bf16>, !torch.vtensor<[256],f32>) -> !torch.vtensor<[?,256],bf16>
-// CHECK-NOT:     lowering.ops.rms_norm
+// CHECK-NOT:     lowering.rms_norm
 // CHECK:       // site 0: rms_norm at line [[# @LINE + 3]] open
 func.func @with_weight(%x: !x, %w: !w) -> !x {
   %eps = torch.constant.float 1.0e-06

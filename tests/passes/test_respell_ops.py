@@ -242,7 +242,7 @@ def test_a_quantization_of_unknown_rows_is_refused_by_name():
         def forward(self, x):
             return torch.ops.lowering.group_quant(x, 128)
 
-    with pytest.raises(CompileError, match=r"test_respell_ops.py:\d+: lowering.ops.group_quant .* last axis"):
+    with pytest.raises(CompileError, match=r"test_respell_ops.py:\d+: lowering.group_quant .* last axis"):
         lowering.compile(Quantization(), (torch.randn(4, 512),), dynamic_shapes=({1: 128 * Dim("groups")},))
 
 
