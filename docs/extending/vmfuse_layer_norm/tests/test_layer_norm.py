@@ -210,18 +210,19 @@ def reference(spec: contract.LayerNormSpec, x: Tensor, *vectors: Tensor) -> list
 
 
 def launcher(spec: contract.LayerNormSpec, target: Target, directory: Path) -> host_kernels.Launch:
+    """What runs the kernel: its machine code; for NVIDIA layer_norm.h on the host, in waves of 32."""
     kernel = family.instance(spec, target)
-    return (
-        gfx950_kernels.launcher(kernel)
-        if target.backend == "hip"
-        else host_kernels.launcher(kernel, directory)
-    )
+    if target.backend == "hip":
+        return gfx950_kernels.launcher(kernel)
+    if target.backend == "cpu":
+        return host_kernels.launcher(kernel, directory)
+    return host_kernels.emulated(kernel, directory, Path(__file__))
 
 
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("target", ["cpu", "gfx950"])
-def test_machine_code_computes_the_contract(name: str, target: str, tmp_path: Path) -> None:
-    """The object for the CPU, run; that for gfx950, executed: nothing beside a tensor is touched."""
+@pytest.mark.parametrize("target", ["cpu", "gfx950", "h200"])
+def test_a_kernel_computes_the_contract(name: str, target: str, tmp_path: Path) -> None:
+    """The object for the CPU, run; that for gfx950, executed; source for NVIDIA: nothing else is touched."""
     spec, machine = SPECS[name], resolve(target)
     torch.manual_seed(len(name))
     launch = launcher(spec, machine, tmp_path)
