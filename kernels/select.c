@@ -8,7 +8,7 @@
 // Entries compare by a key that orders as torch does: a NaN is larger than all else and equal to every other, the zeros
 // are equal.  The key that comes first is the smallest.
 //
-// The macros that specialise this file come from lowering/selection_kernel.py.
+// The macros that specialise this file come from lowering/families/selection.py.
 
 #include "cpu.h"
 

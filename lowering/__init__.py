@@ -97,8 +97,11 @@ def __getattr__(name: str) -> Any:
 
 
 def _is_command() -> bool:
-    """Whether this process is one of the commands: they answer ``--help`` and most mistakes without
-    the second that importing torch takes, and import ``ops`` themselves before any model."""
+    """Tell whether this process is one of the commands.
+
+    They answer ``--help`` and most mistakes without the second that importing torch takes, and import ``ops``
+    themselves before any model.
+    """
     module = sys.orig_argv[2:3] if sys.orig_argv[1:2] == ["-m"] and sys.argv[:1] == ["-m"] else []
     started = PurePath(sys.argv[0]).name if sys.argv else ""
     return started in ("compile-to-vmfb", "run-vmfb") or module in (

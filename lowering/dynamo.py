@@ -1,4 +1,4 @@
-"""``torch.compile(model, backend="lowering")``: one compiled program per graph and set of sizes.
+"""Compile for ``torch.compile(model, backend="lowering")``: one program per graph and set of sizes.
 
 For inference: the program has no gradient.  Weights are arguments of the graphs Dynamo makes, so
 they are shared with the model, not copied.

@@ -1,4 +1,4 @@
-"""Errors meant for people: each says what was wrong, where, and what to do."""
+"""Tell people, by errors, what was wrong, where, and what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recognisers from outside the package: entry points of installed packages, and files named by the user.
+"""Load recognisers from outside: entry points of installed packages, and files named by the user.
 
 A file (or the object an entry point of group ``vmfuse.recognisers`` names) holds ``RECOGNISERS``, a
 tuple of objects with ``roots`` and ``recognise(op)`` as ``patterns.recogniser`` describes them.  They
@@ -23,7 +23,7 @@ ENTRY_POINTS = "vmfuse.recognisers"
 
 
 def recognisers(files: Iterable[str | os.PathLike[str]] = ()) -> tuple[Recogniser, ...]:
-    """Those of ``files``, in order, then those of installed packages.
+    """Collect the recognisers of ``files``, in order, then those of installed packages.
 
     Raises UsageError naming the file or entry point that does not hold any.
     """

@@ -1,4 +1,4 @@
-"""Quantized layers, and the one call that puts them into a loaded model.
+"""Quantize layers, by the one call that puts quantized ones into a loaded model.
 
 Weights are quantized once, here; activations at every call, by ``torch.ops.lowering.group_quant``,
 which is what the compiler fuses with the norm before it.  No compiler is imported here.
@@ -22,7 +22,7 @@ _QMAX = torch.finfo(WEIGHT_DTYPE).max
 _AMAX_FLOOR = 1e-10
 
 LM_HEAD = ("lm_head",)
-"""What ``quantize`` leaves alone unless it is told otherwise: the projection to a model's vocabulary."""
+"""Left alone by ``quantize`` unless it is told otherwise: the projection to a model's vocabulary."""
 
 
 class BlockScaledLinear(nn.Module):
@@ -167,7 +167,7 @@ def _check_any(model: nn.Module) -> None:
 
 
 def _without_read(sites: list[_Site], read: dict[str, str]) -> list[_Site]:
-    """Those whose weight nothing but their own call reads."""
+    """Keep the layers whose weight nothing but their own call reads."""
     found = {f"{name.rpartition('.')[2]} ({read[name]})" for name, _, _ in sites if name in read}
     if found:
         warnings.warn(
@@ -179,7 +179,7 @@ def _without_read(sites: list[_Site], read: dict[str, str]) -> list[_Site]:
 
 
 def _without_small(sites: list[_Site], group_size: int) -> list[_Site]:
-    """Those with a whole group in a row; all of them if none has one, for the error that says so."""
+    """Keep the layers with a whole group in a row; all if none has one, for the error that says so."""
     small = [name for name, _, linear in sites if linear.in_features < group_size]
     if len(small) in (0, len(sites)):
         return sites
@@ -225,7 +225,7 @@ def _check_patterns(patterns: tuple[str, ...], model: nn.Module) -> None:
 
 
 def _excluded(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a pattern names the layer or a module around it, in full or by the last part of the name."""
+    """Tell whether a pattern names the layer or a module around it, in full or by the end of the name."""
     parts = name.split(".")
     names = (*parts, *(".".join(parts[:count]) for count in range(2, len(parts) + 1)))
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)

@@ -1,4 +1,4 @@
-"""What a compiled function takes and returns, as JSON inside the program.
+"""Write down what a compiled function takes and returns, as JSON inside the program.
 
 The compiler writes one ``Signature`` per exported function, under ``SIGNATURE_KEY`` of its
 ``iree.reflection``; the runtime checks every call against it.  Both sides import this module, so
@@ -204,7 +204,7 @@ def resolve(dim: Dim, symbols: Mapping[str, int]) -> int | None:
 
 
 def holds(condition: str, symbols: Mapping[str, int]) -> bool | None:
-    """Whether ``condition`` is true; None when it cannot be told."""
+    """Tell whether ``condition`` is true; None when it cannot be told."""
     value = _value(condition, {**_FUNCTIONS, **symbols})
     return None if value is None else bool(value)
 
@@ -293,7 +293,7 @@ def parameter_digest(path: str | Path) -> str:
 
 
 def _irpa_data_offset(file: BinaryIO, size: int) -> int:
-    """Where the data of the archive begins: behind its header, entries and metadata."""
+    """Find where the data of the archive begins: behind its header, entries and metadata."""
     header = file.read(IRPA_HEADER.size)
     if not header.startswith(b"IRPA"):
         raise ValueError("it is not an .irpa parameter archive")
@@ -332,7 +332,7 @@ def _plain(feature: str) -> str:
 
 
 def missing_on_host(arch: str) -> str | None:
-    """What this machine lacks to run code for ``arch`` (a ``host_arch()`` or LLVM's spelling), or None."""
+    """Name what this machine lacks for code of ``arch`` (a ``host_arch()`` or LLVM's); None if nothing."""
     machine, *features = arch.split("+")
     if machine in ("", "native"):
         return None

@@ -1,4 +1,4 @@
-"""The table of machines a program can be compiled for."""
+"""List the machines a program can be compiled for."""
 
 from __future__ import annotations
 
@@ -32,8 +32,18 @@ class Target:
     aliases: tuple[str, ...] = ()
 
     @property
+    def torch_build(self) -> str | None:
+        """Name what PyTorch must be built for to hold its tensors: ``CUDA``, ``ROCm``; None for any build."""
+        return {"cpu": None, "cuda": "CUDA", "hip": "ROCm"}[self.backend]
+
+    @property
+    def has_precise_functions(self) -> bool:
+        """Tell whether the functions of its device library are as good as PyTorch's: those of AMD's are."""
+        return self.backend == "hip"
+
+    @property
     def is_gpu(self) -> bool:
-        """Whether kernels run in workgroups of many lanes, in a memory of their own."""
+        """Tell whether kernels run in workgroups of many lanes, in a memory of their own."""
         return self.wave > 1
 
 

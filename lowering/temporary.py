@@ -1,4 +1,4 @@
-"""Files on their way: written under a name of their own, renamed when they are whole, removed when not.
+"""Write files under a name of their own, rename them when they are whole, remove them when not.
 
 A process that is killed cannot clean up.  The names therefore say whose they are (the machine since it was
 started, the process and when that began), and whoever next writes in the same directory removes those of the
@@ -90,7 +90,7 @@ def _mark() -> str:
 
 
 def _is_abandoned(mark: re.Match[str]) -> bool:
-    """Whether its process ran here, where processes can be told apart, and does not any more."""
+    """Tell whether its process ran here, where processes can be told apart, and does not any more."""
     if mark["machine"] != _machine() or mark["started"] == "0":
         return False
     return _started(int(mark["process"])) != int(mark["started"])
@@ -98,7 +98,7 @@ def _is_abandoned(mark: re.Match[str]) -> bool:
 
 @functools.cache
 def _machine() -> str:
-    """Where a process number means something: this machine since it was started, and its set of processes."""
+    """Name where a process number means something: this machine since its start, and its set of processes."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
         return f"{zlib.crc32((boot + str(Path('/proc/self/ns/pid').readlink())).encode()):08x}"

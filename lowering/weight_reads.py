@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import nn
 
 _INDEPENDENT = {"device", "shape", "size", "ndim", "numel", "is_cuda", "is_meta", "requires_grad"}
-"""What is read of a weight and is the same for its codes."""
+"""Attributes of a weight that are the same for its codes."""
 
 
 def weights_read(model: nn.Module) -> dict[str, str]:
@@ -81,7 +81,7 @@ def _chains(node: ast.AST) -> Iterator[tuple[str, list[str], int]]:
 
 
 def _in_training(test: ast.expr) -> bool:
-    """Whether a branch is taken in training alone."""
+    """Tell whether a branch is taken in training alone."""
     text = ast.unparse(test)
     return "self.training" in text and "not self.training" not in text
 

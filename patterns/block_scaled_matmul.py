@@ -1,4 +1,4 @@
-"""The block-scaled product, by every name it has, raised to ``vmfuse.block_scaled_matmul``, with its bias.
+"""Raise the block-scaled product, by every name it has, to ``vmfuse.block_scaled_matmul``, with its bias.
 
 A bias is taken in only where the sum is rounded as the kernel rounds it: once, after a float32 addition.  A
 product that is rounded to 16 bits before its bias is added, as ``lowering.nn`` has it, stays that.
@@ -6,6 +6,7 @@ product that is rounded to 16 bits before its bias is added, as ``lowering.nn`` 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +54,11 @@ class NamedProduct(NamedOp):
     by_bytes: bool = False
     results: tuple[str, ...] = field(default=("y",))  # pyright: ignore[reportIncompatibleVariableOverride]
 
+    def shapes(self, given: Mapping[str, Any], fp8: str) -> dict[str, tuple[tuple[Any, ...], Any]]:
+        shape = (*given[self.x].shape[:-1], given[self.b].shape[0])
+        default = "bfloat16" if "bfloat16" in self.schema else "float16"  # the schema's
+        return {"y": (shape, given.get(self.out_dtype or "", default))}
+
     def recognise(self, op: ir.Operation) -> Raised | None:
         # MLIR written by hand may leave out what the schema has a value for.
         names = self.arguments[: max(len(op.operands), self.required)]
@@ -73,7 +79,7 @@ class NamedProduct(NamedOp):
         return Raised(canonical.BLOCK_SCALED_MATMUL, BlockScaledMatmul(layout), operands, list(op.results))
 
     def _fits(self, operands: list[ir.Value], values: dict[str, object]) -> bool:
-        """Whether the operands are a product's, and its block the one that their shapes give."""
+        """Tell whether the operands are a product's, and its block the one that their shapes give."""
         a, b, a_scale, b_scale = (torch_ir.tensor_type(value) for value in operands[:4])
         if a is None or b is None or a_scale is None or b_scale is None or not (a.shape and a_scale.shape):
             return False
@@ -203,7 +209,7 @@ def _biased(add: ir.Operation, dtype: str) -> tuple[ir.Operation | None, ir.Valu
 
 
 def _read_besides(end: ir.Operation, product: ir.Operation) -> bool:
-    """Whether something reads a value between ``product`` and ``end``, which would be computed twice."""
+    """Tell whether something reads a value between ``product`` and ``end``, which would be computed twice."""
     op = product
     while op != end:
         users = torch_ir.users(op.results[0])

@@ -1,4 +1,4 @@
-"""The canonical operations every spelling is raised to, and those a kernel computes.
+"""Define the canonical operations every spelling is raised to, and those a kernel computes.
 
 They are ``torch.operator`` ops whose names start with ``vmfuse.`` and whose attributes hold one of
 the frozen values of ``patterns.contracts``:
@@ -143,32 +143,32 @@ def physical_scale(scale: ir.Value, result: TensorType, layout: ScaleLayout) -> 
 
 
 def norm_contract(op: ir.Operation) -> RmsNorm:
-    """What a ``vmfuse.rms_norm`` computes."""
+    """Read what a ``vmfuse.rms_norm`` computes."""
     return from_attribute(RmsNorm, op.attributes["contract"])
 
 
 def gate_contract(op: ir.Operation) -> GatedActivation:
-    """What a ``vmfuse.gated_activation`` computes."""
+    """Read what a ``vmfuse.gated_activation`` computes."""
     return from_attribute(GatedActivation, op.attributes["contract"])
 
 
 def quantization(op: ir.Operation) -> Quantization:
-    """What a ``vmfuse.group_quant`` computes."""
+    """Read what a ``vmfuse.group_quant`` computes."""
     return from_attribute(Quantization, op.attributes["contract"])
 
 
 def routing_contract(op: ir.Operation) -> GroupedTopk:
-    """What a ``vmfuse.grouped_topk`` computes."""
+    """Read what a ``vmfuse.grouped_topk`` computes."""
     return from_attribute(GroupedTopk, op.attributes["contract"])
 
 
 def product_contract(op: ir.Operation) -> BlockScaledMatmul:
-    """What a ``vmfuse.block_scaled_matmul`` computes."""
+    """Read what a ``vmfuse.block_scaled_matmul`` computes."""
     return from_attribute(BlockScaledMatmul, op.attributes["contract"])
 
 
 def cost(op: ir.Operation) -> Cost:
-    """What ``op`` costs as a kernel of its own: every operand read once, every result written once."""
+    """Count what ``op`` costs as a kernel of its own: every operand read once, every result written once."""
     sizes = [torch_ir.example_bytes(value) for value in (*op.operands, *op.results)]
     known = [size for size in sizes if size is not None]
     return Cost(sum(known) if len(known) == len(sizes) else None, dispatches=1)

@@ -1,4 +1,4 @@
-"""The values that say what a site computes, bit for bit.
+"""Say what a site computes, bit for bit, in frozen values.
 
 Patterns attach them to operations, the report prints them and the kernels are
 specialised by them; nothing here knows about IR, targets or compilers.  The
@@ -131,7 +131,7 @@ class Quantization:
 
 @dataclass(frozen=True)
 class GroupedTopk:
-    """Routing of a token to ``topk`` of E experts, which lie in ``num_expert_group`` equal groups.
+    """Grouped top-k: route a token to ``topk`` of E experts, which lie in ``num_expert_group`` equal groups.
 
     For each token, in float32:
         score = sigmoid(gating), the float32 nearest to the exact value (but for one value in 10^7)
@@ -183,7 +183,7 @@ def in_words(contract: Contract) -> str:
 
 @dataclass(frozen=True)
 class Window:
-    """Where the rows of an input lie: in those of a tensor [T, ``pitch``], from column ``offset`` on."""
+    """Say where the rows of an input lie: in those of a tensor [T, ``pitch``], from column ``offset`` on."""
 
     pitch: int
     offset: int
@@ -231,7 +231,7 @@ class RowSpec:
 
 @dataclass(frozen=True)
 class TopkSpec:
-    """One routing site: what a kernel reads and writes for each token.
+    """One grouped top-k: what a kernel reads and writes for each token.
 
     Reads gating [T, experts] in ``dtype`` and bias [experts] in ``bias_dtype``.  Writes weights, float32
     [T, topk], and ids, ``ids_dtype`` [T, topk].
@@ -322,6 +322,6 @@ def stored_rows(columns: int, layout: WeightLayout) -> int:
 
 
 class Spec(Protocol):
-    """What specialises a kernel: a frozen value that can be written as plain data."""
+    """Specialise a kernel by a frozen value that can be written as plain data."""
 
     def to_dict(self) -> dict[str, Any]: ...

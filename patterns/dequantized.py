@@ -1,4 +1,4 @@
-"""Weights that are stored in eight bits and made floats again before a product reads them.
+"""Remark weights that are stored in eight bits and made floats again before a product reads them.
 
 Such a product is none of codes: it is taken in the floats, and its activations are not quantized.
 """

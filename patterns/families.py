@@ -1,4 +1,4 @@
-"""The pattern families of this project, in the order in which they are asked.
+"""List the pattern families of this project, in the order in which they are asked.
 
 Bring one of your own by the entry point group ``vmfuse.families`` (docs/extending.md).
 """

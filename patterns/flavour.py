@@ -1,4 +1,4 @@
-"""The two flavours of e4m3, and how a quantization to one becomes a quantization to the other.
+"""Make a quantization to one of the two flavours of e4m3 a quantization to the other.
 
 One bit pattern has half the value in fnuz that it has in fn (the OCP flavour); only -0 and the NaNs are
 others.  So a quantization to half the largest value with scales twice as large makes the same codes, and
@@ -79,7 +79,7 @@ def _why_seen(quant: ir.Operation) -> str | None:
 
 
 def _undoes(user: ir.Operation, codes: list[ir.Value], scales: list[ir.Value]) -> bool:
-    """Whether ``user`` multiplies codes by their scales, and so sees neither."""
+    """Tell whether ``user`` multiplies codes by their scales, and so sees neither."""
     operands = list(user.operands)
     if torch_ir.op_name(user) == canonical.BLOCK_SCALED_MATMUL:
         a, b, a_scale, b_scale, *_ = operands

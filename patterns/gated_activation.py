@@ -1,4 +1,4 @@
-"""act(gate) * up written out, raised to ``vmfuse.gated_activation``.
+"""Raise act(gate) * up, where it is written out, to ``vmfuse.gated_activation``.
 
 Only where it is quantized: an activation nobody quantizes is better left to the code generator,
 which can put it behind the product that makes it.

@@ -192,7 +192,7 @@ def written_out(value: ir.Value) -> Bindings | None:
 
 
 def read_contract(found: Bindings, q: ir.Value) -> Quantization | str:
-    """What was written, or the sentence that says why no contract does."""
+    """Read the contract that was written, or say in a sentence why no contract says it."""
     type_, x = torch_ir.tensor_type(q), torch_ir.tensor_type(found["x"])
     if type_ is None or x is None or not type_.shape or type_.shape[-1] is None:
         return "the size of the last axis, which holds the groups, is unknown until run time"
@@ -218,7 +218,7 @@ def read_contract(found: Bindings, q: ir.Value) -> Quantization | str:
 
 
 def _is_a_group(x: ir.Value, size: int) -> bool:
-    """Whether the last axis of ``x`` is part of a row; otherwise it is one."""
+    """Tell whether the last axis of ``x`` is part of a row; otherwise it is one."""
     view = torch_ir.producer(x)
     if view is None or not views.is_flat_view(view) or size > _LONGEST_GROUP:
         return False
@@ -249,7 +249,7 @@ def _shortest(value: float) -> float:
 
 
 def _objections(found: Bindings, contract: Quantization) -> Iterator[str]:
-    """Why what was written is not ``contract`` after all."""
+    """Say why what was written is not ``contract`` after all."""
     limit, low, high = contract.qmax, found["low"], found["high"]
     whole_numbers, rounded = contract.dtype == "int8", ROUND in found
     if not 0 < limit <= LARGEST_FINITE[contract.dtype]:

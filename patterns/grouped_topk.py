@@ -1,6 +1,6 @@
-"""Grouped top-k routing, by name and written out, raised to ``vmfuse.grouped_topk``.
+"""Raise grouped top-k, by name and written out, to ``vmfuse.grouped_topk``.
 
-Routing is recognised where its scores are float32, whatever the dtype of the gating they come from.  It is
+It is recognised where its scores are float32, whatever the dtype of the gating they come from.  It is
 whole when it is raised, so one kernel computes it and nothing around it.
 """
 
@@ -29,7 +29,7 @@ from .well_typed import is_routing, why_no_routing
 
 @dataclass(frozen=True)
 class NamedTopk(NamedOp):
-    """One row: ``name`` with its ``schema`` stands for a grouped top-k routing; ``x`` holds the gating.
+    """One row: ``name`` with its ``schema`` stands for a grouped top-k; ``x`` holds the gating.
 
     routing
         Fields of the contract but ``topk``, which the results' size gives.
@@ -43,6 +43,10 @@ class NamedTopk(NamedOp):
     bias: str = "correction_bias"
     routing: Fields = field(default_factory=dict)
     same_dtype: bool = False
+
+    def shapes(self, given: Mapping[str, Any], fp8: str) -> dict[str, tuple[tuple[Any, ...], Any]]:
+        shape = (*given[self.x].shape[:-1], given["topk"])
+        return {"weights": (shape, "float32"), "ids": (shape, "int32")}
 
     def recognise(self, op: ir.Operation) -> Raised | None:
         # MLIR written by hand may leave out what the schema has a value for.
@@ -162,7 +166,7 @@ NAMED_OPS = (
 
 @dataclass(frozen=True)
 class _Once(Pattern):
-    """What ``pattern`` matches, remembered by name; where it is met again it must be the same value."""
+    """Remember by name what ``pattern`` matches; where it is met again it must be the same value."""
 
     name: str
     pattern: Pattern
@@ -237,9 +241,9 @@ _WEIGHTS = OneOf(
 
 
 class DecomposedTopk:
-    """Routing as DeepSeek-V3 and the models like it write it: sigmoid, bias, groups, top-k, gather.
+    """Grouped top-k as DeepSeek-V3 and the models like it write it: sigmoid, bias, groups, top-k, gather.
 
-    Without groups it is routing in one group.
+    Without groups it is one of a single group.
     """
 
     roots = ("torch.aten.mul.Scalar", "torch.aten.mul.Tensor", "torch.aten.div.Tensor", "torch.aten.gather")
@@ -277,7 +281,7 @@ def _vector(bias: ir.Value) -> ir.Value:
 
 
 def _groups(found: Bindings, scores: TensorType) -> int | None:
-    """How many groups there are; None where the views around them are of other sizes."""
+    """Count the groups; None where the views around them are of other sizes."""
     if "in_groups" not in found:
         return 1
     *lead, experts = scores.shape

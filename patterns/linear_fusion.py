@@ -1,4 +1,4 @@
-"""A linear layer that is not quantized becomes ``vmfuse.linear`` where the target has a kernel for it.
+"""Give a linear layer that is not quantized to ``vmfuse.linear`` where the target has a kernel for it.
 
 Nothing fuses into it and it is no site of the report: IREE computes it as well, where there is no kernel.
 """
@@ -46,7 +46,7 @@ def _is_computed(weight: ir.Value) -> bool:
 
 
 def _spec(op: ir.Operation) -> LinearSpec | None:
-    """What the layer computes; None if a size is unknown or its tensors are not all of one dtype.
+    """Read what the layer computes; None if a size is unknown or its tensors are not all of one dtype.
 
     Nor if its weight was widened for it, at every call: IREE widens it as its product reads it.
     """

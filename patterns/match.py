@@ -1,4 +1,4 @@
-"""Declared patterns over the operations that compute a value.
+"""Declare patterns over the operations that compute a value.
 
 A pattern is written as an expression and asked for its bindings:
 
@@ -77,7 +77,7 @@ class Exact(Pattern):
 
 @dataclass(frozen=True)
 class Named(Pattern):
-    """What ``pattern`` matches, remembered by name."""
+    """Remember by name what ``pattern`` matches."""
 
     name: str
     pattern: Pattern
@@ -187,7 +187,7 @@ class Op(Pattern):
 
 
 def _is_spread(pattern: Pattern, operand: ir.Value, result: TensorType) -> bool:
-    """Whether an operation may spread ``operand``, which is to be a ``pattern``, over ``result``."""
+    """Tell whether an operation may spread ``operand``, which is to be a ``pattern``, over ``result``."""
     type_ = torch_ir.tensor_type(operand)
     if type_ is None:
         return "tensor" not in str(operand.type)  # a number
@@ -273,7 +273,7 @@ class Aside(Pattern):
 
 
 def past_unit_axis(value: ir.Value) -> ir.Value | None:
-    """What ``value`` is with one last axis of one more or less, or widened; None if it is neither."""
+    """Look past a widening, or past a last axis of one element that is added or dropped; None otherwise."""
     op = torch_ir.producer(value)
     if op is None:
         return None
@@ -317,7 +317,7 @@ class OneOf(Pattern):
 
 
 def times_one(a: Pattern) -> OneOf:
-    """How PyTorch traces 1.0 / x: behind the reciprocal ``a``."""
+    """Match 1.0 / x as PyTorch traces it: the reciprocal ``a``, times one or not."""
     return OneOf(f32("mul.Scalar", a, Is(1)), f32("mul.Tensor", a, Is(1)), a)
 
 

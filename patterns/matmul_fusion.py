@@ -1,4 +1,4 @@
-"""A block-scaled product becomes ``vmfuse.matmul``, a kernel's operation, in layouts that the kernel reads.
+"""Make a block-scaled product a ``vmfuse.matmul``, in layouts that the product's kernel reads.
 
 Nothing fuses into it and it is no site of the report.  A weight that depends on parameters alone is shuffled
 to the kernel's layout by an operation, which folding then does once; scales that only products read are
@@ -100,7 +100,7 @@ def _named(op: ir.Operation, number: int) -> str:
 
 
 def _spec(op: ir.Operation) -> MatmulSpec | str:
-    """What the product, whose operands fit each other, computes; a sentence if its sizes are not known."""
+    """Read what a product whose operands fit each other computes; a sentence if its sizes are not known."""
     a, b, a_scale, b_scale, *rest = (torch_ir.tensor_type(value) for value in (*op.operands, *op.results))
     out = rest[-1]
     if not (a and b and a_scale and b_scale and out) or not (a.shape and a_scale.shape) or len(b.shape) != 2:
@@ -128,7 +128,7 @@ def _would_do_shuffled(spec: MatmulSpec, reads: Reads) -> bool:
 
 
 def _scale_layouts(scale: _Scale | None, reads: Reads, is_transposed: bool) -> list[ScaleLayout]:
-    """How the scales of a may lie when the product reads them, the best first.
+    """List how the scales of a may lie when the product reads them, the best first.
 
     What no row kernel writes is a tensor of the program: in rows, or in columns where it is a transpose.  The
     layout that the model asked for stays if the kernel reads it, and so does one that something else reads.
@@ -144,7 +144,7 @@ def _scale_layouts(scale: _Scale | None, reads: Reads, is_transposed: bool) -> l
 
 
 def _written_as(scale: _Scale, layout: ScaleLayout) -> RowSpec:
-    """What the row kernel does when the product reads its scale in ``layout``."""
+    """Change what the row kernel does to write its scale in ``layout``, as the product reads it."""
     quantizations = list(scale.spec.quantizations)
     if scale.is_free:
         quantizations[scale.number] = replace(quantizations[scale.number], layout=layout)
@@ -198,7 +198,7 @@ def _scale(value: ir.Value) -> _Scale | None:
 
 
 def _is_free(scale: ir.Value) -> bool:
-    """Whether products alone read ``scale``, as scales of a, and none of them has a kernel yet."""
+    """Tell whether products alone read ``scale``, as scales of a, and none of them has a kernel yet."""
     return all(
         (views.keeps_rows(user) and _is_free(user.result))
         or (torch_ir.op_name(user) == canonical.BLOCK_SCALED_MATMUL and _reads_as_scale(user, scale))

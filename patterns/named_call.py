@@ -1,4 +1,4 @@
-"""A call of an operation that another library has a name for, read as what it computes.
+"""Read a call of an operation that another library has a name for as what it computes.
 
 A row (``NamedOp``) maps a name to the canonical op or ops it stands for: which argument holds what, by the
 argument's name, and the contract, field by field, as a value or as the argument that gives it.
@@ -76,13 +76,30 @@ class NamedOp:
     lower: str | None = None
     requires: Fields = field(default_factory=dict)
 
+    def shapes(self, given: Mapping[str, Any], fp8: str) -> dict[str, tuple[tuple[Any, ...], Any]]:
+        """Shape and dtype (a name, or that of an argument) of each result, for declaring the operation.
+
+        given: the arguments by name.  fp8: what quantizations that leave it to their platform return.  Raises
+        ValueError where the arguments do not fit each other.
+        """
+        x, group = given[self.x], given.get("group_size")
+        hidden = x.shape[-1] // 2 if self.gate is not None else x.shape[-1]
+        if group is not None and hidden % group:
+            raise ValueError(f"{self.name}: group {group} does not divide the last axis, {hidden}")
+        return {
+            "y": ((*x.shape[:-1], hidden), x.dtype),
+            "sum": (x.shape, x.dtype),
+            "q": ((*x.shape[:-1], hidden), fp8),
+            "scale": ((*x.shape[:-1], hidden // group if group else 1), "float32"),
+        }
+
     @cached_property
     def arguments(self) -> tuple[str, ...]:
         return tuple(name for name, _ in _arguments(self.schema))
 
     @cached_property
     def required(self) -> int:
-        """How many arguments come before the first that has a default."""
+        """Count the arguments before the first that has a default."""
         inside = self.schema[: self.schema.rindex("->")]
         return (
             len(_arguments(f"{inside[: inside.find('=')]}) ->")) - 1 if "=" in inside else len(self.arguments)
@@ -118,7 +135,7 @@ class NamedOp:
             return None
 
     def why_not(self, op: ir.Operation) -> str | None:
-        """Why this row does not stand for the call ``op``; None if it does."""
+        """Say why this row does not stand for the call ``op``; None if it does."""
         try:
             self._read(op)
         except _Refusal as refusal:
@@ -126,7 +143,7 @@ class NamedOp:
         return None
 
     def accepts(self, op: ir.Operation) -> bool:
-        """Whether the call has what the row requires, so that a refusal is about the call itself."""
+        """Tell whether the call has what the row requires, so that a refusal is about the call itself."""
         try:
             call = _Call.of(self, op)
         except _Refusal:
@@ -135,7 +152,7 @@ class NamedOp:
 
     @property
     def site(self) -> str:
-        """What the report calls the last operation it stands for."""
+        """Name the last operation it stands for, as the report does."""
         if self.quantization is not None:
             return "group_quant"
         return "rms_norm" if self.norm is not None else f"{(self.gate or {})['activation']}_mul"
@@ -153,7 +170,7 @@ class NamedOp:
         return self._quantization(call, producer, quantized)
 
     def _producer(self, call: _Call) -> Any:
-        """What makes the row: a Raised, or x itself where nothing does."""
+        """Give what makes the row: a Raised, or x itself where nothing does."""
         if self.norm is not None:
             return self._norm(call, self.norm)
         if self.gate is not None:
@@ -180,7 +197,7 @@ class NamedOp:
         return Raised(canonical.RMS_NORM, contract, operands, results)
 
     def _check_norm(self, call: _Call) -> None:
-        """That the tensors are those of a norm over the last axis."""
+        """Check that the tensors are those of a norm over the last axis."""
         weight, residual = call.types.get("weight"), call.types.get("residual")
         if weight is not None:
             row = TensorType((call.hidden,), weight.dtype)
@@ -237,7 +254,7 @@ class NamedOp:
 
 
 class _Refusal(Exception):
-    """Why a row does not stand for a call: which argument is what, and what it would have to be."""
+    """Say why a row does not stand for a call: which argument is what, and what it would have to be."""
 
 
 def _require(condition: bool, refusal: str) -> None:
@@ -295,7 +312,7 @@ class _Call:
         return self.x.shape[-1]
 
     def value(self, name: str) -> Any:
-        """What the argument ``name`` is; None too where only a twin has it."""
+        """Give the argument ``name``; None also where only a twin has it."""
         return torch_ir.constant(self.operands[name]) if name in self.operands else None
 
     def fields(self, row: Fields) -> dict[str, Any]:

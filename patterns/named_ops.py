@@ -1,4 +1,4 @@
-"""Operations that other libraries have a name for: the table.
+"""List the operations that other libraries have a name for.
 
 A row is a ``NamedOp`` of ``named_call``, which reads the calls.
 

@@ -1,4 +1,4 @@
-"""What looks like a gated activation that is quantized and is none that a kernel computes, and why not.
+"""Find what looks like a quantized gated activation and is none that a kernel computes, and say why not.
 
 What gives one away is a product of which one factor is an activation, and which is quantized, past views and
 casts.
@@ -51,7 +51,7 @@ def _why_no_gate(product: ir.Value, found: Bindings) -> str:
 
 
 def _why_not_rounded(product: ir.Value, found: Bindings, dtype: str) -> str:
-    """Where it rounds otherwise than a kernel that reads ``dtype`` does."""
+    """Say where it rounds otherwise than a kernel that reads ``dtype`` does."""
     activated, y = torch_ir.dtype_of(found["gate"]), torch_ir.dtype_of(product)
     if "inner" in found or activated != y:
         what = f"its activation is computed in {activated}, and its product in {y}"

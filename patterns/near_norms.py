@@ -1,4 +1,4 @@
-"""What looks like a norm of rows and is none that a kernel computes, and why not.
+"""Find what looks like a norm of rows and is none that a kernel computes, and say why not.
 
 What gives one away is a reduction of squares, or of deviations from the mean, a root of which something is
 divided by.  A sum of squares counts where a constant makes a mean of it; without, it is a vector's length.
@@ -41,7 +41,7 @@ _RECIPROCAL = "torch.aten.reciprocal"
 
 @dataclass
 class _Way:
-    """What lies between a reduction and what it is multiplied with or divides.
+    """Hold what lies between a reduction and what it is multiplied with or divides.
 
     ``ends``: the products and quotients with tensors; ``passed``: what lies before them; ``scaled``: a
     constant factor was met; ``divides``: a root of the reduction is turned over, or divided by.
@@ -73,7 +73,7 @@ class _Way:
 
 
 def _exponent(op: ir.Operation) -> object:
-    """What ``op`` raises to; None if it is no power."""
+    """Give the exponent of ``op``; None if it is no power."""
     return torch_ir.constant(op.operands[1]) if op.name == "torch.aten.pow.Tensor_Scalar" else None
 
 
@@ -105,7 +105,7 @@ class UnmatchedNorm:
 
 
 def _squares(reduction: ir.Operation) -> Bindings | None:
-    """What ``reduction`` takes the squares of, as h; None if it does not."""
+    """Find, as h, what ``reduction`` takes the squares of; None if it takes none."""
     if reduction.name in _SPREADS:
         return {"h": reduction.operands[0]}
     if reduction.name == _LENGTH:
@@ -135,7 +135,7 @@ def _why_no_norm(reduction: ir.Operation, found: Bindings, way: _Way) -> str:
 
 
 def _why_no_mean(reduction: ir.Operation, h: ir.Value) -> str | None:
-    """Why ``reduction`` is no statistic of the rows of ``h`` that a kernel takes."""
+    """Say why ``reduction`` is no statistic of the rows of ``h`` that a kernel takes."""
     type_ = torch_ir.tensor_type(h)
     if reduction.name in _SPREADS:
         return LAYER_NORM
@@ -157,7 +157,7 @@ SPREAD = "is spread along another axis than it was taken over: keep that axis wi
 
 
 def _why_not_raised(h: ir.Value, product: ir.Operation, way: _Way) -> str:
-    """Why the product of ``h`` and what looks like its reciprocal root was not raised."""
+    """Say why the product of ``h`` and what looks like its reciprocal root was not raised."""
     factor = next((value for value in product.operands if torch_ir.widened_from(value) != h), h)
     found = first_match(rms_norm.RSTD, factor)
     narrow = (dtype for op in way.passed if (dtype := torch_ir.dtype_of(op.result)) != "float32")

@@ -1,4 +1,4 @@
-"""What looks like a quantization and is none that a kernel computes, and why not.
+"""Find what looks like a quantization and is none that a kernel computes, and say why not.
 
 What gives one away is a cast to eight bits of a product or quotient.
 """
@@ -46,7 +46,7 @@ class UnmatchedQuantization:
 
 
 def _is_scaled(dtype: str, stored: list[ir.Operation], quotient: ir.Operation) -> bool:
-    """Whether the cast of ``quotient`` is a quantization, not one of some product to whole numbers."""
+    """Tell whether the cast of ``quotient`` is a quantization, not one of some product to whole numbers."""
     if dtype not in ("int8", "uint8"):
         return not any(op.name in SUMS for op in stored)
     bounded = any(op.name in (*BOUNDS, *_ROUNDS) for op in stored)
@@ -99,7 +99,7 @@ def _why_no_quantization(q: ir.Value, stored: list[ir.Operation], quotient: ir.O
 
 
 def _why_not_stored(q: ir.Value, stored: list[ir.Operation], quotient: ir.Operation) -> Iterator[str]:
-    """What is wrong with how the values are made of the scale, and stored."""
+    """Say what is wrong with how the values are made of the scale, and stored."""
     if any(op.name in SUMS for op in stored):
         yield "it has a zero point (something is added before the cast); kernels quantize symmetrically"
     if torch_ir.dtype_of(q) not in LARGEST_FINITE:
@@ -112,7 +112,7 @@ def _why_not_stored(q: ir.Value, stored: list[ir.Operation], quotient: ir.Operat
 
 
 def _given(quotient: ir.Operation) -> str:
-    """What the scale of ``quotient`` is, where no row gives it."""
+    """Say what the scale of ``quotient`` is, where no row gives it."""
     scale = quotient.operands[1]
     if torch_ir.constant(scale) is not torch_ir.NOT_CONSTANT:
         return f"the constant {torch_ir.constant(scale):g}"
@@ -121,7 +121,7 @@ def _given(quotient: ir.Operation) -> str:
 
 
 def _why_no_scale(path: list[ir.Operation], largest: ir.Operation, quotient: ir.Operation) -> str:
-    """What is wrong with a scale computed along ``path`` from the reduction ``largest``."""
+    """Say what is wrong with a scale computed along ``path`` from the reduction ``largest``."""
     dtype = torch_ir.dtype_of(quotient.result)
     if dtype != "float32":
         return f"the quotient is taken in {dtype}; widen the tensor with .float() before"
@@ -161,7 +161,7 @@ def _objections(path: list[ir.Operation], largest: ir.Operation, x: ir.Value) ->
 
 
 def _past_views(value: ir.Value) -> ir.Operation | None:
-    """What makes what ``value`` is a view of."""
+    """Find the operation that makes what ``value`` is a view of."""
     op = torch_ir.producer(value)
     while op is not None and views.is_view(op):
         op = torch_ir.producer(op.operands[0])
@@ -169,7 +169,7 @@ def _past_views(value: ir.Value) -> ir.Operation | None:
 
 
 def _why_spread(path: list[ir.Operation], largest: ir.Operation, quotient: ir.Operation) -> str | None:
-    """Whether the scale is spread along another axis than its largest magnitude was taken over."""
+    """Tell whether the scale is spread along another axis than its largest magnitude was taken over."""
     scale, result = torch_ir.tensor_type(quotient.operands[1]), torch_ir.tensor_type(quotient.result)
     kept = torch_ir.tensor_type(largest.results[0])
     if scale is None or result is None or kept is None:

@@ -1,4 +1,4 @@
-"""What looks like the routing of a mixture of experts and is none that a kernel computes, and why not.
+"""Find what looks like a grouped top-k and is none that a kernel computes, and say why not.
 
 What gives one away is a top-k of scores, which a sigmoid or softmax makes, or whose best are made weights by
 one.  Top-ks within it, of groups, are part of it.
@@ -37,7 +37,7 @@ _WRITE_IT = "write it like torch.ops.lowering.grouped_topk, or call that"
 
 
 class UnmatchedRouting:
-    """The last top-k of a routing that was not raised."""
+    """The last top-k of a grouped one that was not raised."""
 
     roots = (_TOPK,)
 
@@ -56,7 +56,7 @@ class UnmatchedRouting:
 
 
 def _inside(value: ir.Value) -> Iterator[ir.Operation]:
-    """What ``value`` is computed of, up to the scores and with them; each operation once."""
+    """Walk what ``value`` is computed of, up to the scores and with them; each operation once."""
     seen, pending = set[ir.Operation](), [value]
     while pending:
         op = torch_ir.producer(pending.pop())
@@ -84,12 +84,12 @@ def _topks(op: ir.Operation) -> Iterator[ir.Operation]:
 
 
 def _softplus(above: list[ir.Operation]) -> Iterator[ir.Operation]:
-    """What makes scores of a softplus, which is a logarithm of 1 and an exponential."""
+    """Find what makes scores of a softplus, which is a logarithm of 1 and an exponential."""
     return (op for op in above if op.name in ("torch.aten.log1p", "torch.aten.softplus"))
 
 
 def _makes_weights(values: ir.Value) -> bool:
-    """Whether the largest ``values`` are made weights by a sigmoid or softmax of them alone."""
+    """Tell whether the largest ``values`` are made weights by a sigmoid or softmax of them alone."""
     readers = torch_ir.users(values)
     return any(
         op.name in _SCORES or (op.name in (CAST, *RESHAPES) and _makes_weights(op.result)) for op in readers

@@ -57,7 +57,7 @@ class Operation:
     is_producer: bool = False
 
     def value(self, op: ir.Operation) -> Any:
-        """What ``op``, of this name, carries."""
+        """Read what ``op``, of this name, carries."""
         return from_attribute(self.carries, op.attributes["spec" if self.is_kernel else "contract"])
 
     def verify(self, op: ir.Operation) -> str | None:

@@ -1,4 +1,4 @@
-"""What a recogniser is: something that looks at one operation and may say what it means."""
+"""Define a recogniser: something that looks at one operation and may say what it means."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Raised:
 
 
 class Recogniser(Protocol):
-    """``roots``: names of the operations it may start from, so that others cost nothing."""
+    """Recognise what an operation ends.  ``roots``: the operations it may be, so that others cost nothing."""
 
     @property
     def roots(self) -> tuple[str, ...]: ...
@@ -46,9 +46,9 @@ class Recogniser(Protocol):
 
 @dataclass(frozen=True)
 class NearMiss:
-    """What looks like a site, and why it is not one: the canonical name, and what would have to change.
+    """Describe what looks like a site and is none: the canonical name, and what would have to change.
 
-    What is no site, but a reader must know of, is remarked.
+    Where ``is_site`` is false it is remarked only: no site, but a reader must know of it.
     """
 
     op: str

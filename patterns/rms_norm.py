@@ -1,4 +1,4 @@
-"""RMSNorm written out, raised to ``vmfuse.rms_norm`` with the rounding it computes."""
+"""Raise RMSNorm, where it is written out, to ``vmfuse.rms_norm`` with the rounding it computes."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ _WEIGHTED = OneOf(
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What is normed: ``x``, or in float32 its sum with ``residual``; and that sum where it is rounded."""
+    """Hold what is normed, ``x`` or its float32 sum with ``residual``, and that sum where it is rounded."""
 
     x: ir.Value
     residual: ir.Value | None = None
@@ -121,7 +121,7 @@ class DecomposedNorm:
 
 
 def why_not_mean(found: Bindings) -> str | None:
-    """Why the sum of squares that ``found`` holds (h, size) is not made a mean; None if it is."""
+    """Say why the sum of squares that ``found`` holds (h, size) is not made a mean; None if it is."""
     h = torch_ir.tensor_type(found["h"])
     if h is None or not h.shape:
         return "the normed tensor has no known rank"

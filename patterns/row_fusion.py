@@ -1,4 +1,4 @@
-"""The one fusion: a producer takes all its quantizations, and the add before it, into one row kernel.
+"""Fuse rows: a producer takes all its quantizations, and the add before it, into one row kernel.
 
 It starts at the producer (a norm, or any tensor that is quantized) and looks at everything that
 reads it, so fan-out, equal quantizations and readers of the unquantized value need no patterns of
@@ -24,7 +24,7 @@ _FLOATS = ("bfloat16", "float16", "float32")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a row kernel reads, in the order of its operands, and where it must stand.
+    """Hold what a row kernel reads, in the order of its operands, and where it must stand.
 
     ``sum`` is the eager value the kernel can write back instead (an absorbed add's, or the second
     result of an add_rms_norm).
@@ -255,7 +255,7 @@ def _create(inputs: Inputs, value: ir.Value, spec: RowSpec, sites: list[ir.Opera
 
 
 def pattern_name(spec: RowSpec) -> str:
-    """What a fused site is called in the report, e.g. ``add_norm_quant``."""
+    """Name a fused site for the report, e.g. ``add_norm_quant``."""
     parts = [
         "add" if spec.norm and spec.norm.residual else "",
         "norm" if spec.norm else "",

@@ -1,4 +1,4 @@
-"""A top-k that is no part of a routing becomes ``vmfuse.selection`` where the target has a kernel for it.
+"""Make a top-k that is no part of a grouped one a ``vmfuse.selection`` where the target has a kernel for it.
 
 Like a linear layer it is no site of the report: without a kernel it is computed as well, in more time, and of
 equal elements others may be chosen than eager PyTorch chooses.
@@ -53,7 +53,7 @@ def _fuse(op: ir.Operation, support: Support) -> None:
 
 
 def _spec(op: ir.Operation, elements: int | None, dtype: str) -> SelectionSpec | None:
-    """What is selected; None where its size, how many or how is not known."""
+    """Read what is selected; None where the size of the axis, how many or in which order is not known."""
     count, _, largest, in_order = map(torch_ir.constant, list(op.operands)[1:])
     if elements is None or not isinstance(count, int):
         return None

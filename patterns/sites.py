@@ -1,4 +1,4 @@
-"""The ledger of sites: every norm and quantization found, and what became of it.
+"""Keep the ledger of sites: every norm and quantization found, and what became of it.
 
 No site can leave the ledger: it ends fused, with the pattern and kernel that took it, or unfused
 with a reason.  The report is made from this.
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Cost:
-    """What one call spends: bytes read and written (None where sizes are unknown), and kernel launches."""
+    """Hold what one call spends: bytes read and written (None if sizes are unknown), and kernel launches."""
 
     bytes: int | None
     dispatches: int
@@ -34,7 +34,7 @@ class Cost:
 
 @dataclass
 class SiteRecord:
-    """``op`` is the canonical name, ``location`` file:line of the model's source.
+    """Record one site: ``op`` is the canonical name, ``location`` file:line of the model's source.
 
     ``before`` is the cost of the source's operations, each as a kernel of its own; ``after`` what this
     site has of its kernel's cost, the same as before while it has none.  ``note`` says what a reader
@@ -58,7 +58,7 @@ class SiteRecord:
 
 @dataclass(frozen=True)
 class Remark:
-    """What a reader must know of an operation that is no site."""
+    """Hold what a reader must know of an operation that is no site."""
 
     op: str
     location: str
@@ -67,7 +67,7 @@ class Remark:
 
 @dataclass
 class Tally:
-    """How often a pattern was tried, how often it matched, and the seconds it took."""
+    """Count how often a pattern was tried and matched, and the seconds it took."""
 
     tried: int = 0
     matched: int = 0
@@ -111,7 +111,7 @@ class Ledger:
         return len(self.records) - 1
 
     def absorb(self, site: int, contract: Contract | None, cost: Cost) -> None:
-        """An operation that is no site of its own, and cost this much, became part of ``site``."""
+        """Record that an operation that is no site itself, and cost this much, became part of ``site``."""
         self.records[site].contract = contract
         self.records[site].before += cost
 

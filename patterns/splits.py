@@ -1,4 +1,4 @@
-"""Norms and activations that another kernel quantizes, because a row kernel does not do what lies between.
+"""Say which norms and activations have a kernel of their own, since a row kernel cannot do what follows.
 
 Each half may well have a kernel, and still the chain is not one: the report says so, and what is in the way.
 """
@@ -32,7 +32,7 @@ _ACTIVATIONS = tuple(f"torch.aten.{name}" for name in ("silu", "gelu", "sigmoid"
 
 
 def why_split(value: ir.Value) -> str | None:
-    """Why a quantization of ``value`` is no part of a norm's or activation's kernel; None if it may be."""
+    """Say why a quantization of ``value`` is in no norm's or activation's kernel; None if it may be."""
     for op, between in _above(value):
         what = "activation" if op.name in _ACTIVATIONS else _made_by(op)
         where = f"the {what} at {torch_ir.location(op)} is no part of this kernel"
@@ -58,7 +58,7 @@ def note_gated_norms(gate: ir.Operation, ledger: Ledger) -> None:
 
 
 def _above(value: ir.Value) -> Iterator[tuple[ir.Operation, ir.Operation | None]]:
-    """What ``value`` is computed of row by row, the nearest first, each with the last step that reads it."""
+    """Walk what ``value`` is computed of row by row, nearest first, each with the last step that reads it."""
     seen = set[ir.Operation]()
     pending: list[tuple[ir.Value, ir.Operation | None]] = [(value, None)]
     while pending:

@@ -1,4 +1,4 @@
-"""Reading and building torch-dialect IR: types, constants, and the few operations passes create.
+"""Read and build torch-dialect IR: types, constants, and the few operations passes create.
 
 The IREE wheel registers the torch dialect without Python classes for it, so operations are
 handled by name here, and nowhere else.
@@ -203,7 +203,7 @@ def mark_raised(inside: Sequence[ir.Operation]) -> None:
 
 
 def unmark_raised(op: ir.Operation) -> bool:
-    """Forget that mark; whether it was there."""
+    """Remove that mark, and tell whether it was there."""
     if _READ not in op.attributes:
         return False
     del op.attributes[_READ]
@@ -211,7 +211,7 @@ def unmark_raised(op: ir.Operation) -> bool:
 
 
 def is_left_over(op: ir.Operation) -> bool:
-    """Whether ``op`` was part of a raised spelling and nothing reads it any more."""
+    """Tell whether ``op`` was part of a raised spelling and nothing reads it any more."""
     return _READ in op.attributes and not ir.BoolAttr(op.attributes[_READ]).value
 
 
@@ -252,7 +252,7 @@ def _items(op: ir.Operation) -> Any:
 
 
 def _folded(compute: Callable[..., float]) -> Callable[[ir.Operation], Any]:
-    """How a float32 of constants is read: computed of float32 numbers, and rounded to float32."""
+    """Read a float32 of constants as it is computed: of float32 numbers, rounded to float32."""
 
     def read(op: ir.Operation) -> Any:
         values = [constant(operand) for operand in op.operands]
@@ -305,14 +305,14 @@ def widened_from(value: ir.Value) -> ir.Value:
 
 
 def is_plain_add(op: ir.Operation) -> bool:
-    """Whether ``op`` adds two tensors of one type, as they are."""
+    """Tell whether ``op`` adds two tensors of one type, as they are."""
     if op.name != "torch.aten.add.Tensor" or constant(op.operands[2]) != 1:
         return False
     return op.operands[0].type == op.operands[1].type == op.result.type
 
 
 def dominates(value: ir.Value, op: ir.Operation) -> bool:
-    """Whether ``value`` is known where ``op`` stands, in the one block there is."""
+    """Tell whether ``value`` is known where ``op`` stands, in the one block there is."""
     source = producer(value)
     return source is None or source.is_before_in_block(op)
 
@@ -324,7 +324,7 @@ def dtype_constant(value: ir.Value) -> str | None:
 
 
 def make_int(value: int) -> ir.Value:
-    """A torch integer constant."""
+    """Make a torch integer constant."""
     return _constant(
         "torch.constant.int", "!torch.int", ir.IntegerAttr.get(ir.IntegerType.get_signless(64), value)
     )
@@ -336,27 +336,27 @@ def rounded(value: float, dtype: str) -> float:
 
 
 def make_float(value: float) -> ir.Value:
-    """A torch float constant."""
+    """Make a torch float constant."""
     return _constant("torch.constant.float", "!torch.float", ir.FloatAttr.get(ir.F64Type.get(), value))
 
 
 def make_bool(value: bool) -> ir.Value:
-    """A torch bool constant."""
+    """Make a torch bool constant."""
     return _constant("torch.constant.bool", "!torch.bool", ir.BoolAttr.get(value))
 
 
 def make_str(value: str) -> ir.Value:
-    """A torch string constant."""
+    """Make a torch string constant."""
     return _constant("torch.constant.str", "!torch.str", ir.StringAttr.get(value))
 
 
 def make_none() -> ir.Value:
-    """The torch none constant."""
+    """Make the torch none constant."""
     return ir.Operation.create("torch.constant.none", results=[ir.Type.parse("!torch.none")]).result
 
 
 def make_int_list(items: Sequence[ir.Value]) -> ir.Value:
-    """A torch list of integers."""
+    """Make a torch list of integers."""
     list_type = ir.Type.parse("!torch.list<int>")
     return ir.Operation.create("torch.prim.ListConstruct", results=[list_type], operands=list(items)).result
 

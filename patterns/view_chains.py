@@ -1,4 +1,4 @@
-"""Two views in a row as one, so that steps which cancel block nothing."""
+"""Compose two views in a row, so that steps which cancel block nothing."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _changes_nothing(view: ir.Operation) -> bool:
 
 
 def _settled(type_: TensorType) -> bool:
-    """Whether the other sizes settle the one that may be unknown."""
+    """Tell whether the other sizes settle the one that may be unknown."""
     return type_.shape.count(None) <= 1
 
 

@@ -29,17 +29,17 @@ FLAT_VIEWS = frozenset(
 
 
 def is_view(op: ir.Operation | None) -> bool:
-    """Whether ``op`` is a view of its first operand, of either kind or of one that cannot be passed."""
+    """Tell whether ``op`` is a view of its first operand, of either kind or of one that cannot be passed."""
     return op is not None and (op.name in FLAT_VIEWS or op.name in _TOUCHED_AXES)
 
 
 def is_flat_view(op: ir.Operation | None) -> bool:
-    """Whether ``op`` only regroups the flat order of its first operand."""
+    """Tell whether ``op`` only regroups the flat order of its first operand."""
     return op is not None and op.name in FLAT_VIEWS
 
 
 def keeps_rows(op: ir.Operation | None) -> bool:
-    """Whether ``op`` is a view that only regroups the leading axes of its first operand."""
+    """Tell whether ``op`` is a view that only regroups the leading axes of its first operand."""
     if op is None or not is_flat_view(op):
         return False
     before, after = torch_ir.tensor_type(op.operands[0]), torch_ir.tensor_type(op.result)
@@ -51,7 +51,7 @@ def keeps_rows(op: ir.Operation | None) -> bool:
 
 
 def same_rows(value: ir.Value) -> ir.Value:
-    """What ``value`` is a view of, as far as views only regroup leading axes."""
+    """Find what ``value`` is a view of, as far as views only regroup leading axes."""
     view = torch_ir.producer(value)
     while view is not None and keeps_rows(view):
         value = view.operands[0]
@@ -67,13 +67,13 @@ def transposed(value: ir.Value) -> ir.Value | None:
 
 
 def is_quantized(value: ir.Value) -> bool:
-    """Whether a ``vmfuse.group_quant`` reads ``value``, through views or not."""
+    """Tell whether a ``vmfuse.group_quant`` reads ``value``, through views or not."""
     users = torch_ir.users(value)
     return any(_quantizes(user) or (is_view(user) and is_quantized(user.result)) for user in users)
 
 
 def only_quantized(value: ir.Value) -> bool:
-    """Whether each reader of ``value``, through views or not, is a ``vmfuse.group_quant``; there is one."""
+    """Tell whether ``value`` has readers, and all are ``vmfuse.group_quant``, through views or not."""
     users = torch_ir.users(value)
     return bool(users) and all(
         _quantizes(user) or (is_view(user) and only_quantized(user.result)) for user in users
@@ -85,7 +85,7 @@ def _quantizes(op: ir.Operation) -> bool:
 
 
 def why_blocked(view: ir.Operation, quantization: Quantization, returned: bool = True) -> str | None:
-    """Why ``quantization`` cannot be moved above ``view``; None when it can.
+    """Say why ``quantization`` cannot be moved above ``view``; None when it can.
 
     A scale layout says how the scale lies in memory: where it is not ``returned`` nobody sees that.
     """
@@ -139,7 +139,7 @@ class SliceBounds:
 
 
 def slice_bounds(view: ir.Operation) -> SliceBounds | None:
-    """What ``view`` takes of an axis of known size; None for another view, size or step."""
+    """Read what a slice takes of an axis of known size; None for another view, size or step."""
     if view.name != "torch.aten.slice.Tensor":
         return None
     before = torch_ir.tensor_type(view.operands[0])
@@ -153,7 +153,7 @@ def slice_bounds(view: ir.Operation) -> SliceBounds | None:
 
 
 def _takes_whole_groups(view: ir.Operation, quantization: Quantization, returned: bool) -> bool:
-    """Whether ``view`` is a slice of the last axis that cuts no group, and scales can follow."""
+    """Tell whether ``view`` is a slice of the last axis that cuts no group, and scales can follow."""
     bounds, before = slice_bounds(view), torch_ir.tensor_type(view.operands[0])
     if bounds is None or before is None or bounds.axis != len(before.shape) - 1:
         return False

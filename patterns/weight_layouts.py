@@ -1,4 +1,4 @@
-"""The layout of a weight's bytes, as the IR carries it.
+"""Carry the layout of a weight's bytes in the IR.
 
 A value is in the layout that ``torch.ops.lowering.shuffle_weight`` gave it.  A parameter is in ``row``,
 unless its load and its global say otherwise: that is written there for what folding shuffled and for what

@@ -1,4 +1,4 @@
-"""The types of operands and results that each operation speaks of.
+"""Check the types of operands and results that each operation speaks of.
 
 What a recogniser raised is checked by these before it replaces anything, whatever the recogniser looked at;
 and every operation again after each step (``operation.Operation.verify``).
@@ -85,7 +85,7 @@ def why_no_routing(routing: GroupedTopk, operands: Types, results: Types) -> str
 
 
 def is_routing(types: Types) -> bool:
-    """Whether these are gating [.., E], bias [E] and float32 weights [.., k], E and k known."""
+    """Tell whether these are gating [.., E], bias [E] and float32 weights [.., k], E and k known."""
     known = [type_ for type_ in types if type_ is not None]
     if len(known) != 3 or len(types) != 3:
         return False

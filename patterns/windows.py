@@ -1,4 +1,4 @@
-"""Inputs whose rows are part of wider ones, as after a split: a kernel reads them where they are.
+"""Read inputs whose rows are part of wider ones, as after a split, where they are.
 
 A part of each row is a copy for whatever needs dense rows.  A row kernel needs none: it is given the wider
 tensor and the window.  A part is a slice of the last axis, or one of several rows that lie behind each other
@@ -49,7 +49,7 @@ def wider(value: ir.Value) -> Wider:
 
 
 def _sliced(view: ir.Operation) -> Wider | None:
-    """What ``view`` is a slice of the last axis of."""
+    """Find the wider tensor that ``view`` is a slice of, along the last axis."""
     bounds = views.slice_bounds(view)
     before = torch_ir.tensor_type(view.operands[0]) if bounds is not None else None
     if bounds is None or before is None or bounds.axis != len(before.shape) - 1:
@@ -59,7 +59,10 @@ def _sliced(view: ir.Operation) -> Wider | None:
 
 
 def _one_of_several(view: ir.Operation) -> Wider | None:
-    """What ``view`` takes one of the last axis but one of, all of that axis behind each other in one row."""
+    """Find the tensor of which ``view`` takes one index of the last axis but one.
+
+    Its last two axes are joined, so that what ``view`` takes is a window of each longer row.
+    """
     bounds = views.slice_bounds(view)
     if bounds is None and view.name != _SELECT:
         return None
@@ -110,7 +113,7 @@ def _made(name: str, value: ir.Value, shape: tuple[int | None, ...], *axes: int)
 
 
 def _regroups_rows(view: ir.Operation) -> bool:
-    """Whether ``view`` leaves every row as it is; of one element it is not told which axis is which."""
+    """Tell whether ``view`` leaves every row as it is; of one element it is not told which axis is which."""
     after = torch_ir.tensor_type(view.results[0])
     return views.keeps_rows(view) and after is not None and after.shape[-1:] not in ((), (None,), (1,))
 

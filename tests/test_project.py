@@ -125,6 +125,13 @@ def test_wheel_declares_the_commands_and_the_extras(wheel):
     assert {"cuda", "hip", "test"} <= set(metadata.get_all("Provides-Extra") or [])
 
 
+def test_wheel_carries_the_license(root, wheel):
+    (info,) = {n.split("/")[0] for n in wheel.namelist() if ".dist-info/" in n}
+    metadata = Parser().parsestr(wheel.read(f"{info}/METADATA").decode())
+    assert metadata["License-Expression"] == "Apache-2.0 WITH LLVM-exception"
+    assert wheel.read(f"{info}/licenses/LICENSE") == (root / "LICENSE").read_bytes()
+
+
 def test_kernels_holds_device_sources_only(root):
     assert not list((root / "kernels").rglob("*.py"))
 

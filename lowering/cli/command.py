@@ -1,4 +1,4 @@
-"""What the commands share: every failure is one message and an exit code, and nothing half-done stays.
+"""Hold what the commands share: every failure is one message and an exit code, and nothing half-done stays.
 
 Nothing heavy is imported here, so that Ctrl-C is answered from the first moment on.
 """
@@ -46,7 +46,7 @@ def _words(prog: str, error: Exception) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory, of the host or of a device, did not suffice; torch says it in several ways."""
+    """Tell whether memory, of the host or of a device, did not suffice; torch says it in several ways."""
     words = str(error)
     return (
         isinstance(error, MemoryError)

@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _target_help() -> str:
-    names = ", ".join(" ".join((*t.aliases[:2], t.name)) for t in TARGETS if t.backend != "cpu")
+    names = ", ".join(" ".join((*t.aliases[:2], t.name)) for t in TARGETS if t.is_gpu)
     return f"cpu for this very machine (default), or one of: {names}"
 
 

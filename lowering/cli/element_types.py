@@ -1,4 +1,4 @@
-"""The names of element types on a command line."""
+"""Name element types on a command line."""
 
 from __future__ import annotations
 

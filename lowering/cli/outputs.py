@@ -1,4 +1,4 @@
-"""The files of one run of a command: each appears whole or not at all, and none is what the run reads."""
+"""Write the files of one run of a command: each whole or not at all, and none over what the run reads."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def check_apart(outputs: Mapping[str, Path], inputs: Mapping[str, Path]) -> None:
-    """UsageError where an output is something that is read, or another output.
+    """Raise UsageError where an output is something that is read, or another output.
 
     Both map what the user calls a file to its path.  Hard links, symbolic links and another case of a name,
     where the file system makes no difference, are the same file.
@@ -91,7 +91,7 @@ def check_apart(outputs: Mapping[str, Path], inputs: Mapping[str, Path]) -> None
 
 
 def check_dump(directory: Path, names: str, files: Mapping[str, Path]) -> None:
-    """UsageError where a dump, of files with names that match ``names``, would overwrite one of ``files``."""
+    """Raise UsageError where a dump, whose files' names match ``names``, would overwrite one of ``files``."""
     for label, path in files.items():
         if re.fullmatch(names, path.name) and _are_same(path.parent, directory):
             raise UsageError(

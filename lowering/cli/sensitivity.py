@@ -1,4 +1,4 @@
-"""How far apart two right evaluations of one model may be, measured on the model itself.
+"""Measure, on the model itself, how far apart two right evaluations of it may be.
 
 A compiled program adds in another order than eager PyTorch, and its exp is another one: the last bit of a
 float32 differs here and there.  What becomes of that bit depends on the model.  It is lost in most; in a
@@ -131,7 +131,7 @@ def _name(func: Any) -> str:
 
 
 def _is_open(func: Any, name: str) -> bool:
-    """Whether the last bit of its results is open; of another library's operation, unless it quantizes."""
+    """Tell whether the last bit of its results is open; also in another library, unless it quantizes."""
     if func.namespace == "aten":
         return name in _SUMS or name in _FUNCTIONS
     return func.namespace not in ("prim", "prims") and "quant" not in name

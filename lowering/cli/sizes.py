@@ -1,4 +1,4 @@
-"""Other sizes to call a model with, where its exported form leaves sizes open."""
+"""Find other sizes to call a model with, where its exported form leaves sizes open."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Sizes = dict[int, tuple[Any, int]]
 
 
 def other_arguments(args: Any, dynamic_shapes: Any) -> Iterator[tuple[str, list[Any]]] | None:
-    """Arguments with other sizes, and words for those; None where every size is fixed.
+    """Make arguments with other sizes, and words for those; None where every size is fixed.
 
     The tensors hold the values of ``args``, repeated or cut.  Sizes are within the range that their Dim has,
     and multiples of what it says; whether a model takes them only it can tell.
@@ -42,7 +42,7 @@ class _Multiple:
 
 
 def exported_shapes(program: torch.export.ExportedProgram) -> list[Any] | None:
-    """What an exported program leaves open of its positional arguments, as ``dynamic_shapes`` would say it.
+    """List what an exported program leaves open of its positional arguments, as ``dynamic_shapes`` does.
 
     None if there is a size that is more than a multiple of another.
     """
@@ -70,7 +70,7 @@ def _exported(size: Any, program: torch.export.ExportedProgram) -> Any:
 
 
 def _open_sizes(args: Any, dynamic_shapes: Any) -> dict[int, Sizes]:
-    """By the number of the tensor among the leaves of the arguments."""
+    """Find the sizes that are open, by the number of the tensor among the leaves of the arguments."""
     if dynamic_shapes is None:
         return {}
     leaves = pytree.tree_leaves(list(args))
@@ -88,7 +88,7 @@ def _open_sizes(args: Any, dynamic_shapes: Any) -> dict[int, Sizes]:
 
 
 def _per_leaf(args: list[Any], shapes: Any) -> list[Any]:
-    """What ``shapes`` says of each leaf of ``args``; it has their structure, or names their parameters."""
+    """List what ``shapes`` says of each leaf; it is built like ``args``, or names their parameters."""
     top = list(shapes.values()) if isinstance(shapes, dict) else list(shapes)
     if len(top) == 1 and len(args) != 1 and isinstance(top[0], (tuple, list)):
         top = list(top[0])  # of *args
@@ -125,7 +125,7 @@ def _symbol(size: Any, now: int) -> Any:
 
 
 def _factor(size: Any) -> int:
-    """How many units of its root a derived Dim is (``4 * Dim("q")``); 1 for every other."""
+    """Count the units of its root that a derived Dim is (4 for ``4 * Dim("q")``); 1 for every other."""
     fn = getattr(size, "fn", None)
     return int(fn(1)) if fn else 1
 

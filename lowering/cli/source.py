@@ -157,7 +157,7 @@ def _exported(path: Path, trusted: bool) -> Model:
 
 
 def _missing_callable(path: Path) -> str:
-    """What to type instead of a bare file name, with the file's own functions as candidates."""
+    """Say what to type instead of a bare file name, with the file's own functions as candidates."""
     names = _functions(path)
     hint = f" (it defines {', '.join(names[:6])}{', ...' if len(names) > 6 else ''})" if names else ""
     if not path.is_file():

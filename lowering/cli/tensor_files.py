@@ -1,4 +1,4 @@
-"""Tensors as ``run-vmfb`` is given them and shows them: literals, NumPy files and safetensors files."""
+"""Read and show tensors as ``run-vmfb`` is given them: literals, NumPy files and safetensors files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class _File:
 
 
 def parse_input(text: str) -> _Literal | _File:
-    """What an --input says; UsageError if that is nothing."""
+    """Read what an --input says; raises UsageError if that is nothing."""
     if text.startswith("@"):
         return _parse_file(text)
     kind, _, value = text.partition("=")

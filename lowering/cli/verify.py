@@ -44,7 +44,7 @@ _MOVED = 2e-3
 
 @dataclass(frozen=True)
 class Output:
-    """How one output compares; ``problem`` is a sentence when it does not hold up, else None."""
+    """Hold how one output compares; ``problem`` is a sentence when it does not hold up, else None."""
 
     index: int
     dtype: str
@@ -66,7 +66,7 @@ class Comparison:
 
     @property
     def ok(self) -> bool:
-        """Whether every output is within its tolerance."""
+        """Tell whether every output is within its tolerance."""
         return all(output.problem is None for output in self.outputs)
 
     def table(self) -> str:
@@ -122,7 +122,7 @@ class _Refused(VerificationError):
 def _with_other_sizes(
     program: Callable[..., Any], module: torch.nn.Module, candidates: Iterable[tuple[str, list[Any]]]
 ) -> tuple[str, list[Output]]:
-    """The outputs for the first candidate that both take; sizes that eager refuses are none of it."""
+    """Compare the outputs for the first candidate that both take; sizes that eager refuses do not count."""
     refused = ""
     for sizes, args in candidates:
         try:
@@ -178,7 +178,7 @@ def _judged(
 
 
 def _run(module: torch.nn.Module, args: Sequence[Any], mode: Any) -> tuple[list[torch.Tensor], bool]:
-    """What the model returns, evaluated as ``mode`` does it, and whether it left its arguments alone."""
+    """Evaluate the model as ``mode`` does it: its results, and whether it left its arguments alone."""
     copies = _copies(args)
     with state_kept(module), mode:
         # Cloned: a model may return an argument, a parameter, or a buffer that it writes to.
@@ -205,7 +205,7 @@ def _check_arguments(after: Sequence[Any], before: Sequence[Any], call: str) -> 
 def _in_order(
     actual: list[torch.Tensor], expected: list[torch.Tensor], unsorted: set[int]
 ) -> list[torch.Tensor]:
-    """The results of a top-k that is not sorted, which are a set, in eager's order.
+    """Put the results of a top-k that is not sorted, which are a set, in eager's order.
 
     The indices say which of the program's is which of eager's; what else has their shape, as weights have, is
     brought in the same order.
@@ -222,18 +222,21 @@ def _in_order(
     return actual
 
 
+_MAKERS = {"CUDA": "NVIDIA", "ROCm": "AMD"}
+
+
 def require_device(target: Target) -> torch.device:
     """The torch device a program for ``target`` runs on; UsageError if this machine has none.
 
     Verification is a request this machine may be unable to serve, so that is an error of usage
     (exit 2), known before anything is compiled, and not a failed verification (exit 4).
     """
-    if target.backend == "cpu":
+    if target.torch_build is None:
         return torch.device("cpu")
-    is_hip = torch.version.hip is not None
-    if torch.cuda.is_available() and is_hip == (target.backend == "hip"):
+    here = "ROCm" if torch.version.hip else "CUDA"
+    if torch.cuda.is_available() and target.torch_build == here:
         return torch.device("cuda")
-    kind = "AMD GPU that PyTorch for ROCm" if target.backend == "hip" else "NVIDIA GPU that PyTorch for CUDA"
+    kind = f"{_MAKERS[target.torch_build]} GPU that PyTorch for {target.torch_build}"
     raise UsageError(
         f"--verify runs the program, and this machine has no {kind} can use; "
         f"compile for {target.name} without --verify, or run the command where the device is"
@@ -245,7 +248,7 @@ def require_device(target: Target) -> torch.device:
 
 @dataclass(frozen=True)
 class _Distance:
-    """How far two tensors are apart, over the elements that are finite in both."""
+    """Measure how far two tensors are apart, over the elements that are finite in both."""
 
     largest: float
     typical: float  # root mean square
@@ -294,7 +297,7 @@ def _allowed(expected: torch.Tensor, measured: _Distance) -> _Distance:
 
 
 def _problem(dtype: torch.dtype, found: _Distance, allowed: _Distance, largest: float) -> str | None:
-    """What is too much; errors are told as fractions of the largest value.  None if nothing is."""
+    """Say what is too much, errors as fractions of the largest value; None if nothing is."""
     few_bits = _is_small(dtype) or dtype in (torch.bfloat16, torch.float16)
     if not dtype.is_floating_point:
         over = found.differing > (allowed.differing if allowed.largest else 0.0)
@@ -314,7 +317,7 @@ def _problem(dtype: torch.dtype, found: _Distance, allowed: _Distance, largest: 
 
 
 def _strange(actual: torch.Tensor, right: Sequence[torch.Tensor]) -> str | None:
-    """Where ``actual`` is NaN or infinite and no right evaluation is the same, or the other way round."""
+    """Say where ``actual`` is NaN or infinite and no right evaluation is the same, or the other way round."""
     if not actual.is_floating_point():
         return None
     unlike = torch.ones(actual.shape, dtype=torch.bool)
@@ -370,7 +373,7 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _differ(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Where the values are not the same; a NaN is the same as a NaN."""
+    """Mark where the values are not the same; a NaN is the same as a NaN."""
     if _is_small(expected.dtype):
         return _bits(actual) != _bits(expected)
     return (actual != expected) & ~((actual != actual) & (expected != expected))
@@ -402,7 +405,7 @@ def _fraction(mask: torch.Tensor) -> float:
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """In float64; the exponents of e8m0."""
+    """Widen to float64; of e8m0, take the exponents."""
     return (_bits(tensor) if tensor.dtype == _E8M0 else tensor).double()
 
 

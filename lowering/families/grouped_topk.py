@@ -1,4 +1,4 @@
-"""From a TopkSpec and a target to a kernel instance: the grouped top-k routing of ``kernels/topk.*``.
+"""Make a kernel instance of a TopkSpec and a target: the grouped top-k of ``kernels/topk.*``.
 
 What that kernel family supports is decided here and nowhere else: ``why_unsupported`` says it in a sentence
 that the fusion can record, ``instance`` raises the same sentence.
@@ -43,7 +43,7 @@ _CPU_EXPERTS = 4096
 
 
 def why_unsupported(spec: TopkSpec, target: Target) -> str | None:
-    """A sentence saying why the kernel cannot do ``spec``, or None if it can, which is so on every target."""
+    """Say in a sentence why the kernel cannot do ``spec``, on any target; None if it can."""
     routing = spec.routing
     if reason := why_impossible(routing, spec.experts):
         return reason
@@ -63,7 +63,7 @@ def why_unsupported(spec: TopkSpec, target: Target) -> str | None:
 
 
 def instance(spec: TopkSpec, target: Target, tile: Tile | None = None) -> KernelInstance:
-    """The kernel for ``spec`` on ``target``; ``tile`` overrides the chosen mapping (for tuning).
+    """Make the kernel for ``spec`` on ``target``; ``tile`` overrides the chosen mapping (for tuning).
 
     Raises CompileError with ``why_unsupported``'s sentence.
     """
@@ -85,7 +85,7 @@ def instance(spec: TopkSpec, target: Target, tile: Tile | None = None) -> Kernel
 
 
 def bindings(spec: TopkSpec) -> tuple[Binding, ...]:
-    """The tensors of ``spec`` in dispatch order."""
+    """List the tensors of ``spec`` in dispatch order."""
     topk = spec.routing.topk
     return (
         Binding("gating", spec.dtype, ("T", spec.experts), "read"),
@@ -150,7 +150,7 @@ def _stem(spec: TopkSpec) -> str:
 
 
 def _reference(op: ir.Operation) -> Reference:
-    """Raises CompileError where the routing is impossible: then there is nothing to compute either."""
+    """Give the eager definition.  Raises CompileError where the sizes are impossible."""
     routing = canonical.routing_contract(op)
     gating, ids = torch_ir.tensor_type(op.operands[0]), torch_ir.tensor_type(op.results[1])
     assert gating is not None and gating.shape[-1] is not None and ids is not None

@@ -1,4 +1,4 @@
-"""A kernel of a family, ready to be compiled: its source, its constants, what it is given."""
+"""Describe a kernel of a family, ready to be compiled: its source, its constants, what it is given."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..targets import Target
 
 @dataclass(frozen=True)
 class GridRule:
-    """How many workgroups a kernel has for any number of rows.
+    """Say how many workgroups a kernel has for any number of rows.
 
     ``few`` holds (up to so many rows, workgroups of each row), in order; beyond it a workgroup takes ``rows``
     rows, and there are at most ``most`` workgroups.  Never zero, since CUDA does not skip an empty grid.
@@ -62,7 +62,7 @@ class Binding:
 
     @property
     def has_rows(self) -> bool:
-        """Whether it has a row for each of the dispatch's, unlike a weight."""
+        """Tell whether it has a row for each of the dispatch's, unlike a weight."""
         return len(self.shape) == 2 and self.shape[0] == "T"
 
 
@@ -94,7 +94,7 @@ class KernelInstance:
         return tuple(d if isinstance(d, int) else sizes[d] for d in binding.shape)
 
     def elements(self, binding: Binding, rows: int) -> int:
-        """How many elements of ``binding`` the kernel touches."""
+        """Count the elements of ``binding`` that the kernel touches."""
         *leading, last = self.shape(binding, rows)
         first, end = binding.columns or (0, last)
         return math.prod(leading) * (end - first)
@@ -122,5 +122,5 @@ def bits32(value: float) -> str:
 
 
 def digest(defines: tuple[tuple[str, str], ...]) -> str:
-    """What tells instances of different ``defines`` apart in their names."""
+    """Hash ``defines``, which tells instances of different ones apart in their names."""
     return hashlib.sha256(json.dumps(defines).encode()).hexdigest()[:8]

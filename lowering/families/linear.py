@@ -1,4 +1,4 @@
-"""From a LinearSpec and a target to a kernel instance: products without scales, of ``kernels/matmul.c``.
+"""Make a kernel instance of a LinearSpec and a target: products without scales, of ``kernels/matmul.c``.
 
 On the CPU IREE's own product of a large weight, a language model's head above all, takes four times as long
 (docs/measurements.md); elsewhere it is left to IREE.
@@ -21,7 +21,7 @@ _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
 def why_unsupported(spec: LinearSpec, target: Target) -> str | None:
-    """A sentence saying why no kernel computes ``spec`` on ``target``, or None if one does."""
+    """Say in a sentence why no kernel computes ``spec`` on ``target``; None if one does."""
     if target.is_gpu:
         return f"The kernel of linear layers is written for the cpu, not for {target.name}."
     if spec.dtype not in DTYPE_CODES:
@@ -32,7 +32,7 @@ def why_unsupported(spec: LinearSpec, target: Target) -> str | None:
 
 
 def instance(spec: LinearSpec, target: Target) -> KernelInstance:
-    """The kernel for ``spec`` on ``target``.  Raises CompileError with ``why_unsupported``'s sentence."""
+    """Make the kernel for ``spec`` on ``target``; raises CompileError with ``why_unsupported``'s words."""
     if reason := why_unsupported(spec, target):
         raise CompileError(reason)
     values, grid_rule = tile_defines(spec.columns, ProductTile())
@@ -60,7 +60,7 @@ def instance(spec: LinearSpec, target: Target) -> KernelInstance:
 
 
 def bindings(spec: LinearSpec) -> tuple[Binding, ...]:
-    """The tensors of ``spec`` in dispatch order: a, b, bias if there is one; out."""
+    """List the tensors of ``spec`` in dispatch order: a, b, bias if there is one; out."""
     read = [
         Binding("a", spec.dtype, ("T", spec.depth), "read"),
         Binding("b", spec.dtype, (spec.columns, spec.depth), "read"),

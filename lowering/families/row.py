@@ -1,6 +1,6 @@
-"""From a RowSpec and a target to a kernel instance: one source file and the constants that specialise it.
+"""Make a kernel instance of a RowSpec and a target: one source file and the constants that specialise it.
 
-Nothing here runs a compiler (``toolchain``) or reads an object (``abi``).  What the row kernel
+Nothing here runs a compiler or reads an object: that is ``backends``' business.  What the row kernel
 family supports is decided here and nowhere else: ``why_unsupported`` says it in a sentence that
 the fusion can record, ``instance`` raises the same sentence.
 """
@@ -58,14 +58,14 @@ _SAFE_FLOOR = 1e-30
 
 
 def why_unsupported(spec: RowSpec, target: Target) -> str | None:
-    """A sentence saying why the row kernel cannot do ``spec`` on ``target``, or None if it can."""
+    """Say in a sentence why the row kernel cannot do ``spec`` on ``target``; None if it can."""
     reasons = [_why_not_dtypes(spec), _why_not_gate(spec), _why_not_norm(spec), _why_not_hidden(spec, target)]
     reasons += [*_why_not_quants(spec, target), _why_not_windows(spec)]
     return next((reason for reason in reasons if reason), None)
 
 
 def instance(spec: RowSpec, target: Target, mapping: Mapping | None = None) -> KernelInstance:
-    """The kernel for ``spec`` on ``target``; ``mapping`` overrides the chosen one (for tuning).
+    """Make the kernel for ``spec`` on ``target``; ``mapping`` overrides the chosen one (for tuning).
 
     Raises CompileError with ``why_unsupported``'s sentence.
     """
@@ -87,7 +87,7 @@ def instance(spec: RowSpec, target: Target, mapping: Mapping | None = None) -> K
 
 
 def bindings(spec: RowSpec) -> tuple[Binding, ...]:
-    """The tensors of ``spec`` in dispatch order: x, up, residual, weight; sum, y, every q and scale."""
+    """List the tensors of ``spec`` in dispatch order: x, up, residual, weight; sum, y, every q and scale."""
     row: tuple[Dimension, ...] = ("T", spec.hidden)
     out = [_input_binding("x", spec)]
     if spec.gate and not spec.gate.packed:
@@ -333,7 +333,7 @@ def _promoted(dtype: str, weight_dtype: str | None) -> str:
 
 
 def _quotient(quantization: Quantization, spec: RowSpec) -> int:
-    """How y/scale is computed: 0 by division, 1 from 1/scale and the remainder, 2 from a twofold 1/scale.
+    """Choose how y/scale is computed: 0 divides, 1 uses 1/scale and the remainder, 2 a twofold 1/scale.
 
     0 (and a clamp) where the scale can be so small that 1/scale leaves float32's normal range; where y can
     exceed the limit (a ceiling on amax, or a limit that rounding to the type can pass); and where a scale
@@ -358,7 +358,7 @@ def _scale(amax: float, qmax: float, inverse: float | None) -> float:
 
 
 def _is_rounded_to_bfloat16(spec: RowSpec) -> bool:
-    """Whether what is quantized has the 8 significant bits of a bfloat16."""
+    """Tell whether what is quantized has the 8 significant bits of a bfloat16."""
     producer = spec.norm or spec.gate
     if spec.dtype != "bfloat16" or producer is None:
         return spec.dtype == "bfloat16"
@@ -369,7 +369,7 @@ def _is_rounded_to_bfloat16(spec: RowSpec) -> bool:
 
 @functools.cache
 def _rounds_clearly(qmax: float, inverse: float | None, *bounds: float) -> bool:
-    """Whether y/scale is at least 2^-42 of itself from where float32's rounding turns, for every 8-bit y.
+    """Tell whether, for every 8-bit y, y/scale is 2^-42 of itself from where float32's rounding turns.
 
     The scales are those of every 8-bit amax, and ``bounds``; a kernel's error is below 2^-43.
     """
@@ -385,12 +385,12 @@ def _rounds_clearly(qmax: float, inverse: float | None, *bounds: float) -> bool:
 
 
 def _is_all_ones(value: float) -> bool:
-    """Whether every bit of a float32's significand is one."""
+    """Tell whether every bit of a float32's significand is one."""
     return math.frexp(value)[0] == 1 - 2**-24
 
 
 def _has_bits(value: float, bits: int) -> bool:
-    """Whether ``bits`` bits hold the significand of ``value``."""
+    """Tell whether ``bits`` bits hold the significand of ``value``."""
     return (math.frexp(value)[0] * 2**bits).is_integer()
 
 

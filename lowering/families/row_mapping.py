@@ -1,6 +1,6 @@
-"""How the rows of a kernel are laid over the lanes, workgroups and multiprocessors of a machine.
+"""Lay the rows of a kernel over the lanes, workgroups and multiprocessors of a machine.
 
-What a kernel computes is ``kernel``'s business; nothing here changes a bit of any result.
+What a kernel computes is ``row``'s business; nothing here changes a bit of any result.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ _WITHIN_WAVE = 3
 # Elements of x that one CPU workgroup takes: some ten microseconds, well above the cost of handing it out.
 _CPU_ELEMENTS = 16384
 
+# What was measured on an H200 is the rule for these.
+_LIKE_H200 = ("sm_90", "sm_100")
 # Rows from so many elements on have a mapping of their own on NVIDIA GPUs, from so many slices when few.
 _LONG, _SLICED = 1280, 6144
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How rows are laid over lanes.
+    """Say how rows are laid over lanes.
 
     ``lanes`` work on one row, each on ``vectors`` vectors of ``vector`` elements at once, ``batches`` times;
     a workgroup takes ``rows``.  With ``blocks`` there are at most so many workgroups, which go through the
@@ -86,13 +88,13 @@ def choose_mapping(spec: RowSpec, target: Target) -> Mapping:
     """The mapping of rows to lanes: what was measured on the target for rows like these, else a rule."""
     if measured := _measured(target.name).get(tuning_key(spec)):
         return measured
-    if target.backend == "cuda" and tuning_key(spec) and spec.hidden >= _LONG:
+    if target.name in _LIKE_H200 and tuning_key(spec) and spec.hidden >= _LONG:
         return _long_rows(spec, target)
     return Mapping(_default_tile(spec, target))
 
 
 def _long_rows(spec: RowSpec, target: Target) -> Mapping:
-    """What was measured on an H200, as a rule for lengths and NVIDIA GPUs that were not.
+    """Apply what was measured on an H200 to lengths and NVIDIA GPUs that were not.
 
     Where 16-bit values are written, one workgroup a row, since rows that are worked on in order are near to
     each other in memory; and vectors of 8, since their stores then cover whole sectors, which those of 16 do
@@ -115,7 +117,7 @@ def _long_rows(spec: RowSpec, target: Target) -> Mapping:
 
 
 def tuning_key(spec: RowSpec) -> str:
-    """What the best mapping depends on: the length of a row and what is read and written of it.
+    """Name what the best mapping depends on: the length of a row and what is read and written of it.
 
     Empty where nothing was measured: rows of float32, and those without a norm, which need no barrier.
     """
@@ -127,7 +129,7 @@ def tuning_key(spec: RowSpec) -> str:
 
 @functools.cache
 def _measured(target: str) -> dict[str, Mapping]:
-    """What tools/bench/tune.py wrote for ``target``, by ``tuning_key``."""
+    """Read what tools/bench/tune.py wrote for ``target``, by ``tuning_key``."""
     path = Path(__file__).with_name("tuning") / f"{target}.json"
     if not path.is_file():
         return {}
@@ -141,7 +143,7 @@ def _mapping(fields: dict[str, Any]) -> Mapping:
 
 
 def _default_tile(spec: RowSpec, target: Target) -> Tile:
-    """How rows are laid over lanes where nothing was measured.
+    """Lay rows over lanes by a rule, where nothing was measured.
 
     Short rows stay inside a wave or a part of it, so no barrier is needed; longer ones take whole
     waves, of two vectors a lane where possible: what every lane computes for itself (the reduction,
@@ -173,12 +175,12 @@ def _batched_tile(count: int, wave: int, vector: int, at_most: int) -> Tile:
 
 
 def needs_whole_row(spec: RowSpec) -> bool:
-    """Whether something depends on all elements of a row."""
+    """Tell whether something depends on all elements of a row."""
     return spec.norm is not None or has_row_scale(spec)
 
 
 def has_row_scale(spec: RowSpec) -> bool:
-    """Whether a group is a whole row, of no length the kernel knows as a group."""
+    """Tell whether a group is a whole row, of no length the kernel knows as a group."""
     return any(group_of(quantization, spec) == 0 for quantization in spec.quantizations)
 
 

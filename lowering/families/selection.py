@@ -1,4 +1,4 @@
-"""From a SelectionSpec and a target to a kernel instance: top-k by itself, of ``kernels/select.c``.
+"""Make a kernel instance of a SelectionSpec and a target: top-k by itself, of ``kernels/select.c``.
 
 Elsewhere than on the CPU, and where this kernel does not fit, a top-k is computed of ranks
 (``respell_sorts``), of equal elements that with the smaller index first.
@@ -24,7 +24,7 @@ _ELEMENTS = 4096
 
 
 def why_unsupported(spec: SelectionSpec, target: Target) -> str | None:
-    """A sentence saying why no kernel computes ``spec`` on ``target``, or None if one does."""
+    """Say in a sentence why no kernel computes ``spec`` on ``target``; None if one does."""
     if target.is_gpu:
         return f"The kernel of a top-k is written for the cpu, not for {target.name}."
     if spec.dtype not in _CODES:
@@ -36,7 +36,7 @@ def why_unsupported(spec: SelectionSpec, target: Target) -> str | None:
 
 
 def instance(spec: SelectionSpec, target: Target) -> KernelInstance:
-    """The kernel for ``spec`` on ``target``.  Raises CompileError with ``why_unsupported``'s sentence."""
+    """Make the kernel for ``spec`` on ``target``; raises CompileError with ``why_unsupported``'s words."""
     if reason := why_unsupported(spec, target):
         raise CompileError(reason)
     rows = max(1, _ELEMENTS // spec.elements)
@@ -63,7 +63,7 @@ def instance(spec: SelectionSpec, target: Target) -> KernelInstance:
 
 
 def bindings(spec: SelectionSpec) -> tuple[Binding, ...]:
-    """The tensors of ``spec`` in dispatch order."""
+    """List the tensors of ``spec`` in dispatch order."""
     return (
         Binding("x", spec.dtype, ("T", spec.elements), "read"),
         Binding("values", spec.dtype, ("T", spec.count), "write"),

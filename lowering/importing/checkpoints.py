@@ -1,4 +1,4 @@
-"""What a model no longer shows of the checkpoint it was loaded from."""
+"""Say what a model no longer shows of the checkpoint it was loaded from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model was exported for: which sizes its arguments may have, for the runtime to check at each call.
+"""Collect which sizes of its arguments a model was exported for, for the runtime to check at each call.
 
 torch.export keeps that in three places: the range of each symbol, the guards that the model's own branches
 and views gave rise to, and assertions in the graph (``torch._check``).  Each becomes a condition on the
@@ -48,7 +48,7 @@ def forget_multiples(exported: torch.export.ExportedProgram) -> None:
 
 
 def _ranges(exported: torch.export.ExportedProgram, sizes: set[str]) -> Iterator[str]:
-    """Of the sizes that arguments have; what ``s0`` may be beside ``2*s0`` is torch's own affair."""
+    """Bound the sizes that arguments have; what ``s0`` may be beside ``2*s0`` is torch's own affair."""
     for size, allowed in exported.range_constraints.items():
         bounds = allowed.lower, allowed.upper
         lower, upper = (int(bound) if bound.is_Integer else None for bound in bounds)
@@ -57,7 +57,7 @@ def _ranges(exported: torch.export.ExportedProgram, sizes: set[str]) -> Iterator
 
 
 def _guards(exported: torch.export.ExportedProgram, specs: Mapping[str, TensorSpec]) -> Iterator[str]:
-    """Of the code that torch checks the arguments of an exported module with."""
+    """Collect the conditions in the code with which torch checks the arguments of an exported module."""
 
     def symbol(source: re.Match[str]) -> str:
         keys = [word or number for word, number in _KEY.findall(source[1])]
@@ -80,11 +80,11 @@ def _assertions(exported: torch.export.ExportedProgram) -> Iterator[str]:
 
 
 def _is_about(text: str, symbols: set[str]) -> bool:
-    """Whether ``text`` can be evaluated, and names sizes of the arguments alone."""
+    """Tell whether ``text`` can be evaluated, and names sizes of the arguments alone."""
     names = names_in(text)
     return bool(names) and names <= symbols and holds(text, dict.fromkeys(names, 64)) is not None
 
 
 def _plain(text: str) -> str:
-    """The same without needless parentheses."""
+    """Write a condition without needless parentheses."""
     return ast.unparse(ast.parse(text, mode="eval"))

@@ -1,4 +1,4 @@
-"""Operations that the torch dialect has no form of, or a wrong one, in terms of others; used when importing.
+"""Decompose, when importing, operations that the torch dialect has no form of, or a wrong one.
 
 PyTorch's own decompositions where it has one, and functions of the same signature where it has none.  A
 function returns NotImplemented for a case that needs no other form.
@@ -39,9 +39,9 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 
 def _histc(x: Tensor, bins: int = 100, min: Number = 0, max: Number = 0) -> Tensor:
-    """How many elements lie in each of ``bins`` equal parts of a range, its end included.
+    """Count the elements that lie in each of ``bins`` equal parts of a range, its end included.
 
-    Without a range that of the elements, and one around them where they are all equal.
+    Without a range it is that of the elements, and one around them where they are all equal.
     """
     flat = x.flatten()
     low, high = flat.new_full((), min), flat.new_full((), max)
@@ -82,7 +82,7 @@ def _index(x: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
 def _index_put(
     x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False
 ) -> Tensor:
-    """Where a mask is set, the values in their order; one for all of them where they have no such axis."""
+    """Put the values, in order, where a mask is set; one value everywhere, if they have no such axis."""
     mask = indices[0] if len(indices) == 1 else None
     if mask is None or mask.dtype != torch.bool:
         return NotImplemented
@@ -97,7 +97,7 @@ def _index_put(
 
 
 def _masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
-    """Where a mask is set, the elements of ``source`` in their order."""
+    """Put the elements of ``source``, in their order, where a mask is set."""
     x, mask = torch.broadcast_tensors(x, mask)
     place = mask.flatten().to(torch.int64).cumsum(0).sub(1).clamp(min=0)
     return torch.where(mask, source.flatten()[place].reshape(mask.shape), x)

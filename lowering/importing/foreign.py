@@ -1,4 +1,4 @@
-"""Operations of other libraries in a traced program: declaring them, and making them functional.
+"""Declare operations of other libraries, and make them functional in a traced program.
 
 The tables of ``patterns.named_ops`` and its neighbours say which they are.  ``declare_ops`` lets
 torch.export trace them without their library; ``functionalize`` replaces those that write into their
@@ -11,26 +11,18 @@ import copy
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from patterns import block_scaled_matmul, grouped_topk, named_ops
 from patterns.block_scaled_matmul import NamedProduct
-from patterns.grouped_topk import NamedTopk
 from patterns.named_call import FUNCTIONAL, LAYOUT, NamedOp
 
 from ..errors import CompileError
-
-_TABLE: tuple[NamedOp, ...] = (
-    *named_ops.NAMED_OPS,
-    *grouped_topk.NAMED_OPS,
-    *block_scaled_matmul.NAMED_OPS,
-)
-# By name: rows of one name share its schema.
-_ROWS = {row.name: row for row in reversed(_TABLE)}
+from ..families.registry import families
 
 # Keep the declarations alive: a Library takes its operations with it.
 _libraries: list[torch.library.Library] = []
@@ -50,7 +42,7 @@ def declare_ops(fp8: torch.dtype = torch.float8_e4m3fn) -> None:
     """
     global _fp8
     _fp8 = fp8
-    for row in _ROWS.values():
+    for row in _rows().values():
         if not _is_registered(row.name):
             _define(row.name, row.schema, _fake(row))
 
@@ -83,39 +75,19 @@ def _fake(row: NamedOp) -> Callable[..., Any]:
 
 
 def _shapes(row: NamedOp, given: Mapping[str, Any]) -> dict[str, tuple[tuple[Any, ...], torch.dtype]]:
-    """Shape and dtype of each result."""
-    if isinstance(row, NamedProduct):
-        return _multiplied(row, given)
-    return _routed(row, given) if isinstance(row, NamedTopk) else _made(row, given)
-
-
-def _made(row: NamedOp, given: Mapping[str, Any]) -> dict[str, tuple[tuple[Any, ...], torch.dtype]]:
-    """Shape and dtype of each result of a norm, an activation or a quantization."""
-    x, group = given[row.x], given.get("group_size")
-    hidden = x.shape[-1] // 2 if row.gate is not None else x.shape[-1]
-    if group is not None and hidden % group:
-        raise ValueError(f"{row.name}: group {group} does not divide the last axis, {hidden}")
+    """Shape and dtype of each result; rows know the dtypes of PyTorch by name."""
+    made = row.shapes(given, str(_fp8).removeprefix("torch."))
     return {
-        "y": ((*x.shape[:-1], hidden), x.dtype),
-        "sum": (x.shape, x.dtype),
-        "q": ((*x.shape[:-1], hidden), _fp8),
-        "scale": ((*x.shape[:-1], hidden // group if group else 1), torch.float32),
+        role: (shape, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        for role, (shape, dtype) in made.items()
     }
 
 
-def _routed(row: NamedTopk, given: Mapping[str, Any]) -> dict[str, tuple[tuple[Any, ...], torch.dtype]]:
-    """Shape and dtype of the results of a routing."""
-    shape = (*given[row.x].shape[:-1], given["topk"])
-    return {"weights": (shape, torch.float32), "ids": (shape, torch.int32)}
-
-
-def _multiplied(
-    row: NamedProduct, given: Mapping[str, Any]
-) -> dict[str, tuple[tuple[Any, ...], torch.dtype]]:
-    """Shape and dtype of the result of a product; the dtype is the schema's where the caller does not say."""
-    shape = (*given[row.x].shape[:-1], given[row.b].shape[0])
-    default = torch.bfloat16 if "bfloat16" in row.schema else torch.float16
-    return {"y": (shape, given.get(row.out_dtype or "", default))}
+@cache
+def _rows() -> dict[str, NamedOp]:
+    """Every row of every family by the name of its operation: rows of one name share its schema."""
+    rows = [row for family in families() for row in family.patterns.named]
+    return {row.name: row for row in reversed(rows)}
 
 
 def _returned(results: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
@@ -128,7 +100,7 @@ def _returned(results: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
 def functionalize(
     exported: ExportedProgram, decompositions: Mapping[Any, Callable[..., Any]] | None = None
 ) -> ExportedProgram:
-    """``exported`` decomposed, with every operation of the table that writes into its arguments replaced.
+    """Decompose ``exported``, with every operation of the table that writes into its arguments replaced.
 
     Each becomes its functional twin; what it would have written is what is read afterwards, through any
     alias.  ``decompositions`` are those of ``ExportedProgram.run_decompositions``.  Raises CompileError,
@@ -154,11 +126,11 @@ def functionalize(
 
 
 def _spell_bytes(exported: ExportedProgram) -> None:
-    """Where a product reads scales by their bytes, in columns behind a shape of rows: say what it reads."""
+    """Say what a product reads that takes scales by their bytes: columns, whose shape is that of rows."""
     graph = exported.graph
     for node in list(graph.nodes):
         name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
-        row = _ROWS.get(name)
+        row = _rows().get(name)
         if not (isinstance(row, NamedProduct) and row.by_bytes):
             continue
         number = row.arguments.index(row.a_scale)
@@ -187,7 +159,7 @@ def _written_by(node: fx.Node) -> NamedOp | None:
     target = node.args[0] if _is_wrapper(node) else node.target
     if not isinstance(target, torch._ops.OpOverload):
         return None
-    row = _ROWS.get(target._schema.name)
+    row = _rows().get(target._schema.name)
     return row if row is not None and row.mutated else None
 
 
@@ -262,7 +234,7 @@ def _twin(row: NamedOp) -> torch._ops.OpOverload:
 
 
 def _layout(scale: Any) -> str:
-    """How the caller laid out the tensor for the scales: its strides, which no program has."""
+    """Name the layout that the caller gave the tensor for the scales: its strides, which no program has."""
     if not isinstance(scale, Tensor) or scale.dim() != 2 or scale.dtype != torch.float32:
         return "row"
     (rows, groups), (down, across) = scale.shape, scale.stride()
@@ -272,7 +244,7 @@ def _layout(scale: Any) -> str:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two sizes are one; sizes only known at run time, whether they are one expression."""
+    """Tell whether two sizes are one; sizes only known at run time, whether they are one expression."""
     return str(a) == str(b)
 
 
@@ -330,7 +302,7 @@ def _clone(graph: fx.Graph, base: Any) -> fx.Node:
 
 
 def _view_of(node: fx.Node, name: str, clones: list[fx.Node]) -> fx.Node:
-    """What the argument ``name`` is: a clone, or a clone with its axes in another order."""
+    """Find what the argument ``name`` is: a clone, or a clone with its axes in another order."""
     index = node.kwargs[f"_{name}_base_index"]
     assert isinstance(index, int)
     clone, strides = clones[index], node.kwargs.get(f"_{name}_stride")

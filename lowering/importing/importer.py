@@ -1,4 +1,4 @@
-"""Step 1, import: a torch module becomes torch-dialect MLIR with its weights left outside.
+"""Step 1, import: make torch-dialect MLIR of a torch module, with its weights left outside.
 
 torch.export traces the module, the FX importer that ships with the IREE compiler
 (torch-mlir's) turns the graph into MLIR.  Parameters, buffers and constant tensors become
@@ -102,7 +102,7 @@ class Program:
         return Signature(
             target=target.name,
             backend=target.backend,
-            arch=host_arch() if target.backend == "cpu" else target.arch,
+            arch=target.arch if target.is_gpu else host_arch(),
             inputs=self.inputs,
             outputs=self.outputs,
             input_tree=self.input_tree,
@@ -185,7 +185,7 @@ def _export(
 
 
 def _distinct(examples: Any) -> Any:
-    """The same tree, a tensor that is in it twice copied: torch.export would make one argument of them."""
+    """Copy a tensor that is in the tree twice: torch.export would make one argument of them."""
     seen: set[int] = set()
 
     def once(leaf: Any) -> Any:
@@ -234,7 +234,7 @@ def _drop_constant_results(module: ir.Module, exported: torch.export.ExportedPro
 
 
 def _dump_tree(spec: pytree.TreeSpec | None) -> str | None:
-    """JSON of a pytree spec; None when it holds a container that has no serialised name."""
+    """Write a pytree spec as JSON; None when it holds a container that has no serialised name."""
     if spec is None:
         return None
     try:
@@ -357,12 +357,12 @@ def read_parameter(name: str, tensor: torch.Tensor) -> ir.Value:
 
 
 def _as_stored(tensor: torch.Tensor) -> torch.Tensor:
-    """Archives hold bytes; IREE does not read one-bit elements from them."""
+    """View bools as bytes, which archives hold; IREE does not read one-bit elements from them."""
     return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
 
 
 def is_storable(dtype: torch.dtype) -> bool:
-    """Whether a parameter can have this dtype."""
+    """Tell whether a parameter can have this dtype."""
     return dtype in _MLIR_DTYPES
 
 

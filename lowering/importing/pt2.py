@@ -90,7 +90,7 @@ def _only_weights() -> Iterator[None]:
 
 
 def _code_in(path: Path) -> str | None:
-    """What the file holds that is, or could be, code; None if there is nothing."""
+    """Name what the file holds that is, or could be, code; None if there is nothing."""
     try:
         reader = PT2ArchiveReader(str(path))
     except RuntimeError:  # no ZIP archive that torch can read, or one of another kind
@@ -119,7 +119,7 @@ def _code_in_record(reader: PT2ArchiveReader, name: str) -> str | None:
 
 
 def _code_in_index(reader: PT2ArchiveReader, name: str) -> str | None:
-    """Whether an index of weights or constants names a record that is a pickle of more than tensors."""
+    """Tell whether an index of weights or constants names a record that is a pickle of more than tensors."""
     for owner, entry in json.loads(reader.read_bytes(name)).get("config", {}).items():
         file = entry["path_name"]
         if file.startswith((layout.CUSTOM_OBJ_FILENAME_PREFIX, layout.OPAQUE_OBJ_FILENAME_PREFIX)):
@@ -133,7 +133,7 @@ def _code_in_index(reader: PT2ArchiveReader, name: str) -> str | None:
 
 
 def _code_in_pickle(data: bytes, what: str) -> str | None:
-    """Whether a pickle is more than tensors in plain containers, found out without running it."""
+    """Tell whether a pickle is more than tensors in plain containers, found out without running it."""
     if not data:
         return None
     try:
@@ -155,7 +155,7 @@ def _globals_of(data: bytes) -> str:
 
 
 def _code_in_graph(value: Any, key: str = "") -> str | None:
-    """Whether a graph's JSON has a string that torch would evaluate or compile, and that is not plain."""
+    """Find in a graph's JSON a string that torch would evaluate or compile, and that is not plain."""
     if isinstance(value, dict):
         found = (_code_in_graph(item, name) for name, item in value.items())
     elif isinstance(value, list):
@@ -180,12 +180,12 @@ def _code_in_string(text: str, key: str) -> str | None:
 
 
 def _is_arithmetic(text: str) -> bool:
-    """Whether ``text`` is an expression of numbers, symbols and functions of sympy's alone."""
+    """Tell whether ``text`` is an expression of numbers, symbols and functions of sympy's alone."""
     return _holds_only(text, ())
 
 
 def _is_guard(text: str) -> bool:
-    """The same, with ``L['x'].size()[0]`` for the symbols."""
+    """Tell whether ``text`` is such an expression, with ``L['x'].size()[0]`` for the symbols."""
     return _holds_only(text, (ast.Subscript, ast.Attribute, ast.Tuple))
 
 
@@ -211,7 +211,7 @@ def _is_plain(node: ast.AST, more: tuple[type[ast.AST], ...]) -> bool:
 
 
 def _is_tree(text: str) -> bool:
-    """Whether a tree of arguments, JSON inside JSON, has no string that could end another."""
+    """Tell whether a tree of arguments, JSON inside JSON, has no string that could end another."""
     try:
         inner = json.loads(text)
     except ValueError:

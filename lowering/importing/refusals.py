@@ -1,4 +1,4 @@
-"""What is said of a model that cannot be exported or imported: what, where in the model, and the way out."""
+"""Say of a model that cannot be exported or imported what is wrong, where in the model, and the way out."""
 
 from __future__ import annotations
 

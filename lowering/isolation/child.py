@@ -1,4 +1,4 @@
-"""The process that IREE's compiler runs in; ``isolation`` starts it as a script and talks to it.
+"""Run IREE's compiler: the process that ``isolation`` starts as a script and talks to.
 
 Nothing of this project is imported here, nor torch: what is held is IREE's compiler, loaded once.  For each
 request it forks twice.  The inner process compiles and may die; the outer one keeps it: it says how that
@@ -93,7 +93,7 @@ def _keep(request: socket.socket) -> None:
 
 
 def _wait(request: socket.socket, alive: int, seconds: float | None) -> str:
-    """Until the worker is gone ("done"), time is up ("late") or the other side has closed ("left")."""
+    """Wait until the worker is gone ("done"), time is up ("late") or the other side has closed ("left")."""
     deadline = None if seconds is None else time.monotonic() + seconds
     poll = select.poll()
     poll.register(request, select.POLLIN)

@@ -1,4 +1,4 @@
-"""Finds the operation that a program cannot be compiled for, where the compiler does not say.
+"""Find the operation that a program cannot be compiled for, where the compiler does not say.
 
 A compiler that died says nothing, and torch-mlir may name a constant in place of the operation that reads it.
 The first operations of the program are compiled alone, fewer or more of them, until one makes the difference.
@@ -51,14 +51,17 @@ def find_culprit(program: Program, fails: Callable[[ir.Module], bool]) -> ir.Ope
 
 
 def _made_by(op: ir.Operation) -> ir.Operation:
-    """What computes the value that ``op`` only gives another type: only torch's tensors are returned."""
+    """Find what computes the value that ``op`` only gives another type.
+
+    The parts of a program that are compiled alone return torch's tensors.
+    """
     while op.name in _CASTS and not isinstance(op.operands[0].owner, ir.Block):
         op = op.operands[0].owner.operation
     return op
 
 
 def _keep(function: ir.Operation, count: int) -> bool:
-    """Leave the first ``count`` operations, and return what none of them reads; whether that is anything."""
+    """Keep the first ``count`` operations, and return what none reads; tells whether that is anything."""
     block = torch_ir.block_of(function)
     operations = [op.operation for op in block.operations]
     for op in reversed(operations[count:]):

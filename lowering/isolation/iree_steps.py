@@ -1,4 +1,4 @@
-"""What IREE does with a program, each step in a process of its own, and what is said when it fails.
+"""Run IREE's steps, each in a process of its own, and say what there is to say when one fails.
 
 A failure is a CompileError that names the step, the model's line where it is known, and what to do.  Where
 the phases are dumped it comes with the IR that makes IREE fail and the command that shows it.
@@ -33,7 +33,7 @@ _CONSTANT = "nothing lowers torch.constant."
 
 @dataclass(frozen=True)
 class Step:
-    """What is said of a step that fails: its name where it died, or what a program that it rejects does."""
+    """Hold the words for a step that fails: its name if it died, or what a program that it rejects does."""
 
     name: str
     rejected: str
@@ -73,7 +73,7 @@ class Iree:
         isolation.start()
 
     def lower(self, module: ir.Module) -> ir.Module:
-        """The torch dialect's operations as IREE's own; a new module in the same context."""
+        """Lower the torch dialect's operations to IREE's own; returns a new module in the same context."""
         try:
             return isolation.run_passes(module, _TORCH_TO_IREE)
         except isolation.Failed as failed:
@@ -81,7 +81,7 @@ class Iree:
             raise _error(LOWER, failed, self._rest(module, failed, command)) from None
 
     def compile(self, module: ir.Module, flags: Sequence[str]) -> bytes:
-        """The program, a vmfb."""
+        """Compile the program to a vmfb."""
         flags = (_INPUT, *flags)
         try:
             return isolation.compile_module(module, flags)
@@ -92,7 +92,7 @@ class Iree:
             raise _error(COMPILE, failed, self._rest(module, failed, command)) from None
 
     def _rest(self, module: ir.Module, failed: isolation.Failed, command: Sequence[str]) -> list[str]:
-        """How to see the failure again, and all that the compiler wrote where that is wanted."""
+        """Say how to see the failure again, and all that the compiler wrote where that is wanted."""
         rest = []
         if self._reproducers is not None:
             rest = [f"reproduce it with: {shlex.join([*command, str(self._reproduce(module))])}"]

@@ -1,4 +1,4 @@
-"""Runs IREE's compiler in a process of its own, so that what kills it is an error here.
+"""Run IREE's compiler in a process of its own, so that what kills it is an error here.
 
 One process, ``isolated``, is started with the first compilation, while torch.export is at work; it loads IREE
 and forks for every request.  Nothing that a request holds or leaks outlives it, no signal of the terminal
@@ -139,7 +139,7 @@ def _count(module: ir.Module) -> int:
 
 
 def _cause(code: int, seconds: float | None, output: str) -> str:
-    """Why a compiler was not done: it took more than so many seconds, or else died of this signal."""
+    """Say why a compiler was not done: it took more than so many seconds, or else died of this signal."""
     if seconds is not None:
         return (
             f"did not come to an end in {seconds:.0f} s of processor time "
@@ -224,7 +224,7 @@ class _Server:
         return self
 
     def failure(self) -> CompileError:
-        """Why a request got no answer."""
+        """Say why a request got no answer."""
         with contextlib.suppress(OSError):
             self.control.settimeout(1)
             if said := self.control.recv(65536):

@@ -1,4 +1,4 @@
-"""What every operation of ``torch.ops.lowering`` says about arguments that do not fit.
+"""Refuse arguments that do not fit, in the same words for every operation of ``torch.ops.lowering``.
 
 Each check raises ValueError with a sentence that begins with the argument's name.
 """
@@ -32,25 +32,25 @@ def shape_text(tensor: Tensor | tuple[int, ...] | torch.Size) -> str:
 
 
 def check_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    """``tensor`` has one of ``dtypes``."""
+    """Require ``tensor`` to have one of ``dtypes``."""
     if tensor.dtype not in dtypes:
         raise ValueError(f"{name}: expected {dtype_names(dtypes)}, got {dtype_name(tensor.dtype)}")
 
 
 def check_rank(name: str, tensor: Tensor, rank: int) -> None:
-    """``tensor`` has at least ``rank`` dimensions."""
+    """Require ``tensor`` to have at least ``rank`` dimensions."""
     if tensor.dim() < rank:
         raise ValueError(f"{name}: expected at least {rank} dimension, got a scalar")
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...] | torch.Size) -> None:
-    """``tensor`` has the shape ``expected``."""
+    """Require ``tensor`` to have the shape ``expected``."""
     if tuple(tensor.shape) != tuple(expected):
         raise ValueError(f"{name}: expected shape {shape_text(expected)}, got {shape_text(tensor)}")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """``value`` is one of ``choices``."""
+    """Require ``value`` to be one of ``choices``."""
     if value not in choices:
         offered = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name}: {value!r} is not available; choose one of {offered}")

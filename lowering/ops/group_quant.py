@@ -251,7 +251,7 @@ def _quantization(
 
 
 def _check_bounds(quantization: Quantization) -> None:
-    """That every number can bound what it is there to bound."""
+    """Check that every number can bound what it is there to bound."""
     for name in ("amax_floor", "scale_floor"):
         value = getattr(quantization, name)
         if not 0 <= value < math.inf:

@@ -23,7 +23,7 @@ _NEVER = -(2**31)  # below the ordinal of every value
 def grouped_topk_reference(
     gating: Tensor, bias: Tensor, routing: GroupedTopk, ids_dtype: torch.dtype = torch.int32
 ) -> tuple[Tensor, Tensor]:
-    """Weights, float32 [..., topk], and ids, ``ids_dtype`` [..., topk], as ``routing`` says.
+    """Compute weights, float32 [..., topk], and ids, ``ids_dtype`` [..., topk], as ``routing`` says.
 
     gating: [..., E]; bias: [E]; E divisible by ``num_expert_group``, at least two experts a group.
 
@@ -43,7 +43,7 @@ def grouped_topk_reference(
 
 
 def _ordinal(values: Tensor) -> Tensor:
-    """int32 that order as the float32 ``values`` do, every NaN above all numbers.  There is no -0 here."""
+    """Map float32 ``values`` to int32 in the same order, every NaN above all numbers; there is no -0."""
     bits = values.view(torch.int32)
     magnitude = bits & 0x7FFFFFFF
     return torch.where(values.isnan(), _NAN, torch.where(bits < 0, -magnitude, bits))
@@ -63,7 +63,7 @@ class _Largest(NamedTuple):
 
 
 def _largest(ordinals: Tensor, count: int) -> _Largest:
-    """The ``count`` largest; of equal ones the first.  Where they were, ``rest`` holds ``_NEVER``.
+    """Take the ``count`` largest; of equal ones the first.  Where they were, ``rest`` holds ``_NEVER``.
 
     One after another: a sort of whole rows, or a maximum of int64, is more than some code generators can do.
     """
@@ -148,7 +148,7 @@ def _check(gating: Tensor, bias: Tensor, routing: GroupedTopk) -> None:
 
 
 def why_impossible(routing: GroupedTopk, experts: int) -> str | None:
-    """A sentence, beginning with the argument that is wrong, saying why ``experts`` cannot be routed so."""
+    """Say why ``experts`` cannot be routed so, in a sentence that begins with the wrong argument."""
     groups, kept, topk = routing.num_expert_group, routing.topk_group, routing.topk
     if groups < 1 or experts % groups:
         return f"num_expert_group: {experts} experts do not divide into {groups} groups"

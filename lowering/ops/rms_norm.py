@@ -55,7 +55,7 @@ def _statistic_input(x: Tensor, residual: Tensor | None, norm: RmsNorm) -> tuple
 
 
 def _offset(weight: Tensor | None, norm: RmsNorm) -> Tensor | None:
-    """What the normed row is multiplied by."""
+    """Give what the normed row is multiplied by."""
     if norm.weight_offset == 0:
         return weight
     if weight is None:

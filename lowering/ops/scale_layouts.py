@@ -1,4 +1,4 @@
-"""How the scales of a quantization lie in memory, and what they look like from outside.
+"""Lay the scales of a quantization out in memory, and show them as they look from outside.
 
 A scale is logically [..., S]; column-major layouts hold it transposed, in columns that may be padded.
 """
@@ -30,7 +30,7 @@ def padded_rows(rows: int, layout: str) -> int:
 
 
 def packed_words(groups: int) -> int:
-    """How many int32 hold the scales of a row in ``ue8m0_packed``."""
+    """Count the int32 that hold the scales of a row in ``ue8m0_packed``."""
     return (groups + _PACK - 1) // _PACK
 
 

@@ -1,4 +1,4 @@
-"""How a weight's bytes are laid out for a product kernel: ``torch.ops.lowering.shuffle_weight``, its inverse.
+"""Lay a weight's bytes out for a product kernel: ``torch.ops.lowering.shuffle_weight``, and its inverse.
 
 The formulas of the layouts are in ``patterns.contracts``.  A shuffle moves bytes and computes nothing, so it
 is a view, a permutation of axes and, for ``swizzled_128``, one of chunks.

@@ -1,4 +1,4 @@
-"""Attention spelled out, for targets on which IREE's own lowering of it is slow.
+"""Spell attention out, for targets on which IREE's own lowering of it is slow.
 
 On the CPU, IREE's fused attention takes vectors of single elements where a length is not known when
 compiling; two products with a softmax between them, which it compiles as well as any others, are several
@@ -21,7 +21,7 @@ ATTENTION = "torch.aten.scaled_dot_product_attention"
 
 @dataclass(frozen=True)
 class Attention:
-    """What an operation says besides its tensors: query, key and value, and a mask if ``masked``."""
+    """Hold what an attention says besides its tensors: query, key and value, and a mask if ``masked``."""
 
     masked: bool
     causal: bool
@@ -38,7 +38,7 @@ class Attention:
 
 
 def attention(op: ir.Operation) -> Attention | None:
-    """What ``op`` computes; None if it is no attention, or one whose attributes are not constants."""
+    """Read what ``op`` computes; None if it is no attention, or one whose attributes are not constants."""
     if torch_ir.op_name(op) != ATTENTION:
         return None
     mask, dropout, causal, scale, grouped = list(op.operands)[3:]

@@ -1,4 +1,4 @@
-"""The values of the scales of quantized weights, looked at once, when compiling.
+"""Look once, when compiling, at the values of the scales of quantized weights.
 
 A NaN, an infinity or a negative number among them is a damaged checkpoint or one that was quantized wrongly;
 the program would compute NaN for a block of outputs, and say nothing.  A zero is what a block of zeros has (a

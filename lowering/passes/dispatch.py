@@ -1,4 +1,4 @@
-"""Step 6, dispatch: each fused operation becomes a call of one kernel, embedded as machine code.
+"""Step 6, dispatch: make each fused operation a call of one kernel, embedded as machine code.
 
 Here kernels are chosen, compiled, and checked against the dispatch before they are embedded.  Each distinct
 one gets one private function (``kernel_functions``), called from each of its sites (``kernel_calls``).
@@ -40,7 +40,7 @@ class Launch:
 
 @dataclass
 class Dispatched:
-    """What was embedded: the calls in program order, and each kernel's object by entry name."""
+    """Hold what was embedded: the calls in program order, and each kernel's object by entry name."""
 
     launches: list[Launch] = field(default_factory=list)
     objects: dict[str, bytes] = field(default_factory=dict)
@@ -98,7 +98,7 @@ def choose_kernels(
 
 
 def _costs(kernel: KernelInstance, contracts: Sequence[Contract | None], rows: int | None) -> list[Cost]:
-    """What the sites of one operation have of its kernel's cost, in their order.
+    """Share the cost of a kernel among the sites of its operation, in their order.
 
     A quantization writes its own results, equal ones once; the first site does everything else.
     """

@@ -1,4 +1,4 @@
-"""Step 6, what is left: canonical ops that got no kernel become plain torch ops for IREE.
+"""Step 6, expand: make plain torch ops of canonical ops that got no kernel, for IREE to compile.
 
 Their lowering is the eager reference itself, exported and imported for the types at hand, so what
 an op means is written once, in ``lowering.ops``.
@@ -100,7 +100,7 @@ class Expander:
 
 
 def _reference(op: ir.Operation) -> tuple[Any, Callable[..., Any]] | None:
-    """What distinguishes this op's reference, and the reference on its tensor operands."""
+    """Find this op's reference, a function of its tensor operands, and what distinguishes it from others."""
     name = torch_ir.op_name(op)
     if (family_reference := registry.reference_of(op)) is not None:
         return family_reference(op)
@@ -116,7 +116,7 @@ def _reference(op: ir.Operation) -> tuple[Any, Callable[..., Any]] | None:
 
 
 def _not_raised(op: ir.Operation, name: str) -> CompileError:
-    """Why an operation of this package was left as the model spells it."""
+    """Say why an operation of this package was left as the model spells it."""
     type_ = torch_ir.tensor_type(op.operands[0])
     unknown = type_ is not None and type_.shape[-1:] == (None,)
     why = (

@@ -1,4 +1,4 @@
-"""Step 5, fold: what depends on parameters and constants alone is computed when compiling.
+"""Step 5, fold: compute once, when compiling, what depends on parameters and constants alone.
 
 A cast of a bias, a transposed or concatenated weight, a rescaled table: every maximal subgraph without an
 input of the program becomes one parameter in its final form and dtype, and a parameter that nothing else
@@ -202,7 +202,7 @@ def _type(meta: torch.Tensor) -> torch_ir.TensorType:
 
 
 def _choose(read: Iterable[Recipe]) -> list[Recipe]:
-    """Of what the program reads, and what that is made from, the values to be stored.
+    """Choose the values to be stored, of what the program reads and what that is made from.
 
     Values of common parameters stand together: they are stored if they take no more room than the parameters
     that are dropped for it, so neither the archive nor what a call reads grows.  ``SMALL`` values are
@@ -220,7 +220,7 @@ def _choose(read: Iterable[Recipe]) -> list[Recipe]:
 
 
 def _frontier(read: Iterable[Recipe], refused: Collection[Recipe]) -> tuple[list[Recipe], set[Source]]:
-    """What may be stored for the program to read; and the parameters it reads as they are."""
+    """Choose what may be stored for the program to read, and the parameters it reads as they are."""
     candidates: dict[Recipe, None] = {}
     kept: set[Source] = set()
     pending, seen = list(read)[::-1], set()
@@ -267,7 +267,7 @@ def _excess(group: Iterable[Recipe], kept: Collection[Source]) -> Recipe | None:
 
 
 def _is_small(recipe: Recipe) -> bool:
-    """Whether the value may take more room than before; a quantized weight never does."""
+    """Tell whether the value may take more room than before; a quantized weight never does."""
     given = recipe.sources()
     widened = recipe.nbytes > sum(source.tensor.nbytes for source in given)
     is_quantized = any(source.tensor.dtype in _CODES for source in given)
@@ -282,7 +282,7 @@ def _layout(recipe: Recipe) -> str:
 
 
 def _can_be_stored(recipe: Recipe) -> bool:
-    """Whether the value is worth a parameter of its own, and can be one."""
+    """Tell whether the value is worth a parameter of its own, and can be one."""
     call = recipe.origin
     assert isinstance(call, Call)
     sources = recipe.sources()
@@ -297,7 +297,7 @@ def _can_be_stored(recipe: Recipe) -> bool:
 
 
 def _is_free(call: Call, meta: torch.Tensor) -> bool:
-    """Whether nothing is computed or moved: a constant fill or count, another shape, a broadcast."""
+    """Tell whether nothing is computed or moved: a constant fill or count, another shape, a broadcast."""
     if not call.operands:
         return True
     operand = call.operands[0].meta
@@ -360,7 +360,7 @@ def _drop_unread(program: Program) -> dict[str, int]:
 
 
 def _described(names: Mapping[Recipe, str], dropped: Mapping[str, int]) -> Iterator[Folded]:
-    """What each value is made of; a parameter or an operation that several share counts with the first."""
+    """Say what each value is made of; what several share, leaf or operation, counts with the first."""
     left, counted = dict(dropped), set()
     for recipe, name in names.items():
         calls = recipe.calls()
@@ -378,7 +378,7 @@ def _described(names: Mapping[Recipe, str], dropped: Mapping[str, int]) -> Itera
 
 
 def _location(calls: Sequence[Call]) -> str:
-    """Of the last operation that is in a file: a traced submodule, such as a no_grad block, is in none."""
+    """Locate the last operation that is in a file: a traced submodule, like a no_grad block, is in none."""
     in_files = [call.location for call in calls if not call.location.startswith("<")]
     return in_files[-1] if in_files else calls[-1].location
 

@@ -1,4 +1,4 @@
-"""Step 5, fuse: each family gives its operations to kernels, as far as the target has them."""
+"""Step 5, fuse: let each family give its operations to kernels, as far as the target has them."""
 
 from __future__ import annotations
 

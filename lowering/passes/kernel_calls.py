@@ -1,4 +1,4 @@
-"""Step 6, the call at a site: a fused operation becomes a call of its kernel's function.
+"""Step 6, the call at a site: make a fused operation a call of its kernel's function.
 
 A kernel knows rows, an operation any number of leading axes: they are collapsed before and restored after.
 A scale in columns is the kernel's buffer for the next kernel, and a logical tensor for everything else.
@@ -16,7 +16,8 @@ from iree.compiler.dialects import func, linalg, tensor
 from patterns import canonical, torch_ir, views
 from patterns.contracts import ScaleLayout
 
-from ..backends.kernel_functions import binding_type, function_name, index_constant
+from ..backends.embed import binding_type, index_constant
+from ..backends.kernel_functions import function_name
 from ..families.instance import Binding, KernelInstance
 from .tensors import cast, reassociation
 
@@ -53,9 +54,9 @@ def call(op: ir.Operation, kernel: KernelInstance, physical: list[PhysicalScale]
 
 
 def _argument(binding: Binding, operand: ir.Value, physical: Sequence[PhysicalScale]) -> ir.Value:
-    """What the kernel is given for ``operand``: a scale in columns as the buffer a kernel has written.
+    """Give the kernel what it reads for ``operand``: for a scale in columns the buffer that a kernel wrote.
 
-    Or, where no kernel has, as what it is the transpose of.
+    Where no kernel has written one, it is what the scale is the transpose of.
     """
     if binding.layout != "row":
         source, columns = views.same_rows(operand), views.transposed(operand)
@@ -67,7 +68,7 @@ def _argument(binding: Binding, operand: ir.Value, physical: Sequence[PhysicalSc
 
 
 def return_physical_scales(function: ir.Operation, scales: Sequence[PhysicalScale]) -> dict[int, ScaleLayout]:
-    """Where the program returns a logical scale as it is, return the kernel's buffer instead.
+    """Return the kernel's buffer where the program returns a logical scale as it is.
 
     The runtime gives it the strides torch would; so no transpose is computed to be undone.  What no kernel
     computes is brought into its layout, to be returned alike.

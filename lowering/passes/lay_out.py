@@ -1,4 +1,4 @@
-"""Step 5, lay out: each product gets a kernel, and what it reads the layout that the kernel reads.
+"""Step 5, lay out: give each product a kernel, and what it reads the layout that the kernel reads.
 
 A weight that depends on parameters alone is shuffled by an operation, which the next step, folding, does
 once; the kernel that writes the scales of the activation writes them as the product reads them.  ``check``

@@ -1,4 +1,4 @@
-"""Step 2, normalize: one spelling for casts, views and splits, no checks, nothing dead, nothing twice.
+"""Step 2, normalize: spell casts, views and splits in one way; drop checks, dead code and duplicates.
 
 What torch.export adds for its own purposes (metadata assertions, aliases, clones of immutable
 values) hides uses from the patterns; it goes here and nowhere else.  A tensor that is widened and
@@ -86,7 +86,7 @@ def _identity(op: ir.Operation) -> Any:
 
 
 def _view_first(view: ir.Operation) -> tuple[ir.Operation, ...]:
-    """What stands for ``view``: itself, or the same view of what its operand was widened from, widened."""
+    """View first, then widen, where ``view`` is of something widened; returns both, or ``view`` alone."""
     narrow, wide = torch_ir.widened_from(view.operands[0]), torch_ir.tensor_type(view.result)
     if narrow == view.operands[0] or wide is None:
         return (view,)

@@ -1,4 +1,4 @@
-"""Step 3, raise: every recognised spelling becomes a canonical op and a site in the ledger.
+"""Step 3, raise: make every recognised spelling a canonical op and a site in the ledger.
 
 What looks like a site and was not recognised becomes one too, unfused, with the reason.
 """
@@ -20,7 +20,7 @@ from ..families.registry import families, operation_named, operation_of
 
 
 def recognisers() -> tuple[Recogniser, ...]:
-    """Those of all families."""
+    """Collect the recognisers of all families."""
     return tuple(recogniser for family in families() for recogniser in family.patterns.recognisers)
 
 
@@ -58,7 +58,7 @@ def _recognise(
 
 
 def _is_well_typed(raised: Raised) -> bool:
-    """Whether ``raised``, and what is nested in it, has the types that its operation speaks of."""
+    """Tell whether ``raised``, and what is nested in it, has the types that its operation speaks of."""
     operation = operation_named(raised.op)
     operands = [_type_of(operand) for operand in raised.operands]
     results = [_type(result) for result in raised.results if result is not None]
@@ -75,7 +75,7 @@ def _type_of(operand: ir.Value | Raised) -> TensorType | None:
 
 
 def _name(recogniser: Recogniser) -> str:
-    """What a recogniser is called beside its time: its class, and its row where it is one of a table."""
+    """Name a recogniser, for its time: its class, and its row where it is one of a table."""
     row = getattr(recogniser, "name", None)
     return f"{type(recogniser).__name__} {row}" if row else type(recogniser).__name__
 

@@ -1,4 +1,4 @@
-"""Step 6, what torch-mlir would lower wrongly, or not at all: respelled as builtin operations.
+"""Step 6, respell: write as builtin operations what torch-mlir would lower wrongly, or not at all.
 
 Run last, on what is left of the torch dialect when every kernel has been called, so that no recogniser sees
 it.  Each ``respell_*`` file is about one kind of operation and has a table of rules; a rule builds, in front
@@ -42,7 +42,7 @@ def respell(function: ir.Operation) -> int:
 
 
 def _is_empty(op: ir.Operation) -> bool:
-    """Whether all that ``op`` makes are tensors without elements."""
+    """Tell whether all that ``op`` makes are tensors without elements."""
     types = [torch_ir.tensor_type(result) for result in op.results]
     return bool(types) and all(type_ is not None and 0 in type_.shape for type_ in types)
 

@@ -1,4 +1,4 @@
-"""Indices as torch-mlir takes them: axes counted from the front, int64, no masks; and nothing over nothing.
+"""Give torch-mlir indices as it takes them: counted from the front, int64, no masks; nothing over nothing.
 
 It reads other forms as something else, or dies of them.  Most rules mend an operation where it stands.
 """
@@ -17,7 +17,7 @@ from . import tensors
 
 
 def _count_from_front(op: ir.Operation) -> None:
-    """The axis of a scatter."""
+    """Count the axis of a scatter from the front."""
     source, axis = torch_ir.tensor_type(op.operands[0]), torch_ir.constant(op.operands[1])
     if source is not None and isinstance(axis, int) and axis < 0:
         op.operands[1] = torch_ir.make_int(axis % max(len(source.shape), 1))
@@ -50,7 +50,7 @@ def _listed(indices: list[ir.Value]) -> ir.Value:
 
 
 def _count_indices_from_front(op: ir.Operation) -> None:
-    """The indices of an update, each along an axis of the first operand."""
+    """Count from the front the indices of an update, each along an axis of the first operand."""
     indices = spelled(op)
     if indices is None:
         return
@@ -138,7 +138,7 @@ def _broadcast(indices: list[ir.Value]) -> list[tensors.Size]:
 
 
 def _aligned(index: ir.Value, first: int, rank: int, loops: int) -> ir.AffineMap:
-    """Where an index is read: its axes are the last of the ``rank`` ones that begin at ``first``."""
+    """Map loops to where an index is read, whose axes are the last of the ``rank`` from ``first`` on."""
     type_ = ir.RankedTensorType(index.type)
     start = first + rank - type_.rank
     places = [

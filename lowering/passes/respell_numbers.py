@@ -1,4 +1,4 @@
-"""Numbers beside tensors: a comparison with one of another kind, and remainders of sizes.
+"""Respell numbers beside tensors: a comparison with one of another kind, and remainders of sizes.
 
 torch-mlir dies of a comparison whose tensor it knows where the number is of another kind, and the importer
 names a remainder of sizes by an operation that nothing lowers.

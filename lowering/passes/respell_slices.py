@@ -1,4 +1,4 @@
-"""Slices of an axis whose size is unknown until run time.
+"""Respell slices of an axis whose size is unknown until run time.
 
 torch.export takes such a size for larger than what a constant bound names, and torch-mlir reads as much,
 whether it is there or not.  Here bounds are clamped in each call as PyTorch clamps them; a call fails where
@@ -49,7 +49,7 @@ def _slice(op: ir.Operation) -> list[ir.Value] | None:
 
 
 def _counts_on_bounds(op: ir.Operation, axis: int) -> bool:
-    """Whether torch.export took bounds for ones that the axis has, and made the rest of the program so."""
+    """Tell whether torch.export took the bounds to lie within the axis, for the rest of the program too."""
     before, after = torch_ir.example_shape(op.operands[0]), torch_ir.example_shape(op.result)
     if before is None or after is None:
         return False
@@ -58,7 +58,7 @@ def _counts_on_bounds(op: ir.Operation, axis: int) -> bool:
 
 
 def _require_slice(op: ir.Operation) -> None:
-    """What is put into a slice has as many elements as the slice."""
+    """Require, in each call, that what is put into a slice has as many elements as the slice."""
     found, source = _bounds(op, op.operands[2:]), torch_ir.tensor_type(op.operands[1])
     if found is not None and source is not None:
         axis, _, length, _ = found
@@ -67,7 +67,7 @@ def _require_slice(op: ir.Operation) -> None:
 
 
 def _require_element(op: ir.Operation) -> None:
-    """The element that is selected is there."""
+    """Require, in each call, that the element that is selected is there."""
     source, axis = torch_ir.tensor_type(op.operands[0]), torch_ir.constant(op.operands[1])
     number = torch_ir.constant(op.operands[2])
     if source is None or not isinstance(axis, int) or source.shape[axis] is not None:

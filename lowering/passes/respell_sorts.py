@@ -1,4 +1,4 @@
-"""Sorts and top-k as ranks, which need no operand to be updated in place.
+"""Respell sorts and top-k as ranks, which need no operand to be updated in place.
 
 IREE's sort swaps neighbours in the very tensor it is given, and two sorts of one program may be given the
 same one.  Here an element's rank is the number of elements that stand before it, those that are smaller and,

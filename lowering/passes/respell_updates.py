@@ -1,4 +1,4 @@
-"""Updates at a few indices, each element of the result from the elements that are put there, in their order.
+"""Respell updates at a few indices: each element of the result is made of what is put there, in order.
 
 IREE's scatter updates a tensor in place, one element after the other, and IREE's code generator fails for
 many of its shapes.  Here the result is a loop over its elements and, within, over the indices: an element is
@@ -71,7 +71,7 @@ def _element(value: ir.Value) -> ir.Type:
 
 
 def _first(rank: int, loops: int) -> ir.Value:
-    """Whether all loops over the indices are at their first turn."""
+    """Tell whether all loops over the indices are at their first turn."""
     turns = [linalg.IndexOp(rank + loop).result for loop in range(loops)]
     total = turns[0]
     for other in turns[1:]:
@@ -137,7 +137,7 @@ def _is_few(counts: Sequence[int | None]) -> bool:
 
 
 def _same_rows(op: ir.Operation, target: TensorType, index: TensorType, axis: int) -> bool:
-    """Whether an index has all rows of the target."""
+    """Tell whether an index has all rows of the target."""
     known = [torch_ir.example_shape(value) for value in (op.result, op.operands[2])]
     for number, sizes in enumerate(zip(target.shape, index.shape, strict=True)):
         if number == axis or (None not in sizes and sizes[0] == sizes[1]):
@@ -149,7 +149,7 @@ def _same_rows(op: ir.Operation, target: TensorType, index: TensorType, axis: in
 
 
 def _elements(op: ir.Operation, index: TensorType, dtype: str) -> ir.Value | float | None:
-    """What is put: as many of the tensor as there are indices, or a number."""
+    """Give what is put: as many elements of the tensor as there are indices, or a number."""
     given = op.operands[3]
     source = torch_ir.tensor_type(given)
     if source is None:
@@ -213,7 +213,7 @@ def _index_put(op: ir.Operation) -> list[ir.Value] | None:
 
 
 def _aligned(type_: ir.RankedTensorType, order: Sequence[int], loops: Sequence[int | None]) -> ir.AffineMap:
-    """Where a tensor is read in ``loops``; its axes are the last in ``order``, or have one element."""
+    """Map ``loops`` to where a tensor is read; its axes are the last in ``order``, or have one element."""
     last = list(order)[len(order) - type_.rank :]
     places = [
         ir.AffineExpr.get_constant(0) if size == 1 != loops[axis] else ir.AffineExpr.get_dim(axis)
@@ -225,7 +225,7 @@ def _aligned(type_: ir.RankedTensorType, order: Sequence[int], loops: Sequence[i
 def _or(
     rule: Callable[[ir.Operation], list[ir.Value] | None], name: str
 ) -> Callable[..., list[ir.Value] | None]:
-    """The rule, or where it has nothing to say what is done for IREE's own form."""
+    """Try ``rule``; where it has nothing to say, do what is done for IREE's own form of ``name``."""
 
     def either(op: ir.Operation) -> list[ir.Value] | None:
         made = rule(op)

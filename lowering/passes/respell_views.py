@@ -1,4 +1,4 @@
-"""Flat views with a size unknown until run time, as a collapse of axes followed by an expansion.
+"""Respell flat views with a size unknown until run time, as a collapse of axes and an expansion.
 
 torch-mlir matches the sizes it knows, and casts an unknown one to 1 where that leaves a question; what it
 makes then reads outside the tensor.  Here axes are grouped by what is proved about their sizes, from
@@ -23,7 +23,7 @@ _VIEWS = ("torch.aten.view", "torch.aten._unsafe_view", "torch.aten.reshape")
 
 @dataclass(frozen=True)
 class _Extent:
-    """What is proved about a size: a product of a number and of names; a name stands for one size."""
+    """Hold what is proved about a size: a product of a number and of names; a name stands for one size."""
 
     number: int
     names: Counter[str]

@@ -1,4 +1,4 @@
-"""PyTorch's own description of an operation of the torch dialect."""
+"""Look up PyTorch's own description of an operation of the torch dialect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Step 4, sink views: a view between a producer and a quantization moves below the quantization."""
+"""Step 4, sink views: move a view between a producer and a quantization below the quantization."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _quantize_first(view: ir.Operation, quant: ir.Operation) -> ir.Operation:
 
 
 def _is_returned(scale: ir.Value) -> bool:
-    """Whether the program returns ``scale``, as it is or a view of it: there its strides are seen."""
+    """Tell whether the program returns ``scale``, as it is or a view of it: there its strides are seen."""
     return any(
         user.name == "func.return" or (views.is_view(user) and _is_returned(user.result))
         for user in torch_ir.users(scale)

@@ -1,4 +1,4 @@
-"""Step 7, operations that the torch dialect lowers to something else than they are, spelled out.
+"""Step 6, spell out operations that the torch dialect lowers to something else than they are.
 
 Each is written with operations whose lowering is right, in the order and with the roundings that PyTorch's
 own implementation has.  This is for what is left when kernels have been chosen.
@@ -57,7 +57,7 @@ class _Speller:
         return torch_ir.make(_CAST, replace(type_, dtype=dtype), [value, torch_ir.make_dtype(dtype)])
 
     def as_computed(self) -> _Speller:
-        """The same in the dtype that PyTorch computes in."""
+        """Return a speller of the same, in the dtype that PyTorch computes in."""
         return _Speller(replace(self.type_, dtype=self.computed))
 
     @property
@@ -100,7 +100,7 @@ def _power(op: ir.Operation, make: _Speller) -> ir.Value | None:
 
 
 def _negative(op: ir.Operation, make: _Speller) -> ir.Value | None:
-    """Of integers: not by way of floats."""
+    """Negate integers without going by way of floats."""
     return make("mul.Scalar", op.operands[0], -1) if "int" in make.type_.dtype else None
 
 
@@ -112,7 +112,7 @@ def _shift(op: ir.Operation, make: _Speller) -> ir.Value | None:
 
 
 def _truth(op: ir.Operation, make: _Speller) -> ir.Value | None:
-    """Of anything but booleans: whether each is other than zero, first."""
+    """Compute first, of anything but booleans, whether each element is other than zero."""
     x, *rest = op.operands
     type_ = torch_ir.tensor_type(x)
     if type_ is None or type_.dtype == "bool":
@@ -123,7 +123,7 @@ def _truth(op: ir.Operation, make: _Speller) -> ir.Value | None:
 
 
 def _with_tensor(op: ir.Operation, make: _Speller) -> ir.Value | None:
-    """By a number: by a tensor without axes."""
+    """Make a tensor without axes of the number that ``op`` computes with."""
     x, y = op.operands
     dtype = "float64" if str(y.type) == "!torch.float" else "int64"
     number = torch_ir.make("torch.prim.NumToTensor.Scalar", torch_ir.TensorType((), dtype), [y])
@@ -149,7 +149,7 @@ def _gelu(op: ir.Operation, make: _Speller) -> ir.Value | None:
 
 
 def _float_remainder(op: ir.Operation, make: _Speller) -> ir.Value | None:
-    """Of floats: the remainder of their magnitudes, which is exact, with the sign of the first."""
+    """Take the remainder of floats: that of their magnitudes, which is exact, with the sign of the first."""
     dtype = make.computed
     if "float" not in dtype:
         return None

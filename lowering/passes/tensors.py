@@ -1,4 +1,4 @@
-"""Builders of builtin tensor operations, at the current insertion point: sizes, reshapes, linalg.generic.
+"""Build builtin tensor operations, at the current insertion point: sizes, reshapes, linalg.generic.
 
 A size is a Python integer where it is known when compiling, and otherwise a value of type index.
 """
@@ -74,7 +74,7 @@ def empty(shape: Sequence[Size], element: ir.Type) -> ir.Value:
 
 
 def reassociation(groups: Sequence[Sequence[int]]) -> ir.ArrayAttr:
-    """What collapses and expansions call the groups of axes."""
+    """Write groups of axes as collapses and expansions name them."""
     i64 = ir.IntegerType.get_signless(64)
     return ir.ArrayAttr.get(
         [ir.ArrayAttr.get([ir.IntegerAttr.get(i64, axis) for axis in group]) for group in groups]

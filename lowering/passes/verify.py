@@ -19,7 +19,7 @@ class InvalidIR(LoweringError):
 
 
 def is_wanted() -> bool:
-    """Whether every step is to be checked: LOWERING_DEBUG is set or, as in tests, LOWERING_VERIFY."""
+    """Tell whether every step is to be checked: LOWERING_DEBUG is set or, as in tests, LOWERING_VERIFY."""
     return any(os.environ.get(variable, "0") not in ("", "0") for variable in _VARIABLES)
 
 

@@ -1,4 +1,4 @@
-"""Step 7, narrow arithmetic: an operation on 16-bit floats or small integers is one of 32 bits, rounded once.
+"""Step 6, widen: make an operation on 16-bit floats or small integers one of 32 bits, rounded once.
 
 PyTorch computes an operation on bfloat16 or float16 in float32 and rounds its result once, however many steps
 the operation has.  The torch dialect's lowering takes each step in the element type, sums included.  So the
@@ -72,7 +72,7 @@ class _Widening:
     _wide: dict[ir.Value, ir.Value] = field(default_factory=dict)
 
     def rewrite(self, op: ir.Operation) -> bool:
-        """Widen ``op`` if it computes in a narrow type; whether it does."""
+        """Widen ``op`` if it computes in a narrow type, and tell whether it does."""
         schema = _computed(op)
         if schema is None:
             return False

@@ -1,4 +1,4 @@
-"""What ``--dump-kernels`` writes: each kernel object, and how a program would launch them all."""
+"""Write what ``--dump-kernels`` asks for: each kernel object, and how a program would launch them all."""
 
 from __future__ import annotations
 

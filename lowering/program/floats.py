@@ -1,4 +1,4 @@
-"""Step 7, conversions of small floats that a target's code generation lacks or drops, as integer arithmetic.
+"""Step 7, spell as integer arithmetic the conversions of small floats that a target lacks or drops.
 
 IREE lowers no float8 conversion for CUDA and on AMD only those of the hardware's own flavour.  On the CPU it
 reads a NaN as a number, narrows wrongly near the smallest normal number, and computes bfloat16 in float32:

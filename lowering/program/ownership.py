@@ -1,4 +1,4 @@
-"""Arguments belong to the caller: a program only reads them.
+"""Leave arguments to the caller: a program only reads them.
 
 IREE updates a tensor in place where an operation is the last to read it, and takes an argument for such a
 tensor: its copy-on-write asks whether a value has another reader, not whose memory it is.  So every argument
@@ -67,7 +67,7 @@ def _copy(value: ir.Value, op: ir.Operation, copy: int) -> ir.Value:
 
 
 def _is_even(start: int) -> ir.Value:
-    """Whether n * (n + 1) is even, n from ``start`` on along the first axis of a loop."""
+    """Tell whether n * (n + 1) is even, n from ``start`` on along the first axis of a loop."""
     n = arith.AddIOp(linalg.IndexOp(0).result, tensors.index(start)).result
     product = arith.MulIOp(n, arith.AddIOp(n, tensors.index(1)).result).result
     last = arith.AndIOp(product, tensors.index(1)).result

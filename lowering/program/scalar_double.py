@@ -61,7 +61,7 @@ class Double:
         return self.when(self.is_negative(like), arith.NegFOp(size).result, size)
 
     def is_negative(self, x: ir.Value) -> ir.Value:
-        """Whether the sign is set, as it is of -0."""
+        """Tell whether the sign is set, as it is of -0."""
         bits = self._bits(x)
         return arith.CmpIOp(arith.CmpIPredicate.slt, bits, self._integer(0)).result
 

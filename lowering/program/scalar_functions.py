@@ -25,9 +25,9 @@ Rule = Callable[[ir.Operation], ir.Value | None]
 
 
 def rules(target: Target) -> dict[str, Rule]:
-    """The rules for ``target``: AMD's library has functions as good as PyTorch's."""
+    """The rules for ``target``."""
     general: dict[str, Rule] = {"arith.remf": _remainder, "arith.divsi": _quotient, "arith.remsi": _quotient}
-    if target.backend == "hip":
+    if target.has_precise_functions:
         return general
     functions: dict[str, Rule] = {
         "math.sin": _sine,
@@ -35,7 +35,7 @@ def rules(target: Target) -> dict[str, Rule]:
         "math.tan": _tangent,
         **scalar_elementary.RULES,
     }
-    if target.backend != "cpu":
+    if target.is_gpu:
         return {**general, **functions}
     functions |= {"math.log10": _logarithm, "math.log2": _log2, "math.tanh": _tanh}
     return {**general, **functions, **{name: _or_refused(functions.get(name)) for name in _LACKING}}
@@ -146,7 +146,7 @@ def _turned(op: ir.Operation, quarters: int) -> ir.Value:
 
 
 def _far(x: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Of an angle beyond 2^52 that is a float32: the rest and the number of quarters of a turn in it.
+    """Reduce an angle beyond 2^52 that is a float32: the rest, and the number of quarters of a turn in it.
 
     Its product with each part of 2 / pi is exact, and so is what that is more than whole turns.
     """

@@ -1,4 +1,4 @@
-"""Step 7, scalar operations of generated code that do not compute what the model says, replaced.
+"""Step 7, replace scalar operations of generated code that do not compute what the model says.
 
 After torch-to-iree each torch operation is the body of one ``linalg.generic``.  A rule sees one operation of
 such a body and builds what it stands for, or leaves it.  ``scalar_bounds`` has the rules about NaN,

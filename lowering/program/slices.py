@@ -1,4 +1,4 @@
-"""Step 7, slices that IREE reads wrongly, respelled.
+"""Step 7, respell slices that IREE reads wrongly.
 
 Elements that are picked one by one from a slice are read as if it were a tensor of its own, rows next to each
 other: they are picked from the tensor that it was cut from.  Two slices of a tensor, the first of them
@@ -19,7 +19,7 @@ _SLICE, _CONCAT, _ELEMENT = "tensor.extract_slice", "tensor.concat", "tensor.ext
 
 
 def mend_slices(module: ir.Module) -> None:
-    """Respell them in ``module``, as it is after IREE's torch pipeline, in place."""
+    """Respell such slices in ``module``, as it is after IREE's torch pipeline, in place."""
     for op in _named(module, _ELEMENT):
         while (cut := _maker(op.operands[0])) is not None and cut.name == _SLICE:
             with ir.InsertionPoint(op), op.location:
@@ -65,7 +65,7 @@ def _negation(concat: ir.Operation) -> ir.Operation | None:
 
 
 def _are_halves_exchanged(first: ir.Operation, second: ir.Operation) -> bool:
-    """Whether these slices are the second and the first half of a tensor along its last axis."""
+    """Tell whether these slices are the second and the first half of a tensor along its last axis."""
     *rest, half = _bounds(first)[1]
     offsets, ones = [0] * len(rest), [1] * (len(rest) + 1)
     return (
@@ -76,7 +76,7 @@ def _are_halves_exchanged(first: ir.Operation, second: ir.Operation) -> bool:
 
 
 def _places_in_source(cut: ir.Operation, places: Sequence[ir.Value]) -> list[ir.Value]:
-    """Where an element of a slice is in the tensor that it was cut from."""
+    """Find where an element of a slice is in the tensor that it was cut from."""
     offsets, sizes, strides = _bounds(cut)
     shape, remaining = list(ir.RankedTensorType(cut.result.type).shape), list(places)
     found = []

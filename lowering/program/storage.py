@@ -1,4 +1,4 @@
-"""A second entry point for each program, which writes into memory of the caller's.
+"""Add a second entry point to each program, which writes into memory of the caller's.
 
 ``@main`` takes tensors and returns tensors, as every IREE program does, and allocates what it returns and
 what it needs on the way.  On a GPU that is a synchronous allocation and a synchronous release for each call.
@@ -152,7 +152,7 @@ def _alias(
 
 
 def _root(value: ir.Value) -> ir.Value:
-    """What ``value`` is another shape of: the same bytes."""
+    """Find the value that ``value`` is another shape of: the same bytes."""
     while value.owner.operation.name in _RESHAPES:
         value = value.owner.operation.operands[0]
     return value
@@ -192,7 +192,7 @@ def _forward(entry: ir.Operation, callee: str, placed: Placed) -> None:
 
 
 def _others(placed: Placed, count: int) -> list[int]:
-    """Those of ``count`` results that are returned."""
+    """Keep those of ``count`` results that are returned."""
     return sorted(set(range(count)) - {number for numbers in placed for number in numbers})
 
 

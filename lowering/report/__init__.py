@@ -1,1 +1,1 @@
-"""What became of each site, for people."""
+"""Tell people what became of each site."""

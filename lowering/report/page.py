@@ -1,4 +1,4 @@
-"""A report as one self-contained page: no script, style or font comes from elsewhere."""
+"""Show a report as one self-contained page: no script, style or font comes from elsewhere."""
 
 from __future__ import annotations
 

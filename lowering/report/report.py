@@ -1,4 +1,4 @@
-"""What fused, what did not, and why: the answer a compilation gives about itself.
+"""Say what fused, what did not, and why: the answer a compilation gives about itself.
 
 A report is plain data.  It is written by the compiler, printed by the command line, and read by
 people and by other programs; nothing here knows about IR.
@@ -81,7 +81,7 @@ class Site:
 
     @property
     def fused(self) -> bool:
-        """Whether the site became part of a kernel."""
+        """Tell whether the site became part of a kernel."""
         return self.status == "fused"
 
 
@@ -195,7 +195,7 @@ class Report:
         return table_of(self)
 
     def timing_table(self) -> RenderableType:
-        """What each step took, and each pattern with its hits and misses, the slowest first."""
+        """Tabulate what each step took, and each pattern with its hits and misses, the slowest first."""
         from .table import timing_table
 
         return timing_table(self.timing or Timing())

@@ -1,4 +1,4 @@
-"""A report for a terminal."""
+"""Show a report in a terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .words import by_kernel, folding_text, headline, short_location, totals, wi
 
 
 def timing_table(timing: Timing) -> RenderableType:
-    """What each step took, and each pattern with its hits and misses, the slowest first."""
+    """Tabulate what each step took, and each pattern with its hits and misses, the slowest first."""
     steps = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     steps.add_column("step", no_wrap=True)
     steps.add_column("ms", justify="right")

@@ -1,4 +1,4 @@
-"""What a report says in a few words, and how its sites are grouped: shared by the table and the page."""
+"""Say what a report says in a few words, and group its sites: for the table and the page alike."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def short_location(location: str, parts: int = 2) -> str:
 
 
 def headline(report: Report) -> str:
-    """How many sites fused, in a sentence."""
+    """Say how many sites fused, in a sentence."""
     total = len(report.sites)
     if not total:
         return "no operation of this program is one that fuses"
@@ -58,7 +58,7 @@ def headline(report: Report) -> str:
 
 
 def folding_text(report: Report) -> str:
-    """What was folded, in a sentence; empty if nothing was."""
+    """Say what was folded, in a sentence; empty if nothing was."""
     count = len(report.folded)
     if not count:
         return ""
@@ -69,7 +69,7 @@ def folding_text(report: Report) -> str:
 
 
 def totals(report: Report) -> list[str]:
-    """What is said beside the headline: the target, the launches of one call, and what fusion changed."""
+    """List what stands beside the headline: the target, the launches of one call, and what fusion changed."""
     launches, traffic = report.launches(), report.traffic()
     return [
         f"target {report.target}",

@@ -164,7 +164,7 @@ class Function:
 
     @property
     def device(self) -> torch.device:
-        """Where arguments must be and results are."""
+        """Say where arguments must be and results are."""
         return self._session.place.device
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -181,7 +181,7 @@ class Function:
         """Call with the tensor arguments alone, flat and in order; returns the tensors of the result."""
         plan = self._plan(tensors)
         session = self._session
-        if plan.all_empty and session.place.backend != "cpu":
+        if plan.all_empty and not session.place.driver.on_host:
             return self._empty(plan)
         with reported(f"{self.name} failed"):
             storage = [session.allocate(each) for each in plan.storage]
@@ -214,7 +214,7 @@ class Function:
         ]
 
     def _plan(self, tensors: Sequence[Any]) -> _Plan:
-        """What is known of a call with ``tensors``; they are checked when first they have these shapes."""
+        """Find what is known of a call with ``tensors``; a first one of its shapes is checked."""
         key = tuple([(x.dtype, x.shape, x.device) if isinstance(x, Tensor) else None for x in tensors])
         plan = self._plans.get(key)
         if plan is None:
@@ -313,7 +313,7 @@ def _apart(results: Iterable[Tensor], arguments: Sequence[Tensor]) -> list[Tenso
 
 
 class _Plan:
-    """What the arguments' dtypes and shapes decide about a call."""
+    """Hold what the arguments' dtypes and shapes decide about a call."""
 
     def __init__(self, symbols: Symbols, outputs: Sequence[TensorSpec]):
         self.outputs = outputs
@@ -327,7 +327,7 @@ class _Plan:
         """The bytes of scratch memory to pass behind it; None where nothing is passed."""
 
     def shape(self, number: int) -> tuple[int, ...]:
-        """Of the result ``number``; RunError where a size does not follow from the arguments."""
+        """Give the shape of result ``number``; RunError where a size does not follow from the arguments."""
         return self._known(number, self.sizes[number])
 
     def leading(self, number: int) -> tuple[int, ...]:
@@ -445,7 +445,7 @@ def _load_result_tree(text: str | None) -> pytree.TreeSpec | None:
 
 
 def _positional(tree: pytree.TreeSpec | None, inputs: tuple[Leaf, ...] | None) -> int | None:
-    """How many arguments a call has, if all are tensors, none in a container and none a keyword."""
+    """Count a call's arguments, if all are tensors, none in a container and none a keyword; else None."""
     if tree is None or any(isinstance(leaf, Constant) for leaf in inputs or ()):
         return None
     count = tree.num_leaves
@@ -465,7 +465,7 @@ def _keywords(text: str | None) -> tuple[str, ...]:
 
 
 def _check_archive(source: str | Path | bytes, name: str, check: Check) -> None:
-    """RunError unless ``source`` is a complete .vmfb, a ZIP archive with the module in it, and undamaged.
+    """Raise RunError unless ``source`` is a complete, undamaged .vmfb: a ZIP archive with the module in it.
 
     IREE accepts a file whose tail is missing and reads beyond its end.
     """

@@ -1,4 +1,4 @@
-"""Devices, contexts on them, and tensors that cross to the IREE runtime and back.
+"""Hold devices and contexts on them, and carry tensors to the IREE runtime and back.
 
 What ``lowering.runtime`` calls programs with; which arguments a call takes is not known here.
 """
@@ -21,12 +21,32 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 from ..errors import RunError, UsageError
 from ..signature import Signature, missing_on_host
 
-_DRIVERS = {"cpu": "local-task", "cuda": "cuda", "hip": "hip"}
-_DLPACK_TYPES = {"cpu": 1, "cuda": 2, "hip": 10}
 _CPU_ALIGNMENT = 64
-# Read by the drivers when they are created. With stream-ordered allocations the CUDA and HIP drivers
-# cannot export a result by DLPack.
-_DRIVER_FLAGS = {"cuda": "--cuda_async_allocations=false", "hip": "--hip_async_allocations=false"}
+
+
+@dataclass(frozen=True)
+class _Driver:
+    """IREE's driver of a backend, and how torch and DLPack know its devices.
+
+    flag: read by the driver when it is created; with stream-ordered allocations the CUDA and HIP drivers
+    cannot export a result by DLPack.  is_exact: code for an architecture with an ``a`` runs on no other.
+    has_stand_in: another library may play it, on the host (tools/gfx950).
+    """
+
+    name: str
+    api: str
+    dlpack: int
+    on_host: bool = False
+    is_exact: bool = False
+    has_stand_in: bool = False
+    flag: str | None = None
+
+
+_DRIVERS = {
+    "cpu": _Driver("local-task", "cpu", 1, on_host=True),
+    "cuda": _Driver("cuda", "CUDA", 2, is_exact=True, flag="--cuda_async_allocations=false"),
+    "hip": _Driver("hip", "HIP", 10, has_stand_in=True, flag="--hip_async_allocations=false"),
+}
 
 # Element types that the runtime's DLPack does not know: they cross as bytes.
 _AS_BYTES = {
@@ -54,21 +74,22 @@ class Place:
     def __init__(self, backend: str, index: int):
         self.backend = backend
         self.index = index
-        self.emulated = emulated_arch(index) if backend == "hip" else None
+        self.driver = _DRIVERS[backend]
+        self.emulated = emulated_arch(backend, index)
         """The architecture of a GPU that the cpu plays, whose tensors are torch's cpu tensors; else None."""
-        on_host = backend == "cpu" or self.emulated is not None
+        in_host_memory = self.driver.on_host or self.emulated is not None
         # torch's ROCm build calls its devices cuda.
-        self.device = torch.device("cpu") if on_host else torch.device("cuda", index)
+        self.device = torch.device("cpu") if in_host_memory else torch.device("cuda", index)
 
     def __str__(self) -> str:
-        return "cpu" if self.backend == "cpu" else f"{self.backend}:{self.index}"
+        return self.backend if self.driver.on_host else f"{self.backend}:{self.index}"
 
     @staticmethod
     def for_program(signature: Signature, device: str | torch.device | None, name: str) -> Place:
-        """Where ``signature`` is to run; RunError unless it can."""
+        """Find where ``signature`` is to run; raises RunError unless it can."""
         backend, index = _parse_device(str(device or signature.backend))
         compiled = f"{name} was compiled for {signature.target}"
-        if backend == "cuda" and isinstance(device, torch.device) and torch.version.hip:
+        if isinstance(device, torch.device) and device.type == "cuda" and torch.version.hip:
             backend = "hip"
         if backend != signature.backend:
             raise RunError(f"{compiled} ({signature.backend}) and cannot run on {backend}")
@@ -79,8 +100,8 @@ class Place:
         return place
 
     def refusal(self, arch: str) -> str | None:
-        """Why this device cannot run code for ``arch``, or None."""
-        if self.backend == "cpu":
+        """Say why this device cannot run code for ``arch``, or None."""
+        if self.driver.on_host:
             missing = missing_on_host(arch)
             return missing and f"this machine lacks {missing}"
         # The driver first: without one, torch says less about what is missing.
@@ -94,22 +115,24 @@ class Place:
             return f"this machine has no {self}"
         actual = gpu_arch(self.index)
         # sm_90a: the a says that nothing but this very architecture will do, as for every cubin here.
-        needed = arch.removesuffix("a") if self.backend == "cuda" else arch
+        needed = arch.removesuffix("a") if self.driver.is_exact else arch
         return None if actual == needed else f"{self} is {actual}"
 
 
 def gpu_arch(index: int) -> str:
-    """What a program's ``arch`` has to be to run on torch's GPU ``index``."""
+    """Name what a program's ``arch`` has to be to run on torch's GPU ``index``."""
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         return properties.gcnArchName.partition(":")[0]
     return f"sm_{properties.major}{properties.minor}"
 
 
-def emulated_arch(index: int) -> str | None:
-    """What the HIP stand-in of ``tools/gfx950`` calls its device "emulated" of; None of any other device."""
-    hal_device("hip", index)
-    name = iree.get_driver("hip").query_available_devices()[index]["name"]
+def emulated_arch(backend: str, index: int) -> str | None:
+    """Name the chip that a stand-in for IREE's driver emulates; None for any other device."""
+    if not _DRIVERS[backend].has_stand_in:
+        return None
+    hal_device(backend, index)
+    name = iree.get_driver(_DRIVERS[backend].name).query_available_devices()[index]["name"]
     found = re.fullmatch(r"emulated (gfx\w+)", name)
     return found and found[1]
 
@@ -134,7 +157,7 @@ def _owner() -> int:
 
 
 def _refuse_forked() -> None:
-    """RunError in a process forked from the owner: a call would wait for its threads for ever."""
+    """Raise RunError in a process forked from the owner: a call would wait for its threads for ever."""
     if os.getpid() != _owner():
         raise RunError(
             "IREE was in use in the process that this one was forked from, and its threads are not here: "
@@ -143,33 +166,33 @@ def _refuse_forked() -> None:
 
 
 _DEVICE_LOCK = threading.Lock()
-_API_NAMES = {"cpu": "cpu", "cuda": "CUDA", "hip": "HIP"}
 
 
 def hal_device(backend: str, index: int) -> iree.HalDevice:
     """IREE's device, one per process; RunError when its driver is not available."""
     _refuse_forked()
-    uri = _DRIVERS[backend] if backend == "cpu" else f"{_DRIVERS[backend]}://{index}"
+    driver = _DRIVERS[backend]
+    uri = driver.name if driver.on_host else f"{driver.name}://{index}"
     try:
         with _DEVICE_LOCK:
-            if backend in _DRIVER_FLAGS:
-                iree.flags.parse_flags(_DRIVER_FLAGS[backend])
+            if driver.flag is not None:
+                iree.flags.parse_flags(driver.flag)
             return iree.get_device(uri)
     except (RuntimeError, ValueError, OSError) as error:
-        what = f"no {_API_NAMES[backend]} driver or device"
+        what = f"no {driver.api} driver or device"
         raise RunError(f"there is {what} on this machine: {reason(error)}") from error
 
 
 @dataclass(frozen=True)
 class Storage:
-    """What the memory of a tensor has to be; it occupies none itself."""
+    """Describe what the memory of a tensor has to be; this occupies none itself."""
 
     like: Tensor
     shape: tuple[int, ...]
     element: Any
     """The dtype in IREE's words."""
     typed: bool
-    """Whether DLPack has a word for the dtype; ``element`` is a byte where it has none."""
+    """Tell whether DLPack has a word for the dtype; ``element`` is a byte where it has none."""
     size: int
     """In bytes."""
 
@@ -185,9 +208,7 @@ class Session:
         self._hal = hal_device(place.backend, place.index)
         self._allocator = self._hal.allocator
         self._on_host = place.device.type == "cpu"
-        self._dlpack = (
-            (_DLPACK_TYPES["cpu"], 0) if self._on_host else (_DLPACK_TYPES[place.backend], place.index)
-        )
+        self._dlpack = (_DRIVERS["cpu"].dlpack, 0) if self._on_host else (place.driver.dlpack, place.index)
         hal_module = iree.create_hal_module(instance(), self._hal)
         self._context = iree.VmContext(instance(), [hal_module, *parameter_modules, module])
         self._lock = threading.Lock()
@@ -275,7 +296,7 @@ class Session:
             tensor = tensor.contiguous()
         if tensor.numel() == 0:
             return self._empty(tensor)
-        if self.place.backend == "cpu" and tensor.data_ptr() % _CPU_ALIGNMENT:
+        if self.place.driver.on_host and tensor.data_ptr() % _CPU_ALIGNMENT:
             tensor = tensor.clone()
         element = _AS_BYTES.get(tensor.dtype)
         if element is None:

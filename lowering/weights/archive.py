@@ -1,4 +1,4 @@
-"""The file format of parameter archives (.irpa), written a tensor at a time.
+"""Write parameter archives (.irpa) in their file format, a tensor at a time.
 
 Where everything lies follows from names and sizes, so the file can be laid out before any tensor exists,
 and the tensors be written in any order and from several threads.  Beside each tensor the archive keeps
@@ -32,7 +32,7 @@ _CHUNK = 16 << 20
 
 @dataclass(frozen=True)
 class TensorType:
-    """What must be known of a tensor to lay it out."""
+    """Hold what must be known of a tensor to lay it out."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -42,7 +42,7 @@ class TensorType:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
     def describe(self, digest: str) -> bytes:
-        """What an archive says of the tensor: ``bfloat16[8, 16] sha256:... crc32:...``, ever as long."""
+        """Write what an archive says of a tensor, at one length: ``bfloat16[8, 16] sha256:... crc32:...``."""
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{dtype}{list(self.shape)} {digest}".encode()
 

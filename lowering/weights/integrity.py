@@ -1,4 +1,4 @@
-"""Whether the bytes of a program and of its weights are the ones that were written.
+"""Check that the bytes of a program and of its weights are the ones that were written.
 
 The check value is CRC-32, which a .vmfb, being a ZIP archive, holds for each of its parts already, and an
 .irpa beside each tensor.  It finds what disks, networks and half-finished copies do, every single flipped bit

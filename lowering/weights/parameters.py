@@ -1,4 +1,4 @@
-"""Weights outside the IR: the parameter archive (.irpa) a program's globals name.
+"""Keep weights outside the IR, in the parameter archive (.irpa) that a program's globals name.
 
 Tensors are written from where they are, folded values as they are made; no more of them is in memory than
 it takes to make the largest.

@@ -1,4 +1,4 @@
-"""What a frozen value is made of: torch operations on parameters, evaluated when the value is stored.
+"""Say what a frozen value is made of: torch operations on parameters, evaluated when the value is stored.
 
 A ``Recipe`` is an expression that knows its type, its bytes and the memory it takes to evaluate, without
 holding the value.  It is evaluated by PyTorch itself, one operation after the other, so that the value is

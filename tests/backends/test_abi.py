@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from lowering.backends import abi, toolchain
+from lowering.backends import abi, cpu, toolchain
+from lowering.backends.objects import passed
 from lowering.errors import CompileError, ToolchainError
 from lowering.families.instance import Binding, KernelInstance
 from lowering.families.row import instance
@@ -44,7 +45,7 @@ def test_a_right_object_passes(target: Target, objects) -> None:
     assert [binding.name for binding in kernel.bindings] == BINDINGS
     found = abi.check(kernel, data)
     if target is CPU:
-        assert found.prototype == abi.prototype(kernel)
+        assert found.prototype == cpu.prototype(kernel)
     else:
         assert found.arch == target.arch
         assert [p.size for p in found.parameters] == [8] * 9 + [4]
@@ -130,4 +131,4 @@ def test_bindings_of_a_gate() -> None:
 
 def test_what_is_passed() -> None:
     kernel = instance(SPEC, GPUS[0])
-    assert [(p.offset, p.kind) for p in abi.passed(kernel)][-2:] == [(64, "pointer"), (72, "value")]
+    assert [(p.offset, p.kind) for p in passed(kernel)][-2:] == [(64, "pointer"), (72, "value")]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lowering.backends import object_cache, toolchain
+from lowering.backends import commands, cpu, cuda, hip, object_cache, toolchain
 from lowering.errors import ToolchainError, UsageError
 from lowering.families.row import instance
 from lowering.targets import Target
@@ -33,7 +33,7 @@ def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = toolchain.compile_kernel(kernel)
     (entry,) = (tmp_path / "cache").iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(toolchain._Cpu, "run", lambda *_: pytest.fail("compiled again"))
+        patch.setattr(cpu.CCompiler, "run", lambda *_: pytest.fail("compiled again"))
         assert toolchain.compile_kernel(kernel) == data
     whole = entry.read_bytes()
     for damaged in (whole[:-1], b"", whole[:50] + bytes([whole[50] ^ 1]) + whole[51:]):
@@ -94,17 +94,17 @@ def test_a_cache_that_anyone_may_write_to_is_not_used(tmp_path: Path) -> None:
 def test_another_compiler_is_another_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that differs by an option of CC, or by its file."""
     kernel = instance(CASES["plain_smallest"], CPU)
-    (command,) = toolchain._c_compiler()
+    (command,) = cpu.c_compiler()
     keys = set()
     wrapper = tmp_path / "cc"
     for text in (f'exec {command} "$@"', f'exec {command} -fwrapv "$@"'):
         wrapper.write_text(f"#!/bin/sh\n{text}\n")
         wrapper.chmod(0o755)
-        toolchain._cpu.cache_clear()
-        toolchain._version.cache_clear()
+        cpu.compiler_for.cache_clear()
+        commands.version.cache_clear()
         for chosen in (str(wrapper), f"{wrapper} -fwrapv"):
             monkeypatch.setenv("CC", chosen)
-            keys.add(toolchain._job(kernel).key)
+            keys.add(toolchain.job_of(kernel).key)
     assert len(keys) == 4
 
 
@@ -123,10 +123,11 @@ def test_a_failed_compile_shows_message_and_command(tmp_path: Path, monkeypatch:
 
 
 def test_a_missing_compiler_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cached in (toolchain._hip, toolchain._nvrtc):
+    for cached in (hip.clang_and_lld, cuda.nvrtc):
         cached.cache_clear()
-    monkeypatch.setattr(toolchain, "_ziglang", lambda: None)
-    monkeypatch.setattr(toolchain.shutil, "which", lambda *_, **__: None)
+    for module in (hip, cpu):
+        monkeypatch.setattr(module, "ziglang", lambda: None)
+    monkeypatch.setattr(hip.shutil, "which", lambda *_, **__: None)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", None)
     try:
@@ -134,5 +135,5 @@ def test_a_missing_compiler_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> 
             with pytest.raises(ToolchainError, match=extra):
                 toolchain.compile_kernel(instance(CASES["plain_smallest"], target))
     finally:
-        for cached in (toolchain._hip, toolchain._nvrtc):
+        for cached in (hip.clang_and_lld, cuda.nvrtc):
             cached.cache_clear()

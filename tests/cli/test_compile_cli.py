@@ -473,7 +473,7 @@ def test_a_norm_and_its_quantization_end_to_end(normed, capsys):
 BUILT_TWICE = """
 import sys, hashlib
 import lowering
-from lowering.source import resolve
+from lowering.cli.source import resolve
 model = resolve("model.py:build")
 for target in sys.argv[1:]:
     compiled = lowering.compile(model.module, model.args, dynamic_shapes=model.dynamic_shapes, target=target)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from lowering.backends import abi, toolchain
+from lowering.backends import abi, commands, toolchain
 from lowering.families.instance import KernelInstance
 from lowering.families.registry import family_of
 
@@ -58,7 +58,7 @@ def emulated(kernel: KernelInstance, directory: Path, beside: Path = Path(__file
     library = directory / "emulation.so"
     defines = [f"-D{name}={value}" for name, value in kernel.defines]
     source = beside.with_name(f"{Path(kernel.source).stem}_emulation.cpp")
-    headers = family_of(kernel.spec).directory or toolchain.kernel_source_dir()
+    headers = family_of(kernel.spec).directory or commands.kernel_source_dir()
     include = [f"-I{directory}" for directory in (headers, Path(__file__).parent)]
     flags = ["-std=c++17", "-O0", "-ffp-contract=off", "-shared", "-fPIC", f"-DWAVE={kernel.target.wave}"]
     subprocess.run([cxx_compiler(), *flags, *defines, *include, source, "-o", library], check=True)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import lowering
-from lowering.backends import abi, toolchain
+from lowering.backends import abi, cpu, toolchain
 from lowering.errors import CompileError
 from lowering.families.instance import GridRule
 from lowering.families.matmul.cpu import ProductTile, tile_defines
@@ -248,7 +248,7 @@ def test_any_tile_gives_the_same(launcher) -> None:
 def test_the_object_takes_what_is_passed() -> None:
     kernel = instance(CASES["several_tiles"], CPU)
     data = toolchain.compile_kernel(kernel)
-    assert abi.check(kernel, data).prototype == abi.prototype(kernel)
+    assert abi.check(kernel, data).prototype == cpu.prototype(kernel)
     other = instance(dataclasses.replace(CASES["several_tiles"], dtype="bfloat16"), CPU)
     with pytest.raises(CompileError, match="the dispatch calls"):
         abi.check(dataclasses.replace(kernel, bindings=other.bindings), data)

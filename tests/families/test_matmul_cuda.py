@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowering.backends import abi, toolchain
+from lowering.backends import abi, commands, toolchain
 from lowering.families.instance import KernelInstance
 from lowering.families.matmul.cuda import (
     ANY_ROWS,
@@ -84,7 +84,7 @@ def emulated(
         }  # so that the ring closes
         defines = [f"-D{name}={value}" for name, value in values.items()]
         sources = [
-            f"-I{toolchain.kernel_source_dir()}",
+            f"-I{commands.kernel_source_dir()}",
             str(Path(__file__).with_name("matmul_emulation.cpp")),
         ]
         flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-w"]

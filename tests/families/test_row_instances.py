@@ -10,7 +10,7 @@ import pytest
 import torch
 from elftools.elf.elffile import ELFFile
 
-from lowering.backends import abi, toolchain
+from lowering.backends import abi, cuda, toolchain
 from lowering.errors import CompileError
 from lowering.families.row import instance, why_unsupported
 from lowering.targets import Target
@@ -116,7 +116,7 @@ def local_bytes(cubin: bytes, entry: str) -> int:
     symbols = elf.get_section_by_name(".symtab")
     sizes = [
         struct.unpack("<II", p)
-        for kind, p in abi._nv_attributes(elf.get_section_by_name(".nv.info").data())
+        for kind, p in cuda.nv_attributes(elf.get_section_by_name(".nv.info").data())
         if kind == 0x11
     ]
     return max(size for symbol, size in sizes if symbols.get_symbol(symbol).name == entry)

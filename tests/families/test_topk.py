@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowering.backends import abi, toolchain
+from lowering.backends import abi, cpu, toolchain
 from lowering.errors import CompileError
 from lowering.families.grouped_topk import choose_tile, instance, why_unsupported
 from lowering.families.instance import KernelInstance
@@ -259,7 +259,7 @@ def test_objects_take_what_is_passed(name: str, target: Target) -> None:
     kernel = instance(CASES[name], target)
     found = abi.check(kernel, toolchain.compile_kernel(kernel))
     if target is CPU:
-        assert found.prototype == abi.prototype(kernel)
+        assert found.prototype == cpu.prototype(kernel)
         other = dataclasses.replace(CASES[name], ids_dtype="int64" if name != "largest" else "int32")
         with pytest.raises(CompileError, match="the dispatch calls"):
             abi.check(dataclasses.replace(kernel, bindings=instance(other, CPU).bindings), _object(kernel))

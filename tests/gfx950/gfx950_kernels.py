@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lowering.backends import abi, toolchain
+from lowering.backends import abi, commands, hip, toolchain
 from lowering.families.instance import KernelInstance
 from tests.families.host_kernels import Launch
 from tools import gfx950
@@ -38,7 +38,7 @@ def launcher(kernel: KernelInstance, optimisation: str = "", **options: Any) -> 
 
 
 def _compiled(kernel: KernelInstance, optimisation: str) -> bytes:
-    job = toolchain._job(kernel)
+    job = toolchain.job_of(kernel)
     return job.compiler.run(replace(job, options=(*job.options, optimisation)))
 
 
@@ -119,17 +119,17 @@ def assemble(kernels: Sequence[Assembly], arch: str = "gfx950") -> gfx950.CodeOb
 
 def compile_hip(source: str, arch: str = "gfx950", optimisation: str = "-O3") -> gfx950.CodeObject:
     """The code object of HIP ``source``, compiled as the project's kernels are."""
-    options = [*toolchain._HIP_OPTIONS, f"--offload-arch={arch}", optimisation]
-    with toolchain._directory_of((("kernel.hip", source),)) as directory:
-        clang = toolchain._hip().clang
-        toolchain._call([*clang, *options, "-S", "kernel.hip", "-o", "kernel.s"], directory)
+    options = [*hip.OPTIONS, f"--offload-arch={arch}", optimisation]
+    with commands.directory_of((("kernel.hip", source),)) as directory:
+        clang = hip.clang_and_lld().clang
+        commands.call([*clang, *options, "-S", "kernel.hip", "-o", "kernel.s"], directory)
         return gfx950.CodeObject(_linked((directory / "kernel.s").read_text(), arch))
 
 
 def _linked(assembly: str, arch: str) -> bytes:
-    compiler = toolchain._hip()
-    with toolchain._directory_of((("kernel.s", assembly),)) as directory:
+    compiler = hip.clang_and_lld()
+    with commands.directory_of((("kernel.s", assembly),)) as directory:
         options = ("--target=amdgcn-amd-amdhsa", f"-mcpu={arch}", "-x", "assembler", "-c")
-        toolchain._call([*compiler.clang, *options, "kernel.s", "-o", "kernel.o"], directory)
-        toolchain._call([*compiler.lld, "-shared", "kernel.o", "-o", "kernel.hsaco"], directory)
+        commands.call([*compiler.clang, *options, "kernel.s", "-o", "kernel.o"], directory)
+        commands.call([*compiler.lld, "-shared", "kernel.o", "-o", "kernel.hsaco"], directory)
         return (directory / "kernel.hsaco").read_bytes()

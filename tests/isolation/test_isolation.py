@@ -39,7 +39,7 @@ NOTHING = "module {}"
 BROKEN = """
 import json, os, signal, socket, sys, time
 sys.path[:] = [{directory!r}, *json.loads(sys.argv[2])]
-import isolated
+import child as isolated
 def compile(asked, directory, diagnostics):
     print("{words}", flush=True)
     {action}
@@ -209,7 +209,7 @@ def test_the_limit_grows_with_the_program(monkeypatch: pytest.MonkeyPatch) -> No
 HANGING = """
 import sys
 import torch, lowering
-from lowering import isolated
+from lowering.isolation import child as isolated
 isolated.__file__ = sys.argv[1]
 class Add(torch.nn.Module):
     def forward(self, x): return x + 1

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from lowering.backends import object_cache, toolchain
+from lowering.backends import commands, cpu, object_cache
 
 _SOURCES = Path(__file__).with_name("native")
 _OPTIONS = (
@@ -129,15 +129,15 @@ def library() -> Library:
 
 def _compiler() -> tuple[str, ...]:
     """The C compiler; of the ``ziglang`` wheel the command that has a C library, which kernels do without."""
-    compiler = toolchain._c_compiler()
+    compiler = cpu.c_compiler()
     return (*compiler[:-1], "cc") if compiler[1:] == ("-m", "ziglang", "clang") else compiler
 
 
 def _built() -> Path:
     compiler = _compiler()
-    machine = toolchain._machine_option("native")
+    machine = cpu.machine_option("native")
     files = sorted(_SOURCES.iterdir())
-    key = hashlib.sha256(toolchain._features(compiler, machine).encode())
+    key = hashlib.sha256(cpu.features(compiler, machine).encode())
     for file in files:
         key.update(file.name.encode() + file.read_bytes())
     key.update(repr(_OPTIONS).encode())
@@ -148,6 +148,6 @@ def _built() -> Path:
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
             out = Path(scratch) / path.name
             sources = [str(file) for file in files if file.suffix == ".c"]
-            toolchain._call([*compiler, *_OPTIONS, machine, *sources, "-o", str(out), "-lm"], Path(scratch))
+            commands.call([*compiler, *_OPTIONS, machine, *sources, "-o", str(out), "-lm"], Path(scratch))
             os.replace(out, path)  # noqa: PTH105
     return path

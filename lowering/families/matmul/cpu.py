@@ -1,4 +1,4 @@
-"""The block-scaled product of ``kernels/matmul.c``."""
+"""Specialise the block-scaled product of ``kernels/matmul.c``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .variant import Specialised, Variant, common_defines, texts
 
 @dataclass(frozen=True)
 class ProductTile:
-    """What is computed at once: ``rows`` x up to 96 columns of the result.
+    """Say what is computed at once: ``rows`` x up to 96 columns of the result.
 
     Up to ``few_rows`` rows the weights stream past one row after another; with more, a tile of them is
     decoded and multiplied with all rows.  96 columns are whole panels of every vector width; rows times
@@ -52,7 +52,7 @@ def tile_defines(columns: int, tile: ProductTile) -> tuple[dict[str, int], GridR
 
 
 def _busiest(units: int, workers: int, share: int) -> float:
-    """How long the worker with the most workgroups of ``share`` units takes, in units."""
+    """Predict, in units, the time of the worker with the most workgroups of ``share`` units."""
     turns = -(-units // (workers * share))
     return turns * (share + _EACH_TILE * -(-share // _WHOLE))
 

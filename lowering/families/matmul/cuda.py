@@ -1,4 +1,4 @@
-"""The block-scaled product of ``kernels/matmul.cu``."""
+"""Specialise the block-scaled product of ``kernels/matmul.cu``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ AT_ONCE = {
 
 @dataclass(frozen=True)
 class Plan:
-    """How products of up to ``rows`` rows are divided.
+    """Say how products of up to ``rows`` rows are divided.
 
     A unit is ``tokens`` rows of the result and 128 columns.  ``split`` workgroups add up a part of K each, or
     ``share`` workgroups with a unit each read their weights together; one of the two is 1.
@@ -76,7 +76,7 @@ def _splits(spec: MatmulSpec) -> list[int]:
 
 @functools.cache
 def _measured(target: str) -> dict[tuple[int, int], Plans]:
-    """What tools/bench/tune_gemm.py wrote for ``target``, by columns and depth."""
+    """Read what tools/bench/tune_gemm.py wrote for ``target``, by columns and depth."""
     path = Path(__file__).parent.parent / "tuning" / f"{target}_products.json"
     if not path.is_file():
         return {}

@@ -1,4 +1,4 @@
-"""From a MatmulSpec and a target to a kernel instance: the block-scaled product of ``kernels/matmul.*``.
+"""Make a kernel instance of a MatmulSpec and a target: the block-scaled product of ``kernels/matmul.*``.
 
 What that kernel family supports is decided here and in the variant of the target's backend:
 ``why_unsupported`` says it in a sentence that the fusion can act on, ``instance`` raises the same sentence.
@@ -32,7 +32,7 @@ _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
 def why_unsupported(spec: MatmulSpec, target: Target) -> str | None:
-    """A sentence saying why no kernel computes ``spec`` on ``target``, or None if one does."""
+    """Say in a sentence why no kernel computes ``spec`` on ``target``; None if one does."""
     special = _VARIANTS[target.backend].why_unsupported
     return _why_not_types(spec) or _why_not_layouts(spec, target) or special(spec, target)
 
@@ -72,7 +72,7 @@ def scale_layouts(target: Target) -> tuple[ScaleLayout, ...]:
 
 
 def instance(spec: MatmulSpec, target: Target, tile: object | None = None) -> KernelInstance:
-    """The kernel for ``spec`` on ``target``; ``tile``, of the variant's kind, overrides the default.
+    """Make the kernel for ``spec`` on ``target``; ``tile``, of the variant's kind, overrides the default.
 
     Raises CompileError with ``why_unsupported``'s sentence.
     """
@@ -96,7 +96,7 @@ def instance(spec: MatmulSpec, target: Target, tile: object | None = None) -> Ke
 
 
 def bindings(spec: MatmulSpec) -> tuple[Binding, ...]:
-    """The tensors of ``spec`` in dispatch order: a, b, a_scale, b_scale, bias if there is one; out."""
+    """List the tensors of ``spec`` in dispatch order: a, b, a_scale, b_scale, bias if there is one; out."""
     groups = spec.depth // spec.group
     scales: dict[ScaleLayout, tuple[Dimension, ...]] = {
         "row": ("T", groups),

@@ -1,4 +1,4 @@
-"""The block-scaled product of ``kernels/matmul.hip``."""
+"""Specialise the block-scaled product of ``kernels/matmul.hip``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _RESIDENT = {"gfx950": 2, "gfx942": 1}
 
 @dataclass(frozen=True)
 class ProductTile:
-    """How a product is divided among workgroups.
+    """Say how a product is divided among workgroups.
 
     Up to ``few_rows`` rows a unit of work is 64 rows by ``few_columns`` columns, whose K the waves share;
     with more it is ``rows`` by ``columns``, whose columns they share.

@@ -1,4 +1,4 @@
-"""What the block-scaled product kernel of a backend is to ``matmul_kernel``: what it reads, how it is made.
+"""Describe a backend's kernel of the block-scaled product to its family: what it reads, how it is made.
 
 Each backend has one ``Variant``, in a file of its own.
 """
@@ -20,7 +20,7 @@ SCALE_LAYOUT_CODES: dict[ScaleLayout, int] = {"row": 0, "column_tma": 1, "column
 
 @dataclass(frozen=True)
 class Specialised:
-    """What makes an instance of a source: its constants, workgroups of ``threads``, and how many of them."""
+    """Hold what makes an instance of a source: its constants, workgroups of ``threads``, and their number."""
 
     defines: tuple[tuple[str, str], ...]
     grid_rule: GridRule

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowering.backends import object_cache, toolchain
+from lowering.backends import commands, object_cache
 from lowering.errors import ToolchainError
 
 from ..native import _compiler
@@ -35,7 +35,7 @@ def library(executor: Sequence[str] | None = None) -> Path:
     directory = Path(__file__).parent
     texts = [(name, (directory / name).read_text(encoding="utf-8")) for name in (*_SOURCES, *_HEADERS)]
     compiler = _compiler()
-    parts = [compiler, toolchain._version(compiler), _OPTIONS, command, texts]
+    parts = [compiler, commands.version(compiler), _OPTIONS, command, texts]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     built = object_cache.place() / f"{key}.so"
     if not built.is_file():

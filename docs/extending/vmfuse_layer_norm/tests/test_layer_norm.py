@@ -8,6 +8,7 @@ of it.  How far those are from exact arithmetic is tested once, in float64.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -219,9 +220,12 @@ def launcher(spec: contract.LayerNormSpec, target: Target, directory: Path) -> h
     return host_kernels.emulated(kernel, directory, Path(__file__))
 
 
-@pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("target", ["cpu", "gfx950", "h200"])
-def test_a_kernel_computes_the_contract(name: str, target: str, tmp_path: Path) -> None:
+# Of NVIDIA's, which are compiled for the host each time, one of two waves and one of one.
+RUN = [*itertools.product(("cpu", "gfx950"), SPECS), ("h200", "bfloat16"), ("h200", "float16")]
+
+
+@pytest.mark.parametrize(("target", "name"), RUN)
+def test_a_kernel_computes_the_contract(target: str, name: str, tmp_path: Path) -> None:
     """The object for the CPU, run; that for gfx950, executed; source for NVIDIA: nothing else is touched."""
     spec, machine = SPECS[name], resolve(target)
     torch.manual_seed(len(name))
