@@ -16,6 +16,7 @@ import torch
 
 from lowering.backends import abi, commands, toolchain
 from lowering.families.instance import KernelInstance
+from lowering.families.registry import family_of
 
 Launch = Callable[[Sequence[int], int], None]
 
@@ -25,7 +26,7 @@ POISON = 0xA5
 
 def launcher(kernel: KernelInstance, directory: Path) -> Launch:
     """What launches ``kernel``, built in ``directory``."""
-    return (_native if kernel.target.backend == "cpu" else _emulated)(kernel, directory)
+    return (_native if kernel.target.backend == "cpu" else emulated)(kernel, directory)
 
 
 def _native(kernel: KernelInstance, directory: Path) -> Launch:
@@ -52,14 +53,15 @@ def _native(kernel: KernelInstance, directory: Path) -> Launch:
     return launch
 
 
-def _emulated(kernel: KernelInstance, directory: Path) -> Launch:
-    """The GPU source compiled for the host, with fibers for lanes."""
+def emulated(kernel: KernelInstance, directory: Path, beside: Path = Path(__file__)) -> Launch:
+    """The GPU source compiled for the host, with fibers for lanes: by the emulation ``beside`` that file."""
     library = directory / "emulation.so"
     defines = [f"-D{name}={value}" for name, value in kernel.defines]
-    source = Path(__file__).with_name(f"{Path(kernel.source).stem}_emulation.cpp")
-    include = f"-I{commands.kernel_source_dir()}"
+    source = beside.with_name(f"{Path(kernel.source).stem}_emulation.cpp")
+    headers = family_of(kernel.spec).directory or commands.kernel_source_dir()
+    include = [f"-I{directory}" for directory in (headers, Path(__file__).parent)]
     flags = ["-std=c++17", "-O0", "-ffp-contract=off", "-shared", "-fPIC", f"-DWAVE={kernel.target.wave}"]
-    subprocess.run([cxx_compiler(), *flags, *defines, include, source, "-o", library], check=True)
+    subprocess.run([cxx_compiler(), *flags, *defines, *include, source, "-o", library], check=True)
     entry = ctypes.CDLL(str(library)).launch
 
     def launch(pointers: Sequence[int], rows: int) -> None:
