@@ -96,6 +96,15 @@ def _index_put(
     return torch.where(mask.reshape(*mask.shape, *[1] * rest), put, x)
 
 
+def _index_fill(x: Tensor, dim: int, index: Tensor, value: Tensor | Number) -> Tensor:
+    """As an ``index_put``: PyTorch's own form asks for the strides of ``x``."""
+    if not x.dim():
+        return _index_fill(x.reshape(1), 0, index, value).reshape(())
+    filled = value if isinstance(value, Tensor) else torch.full((), value, device=x.device)
+    before = (None,) * (dim % x.dim())
+    return _ATEN.index_put.default(x, (*before, index.reshape(-1)), filled.to(x.dtype))
+
+
 def _masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
     """Where a mask is set, the elements of ``source`` in their order."""
     x, mask = torch.broadcast_tensors(x, mask)
@@ -185,6 +194,8 @@ _RULES: dict[Any, Callable[..., Any]] = {
     _ATEN.mul.Scalar: _mul,
     _ATEN.index.Tensor: _index,
     _ATEN.index_put.default: _index_put,
+    _ATEN.index_fill.int_Scalar: _index_fill,
+    _ATEN.index_fill.int_Tensor: _index_fill,
     _ATEN.masked_scatter.default: _masked_scatter,
     _ATEN.constant_pad_nd.default: _pad,
     _ATEN.abs.default: _abs,
