@@ -35,7 +35,31 @@ _BROKEN_UP = (
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """The rules of this file, by operation."""
-    return {**get_decompositions(_BROKEN_UP), **_RULES}
+    rules = {**get_decompositions(_BROKEN_UP), **_RULES}
+    # That of transformers, where it is imported: what its mixtures of experts call off bfloat16.
+    fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+    return rules if fallback is None else {**rules, fallback.default: _grouped_product}
+
+
+def _grouped_product(
+    x: Tensor,
+    weights: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Multiply each row of ``x`` [S, K] by the matrix of its group, of ``weights`` [E, K, N].
+
+    Group e ends before row ``offs[e]``; rows behind the last group are zero.  Every group's product of all rows is
+    computed and one of them kept: right for any offsets, and E times the work.
+    """
+    if offs is None or x.dim() != 2 or weights.dim() != 3 or bias is not None:
+        return NotImplemented
+    rows, groups = torch.arange(x.shape[0], device=x.device), weights.shape[0]
+    group = (rows.unsqueeze(-1) >= offs).sum(-1)
+    kept = torch.matmul(x, weights)[group.clamp(max=groups - 1), rows]
+    kept = torch.where((group < groups).unsqueeze(-1), kept, torch.zeros_like(kept))
+    return kept if out_dtype is None else kept.to(out_dtype)
 
 
 def _histc(x: Tensor, bins: int = 100, min: Number = 0, max: Number = 0) -> Tensor:
@@ -94,6 +118,15 @@ def _index_put(
         values = values[0]
     put = x + values if accumulate else values
     return torch.where(mask.reshape(*mask.shape, *[1] * rest), put, x)
+
+
+def _index_fill(x: Tensor, dim: int, index: Tensor, value: Tensor | Number) -> Tensor:
+    """As an ``index_put``: PyTorch's own form asks for the strides of ``x``."""
+    if not x.dim():
+        return _index_fill(x.reshape(1), 0, index, value).reshape(())
+    filled = value if isinstance(value, Tensor) else torch.full((), value, device=x.device)
+    before = (None,) * (dim % x.dim())
+    return _ATEN.index_put.default(x, (*before, index.reshape(-1)), filled.to(x.dtype))
 
 
 def _masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
@@ -181,10 +214,13 @@ _OF_AN_AXIS = (
 
 _RULES: dict[Any, Callable[..., Any]] = {
     _ATEN.histc.default: _histc,
+    _ATEN._grouped_mm.default: _grouped_product,
     _ATEN.mul.Tensor: _mul,
     _ATEN.mul.Scalar: _mul,
     _ATEN.index.Tensor: _index,
     _ATEN.index_put.default: _index_put,
+    _ATEN.index_fill.int_Scalar: _index_fill,
+    _ATEN.index_fill.int_Tensor: _index_fill,
     _ATEN.masked_scatter.default: _masked_scatter,
     _ATEN.constant_pad_nd.default: _pad,
     _ATEN.abs.default: _abs,

@@ -26,7 +26,7 @@ from patterns.contracts import ScaleLayout
 from patterns.sites import Remark
 
 from .. import ops as _ops  # noqa: F401  registers torch.ops.lowering.*
-from ..errors import CompileError
+from ..errors import CompileError, LoweringError
 from ..report.sites import Folded
 from ..signature import PARAMETER_SCOPE, Constant, Leaf, Parameters, Signature, TensorSpec, host_arch
 from ..targets import Target
@@ -143,7 +143,7 @@ def _import(exported: torch.export.ExportedProgram, context: ir.Context) -> Prog
     with warnings.catch_warnings():
         # torch copies its own tree specs in a way it has deprecated.
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-        exported = functionalize(exported, _decompositions())
+        exported = _functional(exported)
     refusals.check(exported, _MLIR_DTYPES, GraphNodeImporter)
     externalised = _ExternalParameters()
     importer = FxImporter(context=context, hooks=externalised, graph_node_importer_cls=_ExampleImporter)
@@ -182,6 +182,15 @@ def _export(
         return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:  # torch.export raises whatever the model or the tracer raised
         raise refusals.not_exported(module, error) from error
+
+
+def _functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    try:
+        return functionalize(exported, _decompositions())
+    except LoweringError:
+        raise
+    except Exception as error:  # what its rules raise is as various
+        raise refusals.not_decomposed(error) from error
 
 
 def _distinct(examples: Any) -> Any:

@@ -37,11 +37,19 @@ _INSTEAD = {
 
 def not_exported(module: torch.nn.Module, error: Exception) -> CompileError:
     """torch.export's own words, with the fixes that it suggests, and the line that it was at."""
+    return CompileError(f"torch.export rejected {type(module).__name__}: {_told(error)}")
+
+
+def not_decomposed(error: Exception) -> CompileError:
+    """The same where torch takes the operations of an exported program apart."""
+    return CompileError(f"torch.export could not decompose the exported program: {_told(error)}")
+
+
+def _told(error: Exception) -> str:
     where = [_line_of(error), *_guards(error)]
     advice = [text for pattern, text in _ADVICE if re.search(pattern, str(error))]
     lines = [*(advice or _summary(error)), *dict.fromkeys(filter(None, where))]
-    text = "\n  ".join(lines)
-    return CompileError(f"torch.export rejected {type(module).__name__}: {type(error).__name__}: {text}")
+    return f"{type(error).__name__}: " + "\n  ".join(lines)
 
 
 def _summary(error: Exception) -> list[str]:

@@ -8,6 +8,7 @@ ended, and ends it when the time is up or when nobody waits any more.  No thread
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import json
 import os
@@ -19,7 +20,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -140,32 +141,63 @@ def _die_with(keeper: int) -> None:
     """Linux ends this process with its keeper, even one that was killed; elsewhere it would run on."""
     if not sys.platform.startswith("linux"):
         return
-    import ctypes
-
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     if os.getppid() != keeper:
         os._exit(1)
 
 
-def _collect(context: Any, diagnostics: list[tuple[str, str]]) -> None:
-    """Note every error that MLIR reports in ``context``."""
-    from iree.compiler import ir
+class _Text(ctypes.Structure):
+    """A piece of text as MLIR hands it over."""
 
-    def note(diagnostic: Any) -> bool:
-        if diagnostic.severity == ir.DiagnosticSeverity.ERROR:
-            diagnostics.append((str(diagnostic.location), diagnostic.message))
-        return True
+    _fields_ = (("data", ctypes.c_void_p), ("size", ctypes.c_size_t))
 
-    context.attach_diagnostic_handler(note)
+
+# What MLIR's C interface calls; each of its own types is a pointer, or a result of one byte.
+_HANDLER = ctypes.CFUNCTYPE(ctypes.c_int8, ctypes.c_void_p, ctypes.c_void_p)
+_WRITER = ctypes.CFUNCTYPE(None, _Text, ctypes.c_void_p)
+_ERROR, _HANDLED = 0, 1
+
+
+@contextlib.contextmanager
+def _collected(context: Any, diagnostics: list[tuple[str, str]]) -> Iterator[None]:
+    """Note every error that MLIR reports in ``context``.
+
+    A handler of MLIR's Python bindings allocates before it holds the interpreter's lock, which a session has
+    let go: from Python 3.12 on that is the end of the process, at any remark.  One of ctypes holds it.
+    """
+    from iree.compiler.api import ctypes_dl
+
+    mlir, get_pointer = ctypes_dl._dylib, ctypes.pythonapi.PyCapsule_GetPointer
+    mlir.mlirContextAttachDiagnosticHandler.restype = ctypes.c_uint64
+    mlir.mlirDiagnosticGetLocation.restype = get_pointer.restype = ctypes.c_void_p
+
+    def text(write: Callable[..., Any], pointer: int) -> str:
+        parts: list[bytes] = []
+        writer = _WRITER(lambda part, _: parts.append(ctypes.string_at(part.data, part.size)))
+        write(ctypes.c_void_p(pointer), writer, None)
+        return b"".join(parts).decode(errors="replace")
+
+    def note(diagnostic: int, _: int | None) -> int:
+        if mlir.mlirDiagnosticGetSeverity(ctypes.c_void_p(diagnostic)) == _ERROR:
+            location = mlir.mlirDiagnosticGetLocation(ctypes.c_void_p(diagnostic))
+            place = text(mlir.mlirLocationPrint, location)
+            diagnostics.append((place, text(mlir.mlirDiagnosticPrint, diagnostic)))
+        return _HANDLED
+
+    handler = _HANDLER(note)
+    capsule = ctypes.py_object(context._CAPIPtr)
+    pointer = ctypes.c_void_p(get_pointer(capsule, ctypes_dl.MLIR_PYTHON_CAPSULE_CONTEXT))
+    number = mlir.mlirContextAttachDiagnosticHandler(pointer, handler, None, None)
+    yield
+    mlir.mlirContextDetachDiagnosticHandler(pointer, ctypes.c_uint64(number))
 
 
 def _run_passes(asked: dict[str, Any], directory: Path, diagnostics: list[tuple[str, str]]) -> bool:
     from iree.compiler import ir
     from iree.compiler.passmanager import PassManager
 
-    with ir.Context() as context:
-        _collect(context, diagnostics)
+    with ir.Context():
         try:
             module = ir.Module.parse((directory / SOURCE).read_bytes())
             PassManager.parse(asked["passes"]).run(module.operation)
@@ -183,15 +215,15 @@ def _compile(asked: dict[str, Any], directory: Path, diagnostics: list[tuple[str
 
     session = Session()
     session.set_flags(*asked["flags"])
-    _collect(session.context, diagnostics)
     invocation = session.invocation()
     source = Source.wrap_buffer(session, (directory / SOURCE).read_bytes())
-    if not (invocation.parse_source(source) and invocation.execute()):
-        return False
-    output = Output.open_file(str(directory / RESULT))
-    invocation.output_vm_bytecode(output)
-    output.keep()
-    output.close()
+    with _collected(session.context, diagnostics):
+        if not (invocation.parse_source(source) and invocation.execute()):
+            return False
+        output = Output.open_file(str(directory / RESULT))
+        invocation.output_vm_bytecode(output)
+        output.keep()
+        output.close()
     return True
 
 

@@ -52,12 +52,15 @@ def _copy(value: ir.Value, op: ir.Operation, copy: int) -> ir.Value:
     ones it makes one.  Two others, since it knows those in ``value`` where all are equal.  An operation that
     is opaque to IREE would do as well, but parts a program in two, which then cannot be given its memory.
     """
-    element_type = ir.RankedTensorType(value.type).element_type
+    tensor = ir.RankedTensorType(value.type)
+    element_type = tensor.element_type
+    # Of an axis of one element IREE knows the number.
+    axis = next((axis for axis, size in enumerate(tensor.shape) if size != 1), 0)
 
     def same(element: ir.Value, _: ir.Value) -> ir.Value:
         one, two = _number(element_type, 1), _number(element_type, 2)
-        others = arith.SelectOp(_is_even(2 * copy + 1), one, two).result
-        return arith.SelectOp(_is_even(2 * copy), element, others).result
+        others = arith.SelectOp(_is_even(axis, 2 * copy + 1), one, two).result
+        return arith.SelectOp(_is_even(axis, 2 * copy), element, others).result
 
     with ir.InsertionPoint(op), op.location:
         sizes = tensors.sizes(value)
@@ -66,9 +69,9 @@ def _copy(value: ir.Value, op: ir.Operation, copy: int) -> ir.Value:
         return tensors.generic([value], tensors.empty(sizes, element_type), [identity, identity], kinds, same)
 
 
-def _is_even(start: int) -> ir.Value:
-    """Tell whether n * (n + 1) is even, n from ``start`` on along the first axis of a loop."""
-    n = arith.AddIOp(linalg.IndexOp(0).result, tensors.index(start)).result
+def _is_even(axis: int, start: int) -> ir.Value:
+    """Tell whether n * (n + 1) is even, n from ``start`` on along an axis of a loop."""
+    n = arith.AddIOp(linalg.IndexOp(axis).result, tensors.index(start)).result
     product = arith.MulIOp(n, arith.AddIOp(n, tensors.index(1)).result).result
     last = arith.AndIOp(product, tensors.index(1)).result
     return arith.CmpIOp(arith.CmpIPredicate.eq, last, tensors.index(0)).result

@@ -371,6 +371,17 @@ class Fails(nn.Module):
         raise RuntimeError("no luck today")
 
 
+def test_what_torch_cannot_decompose_is_reported_in_its_words() -> None:
+    class Diagonal(nn.Module):
+        def forward(self, x):
+            return (x.transpose(0, 1) * 2)[0].fill_diagonal_(3)
+
+    with pytest.raises(
+        CompileError, match=r"^torch\.export could not decompose .*RuntimeError: .*view chain"
+    ):
+        lowering.compile(Diagonal(), (torch.randn(5, 6, 8),))
+
+
 def test_an_error_of_the_model_itself_is_passed_on() -> None:
     with pytest.raises(CompileError, match=r"torch\.export rejected Fails: .*no luck today"):
         imported(Fails(), torch.zeros(3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -37,6 +38,7 @@ NOTHING = "module {}"
 
 # In place of the compiler: a script that runs ``isolated`` with another way to compile.
 BROKEN = """
+import io
 import json, os, signal, socket, sys, time
 sys.path[:] = [{directory!r}, *json.loads(sys.argv[2])]
 import child as isolated
@@ -45,6 +47,16 @@ def compile(asked, directory, diagnostics):
     {action}
 isolated._compile = compile
 isolated.serve(socket.socket(fileno=int(sys.argv[1])))
+"""
+
+# Compiles and writes what was reported.
+REPORTS = """
+import sys, pathlib
+sys.path.insert(0, sys.argv[1])
+import isolated
+diagnostics = []
+assert not isolated._compile({"flags": ["--iree-input-type=none"]}, pathlib.Path(sys.argv[2]), diagnostics)
+print(diagnostics)
 """
 
 
@@ -125,6 +137,27 @@ def test_a_compiler_that_cannot_be_loaded_says_so(broken: Callable[..., Path]) -
     )
     with pytest.raises(CompileError, match=r"cannot be loaded(.|\n)*ZeroDivisionError"):
         compile_nothing()
+
+
+def test_what_it_reports_while_others_hold_the_interpreter_is_noted(tmp_path: Path) -> None:
+    rejected = """func.func @main(%x: !llvm.ptr) -> i32 {
+      %y = llvm.load %x : !llvm.ptr -> i32
+      return %y : i32
+    }"""
+    with ir.Context():
+        bytecode = io.BytesIO()
+        ir.Module.parse(rejected).operation.write_bytecode(bytecode)
+    (tmp_path / isolated.SOURCE).write_bytes(bytecode.getvalue())
+    # The memory allocator of this mode ends the process where it is called without the interpreter's lock,
+    # which every one does from Python 3.12 on.
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-c", REPORTS, Path(isolated.__file__).parent, tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "failed to legalize" in done.stdout, done.stdout
 
 
 def test_the_operation_that_a_compiler_dies_of_is_named(broken: Callable[..., Path]) -> None:

@@ -156,6 +156,21 @@ def test_updates_at_a_few_indices_with_two_sizes_unknown():
     check(updated, drawn(7, 5), drawn(6, 9), shapes=({0: a}, {1: a, 2: b}, None, None))
 
 
+def test_indices_of_a_transposed_tensor_are_filled():
+    def filled(x, i):
+        return (
+            x.transpose(0, 1).index_fill(2, i, 2),
+            x[:, :, ::2].index_fill(-1, i, 3),
+            x.mT.index_fill(0, i[2:], torch.tensor(3.5)),
+            (x > 0).mT.index_fill(1, i[2:], True),
+            x.sum().index_fill(0, i[2:] * 0, 3.0),
+        )
+
+    size = {0: Dim("a", min=3), 1: Dim("b", min=5)}
+    i = torch.tensor([3, -1, 2])
+    check(filled, (torch.randn(5, 6, 8), i), (torch.randn(3, 9, 8), i), shapes=(size, None))
+
+
 def test_axes_of_many_with_two_sizes_unknown():
     def reduced(x):
         return (

@@ -14,7 +14,7 @@ class OfItself(nn.Module):
     """Each value is read at a place that another has been written to, if they are not kept apart."""
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        z = y + 1
+        z, row = y + 1, x[:1] * 2
         columns = ROWS.expand(*y.shape[:-1], 4)
         zeros, mask = torch.zeros_like(y), y > 3
         return (
@@ -38,6 +38,8 @@ class OfItself(nn.Module):
             x.slice_scatter(x[:2], 0, 1, 3).slice_scatter(x[:2], 0, 2, 4),
             z.slice_scatter(z[:2] * 2, 0, 1, 3),
             x.scatter(0, ROWS[:, None].expand(4, 8), x),
+            row.slice_scatter(row[:, :2], -1, 1, 3),
+            row[None].slice_scatter(row[None, :, :2], -1, 1, 3),
             # Two updates of one tensor, of zeros and of what is no number.
             zeros.index_copy(0, ROWS[:1], y[:1]),
             zeros.scatter(-1, columns, y[..., :4]),
