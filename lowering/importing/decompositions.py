@@ -41,6 +41,11 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return rules if fallback is None else {**rules, fallback.default: _grouped_product}
 
 
+def _empty_permuted(size: Sequence[int], order: Sequence[int], **options: Any) -> Tensor:
+    """An uninitialised tensor of other strides, as ``zeros_like`` of a transposed one begins."""
+    return torch.empty(size, dtype=options.get("dtype"), device=options.get("device"))
+
+
 def _grouped_product(
     x: Tensor,
     weights: Tensor,
@@ -50,8 +55,8 @@ def _grouped_product(
 ) -> Tensor:
     """Multiply each row of ``x`` [S, K] by the matrix of its group, of ``weights`` [E, K, N].
 
-    Group e ends before row ``offs[e]``; rows behind the last group are zero.  Every group's product of all rows is
-    computed and one of them kept: right for any offsets, and E times the work.
+    Group e ends before row ``offs[e]``; rows behind the last group are zero.  Every group's product of all
+    rows is computed and one of them kept: right for any offsets, and E times the work.
     """
     if offs is None or x.dim() != 2 or weights.dim() != 3 or bias is not None:
         return NotImplemented
@@ -214,6 +219,7 @@ _OF_AN_AXIS = (
 
 _RULES: dict[Any, Callable[..., Any]] = {
     _ATEN.histc.default: _histc,
+    _ATEN.empty_permuted.default: _empty_permuted,
     _ATEN._grouped_mm.default: _grouped_product,
     _ATEN.mul.Tensor: _mul,
     _ATEN.mul.Scalar: _mul,

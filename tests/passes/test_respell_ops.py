@@ -273,3 +273,30 @@ def test_reductions_of_a_tensor_without_axes():
         )
 
     check(reduced, (torch.randn(4, 8),))
+
+
+class Experts(torch.nn.Module):
+    """The product of a mixture of experts, and zeros with the strides of a transposed tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(3, 16, 32).bfloat16(), requires_grad=False)
+
+    def forward(self, x, offs):
+        return torch._grouped_mm(x, self.weight, offs=offs), torch.zeros_like(x.transpose(0, 1)) + 1
+
+
+def test_a_product_of_groups_of_rows_at_every_division():
+    model, rows = Experts(), torch.export.Dim("rows", max=64)
+    x, offs = torch.randn(24, 16).bfloat16(), torch.tensor([8, 8, 24], dtype=torch.int32)
+    program = lowering.load(lowering.compile(model, (x, offs), dynamic_shapes=({0: rows}, None)).vmfb)
+    for ends, count in (([8, 8, 24], 24), ([0, 3, 40], 40), ([5, 5, 5], 5)):
+        x, offs = torch.randn(count, 16).bfloat16(), torch.tensor(ends, dtype=torch.int32)
+        product, ones = program(x, offs)
+        group = (torch.arange(count)[:, None] >= offs).sum(-1)
+        exact = torch.einsum("sk,skn->sn", x.double(), model.weight[group].double())
+        # Sums of 16 products in float32, rounded once.
+        assert (product.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+        assert torch.equal(ones, torch.ones(16, count).bfloat16())
+    behind = program(torch.randn(9, 16).bfloat16(), torch.tensor([2, 3, 5], dtype=torch.int32))[0]
+    assert not behind[5:].any() and behind[:5].any()
