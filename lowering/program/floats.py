@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from iree.compiler import ir
 from iree.compiler.dialects import arith
 
@@ -22,8 +23,9 @@ from ..targets import Target
 class Format:
     """An 8-bit float: ``mantissa`` bits, exponent ``bias``, the codes of the largest finite value and of NaN.
 
-    ``overflow`` is what a value too large becomes: torch saturates e4m3fn, makes e4m3fnuz NaN and
-    e5m2 infinite.  ``negative_zero`` is False where 0x80 is NaN (the fnuz formats).
+    ``overflow`` is what a value too large becomes: torch makes e4m3fnuz NaN and e5m2 infinite; of e4m3fn
+    it makes NaN in older versions, and the largest value in newer ones.
+    ``negative_zero`` is False where 0x80 is NaN (the fnuz formats).
     """
 
     mantissa: int
@@ -38,8 +40,10 @@ class Format:
         return self.overflow if self.overflow not in (self.largest, self.nan) else None
 
 
+_TOO_LARGE = torch.full((), 1e6).to(torch.float8_e4m3fn).view(torch.uint8).item()
+
 FORMATS = {
-    "f8E4M3FN": Format(mantissa=3, bias=7, largest=0x7E, nan=0x7F, overflow=0x7E),
+    "f8E4M3FN": Format(mantissa=3, bias=7, largest=0x7E, nan=0x7F, overflow=int(_TOO_LARGE)),
     "f8E4M3FNUZ": Format(mantissa=3, bias=8, largest=0x7F, nan=0x80, overflow=0x80, negative_zero=False),
     "f8E5M2": Format(mantissa=2, bias=15, largest=0x7B, nan=0x7F, overflow=0x7C),
 }

@@ -5,6 +5,7 @@ The rewritten functions run on llvm-cpu, which needs no rewrite, so nothing but 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import cache
 
@@ -143,6 +144,17 @@ def test_every_float_encodes_as_in_torch(narrow: str, wide: str) -> None:
     wrong = numbers & (got.view(torch.uint8) != expected.view(torch.uint8))
     assert not wrong.any(), f"{wrong.sum()} of {x.numel()} differ, the first from {x[wrong][0]}"
     assert numbers.sum() > 60_000
+
+
+def test_what_is_too_large_for_e4m3fn_is_nan_where_torch_makes_it_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    older = dataclasses.replace(floats.FORMATS["f8E4M3FN"], overflow=0x7F)
+    monkeypatch.setitem(floats.FORMATS, "f8E4M3FN", older)
+    x = floats_to_try(torch.float8_e4m3fn, torch.float32)
+    got = call(rewritten.__wrapped__("f8E4M3FN")["encode_f32"], x, torch.float8_e4m3fn)
+    fits = x.abs() <= 464  # half way to what would come next, which is odd
+    assert got.float()[~fits].isnan().all() and (~fits).any()
+    expected = x.to(torch.float8_e4m3fn)
+    assert torch.equal(got.view(torch.uint8)[fits], expected.view(torch.uint8)[fits])
 
 
 @pytest.mark.parametrize("narrow", FORMATS)
