@@ -53,7 +53,7 @@ isolated.serve(socket.socket(fileno=int(sys.argv[1])))
 REPORTS = """
 import sys, pathlib
 sys.path.insert(0, sys.argv[1])
-import isolated
+import child as isolated
 diagnostics = []
 assert not isolated._compile({"flags": ["--iree-input-type=none"]}, pathlib.Path(sys.argv[2]), diagnostics)
 print(diagnostics)
