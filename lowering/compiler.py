@@ -42,6 +42,7 @@ from .scalar_ops import correct
 from .signature import SIGNATURE_KEY, Signature, known_sizes
 from .slices import mend_slices
 from .storage import add_entry, remove_entry
+from .sums import widen_sums
 from .targets import Target, resolve
 from .views import sink_views
 from .weight_scales import check_scales
@@ -271,6 +272,7 @@ class _Pipeline:
         module = iree.lower(module)
         mend_slices(module)
         correct(module, self.target)
+        widen_sums(module, self.target)
         floats.rewrite_unsupported(module, self.target)
         return module
 
