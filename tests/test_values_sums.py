@@ -45,3 +45,15 @@ def test_softmax_and_other_long_reductions_are_eagers() -> None:
     program = lowering.load(lowering.compile(model, (x,)).vmfb)
     for number, (got, eager) in enumerate(zip(program(x), model(x), strict=True)):
         assert torch.allclose(got, eager, rtol=1e-5, atol=1e-6), number
+
+
+def test_a_deviation_whose_square_overflows() -> None:
+    class Deviations(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return x.std(0), x.std(), x.std((0, 1), keepdim=True, unbiased=False), x.bfloat16().std(-1)
+
+    model = Deviations()
+    program = lowering.load(lowering.compile(model, (torch.randn(6, 8),)).vmfb)
+    for x in (torch.randn(6, 8), torch.randn(6, 8) * 1e38):
+        for number, (got, exact) in enumerate(zip(program(x), model(x.double()), strict=True)):
+            assert torch.allclose(got.double(), exact.double(), rtol=[1e-6, 2.0**-8][number == 3]), number
