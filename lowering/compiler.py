@@ -33,6 +33,7 @@ from .program.ownership import keep_arguments, part_updates
 from .program.scalar_ops import correct
 from .program.slices import mend_slices
 from .program.storage import add_entry, remove_entry
+from .program.sums import widen_sums
 from .report.report import Report
 from .report.sites import Change, Site
 from .signature import SIGNATURE_KEY, Signature, known_sizes
@@ -236,6 +237,7 @@ class _Pipeline:
         module = iree.lower(module)
         mend_slices(module)
         correct(module, self.target)
+        widen_sums(module, self.target)
         floats.rewrite_unsupported(module, self.target)
         return module
 

@@ -159,6 +159,16 @@ def _abs(x: Tensor) -> Tensor:
     return torch.view_as_real(x).square().sum(-1).sqrt()
 
 
+def _std(
+    x: Tensor, dim: Sequence[int] | None = None, *, correction: Number | None = None, keepdim: bool = False
+) -> Tensor:
+    """The root of a variance that may be too large for the type that its root is of."""
+    if x.dtype == torch.float64 or not x.is_floating_point():
+        return NotImplemented
+    variance = _ATEN.var.correction(x.double(), dim, correction=correction, keepdim=keepdim)
+    return variance.sqrt().to(x.dtype)
+
+
 def _of_three_axes(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``op`` along one axis of many, the axes before it joined, and those behind it.
 
@@ -230,6 +240,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     _ATEN.masked_scatter.default: _masked_scatter,
     _ATEN.constant_pad_nd.default: _pad,
     _ATEN.abs.default: _abs,
+    _ATEN.std.correction: _std,
     _ATEN.cumsum.default: _of_three_axes(_ATEN.cumsum.default),
     **{op: _of_a_vector(op, _of_three_axes(op)) for op in (_ATEN.argmax.default, _ATEN.argmin.default)},
     **{op: _of_a_vector(op) for op in _OF_AN_AXIS},

@@ -170,8 +170,15 @@ def _layer_norm(
     return value if bias is None else value + bias, mean, scale
 
 
+def _product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """In float64, and unknown where a sum in float32 overflows on its way or not, which its order decides."""
+    x, y = x.double(), y.double()
+    largest = x.abs() @ y.abs()
+    return torch.where(largest > torch.finfo(torch.float32).max, torch.nan, x @ y).float()
+
+
 # What eager does inside one operation, in another way.
-_OTHERWISE = {"gelu": _gelu, "native_layer_norm": _layer_norm}
+_OTHERWISE = {"gelu": _gelu, "native_layer_norm": _layer_norm, "mm": _product, "bmm": _product}
 
 
 def _cast(value: Any, to: torch.dtype, of: Iterable[torch.dtype]) -> Any:

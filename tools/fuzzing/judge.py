@@ -36,10 +36,13 @@ class Reference:
         self.results = self.eager.results
 
     @cached_property
-    def flushed(self) -> _Eager:
-        """Eager where denormals are zero, as they are in a program on the CPU."""
+    def flushed(self) -> tuple[_Eager, _Eager]:
+        """Eager where denormals are zero, as they are in a program on the CPU: all, and those given.
+
+        The second since functions that add up in two parts, such as ``atan2``, need denormals inside.
+        """
         args = _copies(self.args, evaluate.without_denormals)
-        return _Eager(self.module, args, evaluate.flushing)
+        return _Eager(self.module, args, evaluate.flushing), _Eager(self.module, args)
 
     def problem(self, index: int, ours: torch.Tensor) -> str | None:
         """What is wrong with ``ours`` as result ``index``."""
@@ -50,16 +53,19 @@ class Reference:
             return f"dtype: {ours.dtype} for {eager.dtype}"
         if same(ours, eager):
             return None
-        zero = _nearer(ours, self.flushed.results[index], eager)
+        zeros: list[tuple[torch.Tensor, _Eager]] = []
+        for flushed in self.flushed:
+            zero = _nearer(ours, flushed.results[index], eager)
+            eager = _where(zero, flushed.results[index], eager)
+            zeros += [(zero, flushed)] if bool(zero.any()) else []
 
         def chosen(runs: Callable[[_Eager], list[list[torch.Tensor]]]) -> list[torch.Tensor]:
             """Results of ``runs``, each element with denormals or without as ``ours`` seems to be."""
-            plain = [run[index] for run in runs(self.eager)]
-            if not bool(zero.any()):
-                return plain
-            return [_where(zero, run[index], p) for run, p in zip(runs(self.flushed), plain, strict=True)]
+            made = [run[index] for run in runs(self.eager)]
+            for zero, flushed in zeros:
+                made = [_where(zero, run[index], m) for run, m in zip(runs(flushed), made, strict=True)]
+            return made
 
-        (eager,) = chosen(lambda eager: [eager.results])
         draws = chosen(lambda eager: eager.draws)
         if not eager.dtype.is_floating_point:
             return _integers(ours, eager, draws, chosen(lambda eager: eager.orders))
