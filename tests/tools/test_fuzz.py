@@ -92,7 +92,9 @@ class Codes(nn.Module):
     ("off", "share", "word"), [(1, 0.001, None), (1, 0.1, "differ"), (2, 0.001, "steps"), (0, 0, None)]
 )
 def test_codes_may_be_a_step_off_in_few_places(off: float, share: float, word: str | None) -> None:
-    found = verdict(Codes(), Codes(off, share), torch.randn(16, 256))
+    # Of these no code is so near to a tie that eager's own would move.
+    x = torch.randn(16, 256, generator=torch.Generator().manual_seed(0))
+    found = verdict(Codes(), Codes(off, share), x)
     assert found is None if word is None else word in (found or "")
 
 
