@@ -242,7 +242,7 @@ class _Pipeline:
         return module
 
     def _fails(self, module: ir.Module, step: IreeStep) -> bool:
-        """Whether a part of a program fails, in ``step`` or before it."""
+        """Tell whether a part of a program fails, in ``step`` or before it."""
         iree = Iree()
         try:
             module = self._lower(iree, module)

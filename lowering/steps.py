@@ -33,7 +33,7 @@ from .targets import Target
 
 @dataclass
 class State:
-    """What the steps work on, in place.
+    """Hold what the steps work on, in place.
 
     program: the function's weights and signature; None for a function of a bare module, whose steps that need
     weights do nothing.  directory: gets the objects that IREE reads from files, and must live until it has.

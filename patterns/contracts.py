@@ -164,7 +164,7 @@ class BlockScaledMatmul:
 
 
 class Contract(Protocol):
-    """What one operation computes: a frozen dataclass of plain values, one of these or an outsider's."""
+    """Say what one operation computes: a frozen dataclass of plain values, one of these or an outsider's."""
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 

@@ -1,4 +1,4 @@
-"""What the command lines of benchmarks have in common: how they are read, and the file they leave."""
+"""Say what the command lines of benchmarks have in common: how they are read, and the file they leave."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ def fingerprint() -> dict[str, str]:
 
 
 def _processor() -> str:
-    """What compiling for this host depends on: the features the processor lists."""
+    """Give what compiling for this host depends on: the features the processor lists."""
     lines = (_read_text(Path("/proc/cpuinfo")) or "").splitlines()
     features = sorted({line for line in lines if line.startswith(("flags", "Features"))})
     return hashlib.sha256("".join(features).encode()).hexdigest()

@@ -92,7 +92,7 @@ class Campaign:
         out.mkdir(parents=True, exist_ok=True)
 
     def judge(self, seeds: Sequence[int], special: bool) -> bool:
-        """Whether ``seeds`` are right together; if not, those that it is about are judged alone."""
+        """Tell whether ``seeds`` are right together; if not, those that it is about are judged alone."""
         if len(seeds) == 1:
             return self.alone(seeds[0], special).verdict == "right"
         outcome = self.workers.judge_seeds(seeds, special)

@@ -1,1 +1,1 @@
-"""How a kernel becomes machine code for a target, and how IREE is told of it."""
+"""Make machine code of kernels, and tell IREE of it."""

@@ -14,7 +14,7 @@ from .registry import backend_of
 
 
 def check(instance: KernelInstance, data: bytes) -> ObjectAbi:
-    """What ``data`` says of itself, once it is known to be the object of ``instance``.
+    """Read what ``data`` says of itself, and hold it against ``instance``.
 
     Raises CompileError, naming the entry, what the object has and what the dispatch passes, if the
     object is of another architecture, lacks the entry, needs symbols nobody provides or takes

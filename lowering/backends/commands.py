@@ -79,7 +79,7 @@ def ziglang() -> tuple[str, ...] | None:
 
 @functools.cache
 def version(command: tuple[str, ...]) -> str:
-    """What a compiler says of itself, and which file it is."""
+    """Give what a compiler says of itself, and which file it is."""
     file = file_identity(shutil.which(command[0]) or command[0])
     return call([*command, "--version"], Path(tempfile.gettempdir())) + file
 

@@ -17,7 +17,7 @@ from .registry import backend_of
 
 
 def function_name(kernel: KernelInstance) -> str:
-    """What calls call."""
+    """Name the function that the sites of ``kernel`` call."""
     return f"dispatch.{kernel.entry}"
 
 

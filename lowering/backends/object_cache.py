@@ -78,7 +78,7 @@ def write(key: str, data: bytes) -> None:
 
 
 def _directory() -> Path | None:
-    """Where objects are kept; None for nowhere, as if others could put theirs there."""
+    """Tell where objects are kept; None for nowhere, as if others could put theirs there."""
     chosen, enabled = _chosen
     if not enabled or (chosen is None and os.environ.get(DISABLED)):
         return None
@@ -93,7 +93,7 @@ def _directory() -> Path | None:
 
 
 def place() -> Path:
-    """Where objects are kept unless a command says otherwise; the directory may not exist."""
+    """Tell where objects are kept unless a command says otherwise; the directory may not exist."""
     if chosen := os.environ.get(DIRECTORY):
         return Path(chosen)
     import platformdirs

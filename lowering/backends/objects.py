@@ -30,7 +30,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class ObjectAbi:
-    """What an object says of itself: its architecture and the entry's parameters.
+    """Hold what an object says of itself: its architecture and the entry's parameters.
 
     ``prototype`` is the C declaration a CPU object was compiled against (``parameters`` is empty there).
     """
@@ -76,7 +76,7 @@ def mismatch(instance: KernelInstance, has: str, passes: str) -> CompileError:
 
 
 def unreadable(instance: KernelInstance, why: str) -> CompileError:
-    """What is no object for the target."""
+    """Refuse what is no object for the target."""
     return CompileError(f"Kernel {instance.entry}: the object is no {instance.target.arch} object: {why}.")
 
 

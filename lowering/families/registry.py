@@ -100,13 +100,13 @@ def contract_kind(name: str) -> type | None:
 
 
 def spec_of(op: ir.Operation) -> Spec | None:
-    """What an operation that a kernel computes is specialised by; None for any other."""
+    """Give what an operation that a kernel computes is specialised by; None for any other."""
     operation = operation_of(op)
     return operation.value(op) if operation is not None and operation.is_kernel else None
 
 
 def reference_of(op: ir.Operation) -> Callable[[ir.Operation], Reference] | None:
-    """What gives the meaning of ``op`` in plain PyTorch; None for an operation of a kernel or of none."""
+    """Find what computes ``op`` in plain PyTorch; None for an operation of a kernel or of none."""
     name = torch_ir.op_name(op)
     found = _operations().get(name)
     return None if found is None else found[0].references.get(name)
@@ -123,5 +123,5 @@ def instance(spec: Spec, target: Target) -> KernelInstance:
 
 
 def supported(target: Target) -> Callable[[Spec], str | None]:
-    """What the fusion asks: why ``target`` has no kernel for a spec, or None."""
+    """Give what the fusion asks: why ``target`` has no kernel for a spec, or None."""
     return lambda spec: family_of(spec).why_unsupported(spec, target)

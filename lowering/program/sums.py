@@ -62,7 +62,7 @@ def _is_of_exponentials(op: ir.Operation) -> bool:
 
 
 def _yielded(op: ir.Operation) -> ir.Operation | None:
-    """What the body of ``op`` computes last."""
+    """Give what the body of ``op`` computes last."""
     operations = op.regions[0].blocks[0].operations
     return torch_ir.producer(operations[len(operations) - 1].operands[0])
 

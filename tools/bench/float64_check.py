@@ -1,4 +1,4 @@
-"""Whether the outputs of a kernel are what its spec says, judged against float64.
+"""Tell whether the outputs of a kernel are what its spec says, judged against float64.
 
 Independent of how any kernel or any reference in float32 rounds: every output has to lie within the
 rounding that its dtype allows of the value computed in float64, whatever lies between.

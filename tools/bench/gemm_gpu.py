@@ -88,7 +88,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Operands:
-    """What one call reads and writes; ``b`` as in a checkpoint, ``tensors`` as the kernel takes them."""
+    """Hold what one call reads and writes; ``b`` as in a checkpoint, ``tensors`` as the kernel takes them."""
 
     b: Tensor
     tensors: dict[str, Tensor]

@@ -1,4 +1,4 @@
-"""How long importing and fusing takes as a model grows.
+"""Tell how long importing and fusing takes as a model grows.
 
     python -m tools.bench.import_time                       # Llamas of 2, 4, 8 and 16 quantized layers
     python -m tools.bench.import_time --model deepseek      # DeepSeek-V3, real sizes, 8, 16, 32 and 61 layers
@@ -59,7 +59,7 @@ def _deepseek(layers: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Model:
-    """What is measured: how to build it, at which depths, and the goal for which steps."""
+    """Hold what is measured: how to build it, at which depths, and the goal for which steps."""
 
     build: Callable[[int], nn.Module]
     layers: tuple[int, ...]
@@ -179,7 +179,7 @@ def line(one: Measured) -> str:
 
 
 def growth(first: Measured, last: Measured) -> str:
-    """What a layer adds, and the total beside what proportional growth would give."""
+    """Give what a layer adds, and the total beside what proportional growth would give."""
     more = last.layers - first.layers
     seconds, text = (last.total - first.total) / more, (last.text - first.text) / more
     ratio, depth = last.total / first.total, last.layers / first.layers

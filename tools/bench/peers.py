@@ -1,4 +1,4 @@
-"""What a fused kernel is measured against: the same rows by other means.
+"""Say what a fused kernel is measured against: the same rows by other means.
 
 unfused     one kernel that makes y, then one for each quantization of it
 apart       the fused kernel of one quantization, run once for each (what vLLM does where a norm feeds two)

@@ -1,4 +1,4 @@
-"""How much of a program's time its kernels are: 64 chained sites in one vmfb, in the IREE runtime.
+"""Tell how much of a program's time its kernels are: 64 chained sites in one vmfb, in the IREE runtime.
 
     python -m tools.bench.program pack gpu/program --target h200     # on a machine with the compiler
     python -m tools.bench.program run gpu/program                    # on one with the GPU

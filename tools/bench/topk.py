@@ -162,7 +162,7 @@ def measure(dtype: str, launch: Launch, device: torch.device, bandwidth: float |
 
 
 def check(launch: Launch, device: torch.device) -> tuple[int, int]:
-    """How many ids are wrong, and how many units in the last place weights are apart at most."""
+    """Tell how many ids are wrong, and how many units in the last place weights are apart at most."""
     inputs, outputs = inputs_for(launch, device), outputs_for(launch, device)
     kernel_for(launch, device)(launch, {**inputs, **outputs})
     if device.type == "cuda":

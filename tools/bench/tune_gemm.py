@@ -53,7 +53,7 @@ def clusters(columns: int, target: Target) -> list[int]:
 
 
 def candidates(columns: int, depth: int, rows: int, cluster: int, target: Target) -> Iterator[Plan]:
-    """What makes sense for so many rows, but for ``Plan.rows``."""
+    """Give what makes sense for so many rows, but for ``Plan.rows``."""
     sizes, tiles = TOKENS[target.name], -(-columns // _BLOCK)
     fitting = next((tokens for tokens in sizes if tokens >= rows), sizes[-1])
     for tokens in {fitting, fitting // 2} & set(sizes):

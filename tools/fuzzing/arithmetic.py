@@ -75,7 +75,7 @@ def binary(s: Scope) -> Step:
 
 
 def _broadcasts(v: Value, x: Value) -> bool:
-    """Whether ``v`` can be read at the shape of ``x``, at each size."""
+    """Tell whether ``v`` can be read at the shape of ``x``, at each size."""
     if v.rank > x.rank:
         return False
     pairs = zip(v.tensors, x.tensors, strict=True)
@@ -174,7 +174,7 @@ def reduction(s: Scope) -> Step:
 
 
 def distinct(x: Value, axis: int) -> bool:
-    """Whether no two values along an axis are so near each other that rounding decides their order."""
+    """Tell whether no two values along an axis are so near each other that rounding decides their order."""
     for t in x.tensors:
         if not bool(t.float().isfinite().all()):
             return False

@@ -45,7 +45,7 @@ class Reference:
         return _Eager(self.module, args, evaluate.flushing), _Eager(self.module, args)
 
     def problem(self, index: int, ours: torch.Tensor) -> str | None:
-        """What is wrong with ``ours`` as result ``index``."""
+        """Give what is wrong with ``ours`` as result ``index``."""
         eager = self.results[index]
         if ours.shape != eager.shape:
             return f"shape: {tuple(ours.shape)} for {tuple(eager.shape)}"
@@ -103,7 +103,7 @@ class _Eager:
 
     @cached_property
     def far(self) -> list[list[torch.Tensor]]:
-        """Where a rounding leads that goes another way, and float64."""
+        """Tell where a rounding leads that goes another way, and float64."""
         exact = evaluate.in_float64(self.module, _copies(self.args))
         return [*self._disturbed(_LARGE_NOISES), *([exact] if exact is not None else [])]
 
@@ -124,7 +124,7 @@ def _copies(
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether all values are equal, a NaN being equal to a NaN."""
+    """Tell whether all values are equal, a NaN being equal to a NaN."""
     if a.dtype.is_floating_point:
         a, b = a.double(), b.double()
         return bool(((a == b) | (a.isnan() & b.isnan())).all())
@@ -144,7 +144,7 @@ def _nearer(ours: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tenso
 
 
 def _alone(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Where one of the two is NaN and the other is not."""
+    """Tell where one of the two is NaN and the other is not."""
     return a.float().isnan() != b.float().isnan()
 
 
@@ -247,7 +247,7 @@ def _largest_of_row(t: torch.Tensor) -> torch.Tensor:
 
 
 def strides_problem(ours: torch.Tensor, eager: torch.Tensor, *, strided: bool) -> str | None:
-    """Where eager is contiguous, and where the model asked for a layout, strides are eager's."""
+    """Compare strides: eager's where eager is contiguous, and where the model asked for a layout."""
     if not strided and not eager.is_contiguous():
         return None
     pairs = zip(ours.shape, ours.stride(), eager.stride(), strict=True)

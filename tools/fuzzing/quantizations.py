@@ -91,7 +91,7 @@ def written_quantization(s: Scope) -> Step:
 
 
 def other_quantization(s: Scope) -> Step:
-    """What is near one and is none that a kernel computes."""
+    """Give what is near one and is none that a kernel computes."""
     x, q = s.real(_row, lambda v: v.rank >= 2), s.out()
     scale = s.choice(
         [

@@ -23,7 +23,7 @@ _GENERATING = 120.0  # seconds
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a module: a verdict and a sentence.
+    """Hold what became of a module: a verdict and a sentence.
 
     right; refused by a CompileError or UsageError; wrong, strides, sites: judged so; changed: an argument or
     a weight was written; late: compiled, and a call fails; crash: the process died; hang: no answer in time;

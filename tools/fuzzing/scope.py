@@ -52,7 +52,7 @@ class Value:
 
     @property
     def is_float(self) -> bool:
-        """Whether arithmetic is done in it: fp8 is only stored."""
+        """Tell whether arithmetic is done in it: fp8 is only stored."""
         return self.dtype in FLOATS
 
     def static(self) -> list[int]:
@@ -60,12 +60,12 @@ class Value:
         return [axis for axis, size in enumerate(self.sizes) if size is not None]
 
     def like(self, other: Value) -> bool:
-        """Whether it has the shape of ``other``, at each size."""
+        """Tell whether it has the shape of ``other``, at each size."""
         pairs = zip(self.tensors, other.tensors, strict=True)
         return self.rank == other.rank and all(a.shape == b.shape for a, b in pairs)
 
     def finite(self) -> bool:
-        """Whether all of it is finite, at each size."""
+        """Tell whether all of it is finite, at each size."""
         return not self.dtype.is_floating_point or all(bool(t.float().isfinite().all()) for t in self.tensors)
 
     def magnitude(self) -> float:
@@ -166,7 +166,7 @@ class Scope:
         return True
 
     def graph(self) -> Graph:
-        """What has grown: every value that nothing reads is a result, and a few others are."""
+        """Give what has grown: every value that nothing reads is a result, and a few others are."""
         self.used -= {name for name in self.used if not name[1:].isdigit()}
         results = [name for name in self.values if name[0] == "v" and name not in self.used]
         results += [name for name in self.values if name in self.used and self.chance(0.08)]

@@ -45,7 +45,7 @@ class Judgement:
 
 
 def verdict_of(graphs: Sequence[Graph], target: str = "cpu") -> Verdict:
-    """What becomes of the module of all ``graphs``, and a sentence on what is not right."""
+    """Give what becomes of the module of all ``graphs``, and a sentence on what is not right."""
     return judgement_of(graphs, target).verdict
 
 
@@ -111,7 +111,7 @@ def _exports(graph: Graph) -> bool:
 
 
 def _device(backend: str) -> str | None:
-    """Where programs of ``backend`` can be run on this machine; None: they are compiled only."""
+    """Tell where programs of ``backend`` can be run on this machine; None: they are compiled only."""
     there = backend == "cpu" or (backend == "cuda" and torch.cuda.is_available())
     return backend if there else None
 
@@ -157,7 +157,7 @@ def _missing(
 def _called(
     graphs: Sequence[Graph], module: torch.nn.Module, vmfb: bytes, built: Any, device: str
 ) -> Iterator[tuple[int, Verdict]]:
-    """What is not right of both calls, with the number of its graph; eager PyTorch computes on the cpu,
+    """Give what is not right of both calls, with the number of its graph; eager PyTorch computes on the cpu,
     whatever the device.  Raises _Failed where a call gives no results.
     """
     weights = {name: p.detach().clone() for name, p in module.named_parameters()}
@@ -218,7 +218,7 @@ def _judged(
 
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
-    """What a job gives: graphs are seeds, or whole."""
+    """Give what a job gives: graphs are seeds, or whole."""
     if "seeds" in job:
         graphs = [graph_of(seed, special=job["special"]) for seed in job["seeds"]]
     else:

@@ -1,4 +1,4 @@
-"""What the gfx950 kernels execute per element, and what an MI355X would take by that: Markdown tables.
+"""Say what the gfx950 kernels execute per element, and what an MI355X would take by that: Markdown tables.
 
     python -m tools.gfx950.counts
     python -m tools.gfx950.counts --hidden 1536 7168 --tokens 1 16384

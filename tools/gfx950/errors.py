@@ -1,4 +1,4 @@
-"""What can go wrong, one class each; every message says what, where, and what to do about it."""
+"""Say what can go wrong, one class each; every message says what, where, and what to do about it."""
 
 from __future__ import annotations
 

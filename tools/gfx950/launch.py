@@ -33,7 +33,7 @@ _ERRORS: tuple[type[errors.ExecutionError], ...] = (  # by enum Error of machine
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a launch executed.
+    """Hold what a launch executed.
 
     ``instructions`` counts, by operation, what waves executed; ``lanes`` the active lanes of those.
     ``by_work`` sums the former by kind of work (native.WORKS).  ``bank_conflicts`` are the turns that lanes
@@ -157,7 +157,7 @@ def _put(segment: bytearray, argument: Argument, value: int) -> None:
 
 
 def _hidden(kind: str, grid: Dim3, block: Dim3, dynamic_lds: int) -> int:
-    """What a runtime fills in by itself; what has no meaning here is zero."""
+    """Give what a runtime fills in by itself; what has no meaning here is zero."""
     axis = "xyz".find(kind[-1])
     if kind.startswith("hidden_block_count_"):
         return grid[axis]

@@ -1,4 +1,4 @@
-"""What the gfx950 product kernel executes, and what an MI355X would take by that: Markdown tables.
+"""Say what the gfx950 product kernel executes, and what an MI355X would take by that: Markdown tables.
 
     python -m tools.gfx950.products
     python -m tools.gfx950.products --shapes 1x7168x18432 4096x4096x7168
@@ -46,7 +46,7 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class ComputeUnit:
-    """What one does at best in a cycle."""
+    """Hold what one does at best in a cycle."""
 
     matrix_cycles: int = 32  # of a 16x16x128 product of fp8 on one of its 4 SIMDs
     simds: int = 4

@@ -57,7 +57,7 @@ class AddNorm(nn.Module):
 
 
 class Updates(nn.Module):
-    """What IREE does in place, each the last reader of an argument or a weight; and the arguments."""
+    """Hold what IREE does in place, each the last reader of an argument or a weight; and the arguments."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class Case:
         return tuple(random_rows(rows, self.hidden, generator).to(device) for _ in range(self.arguments))
 
     def dynamic_shapes(self) -> tuple[dict[int, Any], ...]:
-        """What torch.export is told: T may be anything."""
+        """Give what torch.export is told: T may be anything."""
         if self.ids:
             return ({1: torch.export.Dim("T", max=2048)},)
         rows = torch.export.Dim("T")
@@ -248,7 +248,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a directory holds and with what it was made."""
+    """Hold what a directory holds and with what it was made."""
 
     target: str
     backend: Literal["cpu", "cuda", "hip"]

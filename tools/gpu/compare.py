@@ -1,4 +1,4 @@
-"""How far a compiled result may be from eager PyTorch, and why.
+"""Tell how far a compiled result may be from eager PyTorch, and why.
 
 A row's statistic is a sum whose order is free, so the kernel's 1/rms and torch's differ by a few units
 in the last place of float32 (torch's own CPU and CUDA results differ as much, and so do square roots and

@@ -45,7 +45,7 @@ class Binding:
 
     @property
     def bytes(self) -> int:
-        """What is touched of it."""
+        """Give what is touched of it."""
         *leading, last = self.shape
         first, end = self.columns or (0, last)
         return math.prod(leading) * (end - first) * self.dtype.itemsize
@@ -76,7 +76,7 @@ class Launch:
 
     @property
     def bytes(self) -> int:
-        """What has to be moved: every input read once, every output written once."""
+        """Give what has to be moved: every input read once, every output written once."""
         return sum(binding.bytes for binding in self.bindings)
 
     def resized(self, rows: int) -> Launch:
@@ -182,7 +182,7 @@ def row_spec(data: Mapping[str, Any]) -> RowSpec:
 
 
 def reference(spec: RowSpec, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the kernel of ``spec`` should write, by binding name, in plain torch operations."""
+    """Give what the kernel of ``spec`` should write, by binding name, in plain torch operations."""
     y, total = inputs["x"][:, spec.columns("x")], None
     others = {name: inputs[name][:, spec.columns(name)] for name in ("residual", "up") if name in inputs}
     if spec.norm is not None:

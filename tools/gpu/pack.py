@@ -104,7 +104,7 @@ def pack(case: Case, target: Target, directory: Path) -> Packed:
 
 
 def fused_as_expected(case: Case, packed: Packed) -> bool:
-    """Whether every site fused, and the model became as many kernels as it should."""
+    """Tell whether every site fused, and the model became as many kernels as it should."""
     if packed.report["unfused"] == 0 and case.kernels in (None, packed.report["dispatches"]):
         return True
     print(f"{case.name} did not fuse as it should: {packed.report}", file=sys.stderr)
@@ -112,7 +112,7 @@ def fused_as_expected(case: Case, packed: Packed) -> bool:
 
 
 def versions() -> dict[str, str]:
-    """What the cases were made with."""
+    """Give what the cases were made with."""
     names = ("torch", "transformers", "iree-base-compiler", RUNTIME)
     return {name: importlib.metadata.version(name) for name in names}
 

@@ -117,7 +117,7 @@ def run_all(manifest: Manifest, options: argparse.Namespace, names: Sequence[str
 
 
 def machine(device: str) -> dict[str, str]:
-    """What this is, for the record."""
+    """Give what this is, for the record."""
     import iree.runtime.version as iree
 
     found = {"torch": torch.__version__, "iree-base-runtime": iree.VERSION, "device": device}

@@ -54,7 +54,7 @@ class Instruction:
 
     @property
     def conditional(self) -> bool:
-        """Whether a branch depends on something: a predicate, or as BRA.DIV and BRA.U do an operand."""
+        """Tell whether a branch depends on something: a predicate, or as BRA.DIV and BRA.U do an operand."""
         return bool(self.guard) or not self.text.removeprefix(self.name).lstrip().startswith("`(")
 
     @property

@@ -52,7 +52,7 @@ class Timing:
 
 
 def is_cold(launch: Launch) -> bool:
-    """Whether the tensors of a launch are taken out of reach of the L2 between calls."""
+    """Tell whether the tensors of a launch are taken out of reach of the L2 between calls."""
     return launch.bytes > _WARM
 
 

@@ -28,7 +28,7 @@ class HipError(IntEnum):
 
 
 class Failure(Exception):
-    """What is answered instead of a result: a hipError_t and one sentence."""
+    """Hold what is answered instead of a result: a hipError_t and one sentence."""
 
     def __init__(self, code: HipError, sentence: str):
         super().__init__(sentence)
@@ -54,13 +54,13 @@ class Block:
 
     @property
     def written_by_host(self) -> bool:
-        """Whether the host may write it at any time without a word."""
+        """Tell whether the host may write it at any time without a word."""
         return self.kind is not MemoryKind.DEVICE
 
 
 @dataclass(frozen=True)
 class KernelInfo:
-    """What HIP asks about a kernel: sizes in bytes, and the (offset, size) of each explicit argument."""
+    """Hold what HIP asks about a kernel: sizes in bytes, and the (offset, size) of each explicit argument."""
 
     argument_bytes: int
     lds_bytes: int
@@ -104,7 +104,7 @@ class Kernel(Protocol):
 
 
 class Gpu(Protocol):
-    """What executes kernels."""
+    """Hold what executes kernels."""
 
     def load(self, image: bytes) -> dict[str, Kernel]:
         """The kernels of a code object, by name; raises Failure."""
@@ -210,7 +210,7 @@ def _records(form: str, payload: bytes, at: int, count: int) -> Iterator[tuple[A
 
 
 def _one_line(text: str) -> bytes:
-    """What the other end has room for, as it prints it."""
+    """Give what the other end has room for, as it prints it."""
     return " ".join(text.split()).encode()[:1000]
 
 
