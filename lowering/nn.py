@@ -32,9 +32,10 @@ class BlockScaledLinear(nn.Module):
     activation is quantized in groups of ``group_size`` (``group_quant``), the product is
     ``block_scaled_matmul``, rounded to x's dtype before the bias is added.
 
-    weight: float8_e4m3fn [out_features, in_features]; weight_scale: float32
-    [ceil(out_features / G), in_features / G]; both are buffers, and keep their dtype when the model is
-    cast.  bias: [out_features] or None.  Raises ValueError if G does not divide in_features.
+    weight: float8_e4m3fn [out_features, K], K being in_features rounded up to whole groups, then zeros;
+    weight_scale: float32 [ceil(out_features / G), K / G]; both are buffers, and keep their dtype when the
+    model is cast.  bias: [out_features] or None.  The last group of a row may be short: the activation is
+    padded with zeros, which changes nothing that is computed.  Raises ValueError for a G below 1.
     """
 
     weight: Tensor
@@ -52,12 +53,14 @@ class BlockScaledLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _check_group(group_size, in_features, f"BlockScaledLinear(in {in_features}, out {out_features})")
+        _check_group(group_size)
         self.in_features = in_features
         self.out_features = out_features
         self.group_size = group_size
-        blocks = (-(-out_features // group_size), in_features // group_size)
-        weight = torch.zeros(out_features, in_features, dtype=WEIGHT_DTYPE, device=device)
+        self.padding = -in_features % group_size
+        depth = in_features + self.padding
+        blocks = (-(-out_features // group_size), depth // group_size)
+        weight = torch.zeros(out_features, depth, dtype=WEIGHT_DTYPE, device=device)
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", torch.ones(blocks, dtype=torch.float32, device=device))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
@@ -76,6 +79,8 @@ class BlockScaledLinear(nn.Module):
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.padding:
+            x = nn.functional.pad(x, (0, self.padding))
         q, scale = torch.ops.lowering.group_quant(x, self.group_size)
         y = torch.ops.lowering.block_scaled_matmul(q, self.weight, scale, self.weight_scale, x.dtype)
         return y if self.bias is None else y + self.bias
@@ -98,14 +103,15 @@ class BlockScaledLinear(nn.Module):
 
 
 def quantize_weight(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Quantize [N, K] in blocks of G x G: q float8_e4m3fn [N, K], scale float32 [ceil(N/G), K/G].
+    """Quantize [N, K] in blocks of G x G: q float8_e4m3fn [N, Kp], scale float32 [ceil(N/G), Kp/G].
 
+    Kp is K rounded up to whole groups; what is behind K is zero.
     Per block: scale = max(max|w|, 1e-10) / 448, q = round(clamp(w / scale)).
     """
     rows, depth = weight.shape
     w32 = weight.detach().to(torch.float32)
-    padded = nn.functional.pad(w32, (0, 0, 0, -rows % group_size))
-    blocks = padded.unflatten(1, (depth // group_size, group_size)).unflatten(0, (-1, group_size))
+    padded = nn.functional.pad(w32, (0, -depth % group_size, 0, -rows % group_size))
+    blocks = padded.unflatten(1, (-1, group_size)).unflatten(0, (-1, group_size))
     scale = blocks.abs().amax(dim=(1, 3)).clamp(min=_AMAX_FLOOR) / torch.full((), _QMAX, device=weight.device)
     q = (blocks / scale[:, None, :, None]).clamp(-_QMAX, _QMAX).to(WEIGHT_DTYPE)
     return q.flatten(2, 3).flatten(0, 1)[:rows].clone(), scale
@@ -123,19 +129,18 @@ def quantize(model: nn.Module, *, group_size: int = 128, exclude: str | Iterable
     an lm_head, which not every model has): a mistyped name would be quantized in silence.
 
     Two kinds of layers stay as they are, with a warning: those of fewer in_features than one group, which are
-    not worth it, and those whose weight other code of the model reads, which means its values.  Raises
-    ValueError naming the first other layer whose in_features ``group_size`` does not divide, and where the
-    model has no nn.Linear at all; the model is then unchanged.
+    not worth it, and those whose weight other code of the model reads, which means its values.  Layers whose
+    last group is short are warned of: what they read is padded at each call, which no kernel does.  Raises
+    ValueError where the model has no nn.Linear at all; it is then unchanged.
     """
     patterns = _patterns(exclude)
+    _check_group(group_size)
     _check_patterns(patterns, model)
     _check_any(model)
     sites = [site for site in _linear_layers(model) if not _excluded(site[0], patterns)]
     sites = _without_read(sites, weights_read(model))
     sites = _without_small(sites, group_size)
-    for name, _, linear in sites:
-        label = f"layer {name!r} (in {linear.in_features}, out {linear.out_features})"
-        _check_group(group_size, linear.in_features, label, f"; exclude={name!r} leaves it as it is")
+    _warn_of_short(sites, group_size)
     layers: dict[int, BlockScaledLinear] = {}
     weights: dict[int, tuple[Tensor, Tensor]] = {}
     sites.reverse()
@@ -179,7 +184,7 @@ def _without_read(sites: list[_Site], read: dict[str, str]) -> list[_Site]:
 
 
 def _without_small(sites: list[_Site], group_size: int) -> list[_Site]:
-    """Keep the layers with a whole group in a row; all if none has one, for the error that says so."""
+    """Keep the layers with a whole group in a row; all of them, with short groups, if none has one."""
     small = [name for name, _, linear in sites if linear.in_features < group_size]
     if len(small) in (0, len(sites)):
         return sites
@@ -231,9 +236,20 @@ def _excluded(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
-def _check_group(group_size: int, in_features: int, label: str, otherwise: str = "") -> None:
-    if group_size > 0 and in_features % group_size == 0:
-        return
-    fitting = [size for size in (128, 64, 32) if in_features % size == 0]
-    advice = f"; group_size {fitting[0]} does" if fitting else ""
-    raise ValueError(f"{label}: group_size {group_size} does not divide in_features{advice}{otherwise}")
+def _check_group(group_size: int) -> None:
+    if group_size < 1:
+        raise ValueError(f"group_size is the length of a group, and {group_size} is none")
+
+
+def _warn_of_short(sites: list[_Site], group_size: int) -> None:
+    """Name the layers whose last group is short, and a group size that divides all of them."""
+    depths = {linear.in_features for _, _, linear in sites}
+    short = sorted(depth for depth in depths if depth % group_size)
+    if short:
+        fitting = next((size for size in (128, 64, 32) if not any(depth % size for depth in depths)), None)
+        warnings.warn(
+            f"rows of {', '.join(map(str, short))} are no whole groups of {group_size}: what these layers "
+            "read is padded at each call, and their quantization is no part of the kernel before it"
+            + (f"; group_size {fitting} divides all" if fitting else ""),
+            stacklevel=3,
+        )
