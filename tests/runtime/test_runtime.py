@@ -362,7 +362,7 @@ def test_truncated_and_damaged_files_are_refused(double, tmp_path):
     """In a process of its own: what is being tested for is a crash."""
     script = """
 import sys
-from lowering import run_cli, runtime
+from lowering.runtime import program as runtime
 from lowering.errors import RunError
 data = open(sys.argv[1], "rb").read()
 lengths = {*range(0, 200), *range(200, len(data), 211), *range(len(data) - 200, len(data))}
@@ -426,7 +426,7 @@ def test_a_missing_driver_is_named(name, backend):
 def test_another_gpu_is_refused(monkeypatch, backend, arch, message):
     """On a pretended machine: torch for CUDA, and one sm_90."""
     monkeypatch.setattr(session, "hal_device", lambda backend, index: None)
-    monkeypatch.setattr(session, "emulated_arch", lambda index: None)
+    monkeypatch.setattr(session, "emulated_arch", lambda backend, index: None)
     monkeypatch.setattr(session, "gpu_arch", lambda index: "sm_90")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -522,7 +522,7 @@ import torch
 import lowering
 program = lowering.load(sys.argv[1])
 assert torch.equal(program(torch.ones(2, 4)), torch.full((2, 4), 2.0))
-from lowering import run_cli
+from lowering.cli import run as run_cli
 assert run_cli.main([sys.argv[1], "--input", "2x4xf32=1"]) == 0
 assert not any(name.startswith("iree.compiler") for name in sys.modules)
 """
