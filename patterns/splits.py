@@ -23,7 +23,7 @@ _POINTWISE = frozenset(
                 *("mul.Tensor", "mul.Scalar", "div.Tensor", "div.Scalar", "add.Tensor", "add.Scalar"),
                 *("sub.Tensor", "sub.Scalar", "rsub.Scalar", "neg", "abs", "exp", "relu"),
                 *("clamp", "clamp.Tensor", "clamp_min", "clamp_max", "maximum", "minimum", "where.self"),
-                *("pow.Tensor_Scalar", "reciprocal", "cat", "roll", "flip"),
+                *("pow.Tensor_Scalar", "reciprocal", "cat", "roll", "flip", "constant_pad_nd"),
             )
         ),
     )
@@ -33,8 +33,12 @@ _ACTIVATIONS = tuple(f"torch.aten.{name}" for name in ("silu", "gelu", "sigmoid"
 
 def why_split(value: ir.Value) -> str | None:
     """Say why a quantization of ``value`` is in no norm's or activation's kernel; None if it may be."""
+    nearest = None
     for op, between in _above(value):
+        nearest = nearest or (None if views.is_view(op) else op)
         what = "activation" if op.name in _ACTIVATIONS else _made_by(op)
+        if what == "activation" and between is not None:
+            between = nearest  # the product of a gate is the kernel's; what follows it is not
         where = f"the {what} at {torch_ir.location(op)} is no part of this kernel"
         if what is not None and between is not None:
             step = torch_ir.op_name(between).removeprefix("torch.")

@@ -37,6 +37,12 @@ SPLITS: dict[str, tuple[SPELLING, str, str]] = {
     "a product": (lambda n, y: n * y, "group_quant", "between them is aten.mul.Tensor"),
     "a sigmoid": (lambda n, y: n * torch.sigmoid(y), "group_quant", "between them is aten.mul.Tensor"),
     "a number": (lambda n, y: (n * 2.0).relu(), "group_quant", "between them is aten.mul.Scalar"),
+    "a longer row": (lambda n, y: F.pad(n, (0, 128)), "group_quant", "between them is aten.constant_pad_nd"),
+    "a gate and a longer row": (
+        lambda n, y: F.pad(F.silu(y) * y, (0, 128)),
+        "group_quant",
+        "between them is aten.constant_pad_nd",
+    ),
     "an activation": (lambda n, y: F.gelu(y), "group_quant", "activates the one factor of a product"),
 }
 
