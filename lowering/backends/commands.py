@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,14 +54,15 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Compiler:
+class Compiler(ABC):
     """A compiler: ``identity`` changes whenever its output may."""
 
     name: str
     identity: str
 
+    @abstractmethod
     def run(self, job: Job) -> bytes:
-        raise NotImplementedError
+        """Make the object; ToolchainError, with the compiler's message and command, where it fails."""
 
 
 def file_identity(path: str) -> str:

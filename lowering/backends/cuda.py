@@ -18,7 +18,7 @@ from ..targets import Target
 from .base import Backend
 from .commands import Compiler, Job, failure, file_identity
 from .embed import extern_dispatch
-from .objects import ObjectAbi, Parameter, compare_parameters, elf_of, machine_of, section, unreadable
+from .objects import ObjectAbi, Parameter, check_parameters, elf_of, section, unreadable
 
 OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
 
@@ -94,22 +94,14 @@ def _nvrtc_log(nvrtc: Any, program: object) -> str:
 
 
 _EM_CUDA = 190
-
-
 _NV_SIZED = 4  # the format whose payload follows; the others carry at most two bytes
-
-
 _NV_KPARAM_INFO = 0x17
-
-
 _NV_CBANK_PARAM_SIZE = 0x19
 
 
 def read_cubin(instance: KernelInstance, data: bytes) -> ObjectAbi:
     """Read ``.nv.info.<entry>`` of a cubin."""
-    elf = elf_of(instance, data)
-    if machine_of(elf) != _EM_CUDA:
-        raise unreadable(instance, f"its machine is {elf.header['e_machine']}")
+    elf = elf_of(instance, data, _EM_CUDA)
     info = section(elf, f".nv.info.{instance.entry}")
     if info is None:
         raise unreadable(instance, "it does not define the entry")
@@ -185,17 +177,11 @@ def _job(instance: KernelInstance, texts: tuple[tuple[str, str], ...], defines: 
     return Job(nvrtc(), instance.source, texts, options)
 
 
-def _check(instance: KernelInstance, data: bytes) -> ObjectAbi:
-    abi = read_cubin(instance, data)
-    compare_parameters(instance, abi)
-    return abi
-
-
 _DEVICE, _FORMAT = '"cuda"', '"cuda", "cuda-nvptx-fb"'
 
 BACKEND = Backend(
     job=_job,
-    check=_check,
+    check=functools.partial(check_parameters, read_cubin),
     dispatch=functools.partial(extern_dispatch, _FORMAT),
     executable_format=_FORMAT,
     device=_device,

@@ -14,7 +14,7 @@ from ..families.instance import KernelInstance
 from .base import Backend
 from .commands import Compiler, Job, call, directory_of, version, ziglang
 from .embed import extern_dispatch
-from .objects import ObjectAbi, Parameter, compare_parameters, elf_of, machine_of, unreadable
+from .objects import ObjectAbi, Parameter, check_parameters, elf_of, unreadable
 
 OPTIONS = (
     *("-x", "hip", "--offload-device-only", "-nogpulib", "-nogpuinc", "--no-gpu-bundle-output"),
@@ -76,16 +76,12 @@ def _knows_amdgcn(clang: str) -> bool:
 
 
 _EM_AMDGPU = 224
-
-
 _NT_AMDGPU_METADATA = 32
 
 
 def read_code_object(instance: KernelInstance, data: bytes) -> ObjectAbi:
     """Read the metadata note of a code object."""
-    elf = elf_of(instance, data)
-    if machine_of(elf) != _EM_AMDGPU:
-        raise unreadable(instance, f"its machine is {elf.header['e_machine']}")
+    elf = elf_of(instance, data, _EM_AMDGPU)
     metadata = _amd_metadata(instance, elf)
     kernels = {kernel[".name"]: kernel for kernel in metadata["amdhsa.kernels"]}
     if instance.entry not in kernels:
@@ -117,17 +113,11 @@ def _job(instance: KernelInstance, texts: tuple[tuple[str, str], ...], defines: 
     return Job(clang_and_lld(), instance.source, texts, options)
 
 
-def _check(instance: KernelInstance, data: bytes) -> ObjectAbi:
-    abi = read_code_object(instance, data)
-    compare_parameters(instance, abi)
-    return abi
-
-
 _FORMAT = '"rocm", "rocm-hsaco-fb"'
 
 BACKEND = Backend(
     job=_job,
-    check=_check,
+    check=functools.partial(check_parameters, read_code_object),
     dispatch=functools.partial(extern_dispatch, _FORMAT),
     executable_format=_FORMAT,
     flags=("--iree-hal-target-device=hip", "--iree-rocm-target={arch}"),

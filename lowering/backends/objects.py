@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,8 +49,16 @@ def passed(instance: KernelInstance) -> tuple[Parameter, ...]:
     return (*pointers, *constants)
 
 
-def compare_parameters(instance: KernelInstance, abi: ObjectAbi) -> None:
-    """Raise CompileError unless the object takes what a GPU dispatch passes."""
+def check_parameters(
+    read: Callable[[KernelInstance, bytes], ObjectAbi], instance: KernelInstance, data: bytes
+) -> ObjectAbi:
+    """Read an object with ``read``; CompileError unless it takes what a GPU dispatch passes."""
+    abi = read(instance, data)
+    _compare_parameters(instance, abi)
+    return abi
+
+
+def _compare_parameters(instance: KernelInstance, abi: ObjectAbi) -> None:
     expected = passed(instance)
     if abi.arch != instance.target.arch:
         raise mismatch(instance, f"is for {abi.arch}", f"is for {instance.target.arch}")
@@ -80,15 +89,18 @@ def unreadable(instance: KernelInstance, why: str) -> CompileError:
     return CompileError(f"Kernel {instance.entry}: the object is no {instance.target.arch} object: {why}.")
 
 
-def elf_of(instance: KernelInstance, data: bytes) -> Any:
-    """Open ``data`` with pyelftools; CompileError where it is no ELF file."""
+def elf_of(instance: KernelInstance, data: bytes, machine: int | None = None) -> Any:
+    """Open ``data`` with pyelftools; CompileError where it is no ELF file, or none for ``machine``."""
     from elftools.common.exceptions import ELFError
     from elftools.elf.elffile import ELFFile
 
     try:
-        return ELFFile(io.BytesIO(data))
+        elf = ELFFile(io.BytesIO(data))
     except ELFError as error:
         raise unreadable(instance, str(error) or "not ELF") from error
+    if machine not in (None, machine_of(elf)):
+        raise unreadable(instance, f"its machine is {elf.header['e_machine']}")
+    return elf
 
 
 def machine_of(elf: Any) -> int:

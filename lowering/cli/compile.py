@@ -109,45 +109,52 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="recognisers of your own, tried before the built-in ones; may be given several times",
     )
-    reporting = parser.add_argument_group("what fused")
-    reporting.add_argument(
+    _add_reporting(parser.add_argument_group("what fused"))
+    _add_checking(parser.add_argument_group("checking and debugging"))
+    _add_keeping(parser.add_argument_group("kernels that were compiled before"))
+    return parser
+
+
+def _add_reporting(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--report", metavar="F", type=Path, help="write the fusion report; F ends in .json or .html"
     )
-    reporting.add_argument("--explain", action="store_true", help="print the fusion report as a table")
-    reporting.add_argument(
+    group.add_argument("--explain", action="store_true", help="print the fusion report as a table")
+    group.add_argument(
         "--timing",
         action="store_true",
         help="print the time of each step, and of each pattern with its hits and misses",
     )
-    reporting.add_argument(
-        "--require-fused", action="store_true", help="fail (exit 3) unless every site fused"
-    )
-    checking = parser.add_argument_group("checking and debugging")
-    checking.add_argument(
+    group.add_argument("--require-fused", action="store_true", help="fail (exit 3) unless every site fused")
+
+
+def _add_checking(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--verify", action="store_true", help="run compiled and eager on args; fail (exit 4) if they differ"
     )
-    keeping = parser.add_argument_group("kernels that were compiled before")
-    keeping.add_argument(
+    group.add_argument(
+        "--dump-kernels", metavar="D", type=Path, help="write each kernel's object file and kernels.json to D"
+    )
+    group.add_argument(
+        "--dump-phases-to", metavar="D", type=Path, help="write the program's IR after each phase to D"
+    )
+    group.add_argument(
+        "--keep-source-paths",
+        action="store_true",
+        help="leave the model's paths and lines in the program, for debuggers and profilers",
+    )
+
+
+def _add_keeping(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--cache-dir",
         metavar="D",
         type=Path,
         help="keep compiled kernels in D (default: $VMFUSE_CACHE_DIR, or the user's cache directory)",
     )
-    keeping.add_argument(
+    group.add_argument(
         "--no-cache", action="store_true", help="compile every kernel anew and keep none ($VMFUSE_NO_CACHE)"
     )
-    checking.add_argument(
-        "--dump-kernels", metavar="D", type=Path, help="write each kernel's object file and kernels.json to D"
-    )
-    checking.add_argument(
-        "--dump-phases-to", metavar="D", type=Path, help="write the program's IR after each phase to D"
-    )
-    checking.add_argument(
-        "--keep-source-paths",
-        action="store_true",
-        help="leave the model's paths and lines in the program, for debuggers and profilers",
-    )
-    return parser
 
 
 def _target_help() -> str:

@@ -18,7 +18,7 @@ from ..errors import CompileError
 from ..ops.grouped_topk import why_impossible
 from ..targets import Target
 from .base import Family, Reference
-from .instance import Binding, GridRule, KernelInstance, digest, float32_literal
+from .instance import Binding, GridRule, KernelInstance, float32_literal
 from .row_mapping import Tile
 
 MAX_EXPERTS = 512
@@ -71,16 +71,9 @@ def instance(spec: TopkSpec, target: Target, tile: Tile | None = None) -> Kernel
         raise CompileError(reason)
     tile = tile or choose_tile(spec, target)
     defines = _defines(spec, target) + _tile_defines(spec, tile, target)
-    entry = f"{_stem(spec)}_{digest(defines)}"
-    return KernelInstance(
-        entry=entry,
-        target=target,
-        spec=spec,
-        source=_SOURCES[target.backend],
-        defines=(("ENTRY", entry), *defines),
-        bindings=bindings(spec),
-        block=(tile.threads if target.is_gpu else 1, 1, 1),
-        grid_rule=GridRule(tile.rows),
+    source, grid_rule = _SOURCES[target.backend], GridRule(tile.rows)
+    return KernelInstance.named(
+        _stem(spec), target, spec, source, defines, bindings(spec), grid_rule, tile.threads
     )
 
 

@@ -84,6 +84,28 @@ class KernelInstance:
     grid_rule: GridRule
     dynamic_shared: int = 0
 
+    @classmethod
+    def named(
+        cls,
+        stem: str,
+        target: Target,
+        spec: Spec,
+        source: str,
+        defines: tuple[tuple[str, str], ...],
+        bindings: tuple[Binding, ...],
+        grid_rule: GridRule,
+        threads: int = 1,
+        dynamic_shared: int = 0,
+    ) -> KernelInstance:
+        """Make the instance whose entry is ``stem`` and what tells its ``defines`` from others.
+
+        threads: of a workgroup, on a GPU; on the CPU a workgroup is one call.
+        """
+        entry = f"{stem}_{digest(defines)}"
+        block = (threads if target.is_gpu else 1, 1, 1)
+        defines = (("ENTRY", entry), *defines)
+        return cls(entry, target, spec, source, defines, bindings, block, grid_rule, dynamic_shared)
+
     def grid(self, rows: int) -> tuple[int, int, int]:
         """Workgroups for ``rows`` rows."""
         return self.grid_rule.workgroups(rows), 1, 1

@@ -12,7 +12,7 @@ from patterns.linear_fusion import FAMILY as PATTERNS
 from ..errors import CompileError
 from ..targets import Target
 from .base import Family
-from .instance import Binding, KernelInstance, digest
+from .instance import Binding, KernelInstance
 from .matmul.cpu import MATMUL_C, ProductTile, tile_defines
 from .matmul.variant import DTYPE_CODES, texts
 
@@ -46,17 +46,8 @@ def instance(spec: LinearSpec, target: Target) -> KernelInstance:
             **values,
         }
     )
-    entry = f"linear_{_SHORT[spec.dtype]}_n{spec.columns}_k{spec.depth}_{digest(defines)}"
-    return KernelInstance(
-        entry=entry,
-        target=target,
-        spec=spec,
-        source="matmul.c",
-        defines=(("ENTRY", entry), *defines),
-        bindings=bindings(spec),
-        block=(1, 1, 1),
-        grid_rule=grid_rule,
-    )
+    stem = f"linear_{_SHORT[spec.dtype]}_n{spec.columns}_k{spec.depth}"
+    return KernelInstance.named(stem, target, spec, "matmul.c", defines, bindings(spec), grid_rule)
 
 
 def bindings(spec: LinearSpec) -> tuple[Binding, ...]:

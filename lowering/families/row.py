@@ -27,7 +27,6 @@ from .instance import (
     Dimension,
     KernelInstance,
     bits32,
-    digest,
     float32_literal,
     listed,
     rounded32,
@@ -73,16 +72,9 @@ def instance(spec: RowSpec, target: Target, mapping: Mapping | None = None) -> K
         raise CompileError(reason)
     mapping = mapping or choose_mapping(spec, target)
     defines = _defines(spec) + _mapping_defines(mapping, target)
-    entry = f"{_stem(spec)}_{digest(defines)}"
-    return KernelInstance(
-        entry=entry,
-        target=target,
-        spec=spec,
-        source=_SOURCES[target.backend],
-        defines=(("ENTRY", entry), *defines),
-        bindings=bindings(spec),
-        block=(mapping.threads if target.is_gpu else 1, 1, 1),
-        grid_rule=mapping.grid_rule,
+    source, grid_rule = _SOURCES[target.backend], mapping.grid_rule
+    return KernelInstance.named(
+        _stem(spec), target, spec, source, defines, bindings(spec), grid_rule, mapping.threads
     )
 
 

@@ -12,7 +12,7 @@ from patterns.selection_fusion import FAMILY as PATTERNS
 from ..errors import CompileError
 from ..targets import Target
 from .base import Family
-from .instance import Binding, GridRule, KernelInstance, digest
+from .instance import Binding, GridRule, KernelInstance
 
 _CODES = {"bfloat16": 1, "float16": 2, "float32": 3, "int32": 4, "int64": 5}
 _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "int32": "i32", "int64": "i64"}
@@ -49,17 +49,8 @@ def instance(spec: SelectionSpec, target: Target) -> KernelInstance:
         "ROWS": rows,
     }
     defines = tuple((name, str(value)) for name, value in values.items())
-    entry = f"select{spec.count}_{_SHORT[spec.dtype]}_of{spec.elements}_{digest(defines)}"
-    return KernelInstance(
-        entry=entry,
-        target=target,
-        spec=spec,
-        source="select.c",
-        defines=(("ENTRY", entry), *defines),
-        bindings=bindings(spec),
-        block=(1, 1, 1),
-        grid_rule=GridRule(rows),
-    )
+    stem = f"select{spec.count}_{_SHORT[spec.dtype]}_of{spec.elements}"
+    return KernelInstance.named(stem, target, spec, "select.c", defines, bindings(spec), GridRule(rows))
 
 
 def bindings(spec: SelectionSpec) -> tuple[Binding, ...]:

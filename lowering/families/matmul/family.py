@@ -17,7 +17,7 @@ from ... import ops
 from ...errors import CompileError
 from ...targets import Backend, Target
 from ..base import Family, Reference
-from ..instance import Binding, Dimension, KernelInstance, digest
+from ..instance import Binding, Dimension, KernelInstance
 from . import cpu as matmul_cpu
 from . import cuda as matmul_cuda
 from . import hip as matmul_hip
@@ -81,17 +81,16 @@ def instance(spec: MatmulSpec, target: Target, tile: object | None = None) -> Ke
     variant = _VARIANTS[target.backend]
     special = variant.specialise(spec, target, tile)
     stem = f"matmul{spec.group}_{_SHORT[spec.dtype]}_n{spec.columns}_k{spec.depth}"
-    entry = f"{stem}_{digest(special.defines)}"
-    return KernelInstance(
-        entry=entry,
-        target=target,
-        spec=spec,
-        source=variant.source,
-        defines=(("ENTRY", entry), *special.defines),
-        bindings=bindings(spec),
-        block=(special.threads, 1, 1),
-        grid_rule=special.grid_rule,
-        dynamic_shared=special.dynamic_shared,
+    return KernelInstance.named(
+        stem,
+        target,
+        spec,
+        variant.source,
+        special.defines,
+        bindings(spec),
+        special.grid_rule,
+        special.threads,
+        special.dynamic_shared,
     )
 
 

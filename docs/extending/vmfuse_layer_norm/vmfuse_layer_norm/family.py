@@ -14,7 +14,6 @@ from lowering.families.instance import (
     GridRule,
     KernelInstance,
     bits32,
-    digest,
     float32_literal,
     listed,
 )
@@ -68,17 +67,8 @@ def instance(spec: LayerNormSpec, target: Target) -> KernelInstance:
     rows = 1 if target.is_gpu else max(1, _CPU_ELEMENTS // spec.hidden)
     threads = _threads(spec.hidden, target) if target.is_gpu else 1
     defines = (*_defines(spec), ("THREADS", str(threads)) if target.is_gpu else ("ROWS", str(rows)))
-    entry = f"layer_norm_fp8_{_SHORT[spec.dtype]}_h{spec.hidden}_{digest(defines)}"
-    return KernelInstance(
-        entry=entry,
-        target=target,
-        spec=spec,
-        source=_SOURCES[target.backend],
-        defines=(("ENTRY", entry), *defines),
-        bindings=_bindings(spec),
-        block=(threads, 1, 1),
-        grid_rule=GridRule(rows),
-    )
+    stem, source = f"layer_norm_fp8_{_SHORT[spec.dtype]}_h{spec.hidden}", _SOURCES[target.backend]
+    return KernelInstance.named(stem, target, spec, source, defines, _bindings(spec), GridRule(rows), threads)
 
 
 def _threads(hidden: int, target: Target) -> int:
