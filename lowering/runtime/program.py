@@ -17,13 +17,9 @@ Order on a GPU: a call waits for torch's current stream, runs, and returns when 
 
 from __future__ import annotations
 
-import io
-import json
-import re
-import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from iree import runtime as iree
@@ -33,35 +29,33 @@ from torch.utils import _pytree as pytree
 from .. import ops
 from ..errors import RunError
 from ..signature import (
-    ASYNC,
     INTO,
     SCRATCH_SIZE,
-    SIGNATURE_KEY,
     Constant,
-    Leaf,
-    Parameters,
     Signature,
     Symbols,
     TensorSpec,
     holds,
-    names_in,
-    parameter_digest,
     resolve,
-    solve,
 )
-from ..weights import integrity
-from .session import Place, Session, Storage, dtype_name, instance, reason, reported
+from .arguments import (
+    bind,
+    described,
+    input_tree,
+    keywords_of,
+    not_exported_for,
+    positional_count,
+    result_tree,
+    tensor_specs,
+    without_constants,
+)
+from .files import Check, check_archive, function_of, open_module, parameter_modules, signatures_of
+from .session import Place, Session, Storage, reported
 
 __all__ = ["Function", "Program", "load"]
 
 # Calls with new shapes are checked and planned; the plans of this many are kept, then all are made anew.
 _REMEMBERED_PLANS = 1024
-
-Check = Literal["whole", "headers"]
-
-# What ``check="headers"`` reads of a program: the module and its code, and no part larger than this, which is
-# weights and then stays unread until it is used.
-_LARGEST_HEADER = 16 << 20
 
 
 def load(
@@ -86,13 +80,13 @@ def load(
     """
     name = "the program" if isinstance(source, bytes) else str(source)
     with reported(f"{name} cannot be loaded"):
-        _check_archive(source, name, check)
-        module = _open_module(source)
-        signatures = _signatures(module, name)
+        check_archive(source, name, check)
+        module = open_module(source)
+        signatures = signatures_of(module, name)
     first = next(iter(signatures.values()))
     place = Place.for_program(first, device, name)
     needed = next((s.parameters for s in signatures.values() if s.parameters), None)
-    providers = _parameter_modules(needed, parameters, name, check)
+    providers = parameter_modules(needed, parameters, name, check)
     with reported(f"{name} cannot be loaded on {place}"):
         return Program(module, signatures, place, providers)
 
@@ -140,19 +134,19 @@ class Function:
     def __init__(self, name: str, signature: Signature, session: Session, module: iree.VmModule):
         self.name = name
         self.signature = signature
-        self.tensor_inputs = _tensors(signature.inputs)
+        self.tensor_inputs = tensor_specs(signature.inputs)
         """The arguments of ``run``; None when the program does not say."""
-        self.tensor_outputs = _tensors(signature.outputs)
+        self.tensor_outputs = tensor_specs(signature.outputs)
         """The results of ``run``; None when the program does not say."""
         self._session = session
         into = bool(signature.placed)
-        self._function = _lookup(module, name + INTO if into else name)
+        self._function = function_of(module, name + INTO if into else name)
         # A program that needs no scratch memory has no such function.
         self._scratch_size = module.lookup_function(name + INTO + SCRATCH_SIZE) if into else None
-        self._in_tree = _load_tree(signature.input_tree)
-        self._result_tree = _load_result_tree(signature.output_tree)
-        self._keywords = _keywords(signature.input_tree)
-        self._positional = _positional(self._in_tree, signature.inputs)
+        self._in_tree = input_tree(signature.input_tree)
+        self._result_tree = result_tree(signature.output_tree)
+        self._keywords = keywords_of(signature.input_tree)
+        self._positional = positional_count(self._in_tree, signature.inputs)
         self._constants = any(isinstance(leaf, Constant) for leaf in signature.outputs or ())
         outputs = self.tensor_outputs or ()
         self._strided = [(i, spec.strides) for i, spec in enumerate(outputs) if spec.strides]
@@ -246,7 +240,7 @@ class Function:
             return leaves
         if len(leaves) != len(inputs):
             raise RunError(f"{self._describe()}, got {len(leaves)}")
-        return _drop_constants(inputs, leaves)
+        return without_constants(inputs, leaves)
 
     def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
         if self._in_tree is None:
@@ -258,7 +252,7 @@ class Function:
             kwargs = {name: kwargs[name] for name in self._keywords}
         leaves, tree = pytree.tree_flatten((args, kwargs))
         if tree != self._in_tree:
-            raise RunError(f"{self._describe()}, got {_describe_call(args, kwargs)}")
+            raise RunError(f"{self._describe()}, got {described(args, kwargs)}")
         return leaves
 
     def _check(self, tensors: Sequence[Any]) -> Symbols:
@@ -276,10 +270,10 @@ class Function:
         if len(tensors) != len(specs):
             names = ", ".join(spec.name for spec in specs)
             raise RunError(f"{self.name} takes {len(specs)} tensors ({names}), got {len(tensors)}")
-        symbols = _bind(specs, tensors)
+        symbols = bind(specs, tensors)
         for condition in self.signature.conditions:
             if holds(condition, symbols) is False:
-                raise _not_exported_for(condition, specs, tensors)
+                raise not_exported_for(condition, specs, tensors)
         return symbols
 
     def _with_constants(self, tensors: Sequence[Tensor]) -> Iterator[Any]:
@@ -340,206 +334,3 @@ class _Plan:
             spec = self.outputs[number]
             raise RunError(f"result {spec.name}: the size of {spec} does not follow from the arguments")
         return known
-
-
-# --- checking a call ---------------------------------------------------------------------------
-
-
-def _tensors(leaves: tuple[Leaf, ...] | None) -> tuple[TensorSpec, ...] | None:
-    return None if leaves is None else tuple(leaf for leaf in leaves if isinstance(leaf, TensorSpec))
-
-
-def _drop_constants(specs: tuple[Leaf, ...], leaves: Sequence[Any]) -> list[Any]:
-    """The leaves that are tensors; the others must have the value that was compiled."""
-    tensors = []
-    for position, (spec, leaf) in enumerate(zip(specs, leaves, strict=True)):
-        if isinstance(spec, TensorSpec):
-            tensors.append(leaf)
-        elif isinstance(leaf, Tensor) or type(leaf) is not type(spec.value) or leaf != spec.value:
-            got = "a tensor" if isinstance(leaf, Tensor) else repr(leaf)
-            raise RunError(f"argument {position} was compiled as the constant {spec.value!r}, got {got}")
-    return tensors
-
-
-def _bind(specs: Sequence[TensorSpec], tensors: Sequence[Tensor]) -> Symbols:
-    """Check dtypes and shapes; the value of every symbol."""
-    symbols: Symbols = {}
-    for spec, tensor in zip(specs, tensors, strict=True):
-        if dtype_name(tensor.dtype) != spec.dtype:
-            raise _mismatch(spec, tensor)
-        if spec.shape is None:
-            continue
-        if tensor.dim() != len(spec.shape):
-            raise _mismatch(spec, tensor)
-        for dim, size in zip(spec.shape, tensor.shape, strict=True):
-            if isinstance(dim, str) and dim.isidentifier():
-                symbols.setdefault(dim, size)
-    # A size such as 2*s0 may come before the argument that gives s0 its value, or be all that does.
-    sizes = [
-        (spec, tensor, dim, size)
-        for spec, tensor in zip(specs, tensors, strict=True)
-        for dim, size in zip(spec.shape or (), tensor.shape, strict=spec.shape is not None)
-    ]
-    for _, _, dim, size in sizes:
-        symbols.update(solve(dim, size, symbols))
-    for spec, tensor, dim, size in sizes:
-        expected = resolve(dim, symbols)
-        if expected is not None and expected != size:
-            raise _mismatch(spec, tensor, f" where {dim} = {expected}" if isinstance(dim, str) else "")
-    return symbols
-
-
-def _mismatch(spec: TensorSpec, tensor: Tensor, why: str = "") -> RunError:
-    got = f"{dtype_name(tensor.dtype)}[{', '.join(str(size) for size in tensor.shape)}]"
-    return RunError(f"argument {spec.name}: expected {spec}, got {got}{why}")
-
-
-def _not_exported_for(condition: str, specs: Sequence[TensorSpec], tensors: Sequence[Tensor]) -> RunError:
-    """The condition in terms of the arguments, with the size that each of its symbols is seen by."""
-    seen: list[str] = []
-    for name in sorted(names_in(condition)):
-        places = [
-            (spec, tensor, axis)
-            for spec, tensor in zip(specs, tensors, strict=True)
-            for axis, dim in enumerate(spec.shape or ())
-            if name in names_in(dim)
-        ]
-        # The plain symbol before a multiple of it.
-        spec, tensor, axis = min(places, key=lambda place: (place[0].shape or ())[place[2]] != name)
-        dim = (spec.shape or ())[axis]
-        seen.append(f"argument {spec.name}: size {tensor.shape[axis]} of axis {axis}")
-        if dim != name:
-            seen[-1] += f" ({dim})"
-        condition = re.sub(rf"\b{name}\b", f"{spec.name}.shape[{axis}]" if dim == name else name, condition)
-    return RunError(f"{'; '.join(seen)}: the model was exported for sizes with {condition}")
-
-
-def _describe_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """'3 and keywords mask', or that only the nesting differs."""
-    keywords = f" and keywords {', '.join(kwargs)}" if kwargs else ""
-    return f"{len(args)} positional{keywords}, or other containers inside them"
-
-
-# --- trees -------------------------------------------------------------------------------------
-
-
-def _load_tree(text: str | None) -> pytree.TreeSpec | None:
-    """The tree, or None where it names a container type that this process does not know."""
-    if text is None:
-        return None
-    try:
-        return pytree.treespec_loads(text)
-    except (NotImplementedError, ValueError, KeyError, AttributeError, ImportError):
-        return None
-
-
-def _load_result_tree(text: str | None) -> pytree.TreeSpec | None:
-    """The tree of a result, or None where that is what there is without one: the one leaf, or a tuple."""
-    tree = _load_tree(text)
-    if tree is None:
-        return None
-    count = tree.num_leaves
-    built = pytree.tree_unflatten(list(range(count)), tree)
-    plain = 0 if count == 1 else tuple(range(count))
-    return None if type(built) is type(plain) and built == plain else tree
-
-
-def _positional(tree: pytree.TreeSpec | None, inputs: tuple[Leaf, ...] | None) -> int | None:
-    """Count a call's arguments, if all are tensors, none in a container and none a keyword; else None."""
-    if tree is None or any(isinstance(leaf, Constant) for leaf in inputs or ()):
-        return None
-    count = tree.num_leaves
-    plain = pytree.tree_unflatten(list(range(count)), tree) == (tuple(range(count)), {})
-    return count if plain else None
-
-
-def _keywords(text: str | None) -> tuple[str, ...]:
-    """The keyword arguments of an input tree ``(args, kwargs)``, in order."""
-    if text is None:
-        return ()
-    children = json.loads(text)[1]["children_spec"]
-    return tuple(json.loads(children[1]["context"])) if len(children) == 2 else ()
-
-
-# --- files -------------------------------------------------------------------------------------
-
-
-def _check_archive(source: str | Path | bytes, name: str, check: Check) -> None:
-    """Raise RunError unless ``source`` is a complete, undamaged .vmfb: a ZIP archive with the module in it.
-
-    IREE accepts a file whose tail is missing and reads beyond its end.
-    """
-    try:
-        with zipfile.ZipFile(io.BytesIO(source) if isinstance(source, bytes) else source) as archive:
-            entries = archive.infolist()
-        if "module.fb" not in [entry.filename for entry in entries]:
-            raise RunError(f"{name} is not a compiled program")
-        if check == "headers":
-            entries = [entry for entry in entries if entry.file_size <= _LARGEST_HEADER]
-        data = memoryview(source) if isinstance(source, bytes) else integrity.mapped(Path(source))
-        integrity.check(integrity.parts_of_program(data, entries))
-    except OSError as error:
-        raise RunError(f"{name} cannot be read: {error.strerror or error}") from error
-    except integrity.Damaged as error:
-        raise RunError(f"{name} is damaged: {error}") from error
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, RuntimeError) as error:
-        raise RunError(f"{name} is not a compiled program, or it is truncated or damaged") from error
-
-
-def _open_module(source: str | Path | bytes) -> iree.VmModule:
-    if isinstance(source, bytes):
-        return iree.VmModule.copy_buffer(instance(), source)
-    return iree.VmModule.mmap(instance(), str(source))
-
-
-def _signatures(module: iree.VmModule, name: str) -> dict[str, Signature]:
-    """The functions of a program that carry a signature, by name; not their twins that take fences."""
-    found: dict[str, Signature] = {}
-    for function in module.function_names:
-        if function.endswith(ASYNC):
-            continue
-        text = _lookup(module, function).reflection.get(SIGNATURE_KEY)
-        if text is None:
-            continue
-        try:
-            found[function] = Signature.from_json(text)
-        except ValueError as error:
-            raise RunError(f"{name} cannot be loaded: {error}") from error
-    if not found:
-        raise RunError(f"{name} was not made by compile-to-vmfb: it carries no {SIGNATURE_KEY}")
-    return found
-
-
-def _lookup(module: iree.VmModule, name: str) -> iree.VmFunction:
-    function = module.lookup_function(name)
-    if function is None:
-        raise RunError(f"the program has no function {name!r}")
-    return function
-
-
-def _parameter_modules(
-    needed: Parameters | None, path: str | Path | None, name: str, check: Check
-) -> list[iree.VmModule]:
-    """The module that gives a program its weights, after checking that they are the right ones."""
-    if needed is None:
-        if path is not None:
-            raise RunError(f"{name} carries its own parameters and takes none from {path}")
-        return []
-    if path is None:
-        raise RunError(f"{name} keeps its parameters in a separate .irpa file: pass parameters=FILE")
-    try:
-        digest = parameter_digest(path)
-        if digest != needed.digest:
-            raise RunError(f"{path} does not hold the parameters that {name} was compiled with")
-        if check == "whole":
-            integrity.check(integrity.parts_of_archive(integrity.mapped(Path(path))))
-        index = iree.ParameterIndex()
-        index.load(str(path))
-    except OSError as error:
-        raise RunError(f"parameters {path} cannot be read: {error.strerror or error}") from error
-    except integrity.Damaged as error:
-        raise RunError(f"parameters {path} are damaged: {error}") from error
-    except (ValueError, IndexError) as error:
-        raise RunError(f"parameters {path} cannot be used: {reason(error)}") from error
-    provider = index.create_provider(scope=needed.scope)
-    return [iree.create_io_parameters_module(instance(), provider)]

@@ -118,13 +118,13 @@ def test_results_are_written_in_place(monkeypatch, model, target):
 
 def without_storage(monkeypatch: pytest.MonkeyPatch, program: bytes) -> runtime.Program:
     """The program by its other entry point, where IREE allocates: as earlier releases call it."""
-    known = runtime._signatures
+    known = runtime.signatures_of
 
     def bare(module, name) -> dict[str, Signature]:
         return {n: replace(s, placed=()) for n, s in known(module, name).items()}
 
     with monkeypatch.context() as patched:
-        patched.setattr(runtime, "_signatures", bare)
+        patched.setattr(runtime, "signatures_of", bare)
         return lowering.load(program)
 
 
