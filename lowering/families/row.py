@@ -1,8 +1,8 @@
 """Make a kernel instance of a RowSpec and a target: one source file and the constants that specialise it.
 
 Nothing here runs a compiler or reads an object: that is ``backends``' business.  What the row kernel
-family supports is decided here and nowhere else: ``why_unsupported`` says it in a sentence that
-the fusion can record, ``instance`` raises the same sentence.
+family supports is decided in ``row_support`` alone: ``why_unsupported`` says it in a sentence that the
+fusion can record, ``instance`` raises the same sentence.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from iree.compiler import ir
 
 from patterns import canonical
-from patterns.contracts import LARGEST_FINITE, Quantization, RowSpec
+from patterns.contracts import Quantization, RowSpec
 from patterns.families import ROW
 
 from .. import ops
@@ -28,25 +28,24 @@ from .instance import (
     KernelInstance,
     bits32,
     float32_literal,
-    listed,
     rounded32,
 )
-from .row_mapping import GROUPS, Mapping, choose_mapping, group_of, has_row_scale, needs_whole_row
-
-MAX_QUANTIZATIONS = 4
-MAX_HIDDEN = 16384  # on GPUs, where something depends on the whole row
-WHOLE_ROW_MULTIPLE = 32  # of elements in a row that is one group
+from .row_mapping import Mapping, choose_mapping, group_of, has_row_scale
+from .row_support import (
+    ACTIVATIONS,
+    CODES,
+    LAYOUTS,
+    MAX_QUANTIZATIONS,
+    QUANT_CODES,
+    RESIDUALS,
+    ROUNDINGS,
+    SCALE_SHORT,
+    why_unsupported,
+)
 
 _SOURCES = {"cpu": "row.c", "cuda": "row.cu", "hip": "row.hip"}
-_CODES = {"bfloat16": 1, "float16": 2, "float32": 3}
 _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
-_ROUNDINGS = {"none": 0, "once": 1, "twice": 2}
-_RESIDUALS = {None: 0, "exact": 1, "rounded": 2}
-_ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3}
-_LAYOUTS = {"row": 0, "column_tma": 1, "column": 2, "ue8m0_packed": 3}
-_QUANT_CODES = {"float8_e4m3fn": 0, "float8_e4m3fnuz": 1, "float8_e5m2": 2, "int8": 3}
 _QUANT_SHORT = {"float8_e4m3fn": "", "float8_e4m3fnuz": "fnuz", "float8_e5m2": "e5m2", "int8": "int8"}
-_SCALE_SHORT = {"float32": "", "ue8m0": "_ue8m0"}
 _LAYOUT_SHORT = {"row": "", "column_tma": "_tma", "column": "_column", "ue8m0_packed": "_packed"}
 
 # Bits of the significand of each type, int8's up to 127.
@@ -54,13 +53,6 @@ _SIGNIFICAND = {"float8_e4m3fn": 4, "float8_e4m3fnuz": 4, "float8_e5m2": 3, "int
 
 # Below this floor on amax 1/scale could leave float32's normal range.
 _SAFE_FLOOR = 1e-30
-
-
-def why_unsupported(spec: RowSpec, target: Target) -> str | None:
-    """Say in a sentence why the row kernel cannot do ``spec`` on ``target``; None if it can."""
-    reasons = [_why_not_dtypes(spec), _why_not_gate(spec), _why_not_norm(spec), _why_not_hidden(spec, target)]
-    reasons += [*_why_not_quants(spec, target), _why_not_windows(spec)]
-    return next((reason for reason in reasons if reason), None)
 
 
 def instance(spec: RowSpec, target: Target, mapping: Mapping | None = None) -> KernelInstance:
@@ -116,130 +108,6 @@ def _scale_binding(name: str, quantization: Quantization, hidden: int) -> Bindin
     return Binding(name, dtype, shapes[quantization.layout], "write", quantization, quantization.layout)
 
 
-def _why_not_dtypes(spec: RowSpec) -> str | None:
-    known = "bfloat16, float16 and float32"
-    if spec.dtype not in _CODES:
-        return f"The row kernel takes x of {known}, not {spec.dtype}."
-    if spec.weight_dtype is not None and spec.weight_dtype not in _CODES:
-        return f"The row kernel takes a weight of {known}, not {spec.weight_dtype}."
-    return None
-
-
-def _why_not_gate(spec: RowSpec) -> str | None:
-    gate = spec.gate
-    if gate is None:
-        return None
-    if spec.norm is not None:
-        return "The row kernel either normalises or gates, not both."
-    if gate.activation not in _ACTIVATIONS:
-        return f"The row kernel gates with {listed(_ACTIVATIONS)}, not {gate.activation}."
-    if gate.rounding not in _ROUNDINGS:
-        return f"The row kernel rounds {listed(_ROUNDINGS)}, not {gate.rounding}."
-    return None
-
-
-def _why_not_norm(spec: RowSpec) -> str | None:
-    norm = spec.norm
-    if norm is None and (spec.weight_dtype or spec.writes_sum):
-        return "The row kernel has a weight or a residual sum only where it normalises."
-    if norm and (norm.rounding not in _ROUNDINGS or norm.residual not in _RESIDUALS):
-        return f"The row kernel knows no norm with rounding {norm.rounding} and residual {norm.residual}."
-    if norm and norm.weight_offset and not spec.weight_dtype:
-        return "The row kernel adds an offset to a weight only where there is one."
-    if norm and not math.isfinite(norm.weight_offset):
-        return f"The offset of the weight must be finite, not {norm.weight_offset}."
-    if spec.writes_sum and norm and not norm.residual:
-        return "The row kernel can write a residual sum only where there is a residual."
-    if not (spec.writes_sum or spec.writes_y or spec.quantizations):
-        return "The site writes nothing."
-    return None
-
-
-def _why_not_hidden(spec: RowSpec, target: Target) -> str | None:
-    if spec.hidden < 1:
-        return f"The row kernel needs rows of at least one element, not {spec.hidden}."
-    if spec.hidden > MAX_HIDDEN and target.is_gpu and needs_whole_row(spec):
-        limit = f"rows of up to {MAX_HIDDEN} elements where a norm or a scale depends on all of them"
-        return f"On {target.name} the row kernel takes {limit}, not {spec.hidden}."
-    return None
-
-
-def _why_not_windows(spec: RowSpec) -> str | None:
-    for name in ("x", "other"):
-        columns, pitch = spec.columns(name), spec.pitch(name)
-        if not 0 <= columns.start <= columns.stop <= pitch:
-            return f"Columns {columns.start} to {columns.stop} do not lie in rows of {pitch} elements."
-    if (
-        spec.other_window
-        and not (spec.norm and spec.norm.residual)
-        and not (spec.gate and not spec.gate.packed)
-    ):
-        return "The row kernel has a second window only where it has a second input."
-    return None
-
-
-def _why_not_quants(spec: RowSpec, target: Target) -> list[str | None]:
-    reasons: list[str | None] = []
-    for quantization in spec.quantizations:
-        reasons.append(_why_not_codes(quantization, target))
-        reasons.append(_why_not_group(quantization, spec.hidden))
-        reasons.append(_why_not_scale(quantization))
-    if len(spec.quantizations) > MAX_QUANTIZATIONS:
-        most = f"at most {MAX_QUANTIZATIONS} different quantizations"
-        reasons.append(f"The row kernel writes {most}, not {len(spec.quantizations)}.")
-    return reasons
-
-
-def _why_not_codes(quantization: Quantization, target: Target) -> str | None:
-    dtype, limit = quantization.dtype, quantization.limit
-    if dtype not in _QUANT_CODES:
-        return f"The row kernel quantizes to {listed(_QUANT_CODES)}, not {dtype}."
-    if dtype not in ("int8", *target.floats):
-        other = (
-            ", whose values differ by a factor of two; --fp8 native changes it where nothing else sees them"
-            if dtype.startswith("float8_e4m3")
-            else ""
-        )
-        return f"{target.name} converts to {listed(target.floats)} in hardware, not to {dtype}{other}."
-    if limit is not None and not (0 < limit <= LARGEST_FINITE[dtype] and limit == int(limit)):
-        most = f"whole numbers up to {LARGEST_FINITE[dtype]:g}"
-        return f"The row kernel limits {dtype} to {most}, not to {limit:g}."
-    return None
-
-
-def _why_not_group(quantization: Quantization, hidden: int) -> str | None:
-    group = quantization.group
-    if group is None:
-        if hidden % WHOLE_ROW_MULTIPLE:
-            multiple = f"a multiple of {WHOLE_ROW_MULTIPLE} elements"
-            return f"The row kernel quantizes whole rows of {multiple}, not of {hidden}."
-        return None
-    if group not in GROUPS:
-        return f"The row kernel quantizes groups of 32, 64 or 128 elements, not {group}."
-    if hidden % group:
-        return f"Rows of {hidden} elements do not divide into groups of {group}."
-    return None
-
-
-def _why_not_scale(quantization: Quantization) -> str | None:
-    if quantization.scale not in _SCALE_SHORT:
-        return f"The row kernel writes {listed(_SCALE_SHORT)} scales, not {quantization.scale}."
-    if quantization.layout not in _LAYOUTS:
-        return f"The row kernel writes scales in {listed(_LAYOUTS)} layout, not {quantization.layout}."
-    if quantization.layout == "ue8m0_packed" and quantization.scale != "ue8m0":
-        return f"The layout ue8m0_packed holds ue8m0 scales, not {quantization.scale}."
-    divisions = (quantization.scale_division, quantization.quotient)
-    if not set(divisions) <= {"true", "reciprocal"}:
-        return f"The row kernel divides truly or by a reciprocal, not as {' and '.join(divisions)}."
-    for name, floor in (("amax", quantization.amax_floor), ("the scale", quantization.scale_floor)):
-        if not 0.0 <= floor < math.inf:
-            return f"The floor on {name} must be finite and not negative, not {floor}."
-    ceiling = quantization.amax_ceiling
-    if ceiling is not None and not 0.0 < ceiling < math.inf:
-        return f"The upper bound on amax must be finite and positive, not {ceiling}."
-    return None
-
-
 def _defines(spec: RowSpec) -> tuple[tuple[str, str], ...]:
     norm, gate = spec.norm, spec.gate
     producer = norm or gate
@@ -247,16 +115,16 @@ def _defines(spec: RowSpec) -> tuple[tuple[str, str], ...]:
     offset = norm.weight_offset if norm else 0.0
     values: dict[str, int | str] = {
         "HIDDEN": spec.hidden,
-        "X_DTYPE": _CODES[spec.dtype],
-        "WEIGHT_DTYPE": _CODES[spec.weight_dtype] if spec.weight_dtype else 0,
-        "PRODUCT_DTYPE": _CODES[_promoted(spec.dtype, "float32" if offset else spec.weight_dtype)],
+        "X_DTYPE": CODES[spec.dtype],
+        "WEIGHT_DTYPE": CODES[spec.weight_dtype] if spec.weight_dtype else 0,
+        "PRODUCT_DTYPE": CODES[_promoted(spec.dtype, "float32" if offset else spec.weight_dtype)],
         "NORM": int(norm is not None),
         "EPS": float32_literal(norm.eps if norm else 0.0),
         "HAS_WEIGHT_OFFSET": int(offset != 0.0),
         "WEIGHT_OFFSET": float32_literal(offset),
-        "ROUNDING": _ROUNDINGS[producer.rounding] if producer else 0,
-        "RESIDUAL": _RESIDUALS[norm.residual] if norm else 0,
-        "ACT": _ACTIVATIONS[gate.activation] if gate else 0,
+        "ROUNDING": ROUNDINGS[producer.rounding] if producer else 0,
+        "RESIDUAL": RESIDUALS[norm.residual] if norm else 0,
+        "ACT": ACTIVATIONS[gate.activation] if gate else 0,
         "GATE_PACKED": int(packed),
         "X_PITCH": spec.pitch("x"),
         "X_OFFSET": spec.columns("x").start,
@@ -284,8 +152,8 @@ def _scheme(quantization: Quantization, spec: RowSpec) -> dict[str, int | str]:
     inverse = 1.0 / quantization.qmax if quantization.scale_division == "reciprocal" else 0.0
     return {
         "GROUP": group_of(quantization, spec),
-        "LAYOUT": _LAYOUTS[quantization.layout],
-        "CODES": _QUANT_CODES[quantization.dtype],
+        "LAYOUT": LAYOUTS[quantization.layout],
+        "CODES": QUANT_CODES[quantization.dtype],
         "LIMIT": int(quantization.qmax),
         "POWER": int(quantization.scale == "ue8m0") * (2 if quantization.infinite else 1),
         "RECIPROCAL": int(quantization.quotient == "reciprocal"),
@@ -400,7 +268,7 @@ def _stem(spec: RowSpec) -> str:
 def _quant_stem(quantization: Quantization) -> str:
     """``quant128`` is the usual scheme; what differs is named: ``int8quant_row``, ``quant128_packed``."""
     group = "_row" if quantization.group is None else str(quantization.group)
-    scale = _SCALE_SHORT[quantization.scale] if quantization.layout != "ue8m0_packed" else ""
+    scale = SCALE_SHORT[quantization.scale] if quantization.layout != "ue8m0_packed" else ""
     return f"{_QUANT_SHORT[quantization.dtype]}quant{group}{scale}{_LAYOUT_SHORT[quantization.layout]}"
 
 

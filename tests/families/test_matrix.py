@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import lowering
-from lowering.families.row import MAX_QUANTIZATIONS
+from lowering.families.row_support import MAX_QUANTIZATIONS
 from tests.patterns.test_quantization_spellings import SPELLINGS
 from tests.raised import Function, bits
 

@@ -12,7 +12,8 @@ from elftools.elf.elffile import ELFFile
 
 from lowering.backends import abi, cuda, toolchain
 from lowering.errors import CompileError
-from lowering.families.row import instance, why_unsupported
+from lowering.families.row import instance
+from lowering.families.row_support import why_unsupported
 from lowering.targets import Target
 from patterns.contracts import GatedActivation, Quantization, RmsNorm, RowSpec
 from tests.families.row_cases import CASES, CPU, GFX942, GFX950, Q128, SM90, SM100, scheme_case, spec

@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from lowering.families.row import instance, why_unsupported
+from lowering.families.row import instance
+from lowering.families.row_support import why_unsupported
 from lowering.targets import Target
 from patterns.contracts import Quantization
 from tests.families.host_kernels import assert_same, run

@@ -18,8 +18,9 @@ import lowering
 from lowering.backends import toolchain
 from lowering.families import registry
 from lowering.families.instance import KernelInstance
-from lowering.families.row import instance, why_unsupported
+from lowering.families.row import instance
 from lowering.families.row_mapping import Mapping, Tile
+from lowering.families.row_support import why_unsupported
 from lowering.targets import Target
 from patterns import torch_ir
 from patterns.contracts import GatedActivation, RowSpec, Window

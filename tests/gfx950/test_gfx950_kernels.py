@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from lowering.families.instance import KernelInstance
-from lowering.families.row import instance, why_unsupported
+from lowering.families.row import instance
+from lowering.families.row_support import why_unsupported
 from lowering.targets import Target
 from tests.families import test_row_activations as activations
 from tests.families import test_row_kernel as row_kernel
