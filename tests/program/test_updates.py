@@ -110,3 +110,19 @@ def test_fillings_that_turn_out_to_be_one_are_updated_apart() -> None:
         x = torch.randn(size, 16)
         for got, expected in zip(program(x), model(x), strict=True):
             assert torch.allclose(got, expected, atol=1e-5), size
+
+
+class Counted(nn.Module):
+    """Count which element of each row is the largest; nothing else reads where it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        largest = x.argmax(-1)
+        return torch.zeros(4, dtype=torch.long).index_add(0, largest, torch.ones_like(largest))
+
+
+def test_an_update_at_the_places_of_the_largest() -> None:
+    model, rows = Counted(), torch.export.Dim("rows")
+    program = lowering.load(lowering.compile(model, (torch.randn(9, 4),), dynamic_shapes=({0: rows},)).vmfb)
+    for size in (1, 9, 40):
+        x = torch.randn(size, 4)
+        assert torch.equal(program(x), model(x)), size
