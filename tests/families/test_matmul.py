@@ -18,7 +18,7 @@ import lowering
 from lowering.backends import abi, cpu, toolchain
 from lowering.errors import CompileError
 from lowering.families.instance import GridRule
-from lowering.families.matmul.cpu import ProductTile, tile_defines
+from lowering.families.matmul.cpu import ProductTile, busiest, tile_defines
 from lowering.families.matmul.family import instance, why_unsupported
 from lowering.ops import block_scaled_matmul_reference, to_physical
 from lowering.targets import Target, resolve
@@ -300,11 +300,8 @@ class Layer(torch.nn.Module):
 
 
 @pytest.mark.parametrize("leading", [(), (4,)])
-def test_a_program_multiplies_what_it_quantized(
-    leading: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_program_multiplies_what_it_quantized(leading: tuple[int, ...], tmp_path: Path) -> None:
     """Dynamic rows, none among them; the product is a kernel, and kernels.json says how it is launched."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     layer = Layer(200, 192, 64)
     example = torch.randn(7, *leading, 192, dtype=torch.bfloat16)
     compiled = lowering.compile(layer, (example,), dynamic_shapes=({0: torch.export.Dim("T")},))
@@ -312,7 +309,7 @@ def test_a_program_multiplies_what_it_quantized(
     compiled.dump_kernels(tmp_path)
     launch = json.loads((tmp_path / "kernels.json").read_text())["launches"][1]
     rows = example[..., 0].numel()
-    assert launch["grid"] == [2 * -(-rows // 128), 1, 1] and launch["constants"] == [rows]
+    assert launch["grid"] == [13 * -(-rows // 128), 1, 1] and launch["constants"] == [rows]
     shapes = [binding["shape"] for binding in launch["bindings"]]
     assert shapes == [[rows, 192], [200, 192], [rows, 3], [4, 3], [rows, 200]]
     program = lowering.load(compiled.vmfb)
@@ -356,19 +353,22 @@ def test_what_has_no_kernel_is_computed_by_iree() -> None:
     assert_product(spec(24, 64, 16), out, [q, layer.b, scale, layer.b_scale])
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 8, 64])
-def test_workers_share_the_columns(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every column is some workgroup's; handed out one by one, no worker has 16 more than its share."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: workers)
+def test_workgroups_share_the_columns() -> None:
+    """Every column is some workgroup's."""
     for sixteens in range(1, 3600):
         values, rule = tile_defines(16 * sixteens - 5, ProductTile())
         share, workgroups = values["SHARE"] // 16, rule.workgroups(128)
         assert (workgroups - 1) * share < sixteens <= workgroups * share
         assert rule.workgroups(129) == 2 * workgroups
-        if workgroups >= 8 * workers:
-            assert share == 6 and sixteens >= 6 * 64 * workers
-        else:
-            assert -(-workgroups // workers) * share <= sixteens / workers + 1
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4, 8, 16, 32])
+def test_a_host_loses_little_to_a_share_of_its_own(workers: int) -> None:
+    """A program is the same for all hosts: of wide products each is within 4% of the best, by prediction."""
+    for columns in (1536, 2048, 3072, 4096, 6144, 7168, 18432, 24576, 49152, 129280):
+        share = tile_defines(columns, ProductTile())[0]["SHARE"] // 16
+        best = min(busiest(columns // 16, workers, own) for own in range(1, 400))
+        assert busiest(columns // 16, workers, share) <= 1.04 * best
 
 
 @pytest.mark.parametrize("arch", VARIANTS)
