@@ -26,6 +26,8 @@ class ProductTile:
     few_rows: int = 1
 
 
+DEPTH_MULTIPLE = 64  # of what is decoded along K at once, for every dtype and vector width
+
 MATMUL_C = {"matmul.c": ("cpu.h", "vectors.h", "lanes.h", "float8.h", "plain.h")}
 
 # From so many workgroups for each worker on, IREE's task system hands out as many at a time.
@@ -66,9 +68,11 @@ def busiest(units: int, workers: int, share: int) -> float:
 
 
 def _why_unsupported(spec: MatmulSpec, target: Target) -> str | None:
-    if spec.group not in GROUPS:
-        return f"The product kernel knows groups of {', '.join(map(str, GROUPS))}, not {spec.group}."
-    return None
+    if spec.group in GROUPS or (spec.whole and spec.depth % DEPTH_MULTIPLE == 0):
+        return None
+    if spec.whole:
+        return f"The product kernel takes rows of whole {DEPTH_MULTIPLE} elements, not of {spec.depth}."
+    return f"The product kernel knows groups of {', '.join(map(str, GROUPS))}, not {spec.group}."
 
 
 def _specialise(spec: MatmulSpec, target: Target, tile: object | None) -> Specialised:
