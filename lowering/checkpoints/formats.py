@@ -65,9 +65,11 @@ def plan(folder: Folder) -> Plan | None:
     raise CheckpointError(f"{source}: quant_method {method!r} is unknown; those that are read: {known}")
 
 
-def _refuse(source: Path, what: str) -> NoReturn:
+def _refuse(where: Path | str, what: str) -> NoReturn:
+    """Refuse a format; ``where``: the file that names it, or what is quantized so."""
+    subject = f"{where}: the checkpoint" if isinstance(where, Path) else where
     raise CheckpointError(
-        f"{source}: the checkpoint is quantized as {what}, for which there is no layer yet. "
+        f"{subject} is quantized as {what}, for which there is no layer yet. "
         "Load it with its own library in 16 bits and call lowering.quantize(model), which makes FP8 in "
         "blocks of it, or take a checkpoint in FP8 blocks"
     )
@@ -100,7 +102,7 @@ def _fp8(source: Path, config: Mapping[str, Any]) -> Plan:
     return Plan(source, ((_everything, layer),), _transformers_names(ignored))
 
 
-def _square(source: Path, block: Any) -> int:
+def _square(source: Path | str, block: Any) -> int:
     sizes = block if isinstance(block, list) else []
     if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise CheckpointError(f"{source}: a block has two positive sizes, as [128, 128], not {block!r}")
@@ -134,7 +136,13 @@ def _compressed_tensors(source: Path, config: Mapping[str, Any]) -> Plan:
     groups = config.get("config_groups") or {}
     if not groups:
         raise CheckpointError(f"{source}: quant_method 'compressed-tensors' without config_groups")
-    read = [_compressed_group(source, name, group, config.get("format")) for name, group in groups.items()]
+    read = [
+        (
+            tuple(group.get("targets") or ()),
+            compressed_group(f"{source}: the checkpoint", {"format": config.get("format"), **group}),
+        )
+        for group in groups.values()
+    ]
     # Names before classes of layers: the narrower target counts.
     read.sort(key=lambda item: "Linear" in item[0])
     return Plan(
@@ -144,27 +152,26 @@ def _compressed_tensors(source: Path, config: Mapping[str, Any]) -> Plan:
     )
 
 
-def _compressed_group(
-    source: Path, name: str, group: Mapping[str, Any], format: Any
-) -> tuple[tuple[str, ...], Scheme]:
+def compressed_group(where: str, group: Mapping[str, Any]) -> Scheme:
+    """The scheme of one of config_groups, or of a layer in memory; ``where`` begins a refusal."""
     weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
     words = ", ".join([*_words("weights", weights), *_words("activations", inputs)])
-    described = f"compressed-tensors {group.get('format') or format or ''} ({name}: {words})"
-    targets = tuple(group.get("targets") or ())
+    format = group.get("format")
+    described = f"compressed-tensors {getattr(format, 'value', format) or ''} ({words})"
     kind = (weights.get("type"), weights.get("num_bits"))
     codes = _CODES.get(kind)
     symmetric = weights.get("symmetric", True) and inputs.get("symmetric", True)
     if codes is None or kind != (inputs.get("type"), inputs.get("num_bits")) or not symmetric:
-        _refuse(source, described)
+        _refuse(where, described)
     of, inputs_of = weights.get("strategy"), (inputs.get("strategy"), inputs.get("dynamic", False))
     if (of, inputs_of) == ("block", ("group", True)) and codes == _E4M3:
-        size = _square(source, _sizes(weights.get("block_structure")))
+        size = _square(where, _sizes(weights.get("block_structure")))
         if inputs.get("group_size") == size:
-            return targets, schemes.block_fp8(size, "_scale")
+            return schemes.block_fp8(size, "_scale")
     if of in ("channel", "tensor") and inputs_of in (("token", True), ("tensor", False)):
         given = None if inputs_of[1] else ".input_scale"
-        return targets, schemes.scaled(codes, "_scale", channels=of == "channel", input_scale=given)
-    _refuse(source, described)
+        return schemes.scaled(codes, "_scale", channels=of == "channel", input_scale=given)
+    _refuse(where, described)
 
 
 def _sizes(block: Any) -> Any:

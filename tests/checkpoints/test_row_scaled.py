@@ -31,7 +31,7 @@ def quantized(
     scales = (amax / QMAX[dtype]).to(stored)
     codes = (weight / scales.float()).clamp(-QMAX[dtype], QMAX[dtype])
     codes = codes.round().to(dtype) if dtype == torch.int8 else codes.to(dtype)
-    return {"": codes, scale: scales, **({given: torch.tensor([STATIC])} if given else {})}
+    return {"": codes, scale: scales, **({given: torch.tensor([STATIC]).to(stored)} if given else {})}
 
 
 def compressed(kind: str, of: str, inputs: str) -> dict:
@@ -56,9 +56,9 @@ FP8 = {"quant_method": "fp8", "weight_block_size": None}
 # What is written: dtype of codes, scales of channels, their name, name of an input scale, dtype of scales.
 FORMATS = {
     "FP8_DYNAMIC": (E4M3, True, "_scale", None, BF16, compressed("float", "channel", "token")),
-    "FP8 static": (E4M3, False, "_scale", ".input_scale", F32, compressed("float", "tensor", "tensor")),
+    "FP8 static": (E4M3, False, "_scale", ".input_scale", BF16, compressed("float", "tensor", "tensor")),
     "FP8 per tensor": (E4M3, False, "_scale", None, F32, compressed("float", "tensor", "token")),
-    "INT8 W8A8": (INT8, True, "_scale", None, F32, compressed("int", "channel", "token")),
+    "INT8 W8A8": (INT8, True, "_scale", None, BF16, compressed("int", "channel", "token")),
     "INT8 static": (INT8, True, "_scale", ".input_scale", F32, compressed("int", "channel", "tensor")),
     "ModelOpt FP8": (
         E4M3,
