@@ -35,7 +35,9 @@ class BlockScaledLinear(nn.Module):
     weight: float8_e4m3fn [out_features, K], K being in_features rounded up to whole groups, then zeros;
     weight_scale: float32 [ceil(out_features / G), K / G]; both are buffers, and keep their dtype when the
     model is cast.  bias: [out_features] or None.  The last group of a row may be short: the activation is
-    padded with zeros, which changes nothing that is computed.  Raises ValueError for a G below 1.
+    padded with zeros, which changes nothing that is computed.  scale: how the activation's scales are
+    encoded, ``float32`` or ``ue8m0`` (powers of two, as a checkpoint of that scale_fmt was made for).
+    Raises ValueError for a G below 1.
     """
 
     weight: Tensor
@@ -49,11 +51,13 @@ class BlockScaledLinear(nn.Module):
         group_size: int = 128,
         bias: bool = True,
         *,
+        scale: str = "float32",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
         _check_group(group_size)
+        self.scale = scale
         self.in_features = in_features
         self.out_features = out_features
         self.group_size = group_size
@@ -78,10 +82,32 @@ class BlockScaledLinear(nn.Module):
         layer.bias = linear.bias
         return layer.train(linear.training)
 
+    @classmethod
+    def from_codes(
+        cls,
+        weight: Tensor,
+        weight_scale: Tensor,
+        group_size: int,
+        bias: nn.Parameter | None = None,
+        *,
+        scale: str = "float32",
+    ) -> BlockScaledLinear:
+        """The layer of a weight that is quantized already: its codes and scales as they are, not copied.
+
+        weight: float8_e4m3fn [N, K]; weight_scale: float32 [ceil(N/G), ceil(K/G)].  Only a weight whose last
+        group is short becomes a copy, with zeros behind K.
+        """
+        rows, depth = weight.shape
+        layer = cls(depth, rows, group_size, bias=False, scale=scale, device="meta")
+        if layer.padding:
+            weight = nn.functional.pad(weight.view(torch.uint8), (0, layer.padding)).view(WEIGHT_DTYPE)
+        layer.weight, layer.weight_scale, layer.bias = weight, weight_scale, bias
+        return layer
+
     def forward(self, x: Tensor) -> Tensor:
         if self.padding:
             x = nn.functional.pad(x, (0, self.padding))
-        q, scale = torch.ops.lowering.group_quant(x, self.group_size)
+        q, scale = torch.ops.lowering.group_quant(x, self.group_size, scale=self.scale)
         y = torch.ops.lowering.block_scaled_matmul(q, self.weight, scale, self.weight_scale, x.dtype)
         return y if self.bias is None else y + self.bias
 
@@ -89,6 +115,7 @@ class BlockScaledLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"group_size={self.group_size}, bias={self.bias is not None}"
+            + (f", scale={self.scale}" if self.scale != "float32" else "")
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockScaledLinear:

@@ -27,6 +27,7 @@ from patterns.contracts import ScaleLayout
 from patterns.sites import Remark
 
 from .. import ops as _ops  # noqa: F401  registers torch.ops.lowering.*
+from ..checkpoints.adopt import adopted
 from ..errors import CompileError, LoweringError, ToolchainError
 from ..report.sites import Folded
 from ..signature import Constant, Leaf, Parameters, Signature, TensorSpec, host_arch
@@ -113,13 +114,15 @@ def import_module(
 ) -> Program:
     """Export ``module`` for ``args`` and import it into ``context``.
 
-    An ExportedProgram is taken as it is.  Raises CompileError with torch.export's own words when
-    the module cannot be exported.  One thread at a time exports, the others wait.
+    An ExportedProgram is taken as it is; of a module, quantized layers of other libraries are adopted while
+    it is exported.  Raises CompileError with torch.export's own words when the module cannot be exported.
+    One thread at a time exports, the others wait.
     """
     with _EXPORTING:
         if isinstance(module, torch.export.ExportedProgram):
             return _import(module, context)
-        program = _import(_export(module, args, dict(kwargs or {}), dynamic_shapes), context)
+        with adopted(module) as adopting:
+            program = _import(_export(adopting, args, dict(kwargs or {}), dynamic_shapes), context)
         program.remarks = checkpoints.dequantized(module)
         return program
 

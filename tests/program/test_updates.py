@@ -81,3 +81,48 @@ def test_a_tensor_that_is_updated_twice_does_not_cost_the_results_their_memory()
     for size in (9, 30):
         y = torch.randn(size, 8)
         assert all(map(torch.equal, program(y), model(y))), size
+
+
+class Routed(nn.Module):
+    """Scatter into fillings of one size, which only IREE knows: a norm's kernel is before each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.routers = nn.ModuleList(nn.Linear(16, 4, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        scores: list[Tensor] = []
+        for router in self.routers:
+            x = torch.ops.lowering.rms_norm(x, torch.ones(16), 1e-6)
+            logits = router(x)
+            values, chosen = logits.topk(1, 1)
+            scores.append(torch.full_like(logits, float("-inf")).scatter_(1, chosen, values).sigmoid())
+            x = x * scores[-1].sum(-1, keepdim=True)
+        return tuple(scores)
+
+
+def test_fillings_that_turn_out_to_be_one_are_updated_apart() -> None:
+    model, tokens = Routed().requires_grad_(False), torch.export.Dim("tokens")
+    program = lowering.load(
+        lowering.compile(model, (torch.randn(9, 16),), dynamic_shapes=({0: tokens},)).vmfb
+    )
+    for size in (1, 14, 30):
+        x = torch.randn(size, 16)
+        for got, expected in zip(program(x), model(x), strict=True):
+            assert torch.allclose(got, expected, atol=1e-5), size
+
+
+class Counted(nn.Module):
+    """Count which element of each row is the largest; nothing else reads where it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        largest = x.argmax(-1)
+        return torch.zeros(4, dtype=torch.long).index_add(0, largest, torch.ones_like(largest))
+
+
+def test_an_update_at_the_places_of_the_largest() -> None:
+    model, rows = Counted(), torch.export.Dim("rows")
+    program = lowering.load(lowering.compile(model, (torch.randn(9, 4),), dynamic_shapes=({0: rows},)).vmfb)
+    for size in (1, 9, 40):
+        x = torch.randn(size, 4)
+        assert torch.equal(program(x), model(x)), size
