@@ -233,12 +233,12 @@ def quantize(model: nn.Module, *, group_size: int = 128, exclude: str | Iterable
     Two kinds of layers stay as they are, with a warning: those of fewer in_features than one group, which are
     not worth it, and those whose weight other code of the model reads, which means its values.  Layers whose
     last group is short are warned of: what they read is padded at each call, which no kernel does.  Raises
-    ValueError where the model has no nn.Linear at all; it is then unchanged.
+    ValueError where the model has no nn.Linear, or none but its lm_head; it is then unchanged.
     """
     patterns = _patterns(exclude)
     _check_group(group_size)
     _check_patterns(patterns, model)
-    _check_any(model)
+    _check_any(model, patterns)
     sites = [site for site in _linear_layers(model) if not _excluded(site[0], patterns)]
     sites = _without_read(sites, weights_read(model))
     sites = _without_small(sites, group_size)
@@ -263,14 +263,25 @@ def quantize(model: nn.Module, *, group_size: int = 128, exclude: str | Iterable
 _Site = tuple[str, "nn.Module | None", nn.Linear]
 
 
-def _check_any(model: nn.Module) -> None:
-    if next(_linear_layers(model), None) is None:
-        others = {type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)}
-        others |= {type(module).__name__ for module in model.modules() if "Linear" in type(module).__name__}
-        raise ValueError(
-            "nothing to quantize: the model has no nn.Linear"
-            + (f" but {', '.join(sorted(others))}, which may mean something else" if others else "")
-        )
+def _check_any(model: nn.Module, patterns: tuple[str, ...]) -> None:
+    """Raise ValueError where the model has no nn.Linear, or none but the head."""
+    names = [name for name, _, _ in _linear_layers(model)]
+    default = tuple(pattern for pattern in patterns if pattern in LM_HEAD)
+    if not all(_excluded(name, default) for name in names):
+        return
+    others = {type(module).__name__ for module in model.modules() if _is_like_linear(module)}
+    but = [f"{', '.join(names)}, which is excluded"] if names else []
+    but += [f"{', '.join(sorted(others))}, which may mean something else"] if others else []
+    raise ValueError(
+        "nothing to quantize: the model has no nn.Linear" + (f" but {', and '.join(but)}" if but else "")
+    )
+
+
+def _is_like_linear(module: nn.Module) -> bool:
+    """Tell whether a module looks like a linear layer, and is of a class of its own."""
+    weight = getattr(module, "weight", None)
+    is_matrix = isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding)
+    return type(module) is not nn.Linear and (is_matrix or "Linear" in type(module).__name__)
 
 
 def _without_read(sites: list[_Site], read: dict[str, str]) -> list[_Site]:
