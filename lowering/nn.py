@@ -20,6 +20,7 @@ from .weight_reads import weights_read
 WEIGHT_DTYPE = torch.float8_e4m3fn
 _QMAX = torch.finfo(WEIGHT_DTYPE).max
 _AMAX_FLOOR = 1e-10
+_WHOLE_ROW = 0  # as a size of groups
 
 LM_HEAD = ("lm_head",)
 """Left alone by ``quantize`` unless it is told otherwise: the projection to a model's vocabulary."""
@@ -127,6 +128,80 @@ class BlockScaledLinear(nn.Module):
         if self.weight_scale.dtype != scale.dtype:
             self.weight_scale = scale.to(self.weight_scale.device)
         return self
+
+
+class ScaledLinear(nn.Module):
+    """y = x . weight^T + bias with 8-bit weights and activations that have one scale for a row, or for all.
+
+    x: [..., in_features] float32, bfloat16 or float16; y: [..., out_features] in x's dtype.  The activation
+    is quantized in whole rows by ``group_quant`` (scale = amax / qmax), or, where there is an
+    ``input_scale``, with that: q = round(clamp(x / input_scale)) in float32.  The product is
+    ``block_scaled_matmul``, rounded to x's dtype before the bias is added.
+
+    weight: float8_e4m3fn or int8 [out_features, in_features]; weight_scale: float32 [out_features, 1] or
+    [1, 1]; input_scale: float32 [1] or None; all are buffers, and keep their dtype when the model is cast.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        weight_scale: Tensor,
+        input_scale: Tensor | None = None,
+        bias: nn.Parameter | None = None,
+    ):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("input_scale", input_scale)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.input_scale is None:
+            q, scale = torch.ops.lowering.group_quant(x, _WHOLE_ROW, dtype=self.weight.dtype)
+        else:
+            q, scale = given_scale_quant(x, self.input_scale, self.weight.dtype), self.input_scale
+        y = torch.ops.lowering.block_scaled_matmul(q, self.weight, scale, self.weight_scale, x.dtype)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"weight={str(self.weight.dtype).removeprefix('torch.')}, "
+            f"scale={list(self.weight_scale.shape)}, "
+            f"activations={'per token' if self.input_scale is None else 'static'}, "
+            f"bias={self.bias is not None}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ScaledLinear:
+        """Move with the model, but keep codes and scales: a cast is about the other weights."""
+        held = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        super()._apply(fn, recurse)
+        for name, tensor in held.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
+        return self
+
+
+def given_scale_quant(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Quantize ``x`` with a scale that is given: round(clamp(x / scale)) in float32.
+
+    A NaN stays one; an int8 of NaN is 0.
+    """
+    y = x.to(torch.float32) / scale
+    if dtype == torch.int8:
+        low, high = -128.0, 127.0
+        y = torch.where(y.isnan(), 0.0, torch.round(y))
+    else:
+        low, high = -_QMAX, _QMAX
+    # Not clamp: compiled, it takes the bound for a NaN.
+    y = torch.where(y < low, low, y)
+    return torch.where(y > high, high, y).to(dtype)
 
 
 def quantize_weight(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:

@@ -8,15 +8,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NoReturn
+
+import torch
 
 from ..errors import CheckpointError
 from . import schemes
 from .folder import Folder
-from .schemes import Scheme
+from .schemes import Part, Scheme
 
 Matches = Callable[[str], bool]
+_E4M3 = torch.float8_e4m3fn
+_CODES: dict[Any, torch.dtype] = {("float", 8): _E4M3, ("int", 8): torch.int8}
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,10 @@ class Plan:
             return None
         return next((scheme for matches, scheme in self.groups if matches(name)), None)
 
-    def suffixes(self) -> set[str]:
-        """What may stand behind the name of a weight."""
-        return {item.suffix for _, scheme in self.groups for item in scheme.companions}
+    def parts(self) -> list[tuple[Part, bool]]:
+        """What the tensors of its layers are called, and whether they stand beside the codes."""
+        schemes = [scheme for _, scheme in self.groups]
+        return [(part, part is not scheme.codes) for scheme in schemes for part in scheme.parts]
 
 
 def plan(folder: Folder) -> Plan | None:
@@ -59,9 +65,11 @@ def plan(folder: Folder) -> Plan | None:
     raise CheckpointError(f"{source}: quant_method {method!r} is unknown; those that are read: {known}")
 
 
-def _refuse(source: Path, what: str) -> NoReturn:
+def _refuse(where: Path | str, what: str) -> NoReturn:
+    """Refuse a format; ``where``: the file that names it, or what is quantized so."""
+    subject = f"{where}: the checkpoint" if isinstance(where, Path) else where
     raise CheckpointError(
-        f"{source}: the checkpoint is quantized as {what}, for which there is no layer yet. "
+        f"{subject} is quantized as {what}, for which there is no layer yet. "
         "Load it with its own library in 16 bits and call lowering.quantize(model), which makes FP8 in "
         "blocks of it, or take a checkpoint in FP8 blocks"
     )
@@ -71,23 +79,30 @@ def _refuse(source: Path, what: str) -> NoReturn:
 
 
 def _fp8(source: Path, config: Mapping[str, Any]) -> Plan:
-    """DeepSeek, Qwen, GLM, MiniMax: weight, weight_scale_inv."""
-    block = config.get("weight_block_size")
-    if config.get("activation_scheme", "dynamic") != "dynamic" or block is None:
-        _refuse(source, "FP8 with one scale for a tensor (weight_block_size null, or static activations)")
+    """DeepSeek, Qwen, GLM, MiniMax, Mistral: weight, weight_scale_inv, and activation_scale where static."""
+    block, scheme = config.get("weight_block_size"), str(config.get("activation_scheme", "dynamic"))
     if str(config.get("fmt", "e4m3")) != "e4m3":
         _refuse(source, f"FP8 of fmt {config['fmt']!r}")
     if config.get("expert_dtype", "fp8") != "fp8":
         _refuse(source, f"FP8 with experts in {config['expert_dtype']} (DeepSeek-V4)")
+    if scheme not in ("dynamic", "static"):
+        raise CheckpointError(f"{source}: activation_scheme {scheme!r} is neither 'dynamic' nor 'static'")
     scale_format = config.get("scale_fmt") or "float"
     if scale_format not in ("float", "ue8m0"):
         raise CheckpointError(f"{source}: scale_fmt {scale_format!r} is neither 'float' nor 'ue8m0'")
-    scheme = schemes.block_fp8(_square(source, block), "_scale_inv", powers_of_two=scale_format == "ue8m0")
+    if block is None:
+        given = ".activation_scale" if scheme == "static" else None
+        layer = schemes.scaled(_E4M3, "_scale_inv", channels=False, input_scale=given)
+    elif scheme == "static":
+        _refuse(source, "FP8 in blocks with static activations")
+    else:
+        powers = scale_format == "ue8m0"
+        layer = schemes.block_fp8(_square(source, block), "_scale_inv", powers_of_two=powers)
     ignored = config.get("modules_to_not_convert") or config.get("ignored_layers") or ()
-    return Plan(source, ((_everything, scheme),), _transformers_names(ignored))
+    return Plan(source, ((_everything, layer),), _transformers_names(ignored))
 
 
-def _square(source: Path, block: Any) -> int:
+def _square(source: Path | str, block: Any) -> int:
     sizes = block if isinstance(block, list) else []
     if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise CheckpointError(f"{source}: a block has two positive sizes, as [128, 128], not {block!r}")
@@ -121,7 +136,13 @@ def _compressed_tensors(source: Path, config: Mapping[str, Any]) -> Plan:
     groups = config.get("config_groups") or {}
     if not groups:
         raise CheckpointError(f"{source}: quant_method 'compressed-tensors' without config_groups")
-    read = [_compressed_group(source, name, group, config.get("format")) for name, group in groups.items()]
+    read = [
+        (
+            tuple(group.get("targets") or ()),
+            compressed_group(f"{source}: the checkpoint", {"format": config.get("format"), **group}),
+        )
+        for group in groups.values()
+    ]
     # Names before classes of layers: the narrower target counts.
     read.sort(key=lambda item: "Linear" in item[0])
     return Plan(
@@ -131,24 +152,26 @@ def _compressed_tensors(source: Path, config: Mapping[str, Any]) -> Plan:
     )
 
 
-def _compressed_group(
-    source: Path, name: str, group: Mapping[str, Any], format: Any
-) -> tuple[tuple[str, ...], Scheme]:
+def compressed_group(where: str, group: Mapping[str, Any]) -> Scheme:
+    """The scheme of one of config_groups, or of a layer in memory; ``where`` begins a refusal."""
     weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
     words = ", ".join([*_words("weights", weights), *_words("activations", inputs)])
-    described = f"compressed-tensors {group.get('format') or format or ''} ({name}: {words})"
-    block = weights.get("block_structure")
-    if (
-        weights.get("type") == inputs.get("type") == "float"
-        and weights.get("num_bits") == inputs.get("num_bits") == 8
-        and weights.get("strategy") == "block"
-        and inputs.get("strategy") == "group"
-        and inputs.get("dynamic") is True
-    ):
-        size = _square(source, _sizes(block))
+    format = group.get("format")
+    described = f"compressed-tensors {getattr(format, 'value', format) or ''} ({words})"
+    kind = (weights.get("type"), weights.get("num_bits"))
+    codes = _CODES.get(kind)
+    symmetric = weights.get("symmetric", True) and inputs.get("symmetric", True)
+    if codes is None or kind != (inputs.get("type"), inputs.get("num_bits")) or not symmetric:
+        _refuse(where, described)
+    of, inputs_of = weights.get("strategy"), (inputs.get("strategy"), inputs.get("dynamic", False))
+    if (of, inputs_of) == ("block", ("group", True)) and codes == _E4M3:
+        size = _square(where, _sizes(weights.get("block_structure")))
         if inputs.get("group_size") == size:
-            return tuple(group.get("targets") or ()), schemes.block_fp8(size, "_scale")
-    _refuse(source, described)
+            return schemes.block_fp8(size, "_scale")
+    if of in ("channel", "tensor") and inputs_of in (("token", True), ("tensor", False)):
+        given = None if inputs_of[1] else ".input_scale"
+        return schemes.scaled(codes, "_scale", channels=of == "channel", input_scale=given)
+    _refuse(where, described)
 
 
 def _sizes(block: Any) -> Any:
@@ -179,8 +202,24 @@ def _compressed_names(targets: Any) -> Matches:
 
 
 def _modelopt(source: Path, config: Mapping[str, Any]) -> Plan:
-    algorithm = config.get("quant_algo") or "an algorithm that is not named"
-    _refuse(source, f"ModelOpt {algorithm}")
+    """NVIDIA's: quant_algo, exclude_modules."""
+    algorithm = config.get("quant_algo")
+    channels = {"FP8": False, "FP8_PER_CHANNEL_PER_TOKEN": True}.get(str(algorithm))
+    if channels is None:
+        _refuse(source, f"ModelOpt {algorithm or '(quant_algo is not given)'}")
+    given = None if channels else ".input_scale"
+    ignored = config.get("exclude_modules") or config.get("ignore") or ()
+    layer = schemes.scaled(_E4M3, "_scale", channels=channels, input_scale=given)
+    return Plan(source, ((_everything, layer),), _modelopt_names(ignored))
+
+
+def _modelopt_names(patterns: Any) -> Matches:
+    """``exclude_modules``: names with * for anything, of a layer or of a module around it."""
+
+    def matches(name: str) -> bool:
+        return any(fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*") for p in patterns)
+
+    return matches
 
 
 _READERS: dict[str, Callable[[Path, Mapping[str, Any]], Plan]] = {

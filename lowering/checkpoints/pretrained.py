@@ -53,7 +53,7 @@ class _Loading:
         self.folder, self.plan, self.skeleton = folder, plan, skeleton
         self.loaded: set[str] = set()
         """Names of the model's own parameters and buffers that have a value, or a layer, now."""
-        self._suffixes = plan.suffixes() if plan else set()
+        self._parts = plan.parts() if plan else []
         self._rest = dict.fromkeys(folder.tensors)
         # {module of experts: {(parameter, part): {expert: layer}}}
         self._experts: dict[str, dict[tuple[str, int], dict[int, nn.Module]]] = defaultdict(dict)
@@ -61,9 +61,9 @@ class _Loading:
     def quantized(self) -> None:
         """Put a layer of codes where the checkpoint has one."""
         for name in self.folder.tensors:
-            scheme = self._scheme(name)
-            if scheme is not None:
-                self._take(name, scheme)
+            weight = self._weight(name)
+            if weight is not None:
+                self._take(weight, self._scheme(name, weight))
         for module, layers in self._experts.items():
             self._put_experts(module, layers)
 
@@ -86,18 +86,22 @@ class _Loading:
 
     # Quantized layers ---------------------------------------------------------------------------
 
-    def _scheme(self, name: str) -> Scheme | None:
-        """How ``name`` is stored if it holds codes; None for other tensors."""
-        for suffix in self._suffixes:
-            if name.endswith(suffix) and name.removesuffix(suffix) in self.folder.tensors:
-                return None
-        beside = [suffix for suffix in self._suffixes if name + suffix in self.folder.tensors]
-        stored = self.folder.tensors[name]
-        if not beside and stored.dtype not in _CODES:
+    def _weight(self, name: str) -> str | None:
+        """The weight whose codes ``name`` holds; None for other tensors."""
+        tensors = self.folder.tensors
+        if any(beside and (part.weight(name) or "") in tensors for part, beside in self._parts):
             return None
-        layer = name.removesuffix(".weight")
-        scheme = self.plan.scheme(layer) if self.plan else None
+        for part, beside in self._parts:
+            if not beside and part.name and (weight := part.weight(name)):
+                return weight
+        has_parts = any(beside and part.of(name) in tensors for part, beside in self._parts)
+        return name if has_parts or tensors[name].dtype in _CODES else None
+
+    def _scheme(self, name: str, weight: str) -> Scheme:
+        """How a weight is stored whose codes are ``name``."""
+        scheme = self.plan.scheme(weight.removesuffix(".weight")) if self.plan else None
         if scheme is None:
+            stored = self.folder.tensors[name]
             says = f"{self.plan.source.name} leaves it out" if self.plan else "nothing says how"
             raise CheckpointError(
                 f"{self.folder.where(name)} is quantized ({_text(stored.dtype, stored.shape)}), but {says}; "
@@ -107,7 +111,7 @@ class _Loading:
 
     def _take(self, name: str, scheme: Scheme) -> None:
         place = self.skeleton.place(name)
-        names = [name, *(name + item.suffix for item in scheme.companions)]
+        names = [part.of(name) for part in scheme.parts]
         if place is None:
             self._left_over(*names)
             return
@@ -138,7 +142,7 @@ class _Loading:
             return
         stacked = self._tensors(name, scheme, (rows, depth), count)
         for number in range(count):
-            layers[number] = scheme.layer({suffix: t[number] for suffix, t in stacked.items()}, None)
+            layers[number] = scheme.layer({part: t[number] for part, t in stacked.items()}, None)
 
     def _check_joined(self, name: str, place: Place, owner: nn.Module) -> None:
         """Require that ``name`` is one expert's matrix, or those of all of them."""
@@ -177,21 +181,24 @@ class _Loading:
     def _tensors(
         self, name: str, scheme: Scheme, size: tuple[int, int], count: int | None = None
     ) -> dict[str, Tensor]:
-        """The tensors of one layer, by suffix, after comparing each with what the scheme expects."""
+        """The tensors of one layer, by the name of their part, each compared with what the scheme expects."""
         found = {}
-        for suffix, (dtypes, shape) in scheme.expected(*size).items():
-            shape = shape if count is None else (count, *shape)
-            stored = self.folder.tensors.get(name + suffix)
-            wanted = f"{scheme.format}: expected {_text(dtypes, shape)}"
+        for part in scheme.parts:
+            tensor, shapes = part.of(name), part.shapes(*size)
+            shapes = shapes if count is None else tuple((count, *shape) for shape in shapes)
+            stored = self.folder.tensors.get(tensor)
+            wanted = f"{scheme.format}: expected {_text(part.dtypes, *shapes)}"
             if stored is None:
-                raise CheckpointError(f"{self.folder.where(name)} has no {name + suffix} beside it; {wanted}")
-            if stored.dtype not in dtypes or stored.shape != shape:
                 raise CheckpointError(
-                    f"{self.folder.where(name + suffix)} is {_text(stored.dtype, stored.shape)}; {wanted}"
+                    f"{self.folder.where(scheme.codes.of(name))} has no {tensor} beside it; {wanted}"
                 )
-            found[suffix] = self.folder.tensor(name + suffix)
-            if suffix:
-                _check_scale(self.folder.where(name + suffix), found[suffix])
+            if stored.dtype not in part.dtypes or stored.shape not in shapes:
+                raise CheckpointError(
+                    f"{self.folder.where(tensor)} is {_text(stored.dtype, stored.shape)}; {wanted}"
+                )
+            found[part.name] = self.folder.tensor(tensor)
+            if part is not scheme.codes and found[part.name].is_floating_point():
+                _check_scale(self.folder.where(tensor), found[part.name], zero=not part.name.startswith("."))
         return found
 
     # Everything else ----------------------------------------------------------------------------
@@ -226,23 +233,23 @@ class _Loading:
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def _check_scale(where: str, scale: Tensor) -> None:
-    """Refuse scales that are no positive number (zero is what a block of zeros may have)."""
+def _check_scale(where: str, scale: Tensor, *, zero: bool) -> None:
+    """Refuse scales that are no positive number; ``zero``: a block of zeros may have that."""
     values = scale.to(torch.float32)
-    wrong = torch.nonzero(~((values >= 0) & (values < float("inf"))))
+    wrong = torch.nonzero(~(((values >= 0) if zero else (values > 0)) & (values < float("inf"))))
     if len(wrong):
         place = tuple(wrong[0].tolist())
         raise CheckpointError(
             f"{where}: the scale at {list(place)} is {float(values[place])}; "
-            "expected finite numbers that are not negative"
+            f"expected finite numbers {'that are not negative' if zero else 'above zero'}"
         )
 
 
-def _text(dtypes: torch.dtype | tuple[torch.dtype, ...], shape: Any) -> str:
+def _text(dtypes: torch.dtype | tuple[torch.dtype, ...], *shapes: Any) -> str:
     """``float32 or bfloat16 [2, 4]``."""
     several = dtypes if isinstance(dtypes, tuple) else (dtypes,)
     names = " or ".join(str(dtype).removeprefix("torch.") for dtype in several)
-    return f"{names} {list(shape)}"
+    return f"{names} {' or '.join(str(list(shape)) for shape in shapes)}"
 
 
 def _natural(name: str) -> tuple[Any, ...]:

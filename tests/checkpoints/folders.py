@@ -81,7 +81,9 @@ def save(
     file = folder / "model.safetensors"
     held = load_file(file)
     for name in [name for name in held if held[name].dim() > 1 and not any(part in name for part in left)]:
-        held |= {name + suffix: tensor for suffix, tensor in quantizer(held.pop(name).float()).items()}
+        front = name.removesuffix(".weight")
+        for suffix, tensor in quantizer(held.pop(name).float()).items():
+            held[front + suffix if suffix.startswith(".") else name + suffix] = tensor
     save_file(held, file, metadata={"format": "pt"})
     edit(folder, quantization_config=quantization)
     return folder

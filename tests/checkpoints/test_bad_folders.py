@@ -235,7 +235,7 @@ _INT4 = {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 32}
                 "format": "pack-quantized",
                 "config_groups": {"group_0": {"targets": ["Linear"], "weights": _INT4}},
             },
-            "compressed-tensors pack-quantized (group_0: weights int4 per group, activations as they are)",
+            "compressed-tensors pack-quantized (weights int4 per group, activations as they are)",
         ),
     ],
 )
@@ -270,7 +270,6 @@ def test_a_configuration_beside_is_read(folder):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"block_size": None}, "block_size None"),
         ({"block_size": (32, 64)}, "blocks of 32 x 64"),
         ({"block_size": (32, 32), "activation_scheme": "static"}, "static activations"),
     ],

@@ -202,11 +202,21 @@ _LARGE = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", ["h200", "b200", "gfx950"])
-def test_a_deepseek_folder_becomes_kernels_of_a_gpu(target, tmp_path):
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> tuple[nn.Module, tuple[torch.Tensor]]:
+    folder = folders.save_blocks(tmp_path_factory.mktemp("large"), "deepseek_v3", _LARGE, 128)
+    return Logits(lowering.from_pretrained(folder)), (torch.arange(8)[None],)
+
+
+@pytest.mark.parametrize("target", ["h200", "b200"])
+def test_a_deepseek_folder_becomes_kernels_of_a_gpu(target, large):
     """Blocks of 128, of which each chip has its kernels: every product is one of them."""
-    model = Logits(lowering.from_pretrained(folders.save_blocks(tmp_path, "deepseek_v3", _LARGE, 128)))
-    compiled = lowering.compile(model, (torch.arange(8)[None],), target=target)
-    assert compiled.report.summary()["unfused"] == 0
-    assert not compiled.report.remarks
+    report = lowering.explain(*large, target=target)
+    assert report.summary()["unfused"] == 0 and not report.remarks
+
+
+@pytest.mark.slow
+def test_a_deepseek_folder_becomes_a_program_of_gfx950(large):
+    compiled = lowering.compile(*large, target="gfx950")
+    assert compiled.report.summary()["unfused"] == 0 and not compiled.report.remarks
+    assert len(compiled.dispatched.launches) >= compiled.report.summary()["dispatches"] > 30
