@@ -126,3 +126,32 @@ def test_an_update_at_the_places_of_the_largest() -> None:
     for size in (1, 9, 40):
         x = torch.randn(size, 4)
         assert torch.equal(program(x), model(x)), size
+
+
+class Placed(nn.Module):
+    """Put rows into a cache, at indices that have two axes of unknown sizes together."""
+
+    def forward(self, cache: Tensor, rows: Tensor, at: Tensor) -> tuple[Tensor, ...]:
+        batch, head = torch.arange(cache.shape[0])[:, None], torch.zeros_like(at)[None]
+        heads = torch.arange(2)[None, :, None]
+        return (
+            cache.index_put((batch, head, at[None]), rows[:, 0]),
+            cache.index_put((batch, head, at[None] - 16), rows[:, 1], accumulate=True),
+            cache.index_put((batch, head, at[None]), torch.tensor(2.0)),
+            cache.index_put((batch[..., None], heads, at[None, None]), rows),
+            cache.transpose(1, 2).index_put((batch, at[None]), rows.transpose(1, 2)),
+        )
+
+
+def test_updates_at_indices_of_several_unknown_sizes() -> None:
+    def arguments(batch: int, count: int) -> tuple[Tensor, ...]:
+        return torch.randn(batch, 2, 16, 8), torch.randn(batch, 2, count, 8), torch.arange(count) + 3
+
+    batch, count = torch.export.Dim("batch"), torch.export.Dim("count", max=12)
+    shapes = ({0: batch}, {0: batch, 2: count}, {0: count})
+    model = Placed()
+    program = lowering.load(lowering.compile(model, arguments(2, 3), dynamic_shapes=shapes).vmfb)
+    for sizes in ((2, 3), (1, 1), (3, 5)):
+        given = arguments(*sizes)
+        for number, (got, expected) in enumerate(zip(program(*given), model(*given), strict=True)):
+            assert torch.allclose(got, expected, atol=1e-6), (sizes, number)
