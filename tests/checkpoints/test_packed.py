@@ -17,7 +17,7 @@ from lowering.checkpoints.causal_lm import Logits
 from lowering.checkpoints.packed import PackedLinear
 from lowering.errors import CheckpointError
 
-from . import folders
+from . import folders, test_row_scaled
 
 IDS = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
 GROUP = 32
@@ -149,6 +149,39 @@ def test_a_folder_computes_with_its_values(name, tmp_path):
     assert torch.equal(Logits(model)(IDS), Logits(plain)(IDS))
 
 
+def test_two_formats_in_one_model(tmp_path):
+    """Attention in FP8 per token, the MLP in 4 bits, each as it would be alone."""
+    packed, _ = save(tmp_path / "packed", "W4A16")
+    rows = test_row_scaled.save(tmp_path / "rows", "FP8_DYNAMIC")
+    of_rows = load_file(rows / "model.safetensors")
+
+    def replace(held):
+        for name in [name for name in held if "self_attn" in name]:
+            del held[name]
+        held.update({name: tensor for name, tensor in of_rows.items() if "self_attn" in name})
+
+    expected = (
+        lowering.from_pretrained(packed).model.layers[0],
+        lowering.from_pretrained(rows).model.layers[0],
+    )
+    (mlp,) = FORMATS["W4A16"][1]["config_groups"].values()
+    (attention,) = test_row_scaled.FORMATS["FP8_DYNAMIC"][5]["config_groups"].values()
+    quantization = {
+        **FORMATS["W4A16"][1],
+        "format": "mixed-precision",
+        "config_groups": {
+            "group_0": {**mlp, "format": "pack-quantized"},
+            "group_1": {**attention, "format": "float-quantized", "targets": ["re:.*self_attn.*"]},
+        },
+    }
+    folders.rewrite(packed, replace)
+    folders.edit(packed, quantization_config=quantization)
+    found = lowering.from_pretrained(packed).model.layers[0]
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(found.mlp(x), expected[0].mlp(x))
+    assert torch.equal(found.self_attn.q_proj(x), expected[1].self_attn.q_proj(x))
+
+
 def test_an_order_of_features(tmp_path):
     """Act-order: each feature names its group."""
     weight = torch.randn(48, 128, generator=torch.Generator().manual_seed(0))
@@ -162,13 +195,21 @@ def test_an_order_of_features(tmp_path):
     assert torch.equal(layer(x), nn.functional.linear(x, layer.values().float()))
 
 
-def test_against_compressed_tensors():
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_against_compressed_tensors(bits, zeros):
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
 
-    codes = torch.randint(-8, 8, (16, 64), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
-    for axis in (0, 1):
-        assert torch.equal(pack_to_int32(codes, 4, axis), pack(codes.int() + 8, axis, 4))
+    weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
+    parts = compressed(weight, bits=bits, zeros=zeros)
+    layer = lowering.checkpoints.schemes.packed_integers(bits, GROUP, zeros=zeros).layer(parts, None)
+    (group,) = grouped(bits, symmetric=not zeros)["config_groups"].values()
+    library = BaseCompressor.get_value_from_registry("pack-quantized")
+    state = {f"weight{name}": tensor for name, tensor in parts.items()}
+    expected = library.decompress(state, QuantizationScheme.model_validate(group))["weight"]
+    assert torch.equal(layer.values(), expected)
 
 
 @pytest.mark.slow
