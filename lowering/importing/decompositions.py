@@ -112,6 +112,31 @@ def _histc(x: Tensor, bins: int = 100, min: Number = 0, max: Number = 0) -> Tens
     return ((place.unsqueeze(-1) == parts) & inside.unsqueeze(-1)).sum(0).to(x.dtype)
 
 
+def _searchsorted(
+    ordered: Tensor,
+    values: Tensor | Number,
+    *,
+    out_int32: bool = False,
+    right: bool = False,
+    side: str | None = None,
+    sorter: Tensor | None = None,
+) -> Tensor:
+    """Count the elements that a value stands behind, of an ordered row, which each row of values may have."""
+    if not isinstance(values, Tensor):
+        values = torch.full((), values, dtype=ordered.dtype, device=ordered.device)
+    if sorter is not None:
+        ordered = ordered.gather(-1, sorter)
+    if ordered.dim() > 1:
+        ordered = ordered.unsqueeze(-2)
+    values = values.unsqueeze(-1)
+    behind = ordered > values if right or side == "right" else ordered >= values
+    return behind.logical_not().sum(-1, dtype=torch.int32 if out_int32 else torch.int64)
+
+
+def _bucketize(values: Tensor | Number, ordered: Tensor, **options: bool) -> Tensor:
+    return _searchsorted(ordered, values, **options)  # type: ignore[arg-type]
+
+
 def _with_tensor(op: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Number], Tensor]:
     """``op`` of a tensor and a number, which takes the tensor's dtype."""
     return lambda x, number: op(
@@ -257,6 +282,10 @@ _OF_AN_AXIS = (
 
 _RULES: dict[Any, Callable[..., Any]] = {
     _ATEN.histc.default: _histc,
+    _ATEN.searchsorted.Tensor: _searchsorted,
+    _ATEN.searchsorted.Scalar: _searchsorted,
+    _ATEN.bucketize.Tensor: _bucketize,
+    _ATEN.bucketize.Scalar: _bucketize,
     _ATEN.empty_permuted.default: _empty_permuted,
     _ATEN._grouped_mm.default: _grouped_product,
     _ATEN._scaled_mm.default: _scaled_product,
