@@ -8,13 +8,18 @@ that would write into an argument, and none where nothing is written: what is on
 
 from __future__ import annotations
 
+from collections import Counter
+
 from iree.compiler import ir
 from iree.compiler.dialects import arith, linalg
 
 from ..passes import tensors
+from .slices import maker
 
 # What updates a tensor, and which operand that is.
 _UPDATES = {"iree_linalg_ext.scatter": -1, "tensor.insert_slice": 1}
+# What gives a tensor another shape; it is the same memory.
+_VIEWS = ("tensor.collapse_shape", "tensor.expand_shape", "tensor.cast")
 _BARRIER = "hal.tensor.barrier"
 _IMPORT = "hal.tensor.import"
 
@@ -32,16 +37,42 @@ def part_updates(module: ir.Module) -> None:
     """Give each update of a tensor that something else reads or updates too a copy of it to update.
 
     IREE lets two updates of one tensor write into the same memory, and computes an update and its values,
-    where they come from what is updated, in one place: it reads what it has written already.
+    where they come from what is updated, in one place: it reads what it has written already.  It makes one
+    tensor of two that hold the same constants.
     """
     for function in (op.operation for op in module.body.operations if op.operation.name == "util.func"):
         operations = [op.operation for block in function.regions[0].blocks for op in block.operations]
+        given = Counter(op.results[0].type for op in operations if _is_given(op))
         for copy, op in enumerate(op for op in operations if op.name in _UPDATES):
             number = _UPDATES[op.name] % len(op.operands)
             updated = op.operands[number]
-            readers = [use for use in updated.uses if use.owner.operation.name != "tensor.dim"]
-            if len(readers) > 1 and ir.RankedTensorType(updated.type).rank:
+            whole = _viewed(updated)
+            made = maker(whole)
+            alike = made is not None and _is_given(made) and given[whole.type] > 1
+            if (alike or _readers(whole) > 1) and ir.RankedTensorType(updated.type).rank:
                 op.operands[number] = _copy(updated, op, copy)
+
+
+def _is_given(op: ir.Operation) -> bool:
+    """Tell whether ``op`` makes a tensor of constants, such as zeros."""
+    if op.name != "linalg.generic":
+        return op.name == "linalg.fill"
+    read = [maker(value) for value in list(op.operands)[: -len(op.results)]]
+    return all(made is not None and made.name == "arith.constant" for made in read)
+
+
+def _viewed(value: ir.Value) -> ir.Value:
+    """The tensor that ``value`` is, in another shape."""
+    while (op := maker(value)) is not None and op.name in _VIEWS:
+        value = op.operands[0]
+    return value
+
+
+def _readers(value: ir.Value) -> int:
+    """Count the operations that read ``value``, in whatever shape."""
+    readers = [use.owner.operation for use in value.uses]
+    views = sum(_readers(reader.results[0]) for reader in readers if reader.name in _VIEWS)
+    return views + sum(reader.name not in (*_VIEWS, "tensor.dim") for reader in readers)
 
 
 def _copy(value: ir.Value, op: ir.Operation, copy: int) -> ir.Value:
