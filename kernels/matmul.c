@@ -1,8 +1,9 @@
 // Products on CPUs: out[m, n] = row m of a [rows, K] times row n of b [N, K], plus bias[n] if HAS_BIAS.
 //
-//   PLAIN undefined   8-bit floats, scaled in blocks: the sum over the groups g of K of a_scale[m, g] *
-//                     b_scale[n / GROUP, g] times the product of group g.  The scales of a are [rows, GROUPS] or, in
-//                     columns, [GROUPS, rows or rows rounded up to 4].
+//   PLAIN undefined   8-bit floats with scales: the sum over the groups g of K of a_scale[m, g] *
+//                     b_scale[n / B_ROWS, g] times the product of group g.  The scales of a are [rows, GROUPS] or, in
+//                     columns, [GROUPS, rows or rows rounded up to 4].  WHOLE: K is one group, and the sum is scaled;
+//                     ONE_A: by one scale for all rows of a.
 //   PLAIN defined     floats of that dtype, without scales; K is one group
 //
 //   few rows    lanes are places along K: BATCH rows of b stream past one row of a.
@@ -44,20 +45,22 @@ enum { ROW = 0, COLUMN_TMA = 1, COLUMN = 2 };
 // Elements along K of a decoded tile.
 #define CHUNK (GROUP % (MOST_STEPS * DEPTH) == 0 ? MOST_STEPS * DEPTH : MIN2(GROUP, 32 * DEPTH))
 #ifdef PLAIN
-#define SCALED 0
 #define GROUP K
+#define WHOLE 0
+#define B_ROWS 1
 #define A_CODES 0
 #define B_CODES 0
 #define A_SCALE_LAYOUT ROW
 #include "plain.h"
+#define GROUPED 0
 #else
-#define SCALED 1
 #include "float8.h"
+#define GROUPED !WHOLE
 #endif
 
 #define GROUPS (K / GROUP)
 // From a scale of a to the one of the next row.
-#define SCALE_STEP (!SCALED ? 0 : A_SCALE_LAYOUT == ROW ? GROUPS : 1)
+#define SCALE_STEP (!GROUPED ? 0 : A_SCALE_LAYOUT == ROW ? GROUPS : 1)
 #define STEPS (CHUNK / DEPTH)
 // Steps at the end that are taken one row after the other.
 #define LAST (SPREAD ? 4 : 0)
@@ -93,11 +96,15 @@ typedef struct {
   Out *out;
 } Product;
 
+// What a group's product is multiplied by where it has no scale of its own.
+static const float ONE = 1;
+
 INLINE const float *scale_of(const Product *p, i64 row, i64 group) {
+  if (!GROUPED) return &ONE;
   return p->a_scale + row * SCALE_STEP + group * (A_SCALE_LAYOUT == ROW ? 1 : p->scale_column);
 }
 
-INLINE const float *b_scale_of(const Product *p, i64 n, i64 group) { return p->b_scale + n / GROUP * GROUPS + group; }
+INLINE const float *b_scale_of(const Product *p, i64 n, i64 group) { return p->b_scale + n / B_ROWS * GROUPS + group; }
 
 INLINE const u8 *row_of(const u8 *matrix, i64 row) { return matrix + row * ((i64)K * BYTES); }
 
@@ -250,13 +257,29 @@ INLINE Floats load_bias(const Product *p, i64 n, int count) {
   return bias;
 }
 
-// The biases of `columns` columns from `first` on.
-INLINE void load_biases(const Product *p, i64 first, int columns, Floats *biases) {
-  for (int v = 0; v * LANES < columns; ++v)
-    biases[v] = load_bias(p, first + v * LANES, least(LANES, N - first - v * LANES));
+// What finishes the sums of a tile's columns.
+typedef struct {
+  Floats scales[TILE / LANES], biases[TILE / LANES];
+} Columns;
+
+INLINE void load_columns(const Product *p, i64 first, int columns, Columns *to) {
+  for (int v = 0; v * LANES < columns; ++v) {
+    const i64 n = first + v * LANES;
+    const int count = least(LANES, N - n);
+    to->biases[v] = load_bias(p, n, count);
+#if WHOLE
+    for (int i = 0; i < LANES; ++i) to->scales[v][i] = p->b_scale[(n + MIN2(i, count - 1)) / B_ROWS];
+#endif
+  }
 }
 
-INLINE Floats biased(Floats sums, Floats bias) { return HAS_BIAS ? sums + bias : sums; }
+// The results of vector v of row `row` from their sums.
+INLINE Floats finished(const Product *p, i64 row, Floats sums, const Columns *columns, int v) {
+#if WHOLE
+  sums = sums * all(p->a_scale[ONE_A ? 0 : row]) * columns->scales[v];
+#endif
+  return HAS_BIAS ? sums + columns->biases[v] : sums;
+}
 
 #if OUT_DTYPE == BF16 && BF16_PAIRS
 // The instruction takes subnormal numbers for zeros.
@@ -296,7 +319,8 @@ INLINE void advance(const Product *p, i64 row, int rows, int i, i64 k, Next *nex
 // A tile of `columns` columns, those past the last row of b among them.
 INLINE void many_rows(const Product *p, i64 row, int rows, i64 first, int columns) {
   const int vectors = columns / LANES, width = MIN2(vectors, WIDTH);
-  Floats sums[ROWS * (TILE / LANES)], biases[TILE / LANES];
+  Floats sums[ROWS * (TILE / LANES)];
+  Columns results;
   Words right[STEPS * (TILE / LANES)];
   Left lefts[2];
   float b_scale[TILE / LANES + 8];
@@ -310,7 +334,7 @@ INLINE void many_rows(const Product *p, i64 row, int rows, i64 first, int column
     // The next chunk of this tile or the first of the next one.
     const i64 group = k / GROUP, ahead = k + CHUNK < K ? k + CHUNK : (i64)K * columns;
     for (int v = 0; v < vectors; ++v) {
-      b_scale[v] = SCALED ? *b_scale_of(p, least(first + v * LANES, N - 1), group) : 1.0f;
+      b_scale[v] = GROUPED ? *b_scale_of(p, least(first + v * LANES, N - 1), group) : 1.0f;
       decode_right(b_rows + v * LANES, k, &b_decoder, right + v / width * (STEPS * width) + v % width, width);
     }
     for (int i = 0; i < rows; i += PANEL) {
@@ -328,11 +352,11 @@ INLINE void many_rows(const Product *p, i64 row, int rows, i64 first, int column
                       sums + i * vectors + v, vectors, &next);
     }
   }
-  load_biases(p, first, columns, biases);
+  load_columns(p, first, columns, &results);
   for (int i = 0; i < rows; ++i)
     for (int v = 0; v < vectors; ++v)
-      store_out(p->out + (row + i) * N + first + v * LANES, biased(sums[i * vectors + v], biases[v]),
-                least(LANES, N - first - v * LANES));
+      store_out(p->out + (row + i) * N + first + v * LANES,
+                finished(p, row + i, sums[i * vectors + v], &results, v), least(LANES, N - first - v * LANES));
 }
 
 // Not inlined: the stack holds the sums of one.
@@ -372,7 +396,7 @@ INLINE void one_row_batch(const Product *p, i64 row, i64 n, const Decoder *a_dec
         for (int part = 0; part < PARTS; ++part) partial[i] = multiply_add(partial[i], left[part], right[part]);
       }
     }
-    const Floats scale = all(SCALED ? *scale_of(p, row, group) * *b_scale_of(p, n < N ? n : N - 1, group) : 1.0f);
+    const Floats scale = all(GROUPED ? *scale_of(p, row, group) * *b_scale_of(p, n < N ? n : N - 1, group) : 1.0f);
 #pragma GCC unroll 8
     for (int i = 0; i < BATCH; ++i) sums[i] = add_product(sums[i], partial[i], scale);
   }
@@ -381,14 +405,14 @@ INLINE void one_row_batch(const Product *p, i64 row, i64 n, const Decoder *a_dec
 
 INLINE void few_rows(const Product *p, i64 row, int rows, i64 first, int columns) {
   const Decoder a_decoder = decoder_of(A_CODES), b_decoder = decoder_of(B_CODES);
-  Floats biases[TILE / LANES];
-  load_biases(p, first, columns, biases);
+  Columns results;
+  load_columns(p, first, columns, &results);
   for (int i = 0; i < rows; ++i) {
-    union { float each[TILE]; Floats vectors[TILE / LANES]; } results;
+    union { float each[TILE]; Floats vectors[TILE / LANES]; } sums;
     for (int n = 0; n < columns; n += BATCH)
-      one_row_batch(p, row + i, first + n, &a_decoder, &b_decoder, results.each + n);
+      one_row_batch(p, row + i, first + n, &a_decoder, &b_decoder, sums.each + n);
     for (int v = 0; v * LANES < columns; ++v)
-      store_out(p->out + (row + i) * N + first + v * LANES, biased(results.vectors[v], biases[v]),
+      store_out(p->out + (row + i) * N + first + v * LANES, finished(p, row + i, sums.vectors[v], &results, v),
                 columns - v * LANES);
   }
 }
@@ -403,19 +427,18 @@ INLINE void few_rows(const Product *p, i64 row, int rows, i64 first, int columns
 #define BIAS 0
 #endif
 
-#if SCALED
+#ifndef PLAIN
 #define SCALE_BINDINGS BINDING(const float, a_scale), BINDING(const float, b_scale),
 #define A_SCALE a_scale + a_scale_offset
 #define B_SCALE b_scale + b_scale_offset
 #else
 #define SCALE_BINDINGS
-#define A_SCALE &one
-#define B_SCALE &one
+#define A_SCALE 0
+#define B_SCALE 0
 #endif
 
 void ENTRY(BINDING(const Element, a), BINDING(const Element, b), SCALE_BINDINGS BIAS_BINDING BINDING(Out, out),
            i32 rows, i32 workgroup) {
-  const float one = 1;
   const i64 scale_column = A_SCALE_LAYOUT == COLUMN_TMA ? ((i64)rows + 3) / 4 * 4 : rows;
   const Product product = {(const u8 *)(a + a_offset), (const u8 *)(b + b_offset), A_SCALE, B_SCALE,
                            scale_column, BIAS, out + out_offset};

@@ -1,5 +1,6 @@
-// The block-scaled product on NVIDIA GPUs: out[m, n] = bias[n] + the sum over the blocks g of 128 codes along K of
-// a_scale[m, g] * b_scale[n / 128, g] times the product of block g of row m of a and row n of b.
+// The scaled product on NVIDIA GPUs: out[m, n] = bias[n] + the sum over the blocks g of 128 codes along K of
+// a_scale[m, g] * b_scale[n / 128, g] times the product of block g of row m of a and row n of b.  WHOLE: the sum over
+// all of K is scaled instead, by a_scale[m] (ONE_A: by one scale for all m) and b_scale[n / B_ROWS].
 //
 // Weights come in tiles of 128 rows x 128 codes, each contiguous and swizzled, so one bulk copy brings a tile that a
 // matrix product can read.
@@ -28,8 +29,8 @@
 #define COLUMN 2
 
 constexpr int CREW = 128;             // threads that work together
-constexpr int BLOCK = GROUP;          // codes along K under one scale, and rows of weights
-static_assert(BLOCK == 128, "a block is a row of shared memory");
+constexpr int BLOCK = 128;            // codes along K that are summed up before they are scaled, and rows of weights
+static_assert(WHOLE || (GROUP == BLOCK && B_ROWS == BLOCK), "a block is a row of shared memory");
 constexpr int BLOCKS = K / BLOCK;
 constexpr int WEIGHT_BYTES = BLOCK * BLOCK;
 constexpr int COLUMN_TILES = (N + BLOCK - 1) / BLOCK;
@@ -189,8 +190,8 @@ template <class PLAN> DEVICE void produce(const Product &p, const Team<PLAN> &te
       if (thread() == 0) copy_weights(team, source.weights, ring.weights(slot.stage), full);
       if (aligned) copy_tokens<TOKENS>(source, ring.tokens(slot.stage) + place);
       else copy_unaligned_tokens<TOKENS>(source, ring.tokens(slot.stage) + place);
-      if (thread() < TOKENS) copy4(scales + thread(), source.scale, there);
-      if (thread() == CREW - 1) copy4(scales + TOKENS, source.weight_scale, true);
+      if (!WHOLE && thread() < TOKENS) copy4(scales + thread(), source.scale, there);
+      if (!WHOLE && thread() == CREW - 1) copy4(scales + TOKENS, source.weight_scale, true);
       arrive_after_copies(full);
       if (!aligned) arrive(full);
     }
@@ -243,12 +244,31 @@ DEVICE float bias_at(const Product &p, int n) {
 #endif
 }
 
-// Eight neighbours in a row of the result, of which `count` are there.
+// The scales of `count` neighbours of eight columns.
+DEVICE void load_column_scales(const Product &p, int n, int count, float *scales) {
+  const float *from = p.b_scale + n;
+  if (B_ROWS == 1 && count == 8 && (u64)from % 16 == 0) {
+    UNROLL for (int i = 0; i < 8; i += 4) {
+      const Four four = *(const Four *)(from + i);
+      scales[i] = four.x, scales[i + 1] = four.y, scales[i + 2] = four.z, scales[i + 3] = four.w;
+    }
+  } else {
+    UNROLL for (int i = 0; i < 8; ++i) scales[i] = i < count ? p.b_scale[(n + i) / B_ROWS] : 0;
+  }
+}
+
+// Eight neighbours in a row of the result, of which as many are stored as there are.
 DEVICE void store8(const Product &p, u64 token, int n, float *values) {
   constexpr int BYTES = OUT_DTYPE == F32 ? 4 : 2;
   u8 *to = p.out + (token * N + n) * BYTES;
   const int count = N - n < 8 ? N - n : 8;
   u32 words[2 * BYTES];
+  if constexpr (WHOLE) {
+    const float of_token = p.a_scale[ONE_A ? 0 : token];
+    float scales[8];
+    load_column_scales(p, n, count, scales);
+    UNROLL for (int i = 0; i < 8; ++i) values[i] = values[i] * of_token * scales[i];
+  }
   UNROLL for (int i = 0; i < 8; ++i) values[i] = HAS_BIAS && i < count ? values[i] + bias_at(p, n + i) : values[i];
 #if OUT_DTYPE == F32
   UNROLL for (int i = 0; i < 8; ++i) words[i] = as_bits(values[i]);
@@ -330,7 +350,9 @@ DEVICE void begin_block(const Ring<TOKENS> &ring, Slot<Ring<TOKENS>::STAGES> slo
 // The scales of what a thread has of a block: of its two rows, or of its columns.
 template <int TOKENS> DEVICE void load_scales(const float *scales, float *scale) {
   const u32 lane = thread() % WAVE;
-  if constexpr (Ring<TOKENS>::MANY) {
+  if constexpr (WHOLE) {
+    UNROLL for (int i = 0; i < (Ring<TOKENS>::MANY ? 2 : TOKENS / 4); ++i) scale[i] = 1;
+  } else if constexpr (Ring<TOKENS>::MANY) {
     const u32 row = (thread() / CREW - 1) * HALF + thread() % CREW / WAVE * 16 + lane / 4;
     scale[0] = scales[row] * scales[TOKENS], scale[1] = scales[row + 8] * scales[TOKENS];
   } else {

@@ -1,6 +1,7 @@
-// The block-scaled product on AMD GPUs of the CDNA line, wave64: out[m, n] = the sum over the blocks g of 128 along K
+// The scaled product on AMD GPUs of the CDNA line, wave64: out[m, n] = the sum over the blocks g of 128 along K
 // of a_scale[m, g] * b_scale[n / 128, g] times the product of block g of row m of a and row n of b (+ bias[n]);
-// a [rows, K] of 8-bit floats, b as shuffle_weight(w, (16, 16)) lays it out.
+// a [rows, K] of 8-bit floats, b as shuffle_weight(w, (16, 16)) lays it out.  WHOLE: the sum over all of K is scaled
+// instead, by a_scale[m] (ONE_A: by one scale for all m) and b_scale[n / B_ROWS].
 //
 //   few rows    a wave multiplies up to 64 rows by FEW_COLUMNS columns and takes every WAVES-th block of K; both
 //               operands come from global memory in the very registers they are multiplied in; the waves' sums meet
@@ -123,13 +124,18 @@ DEVICE Fragment load_b(const Operands &from, u32 tile, u32 block) {
 }
 
 // Scales, as bits until they are used: of floats the compiler makes pairs, and waits for them to move them together.
+// Where a row has one scale, that of a block is 1.
+constexpr u32 ONE = 0x3f800000;
+
 DEVICE u32 load_a_scale(const Operands &from, u32 row, u32 block) {
+  if constexpr (WHOLE) return ONE;
   const u32 here = least(row, from.last_row);
   if constexpr (A_SCALE_LAYOUT == IN_ROWS) return load4(from.a_scale, here * (BLOCKS * 4), block * 4);
   else return load4(from.a_scale, here * 4, block * from.scales);
 }
 
 DEVICE u32 load_b_scale(const Operands &from, u32 tile, u32 block) {
+  if constexpr (WHOLE) return ONE;
   return load4(from.b_scale, least(from.tile + tile, B_TILES - 1) / (BLOCK / SIDE) * (BLOCKS * 4), block * 4);
 }
 
@@ -195,6 +201,10 @@ DEVICE void store_one(u8 *to, u32 index, float x) {
 DEVICE void store(const Product &p, u32 row, u32 column, f4 sums) {
   constexpr u32 BYTES = OUT_DTYPE == F32 ? 4 : 2;
   if (row >= p.rows || column >= N) return;
+  if constexpr (WHOLE) {
+    const float of_row = p.a_scale[ONE_A ? 0 : row];
+    UNROLL for (u32 i = 0; i < 4; ++i) sums[i] = sums[i] * of_row * p.b_scale[least(column + i, N - 1) / B_ROWS];
+  }
   if constexpr (HAS_BIAS)
     UNROLL for (u32 i = 0; i < 4; ++i) sums[i] += element(p.bias, least(column + i, N - 1));
   u8 *to = p.out + ((u64)row * N + column) * BYTES;

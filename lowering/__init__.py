@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import nn, ops
+    from .checkpoints.adopt import adopt
+    from .checkpoints.pretrained import from_pretrained
     from .compiler import Compiled, compile, compile_mlir, explain
     from .errors import (
+        CheckpointError,
         CompileError,
         LoweringError,
         RunError,
@@ -49,11 +52,14 @@ _HOME = {
     "nn": "nn",
     "ops": "ops",
     "quantize": "nn",
+    "adopt": "checkpoints.adopt",
+    "from_pretrained": "checkpoints.pretrained",
     "Report": "report.report",
     "Site": "report.report",
     "TARGETS": "targets",
     "Target": "targets",
     "LoweringError": "errors",
+    "CheckpointError": "errors",
     "CompileError": "errors",
     "ToolchainError": "errors",
     "UsageError": "errors",
@@ -64,6 +70,7 @@ _HOME = {
 
 __all__ = [
     "TARGETS",
+    "CheckpointError",
     "CompileError",
     "Compiled",
     "LoweringError",
@@ -76,10 +83,12 @@ __all__ = [
     "UnfusedError",
     "UsageError",
     "VerificationError",
+    "adopt",
     "compile",
     "compile_mlir",
     "declare_ops",
     "explain",
+    "from_pretrained",
     "load",
     "nn",
     "ops",

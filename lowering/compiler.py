@@ -30,6 +30,7 @@ from .passes.dispatch import Dispatched, choose_kernels
 from .passes.raise_ops import recognisers
 from .program import floats
 from .program.ownership import keep_arguments, part_updates
+from .program.places import part_searches
 from .program.scalar_ops import correct
 from .program.slices import mend_slices
 from .program.storage import add_entry, remove_entry
@@ -215,6 +216,7 @@ class _Pipeline:
         module = self._lower(self.iree, program.module)
         signature = replace(signature, placed=add_entry(module, name, known_sizes(signature)))
         part_updates(module)
+        part_searches(module)
         keep_arguments(module)
         _sign(module, name, signature)
         self.dump("linalg", module)

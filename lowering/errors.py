@@ -19,6 +19,10 @@ class UsageError(LoweringError):
     exit_code = 2
 
 
+class CheckpointError(UsageError):
+    """A checkpoint is incomplete, contradicts itself or has a format that is not read; names the tensor."""
+
+
 class ToolchainError(CompileError):
     """A compiler needed for the target is missing or failed; the message names the extra to install."""
 

@@ -20,6 +20,7 @@ from .weight_reads import weights_read
 WEIGHT_DTYPE = torch.float8_e4m3fn
 _QMAX = torch.finfo(WEIGHT_DTYPE).max
 _AMAX_FLOOR = 1e-10
+_WHOLE_ROW = 0  # as a size of groups
 
 LM_HEAD = ("lm_head",)
 """Left alone by ``quantize`` unless it is told otherwise: the projection to a model's vocabulary."""
@@ -35,7 +36,9 @@ class BlockScaledLinear(nn.Module):
     weight: float8_e4m3fn [out_features, K], K being in_features rounded up to whole groups, then zeros;
     weight_scale: float32 [ceil(out_features / G), K / G]; both are buffers, and keep their dtype when the
     model is cast.  bias: [out_features] or None.  The last group of a row may be short: the activation is
-    padded with zeros, which changes nothing that is computed.  Raises ValueError for a G below 1.
+    padded with zeros, which changes nothing that is computed.  scale: how the activation's scales are
+    encoded, ``float32`` or ``ue8m0`` (powers of two, as a checkpoint of that scale_fmt was made for).
+    Raises ValueError for a G below 1.
     """
 
     weight: Tensor
@@ -49,11 +52,13 @@ class BlockScaledLinear(nn.Module):
         group_size: int = 128,
         bias: bool = True,
         *,
+        scale: str = "float32",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
         _check_group(group_size)
+        self.scale = scale
         self.in_features = in_features
         self.out_features = out_features
         self.group_size = group_size
@@ -78,10 +83,32 @@ class BlockScaledLinear(nn.Module):
         layer.bias = linear.bias
         return layer.train(linear.training)
 
+    @classmethod
+    def from_codes(
+        cls,
+        weight: Tensor,
+        weight_scale: Tensor,
+        group_size: int,
+        bias: nn.Parameter | None = None,
+        *,
+        scale: str = "float32",
+    ) -> BlockScaledLinear:
+        """The layer of a weight that is quantized already: its codes and scales as they are, not copied.
+
+        weight: float8_e4m3fn [N, K]; weight_scale: float32 [ceil(N/G), ceil(K/G)].  Only a weight whose last
+        group is short becomes a copy, with zeros behind K.
+        """
+        rows, depth = weight.shape
+        layer = cls(depth, rows, group_size, bias=False, scale=scale, device="meta")
+        if layer.padding:
+            weight = nn.functional.pad(weight.view(torch.uint8), (0, layer.padding)).view(WEIGHT_DTYPE)
+        layer.weight, layer.weight_scale, layer.bias = weight, weight_scale, bias
+        return layer
+
     def forward(self, x: Tensor) -> Tensor:
         if self.padding:
             x = nn.functional.pad(x, (0, self.padding))
-        q, scale = torch.ops.lowering.group_quant(x, self.group_size)
+        q, scale = torch.ops.lowering.group_quant(x, self.group_size, scale=self.scale)
         y = torch.ops.lowering.block_scaled_matmul(q, self.weight, scale, self.weight_scale, x.dtype)
         return y if self.bias is None else y + self.bias
 
@@ -89,6 +116,7 @@ class BlockScaledLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"group_size={self.group_size}, bias={self.bias is not None}"
+            + (f", scale={self.scale}" if self.scale != "float32" else "")
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockScaledLinear:
@@ -100,6 +128,80 @@ class BlockScaledLinear(nn.Module):
         if self.weight_scale.dtype != scale.dtype:
             self.weight_scale = scale.to(self.weight_scale.device)
         return self
+
+
+class ScaledLinear(nn.Module):
+    """y = x . weight^T + bias with 8-bit weights and activations that have one scale for a row, or for all.
+
+    x: [..., in_features] float32, bfloat16 or float16; y: [..., out_features] in x's dtype.  The activation
+    is quantized in whole rows by ``group_quant`` (scale = amax / qmax), or, where there is an
+    ``input_scale``, with that: q = round(clamp(x / input_scale)) in float32.  The product is
+    ``block_scaled_matmul``, rounded to x's dtype before the bias is added.
+
+    weight: float8_e4m3fn or int8 [out_features, in_features]; weight_scale: float32 [out_features, 1] or
+    [1, 1]; input_scale: float32 [1] or None; all are buffers, and keep their dtype when the model is cast.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        weight_scale: Tensor,
+        input_scale: Tensor | None = None,
+        bias: nn.Parameter | None = None,
+    ):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("input_scale", input_scale)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.input_scale is None:
+            q, scale = torch.ops.lowering.group_quant(x, _WHOLE_ROW, dtype=self.weight.dtype)
+        else:
+            q, scale = given_scale_quant(x, self.input_scale, self.weight.dtype), self.input_scale
+        y = torch.ops.lowering.block_scaled_matmul(q, self.weight, scale, self.weight_scale, x.dtype)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"weight={str(self.weight.dtype).removeprefix('torch.')}, "
+            f"scale={list(self.weight_scale.shape)}, "
+            f"activations={'per token' if self.input_scale is None else 'static'}, "
+            f"bias={self.bias is not None}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ScaledLinear:
+        """Move with the model, but keep codes and scales: a cast is about the other weights."""
+        held = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        super()._apply(fn, recurse)
+        for name, tensor in held.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
+        return self
+
+
+def given_scale_quant(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Quantize ``x`` with a scale that is given: round(clamp(x / scale)) in float32.
+
+    A NaN stays one; an int8 of NaN is 0.
+    """
+    y = x.to(torch.float32) / scale
+    if dtype == torch.int8:
+        low, high = -128.0, 127.0
+        y = torch.where(y.isnan(), 0.0, torch.round(y))
+    else:
+        low, high = -_QMAX, _QMAX
+    # Not clamp: compiled, it takes the bound for a NaN.
+    y = torch.where(y < low, low, y)
+    return torch.where(y > high, high, y).to(dtype)
 
 
 def quantize_weight(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
@@ -131,12 +233,12 @@ def quantize(model: nn.Module, *, group_size: int = 128, exclude: str | Iterable
     Two kinds of layers stay as they are, with a warning: those of fewer in_features than one group, which are
     not worth it, and those whose weight other code of the model reads, which means its values.  Layers whose
     last group is short are warned of: what they read is padded at each call, which no kernel does.  Raises
-    ValueError where the model has no nn.Linear at all; it is then unchanged.
+    ValueError where the model has no nn.Linear, or none but its lm_head; it is then unchanged.
     """
     patterns = _patterns(exclude)
     _check_group(group_size)
     _check_patterns(patterns, model)
-    _check_any(model)
+    _check_any(model, patterns)
     sites = [site for site in _linear_layers(model) if not _excluded(site[0], patterns)]
     sites = _without_read(sites, weights_read(model))
     sites = _without_small(sites, group_size)
@@ -161,14 +263,25 @@ def quantize(model: nn.Module, *, group_size: int = 128, exclude: str | Iterable
 _Site = tuple[str, "nn.Module | None", nn.Linear]
 
 
-def _check_any(model: nn.Module) -> None:
-    if next(_linear_layers(model), None) is None:
-        others = {type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)}
-        others |= {type(module).__name__ for module in model.modules() if "Linear" in type(module).__name__}
-        raise ValueError(
-            "nothing to quantize: the model has no nn.Linear"
-            + (f" but {', '.join(sorted(others))}, which may mean something else" if others else "")
-        )
+def _check_any(model: nn.Module, patterns: tuple[str, ...]) -> None:
+    """Raise ValueError where the model has no nn.Linear, or none but the head."""
+    names = [name for name, _, _ in _linear_layers(model)]
+    default = tuple(pattern for pattern in patterns if pattern in LM_HEAD)
+    if not all(_excluded(name, default) for name in names):
+        return
+    others = {type(module).__name__ for module in model.modules() if _is_like_linear(module)}
+    but = [f"{', '.join(names)}, which is excluded"] if names else []
+    but += [f"{', '.join(sorted(others))}, which may mean something else"] if others else []
+    raise ValueError(
+        "nothing to quantize: the model has no nn.Linear" + (f" but {', and '.join(but)}" if but else "")
+    )
+
+
+def _is_like_linear(module: nn.Module) -> bool:
+    """Tell whether a module looks like a linear layer, and is of a class of its own."""
+    weight = getattr(module, "weight", None)
+    is_matrix = isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding)
+    return type(module) is not nn.Linear and (is_matrix or "Linear" in type(module).__name__)
 
 
 def _without_read(sites: list[_Site], read: dict[str, str]) -> list[_Site]:

@@ -83,7 +83,8 @@ class NamedProduct(NamedOp):
         a, b, a_scale, b_scale = (torch_ir.tensor_type(value) for value in operands[:4])
         if a is None or b is None or a_scale is None or b_scale is None or not (a.shape and a_scale.shape):
             return False
-        codes, scales = a.dtype in _FLOAT8 and b.dtype in _FLOAT8, a_scale.dtype == b_scale.dtype == "float32"
+        codes = (a.dtype in _FLOAT8 and b.dtype in _FLOAT8) or a.dtype == b.dtype == "int8"
+        scales = a_scale.dtype == b_scale.dtype == "float32"
         depth, groups = a.shape[-1], a_scale.shape[-1]
         if not (codes and scales and depth and groups and depth % groups == 0):
             return False

@@ -247,19 +247,29 @@ class TopkSpec:
         return asdict(self)
 
 
+# What shares a scale of b: a block of as many rows as elements, a row (an output channel), or all rows.
+ScaleRows = Literal["blocks", "rows", "one"]
+
+
 @dataclass(frozen=True)
 class MatmulSpec:
-    """One block-scaled product: what a kernel reads and writes.
+    """One scaled product of 8-bit codes: what a kernel reads and writes.
 
-    Reads a [T, depth] in ``a_dtype``, b [columns, depth] in ``b_dtype``, float32 scales of a
-    [T, depth/group] and of b [ceil(columns/group), depth/group], then bias [columns] in ``dtype`` if it has
-    one.  Writes out [T, columns] in ``dtype``:
+    Reads a [T, depth] in ``a_dtype``, b [columns, depth] in ``b_dtype``, float32 scales of both, then bias
+    [columns] in ``dtype`` if it has one.  Writes out [T, columns] in ``dtype``:
 
-        out[m, n] = sum over groups g of a_scale[m, g] * b_scale[n/group, g] * (a[m, g] . b[n, g]) + bias[n]
+        out[m, n] = sum over groups g of a_scale[m, g] * b_scale[n, g] * (a[m, g] . b[n, g]) + bias[n]
 
-    accumulated in float32 in an order of the kernel's own, a block's products before they are scaled, the
-    bias added last, and rounded once.  Where a scale is infinite the reference gives NaN for a code of 0 and
-    the kernel for a block that sums up to 0; both give no finite number.
+    ``group`` elements along ``depth`` share a scale; where they are all of them the scales are ``whole``.
+    ``a_scales``: ``rows``, [T, depth/group], or ``one``, [1], for all of a.  ``b_scales``: ``blocks``,
+    [ceil(columns/group), depth/group], of which n reads row n/group; ``rows``, [columns, depth/group]; or
+    ``one``, [1, 1], for all of b.
+
+    float8: accumulated in float32 in an order of the kernel's own, a group's products before they are scaled,
+    the bias added last, and rounded once.  Where a scale is infinite the reference gives NaN for a code of 0
+    and the kernel for a block that sums up to 0; both give no finite number.
+    int8, of whole scales alone: the sum of products is exact in int32, rounded to float32, multiplied by the
+    scale of a and then by that of b.
 
     ``b_layout`` is how the bytes of b lie in memory, padding included; ``a_scale_layout`` how the scales of a
     do, one of those that ``Quantization`` describes but for ``ue8m0_packed``.
@@ -274,9 +284,37 @@ class MatmulSpec:
     bias: bool = False
     b_layout: WeightLayout = "row"
     a_scale_layout: ScaleLayout = "row"
+    a_scales: Literal["rows", "one"] = "rows"
+    b_scales: ScaleRows = "blocks"
+
+    @property
+    def whole(self) -> bool:
+        """Tell whether a row has one scale, which is then applied to the sum."""
+        return self.group == self.depth
+
+    @property
+    def b_scale_shape(self) -> tuple[int, int]:
+        return scale_rows(self.b_scales, self.columns, self.group), self.depth // self.group
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def scale_rows(kind: ScaleRows, columns: int, group: int) -> int:
+    """Count the rows of the scales of a weight of ``columns`` rows."""
+    return {"blocks": -(-columns // group), "rows": columns, "one": 1}[kind]
+
+
+def scale_kind(shape: tuple[int | None, ...], columns: int, depth: int) -> ScaleRows | None:
+    """Tell from their shape what the scales of a weight [columns, depth] are of; None if they fit no kind.
+
+    Where a block holds all rows, ``one`` and ``blocks`` are the same; several groups have no ``one``.
+    """
+    if len(shape) != 2 or not shape[1] or depth % shape[1]:
+        return None
+    kinds: list[ScaleRows] = ["blocks", "rows", *(["one"] if shape[1] == 1 else [])]
+    group = depth // shape[1]
+    return next((kind for kind in kinds if scale_rows(kind, columns, group) == shape[0]), None)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from iree.compiler import ir
 
 from . import canonical, torch_ir, views, weight_layouts
-from .contracts import MatmulSpec, Quantization, RowSpec, ScaleLayout, WeightLayout
+from .contracts import MatmulSpec, Quantization, RowSpec, ScaleLayout, WeightLayout, scale_kind
 from .operation import Operation, Support, Types
 from .sites import Ledger
 
@@ -82,7 +82,9 @@ def why_misfit(op: ir.Operation) -> str | None:
     if not groups or depth % groups:
         return f"{_named(op, 1)} is {b}, and {groups} scales do not divide its rows of {depth} elements"
     group = depth // groups
-    fits = columns is None or b_scale.shape == (-(-columns // group), groups)
+    fits = columns is None or (
+        b_scale.shape[-1:] == (groups,) and scale_kind(b_scale.shape, columns, depth) is not None
+    )
     if not fits or b_scale.dtype != "float32":
         wanted = torch_ir.TensorType((columns and -(-columns // group), groups), "float32")
         return f"{_named(op, 3)} is {b_scale}, and {_named(op, 1)}, {b} in blocks of {group}, needs {wanted}"
@@ -108,8 +110,21 @@ def _spec(op: ir.Operation) -> MatmulSpec | str:
     columns, depth, groups = *b.shape, a_scale.shape[-1]
     if columns is None or not depth or not groups or a.shape[-1] != depth or None in b_scale.shape:
         return "A size of its weight or scales is unknown until run time; a kernel is made for one size."
-    layout = canonical.product_contract(op).b_layout
-    return MatmulSpec(columns, depth, depth // groups, a.dtype, b.dtype, out.dtype, len(rest) == 2, layout)
+    layout, kind = canonical.product_contract(op).b_layout, scale_kind(b_scale.shape, columns, depth)
+    if kind is None:
+        return f"The scales of its weight, {b_scale}, are of no kind that a kernel knows."
+    return MatmulSpec(
+        columns,
+        depth,
+        depth // groups,
+        a.dtype,
+        b.dtype,
+        out.dtype,
+        bias=len(rest) == 2,
+        b_layout=layout,
+        a_scales="one" if a_scale.shape == (1,) and len(a.shape) > 1 else "rows",
+        b_scales=kind,
+    )
 
 
 def _candidates(
@@ -119,7 +134,7 @@ def _candidates(
     is_transposed = views.transposed(op.operands[2]) is not None
     given = spec.b_layout != "row" or not is_parameter
     for weight in [spec.b_layout] if given else reads.weights or ["row"]:
-        for layout in _scale_layouts(scale, reads, is_transposed):
+        for layout in _scale_layouts(scale, reads, is_transposed) if not spec.whole else _whole(scale):
             yield replace(spec, b_layout=weight, a_scale_layout=layout)
 
 
@@ -141,6 +156,11 @@ def _scale_layouts(scale: _Scale | None, reads: Reads, is_transposed: bool) -> l
     if scale.is_free:
         order += reads.scales
     return list(dict.fromkeys([*order, "row"]))
+
+
+def _whole(scale: _Scale | None) -> list[ScaleLayout]:
+    """One scale in a row lies the same in every layout."""
+    return ["row"] if scale is None or scale.is_free else [scale.quantization.layout]
 
 
 def _written_as(scale: _Scale, layout: ScaleLayout) -> RowSpec:

@@ -48,6 +48,8 @@ _DTYPE_OF = {element: dtype for element, dtype, _ in _ELEMENTS}
 _ELEMENT_OF = {dtype: element for element, dtype, _ in _ELEMENTS}
 _CODE_OF = {dtype: code for _, dtype, code in _ELEMENTS}
 _DTYPE_OF_CODE = {code: dtype for _, dtype, code in _ELEMENTS}
+# PyTorch's names of what a tensor of a program can hold.
+DTYPES = frozenset(_ELEMENT_OF)
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,15 @@ class TensorType:
     def with_last(self, size: int, dtype: str | None = None) -> TensorType:
         return replace(self, shape=(*self.shape[:-1], size), dtype=dtype or self.dtype)
 
-    def torch(self) -> ir.Type:
+    @property
+    def spelling(self) -> str:
         """``!torch.vtensor<[?,8],bf16>``"""
         dims = ",".join("?" if dim is None else str(dim) for dim in self.shape)
-        return ir.Type.parse(f"!torch.vtensor<[{dims}],{_ELEMENT_OF[self.dtype]}>")
+        return f"!torch.vtensor<[{dims}],{_ELEMENT_OF[self.dtype]}>"
+
+    def torch(self) -> ir.Type:
+        """The type of a value of the torch dialect."""
+        return ir.Type.parse(self.spelling)
 
     def builtin(self) -> ir.RankedTensorType:
         """``tensor<?x8xbf16>``"""
@@ -134,14 +141,17 @@ class ExampleSize(int):
         return made
 
 
-def set_example(op: ir.Operation, shapes: Sequence[Sequence[int] | None]) -> None:
-    """Remember the example sizes of each result of ``op``; None (nothing known) is kept as ()."""
+def set_example(op: Any, shapes: Sequence[Sequence[int] | None], mlir: Any = ir) -> None:
+    """Remember the example sizes of each result of ``op``; None (nothing known) is kept as ().
+
+    mlir: the bindings that ``op`` is of, where they are another library's.
+    """
     if any(shapes):
-        op.attributes[_EXAMPLE] = ir.ArrayAttr.get([ir.DenseI64ArrayAttr.get(list(s or ())) for s in shapes])
+        sizes = [mlir.DenseI64ArrayAttr.get(list(shape or ())) for shape in shapes]
         factors = [["|".join(getattr(size, "factors", ())) for size in shape or ()] for shape in shapes]
-        op.attributes[_FACTORS] = ir.ArrayAttr.get(
-            [ir.ArrayAttr.get([ir.StringAttr.get(text) for text in shape]) for shape in factors]
-        )
+        names = [mlir.ArrayAttr.get([mlir.StringAttr.get(text) for text in shape]) for shape in factors]
+        op.attributes[_EXAMPLE] = mlir.ArrayAttr.get(sizes)
+        op.attributes[_FACTORS] = mlir.ArrayAttr.get(names)
 
 
 def example_shape(value: ir.Value) -> tuple[int, ...] | None:

@@ -109,7 +109,7 @@ def why_no_product(product: BlockScaledMatmul, operands: Types, results: Types) 
     codes, scales, out = types[:2], types[2:4], types[-1]
     fits = (
         len(types) == len(operands) + 1
-        and all(type_.dtype.startswith("float8") for type_ in codes)
+        and (all(c.dtype.startswith("float8") for c in codes) or all(c.dtype == "int8" for c in codes))
         and all(type_.dtype == "float32" for type_ in scales)
         and out.dtype in FLOATS
     )

@@ -212,6 +212,17 @@ def test_a_model_without_linear_layers_is_refused() -> None:
         quantize(nn.Sequential(nn.ReLU()))
 
 
+def test_a_model_whose_only_linear_layer_is_its_head_is_refused() -> None:
+    class Conv1D(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(4, 4))
+
+    model = nn.ModuleDict({"embed": nn.Embedding(4, 4), "mix": Conv1D(), "lm_head": nn.Linear(4, 4)})
+    with pytest.raises(ValueError, match=r"no nn\.Linear but lm_head, which is excluded, and Conv1D, which"):
+        quantize(model, group_size=4)
+
+
 def test_the_last_group_of_a_row_may_be_short() -> None:
     """As in checkpoints whose blocks do not divide a shard; padding with zeros changes nothing."""
     model = seeded(nn.Sequential(nn.Linear(128, 192), nn.Linear(192, 130)))

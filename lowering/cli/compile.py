@@ -44,6 +44,8 @@ sources:
                             (module, args, dynamic_shapes), args being a tuple of example tensors
   package.module:callable   the same, of an importable module
   model.pt2                 what torch.export.save wrote
+  hf:FOLDER                 a checkpoint of a causal language model on this machine: config.json and
+                            safetensors, quantized or not; ids [batch, tokens] in, logits out
   model.mlir, -             MLIR text in the torch dialect, from a file or standard input
 
 examples:

@@ -24,7 +24,11 @@ from ..errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-FORMS = "file.py:callable, package.module:callable, model.pt2, model.mlir or - (MLIR text on standard input)"
+FORMS = (
+    "file.py:callable, package.module:callable, model.pt2, hf:FOLDER, model.mlir "
+    "or - (MLIR text on standard input)"
+)
+_FOLDER = "hf:"
 _RETURNS = "(module, args) or (module, args, dynamic_shapes)"
 
 
@@ -56,6 +60,9 @@ def check_form(source: str) -> None:
     """Refuse what cannot be a source by its name alone: cheap, and before anything is imported."""
     if source == "-":
         return
+    if source.startswith(_FOLDER):
+        _check_folder(Path(source.removeprefix(_FOLDER)))
+        return
     path = Path(source)
     if path.suffix in (".pt2", ".mlir"):
         if not path.is_file():
@@ -72,10 +79,21 @@ def check_form(source: str) -> None:
         raise UsageError(f"{where}: no such file")
 
 
+def _check_folder(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        what = "has no config.json" if path.is_dir() else "is no folder"
+        raise UsageError(
+            f"{path} {what}; hf: takes a checkpoint's folder on this machine, with config.json and "
+            "safetensors (nothing is downloaded)"
+        )
+
+
 def source_file(source: str) -> Path | None:
     """The file that ``source`` is read from; of a module, once that has been imported."""
     if source == "-":
         return None
+    if source.startswith(_FOLDER):
+        return Path(source.removeprefix(_FOLDER)) / "config.json"
     where, colon, _ = source.rpartition(":")
     if not colon or source.endswith((".pt2", ".mlir")):
         return Path(source)
@@ -93,6 +111,10 @@ def resolve(source: str, stdin: IO[str] | None = None, *, trusted: bool = False)
     path = Path(source)
     if path.suffix == ".mlir":
         return _mlir(_read(path), source)
+    if source.startswith(_FOLDER):
+        from ..checkpoints.causal_lm import causal_lm
+
+        return Model(*causal_lm(source.removeprefix(_FOLDER)))
     importlib.import_module("lowering.ops")  # models call torch.ops.lowering.*, saved ones too
     if path.suffix == ".pt2":
         return _exported(path, trusted)

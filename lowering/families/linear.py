@@ -13,10 +13,9 @@ from ..errors import CompileError
 from ..targets import Target
 from .base import Family
 from .instance import Binding, KernelInstance
-from .matmul.cpu import MATMUL_C, ProductTile, tile_defines
+from .matmul.cpu import DEPTH_MULTIPLE, MATMUL_C, ProductTile, tile_defines
 from .matmul.variant import DTYPE_CODES, texts
 
-DEPTH_MULTIPLE = 64  # of what is decoded along K at once, for every dtype and vector width
 _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 

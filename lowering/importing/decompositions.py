@@ -67,6 +67,34 @@ def _grouped_product(
     return kept if out_dtype is None else kept.to(out_dtype)
 
 
+def _scaled_product(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None = None,
+    result_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    use_fast_accum: bool = False,
+) -> Tensor:
+    """The product of fp8 that ``torch.ops.lowering.block_scaled_matmul`` defines, of b [K, N].
+
+    A scale is of a whole tensor, of each row of a and column of b, or of 128 along K, of b in squares.
+    """
+    dtype, a_rows = out_dtype or a.dtype, a_scale.shape[:1] if a_scale.dim() == 2 else ()
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32) or a_scale.dtype != torch.float32:
+        return NotImplemented
+    if a_rows in ((), (1,)) and guard_or_false(a_scale.numel() == 1):
+        a_scale = a_scale.reshape(1)
+    elif not guard_or_false(a_scale.shape[0] == a.shape[0]):
+        return NotImplemented  # squares of a
+    b_scale = b_scale.t() if b_scale.dim() == 2 else b_scale.reshape(1, 1)
+    product = torch.ops.lowering.block_scaled_matmul
+    if bias is None or bias.dtype == dtype:
+        return product(a, b.t(), a_scale, b_scale, dtype, bias)
+    return (product(a, b.t(), a_scale, b_scale, torch.float32) + bias.float()).to(dtype)
+
+
 def _histc(x: Tensor, bins: int = 100, min: Number = 0, max: Number = 0) -> Tensor:
     """Count the elements that lie in each of ``bins`` equal parts of a range, its end included.
 
@@ -254,6 +282,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     _ATEN.histc.default: _histc,
     _ATEN.empty_permuted.default: _empty_permuted,
     _ATEN._grouped_mm.default: _grouped_product,
+    _ATEN._scaled_mm.default: _scaled_product,
     _ATEN.mul.Tensor: _mul,
     _ATEN.mul.Scalar: _mul,
     _ATEN.index.Tensor: _index,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..errors import CompileError
+from .parameters import is_storable
 
 _PACKAGES = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parent.parent}/")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*(?:\n\s*([^\n]*))?')
@@ -123,19 +124,17 @@ def model_line(node: torch.fx.Node) -> str:
     return ""
 
 
-def check(exported: torch.export.ExportedProgram, storable: Collection[torch.dtype], imported: type) -> None:
-    """Refuse what cannot be imported.  storable: the dtypes of parameters; imported: the class whose methods
-    import the operations of higher order.
-    """
+def check(exported: torch.export.ExportedProgram, importable: Callable[[str], bool]) -> None:
+    """Refuse what cannot be imported.  importable: tells whether an operator of higher order is."""
     _check_effects(exported)
     _check_writes(exported)
     for node in exported.graph.nodes:
         if node.op == "call_function" and isinstance(node.target, HigherOrderOperator):
             name = node.target.name()
-            if not hasattr(imported, f"_import_hop_{name}"):
+            if not importable(name):
                 instead = _INSTEAD.get(name, "write it with plain operations")
                 raise CompileError(f"{model_line(node)}torch's {name} cannot be compiled: {instead}")
-    _check_inputs(exported, storable)
+    _check_inputs(exported)
 
 
 def _check_effects(exported: torch.export.ExportedProgram) -> None:
@@ -165,7 +164,7 @@ def _check_writes(exported: torch.export.ExportedProgram) -> None:
         )
 
 
-def _check_inputs(exported: torch.export.ExportedProgram, storable: Collection[torch.dtype]) -> None:
+def _check_inputs(exported: torch.export.ExportedProgram) -> None:
     nodes = {node.name: node for node in exported.graph.nodes}
     for spec in exported.graph_signature.input_specs:
         node = nodes.get(getattr(spec.arg, "name", ""))
@@ -178,7 +177,7 @@ def _check_inputs(exported: torch.export.ExportedProgram, storable: Collection[t
                 f"tensor without dimensions, torch.tensor({node.name}), or leave it out of dynamic_shapes"
             )
         dtype = value.dtype if isinstance(value, torch.Tensor) else None
-        if spec.kind != InputKind.USER_INPUT and dtype is not None and dtype not in storable:
+        if spec.kind != InputKind.USER_INPUT and dtype is not None and not is_storable(dtype):
             instead = "torch.view_as_real of it" if dtype.is_complex else "it in a dtype that can be"
             raise CompileError(
                 f"{model_line(node)}the parameter {spec.target} is {dtype}, which cannot be compiled; "

@@ -23,7 +23,8 @@ from iree.compiler import ir
 
 from patterns import torch_ir, weight_layouts
 
-from ..importing.importer import Program, declare_parameter, is_storable, read_parameter
+from ..importing import parameters
+from ..importing.importer import Program
 from ..report.sites import Change, Folded
 from ..weights.recipes import WORKING, Call, Recipe, Source, traced
 
@@ -286,7 +287,7 @@ def _can_be_stored(recipe: Recipe) -> bool:
     call = recipe.origin
     assert isinstance(call, Call)
     sources = recipe.sources()
-    if not is_storable(recipe.dtype) or _is_free(call, recipe.meta):
+    if not parameters.is_storable(recipe.dtype) or _is_free(call, recipe.meta):
         return False
     if _layout(recipe) != "row":
         return True
@@ -330,9 +331,9 @@ def _substitute(program: Program, block: ir.Block, trace: _Trace, names: Mapping
     loads: dict[Recipe, ir.Value] = {}
     for recipe, name in names.items():
         program.parameters[name] = recipe
-        declare_parameter(program.module.operation, name, recipe.meta)
+        parameters.declare(program.module.operation, name, recipe.meta)
         with ir.InsertionPoint.at_block_begin(block), ir.Location.unknown():
-            loads[recipe] = read_parameter(name, recipe.meta)
+            loads[recipe] = parameters.read(name, recipe.meta)
         load = weight_layouts.parameter(loads[recipe])
         if load is not None:
             weight_layouts.note(load, _layout(recipe))

@@ -50,32 +50,74 @@ def _listed(indices: list[ir.Value]) -> ir.Value:
 
 
 def _count_indices_from_front(op: ir.Operation) -> None:
-    """Count from the front the indices of an update, each along an axis of the first operand."""
+    """Count from the front the indices of an update, each along an axis of the first operand.
+
+    Several axes of indices become one, of indices and values alike: torch-mlir does so itself, and takes the
+    second unknown size for 1.
+    """
     indices = spelled(op)
-    if indices is None:
+    known = {
+        axis: torch_ir.to_builtin(index) for axis, index in enumerate(indices or ()) if index is not None
+    }
+    if not known:
         return
-    sizes = tensors.sizes(torch_ir.to_builtin(op.operands[0]))
+    sizes, shape = tensors.sizes(torch_ir.to_builtin(op.operands[0])), _broadcast(list(known.values()))
     given = list(torch_ir.producer(op.operands[1]).operands)  # type: ignore[union-attr]
-    for axis, index in enumerate(indices):
-        if index is not None:
-            given[axis] = _from_front(index, sizes[axis])
+    for axis, index in known.items():
+        given[axis] = _torch(_in_one_axis(_from_front(index, sizes[axis], shape), 0, len(shape)), "int64")
     op.operands[1] = _listed(given)
+    values = torch_ir.tensor_type(op.operands[2])
+    if len(shape) > 1 and values is not None:
+        first, full = _with_indexed(sizes, list(known), shape)
+        whole = _broadcast_to(torch_ir.to_builtin(op.operands[2]), full)
+        op.operands[2] = _torch(_in_one_axis(whole, first, len(shape)), values.dtype)
 
 
-def _from_front(index: ir.Value, size: tensors.Size) -> ir.Value:
-    type_ = torch_ir.tensor_type(index)
-    assert type_ is not None
-    value = torch_ir.to_builtin(index)
-    rank, element = len(type_.shape), ir.IntegerType.get_signless(64)
+def _from_front(index: ir.Value, size: tensors.Size, shape: Sequence[tensors.Size]) -> ir.Value:
+    """``index``, which may count from the end of an axis of ``size``, with this ``shape``."""
+    element = ir.IntegerType.get_signless(64)
+    return _broadcast_to(index, shape, lambda at: arith.IndexCastOp(element, wrapped(at, size)).result)
 
-    def counted(place: ir.Value, _: ir.Value) -> ir.Value:
-        return arith.IndexCastOp(element, wrapped(place, size)).result
 
-    same = ir.AffineMap.get_identity(rank)
-    init = tensors.empty(tensors.sizes(value), element)
-    return torch_ir.from_builtin(
-        tensors.generic([value], init, [same, same], [tensors.PARALLEL] * rank, counted), type_
+def _broadcast_to(
+    value: ir.Value, shape: Sequence[tensors.Size], change: Callable[[ir.Value], ir.Value] = lambda x: x
+) -> ir.Value:
+    """``value``, each element changed, with this shape: what has one element along an axis is repeated."""
+    rank = len(shape)
+    maps = [_aligned(value, 0, rank, rank), ir.AffineMap.get_identity(rank)]
+    init = tensors.empty(shape, ir.RankedTensorType(value.type).element_type)
+    return tensors.generic([value], init, maps, [tensors.PARALLEL] * rank, lambda x, _: change(x))
+
+
+def _in_one_axis(value: ir.Value, first: int, count: int) -> ir.Value:
+    """``value`` with ``count`` axes from ``first`` on as one; as it is where they are one or none."""
+    rank = ir.RankedTensorType(value.type).rank
+    if count < 2:
+        return value
+    behind = [[axis] for axis in range(first + count, rank)]
+    return tensors.collapse(
+        value, [[axis] for axis in range(first)] + [[*range(first, first + count)]] + behind
     )
+
+
+def _torch(value: ir.Value, dtype: str) -> ir.Value:
+    sizes = tensors.sizes(value)
+    return torch_ir.from_builtin(
+        value, TensorType(tuple(size if isinstance(size, int) else None for size in sizes), dtype)
+    )
+
+
+def _with_indexed(
+    sizes: Sequence[tensors.Size], axes: Sequence[int], shape: Sequence[tensors.Size]
+) -> tuple[int, list[tensors.Size]]:
+    """Where the axes of indices stand among those left alone, and the sizes of all of them.
+
+    Where the first of the indexed ones does if they are next to each other, else in front.
+    """
+    first = 0 if axes[-1] - axes[0] >= len(axes) else axes[0]
+    found = [size for axis, size in enumerate(sizes) if axis not in axes]
+    found[first:first] = shape
+    return first, found
 
 
 def _indexed(op: ir.Operation) -> list[ir.Value] | None:
@@ -92,18 +134,12 @@ def _indexed(op: ir.Operation) -> list[ir.Value] | None:
 
 
 def _gather(value: ir.Value, indices: list[ir.Value | None]) -> ir.Value:
-    """The elements of ``value`` at indices along some of its axes.
-
-    The axes of the indices stand where the first of them does if they are next to each other, else in front.
-    """
+    """The elements of ``value`` at indices along some of its axes."""
     given = [axis for axis, index in enumerate(indices) if index is not None]
-    apart = given[-1] - given[0] >= len(given)
     shape = _broadcast([index for index in indices if index is not None])
-    first = 0 if apart else given[0]
     kept = [axis for axis, index in enumerate(indices) if index is None]
     sizes = tensors.sizes(value)
-    result = [sizes[axis] for axis in kept]
-    result[first:first] = shape
+    first, result = _with_indexed(sizes, given, shape)
     # The axis of the result that each axis left alone has become.
     place = {axis: number if number < first else number + len(shape) for number, axis in enumerate(kept)}
     maps = [_aligned(index, first, len(shape), len(result)) for index in indices if index is not None]

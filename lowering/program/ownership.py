@@ -8,13 +8,12 @@ that would write into an argument, and none where nothing is written: what is on
 
 from __future__ import annotations
 
-from collections import Counter
-
 from iree.compiler import ir
 from iree.compiler.dialects import arith, linalg
 
+from patterns import torch_ir
+
 from ..passes import tensors
-from .slices import maker
 
 # What updates a tensor, and which operand that is.
 _UPDATES = {"iree_linalg_ext.scatter": -1, "tensor.insert_slice": 1}
@@ -37,42 +36,85 @@ def part_updates(module: ir.Module) -> None:
     """Give each update of a tensor that something else reads or updates too a copy of it to update.
 
     IREE lets two updates of one tensor write into the same memory, and computes an update and its values,
-    where they come from what is updated, in one place: it reads what it has written already.  It makes one
-    tensor of two that hold the same constants.
+    where they come from what is updated, in one place: it reads what it has written already.  Two tensors of
+    the same zeros are one as well: it finds out that they have the same sizes, and keeps one of them.
     """
     for function in (op.operation for op in module.body.operations if op.operation.name == "util.func"):
         operations = [op.operation for block in function.regions[0].blocks for op in block.operations]
-        given = Counter(op.results[0].type for op in operations if _is_given(op))
-        for copy, op in enumerate(op for op in operations if op.name in _UPDATES):
-            number = _UPDATES[op.name] % len(op.operands)
-            updated = op.operands[number]
-            whole = _viewed(updated)
-            made = maker(whole)
-            alike = made is not None and _is_given(made) and given[whole.type] > 1
-            if (alike or _readers(whole) > 1) and ir.RankedTensorType(updated.type).rank:
-                op.operands[number] = _copy(updated, op, copy)
+        updates = [op for op in operations if op.name in _UPDATES]
+        targets = [op.operands[_UPDATES[op.name] % len(op.operands)] for op in updates]
+        named: dict[str, list[ir.Operation]] = {}
+        for op in operations:
+            named.setdefault(op.name, []).append(op)
+        shared = [_is_shared(target, named) for target in targets]
+        for copy, (op, target) in enumerate(zip(updates, targets, strict=True)):
+            if shared[copy] and ir.RankedTensorType(target.type).rank:
+                op.operands[_UPDATES[op.name] % len(op.operands)] = _copy(target, op, copy)
 
 
-def _is_given(op: ir.Operation) -> bool:
-    """Tell whether ``op`` makes a tensor of constants, such as zeros."""
-    if op.name != "linalg.generic":
-        return op.name == "linalg.fill"
-    read = [maker(value) for value in list(op.operands)[: -len(op.results)]]
-    return all(made is not None and made.name == "arith.constant" for made in read)
+def _is_shared(target: ir.Value, named: dict[str, list[ir.Operation]]) -> bool:
+    """Tell whether ``target``, or a tensor that IREE may find to be the same, has more than one reader.
+
+    named: the operations of the function, by their names.
+    """
+    target = _viewed(target)
+    if _readers(target) > 1:
+        return True
+    owner = torch_ir.producer(target)
+    if owner is None:
+        return False
+    number = ir.OpResult(target).result_number
+    others = (op.results[number] for op in named[owner.name] if op != owner)
+    return any(_readers(other) and _may_be_one(target, other) for other in others)
 
 
 def _viewed(value: ir.Value) -> ir.Value:
     """The tensor that ``value`` is, in another shape."""
-    while (op := maker(value)) is not None and op.name in _VIEWS:
+    while (op := torch_ir.producer(value)) is not None and op.name in _VIEWS:
         value = op.operands[0]
     return value
 
 
 def _readers(value: ir.Value) -> int:
-    """Count the operations that read ``value``, in whatever shape."""
+    """Count what reads more of ``value``, in whatever shape, than its sizes."""
     readers = [use.owner.operation for use in value.uses]
     views = sum(_readers(reader.results[0]) for reader in readers if reader.name in _VIEWS)
     return views + sum(reader.name not in (*_VIEWS, "tensor.dim") for reader in readers)
+
+
+def _may_be_one(value: ir.Value, other: ir.Value) -> bool:
+    """Tell whether two values are made alike, from the same ones: equal, if their sizes are."""
+    pairs, seen = [(value, other)], set()
+    while pairs:
+        a, b = pair = pairs.pop()
+        if a == b or pair in seen or isinstance(a.type, ir.IndexType):
+            continue
+        seen.add(pair)
+        one, two = torch_ir.producer(a), torch_ir.producer(b)
+        if one is None or two is None or not _are_alike(one, two):
+            return False
+        pairs.extend(zip(one.operands, two.operands, strict=True))
+    return True
+
+
+def _are_alike(a: ir.Operation, b: ir.Operation) -> bool:
+    """Tell whether two operations do the same with their operands, and those within them."""
+    return (
+        a.name == b.name
+        and [result.type for result in a.results] == [result.type for result in b.results]
+        and len(a.operands) == len(b.operands)
+        and _attributes(a) == _attributes(b)
+        and len(inside := _inside(a)) == len(inside_b := _inside(b))
+        and all(map(_are_alike, inside, inside_b))
+    )
+
+
+def _attributes(op: ir.Operation) -> dict[str, ir.Attribute]:
+    return {name: op.attributes[name] for name in op.attributes}
+
+
+def _inside(op: ir.Operation) -> list[ir.Operation]:
+    return [inner.operation for region in op.regions for block in region for inner in block]
 
 
 def _copy(value: ir.Value, op: ir.Operation, copy: int) -> ir.Value:

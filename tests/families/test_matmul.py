@@ -18,7 +18,7 @@ import lowering
 from lowering.backends import abi, cpu, toolchain
 from lowering.errors import CompileError
 from lowering.families.instance import GridRule
-from lowering.families.matmul.cpu import ProductTile, tile_defines
+from lowering.families.matmul.cpu import ProductTile, busiest, tile_defines
 from lowering.families.matmul.family import instance, why_unsupported
 from lowering.ops import block_scaled_matmul_reference, to_physical
 from lowering.targets import Target, resolve
@@ -74,8 +74,8 @@ def operands(case: MatmulSpec, rows: int, seed: int = 0) -> list[torch.Tensor]:
     return [
         codes(rows, case.depth, dtype=case.a_dtype),
         codes(case.columns, case.depth, dtype=case.b_dtype),
-        scales(rows, groups),
-        scales(-(-case.columns // case.group), groups),
+        scales(*((rows, groups) if case.a_scales == "rows" else (1,))),
+        scales(*case.b_scale_shape),
         *([bias] if case.bias else []),
     ]
 
@@ -83,14 +83,18 @@ def operands(case: MatmulSpec, rows: int, seed: int = 0) -> list[torch.Tensor]:
 def in_memory(case: MatmulSpec, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The operands as the kernel is given them."""
     a, b, a_scale, *rest = tensors
-    return [a, b, to_physical(a_scale, case.a_scale_layout).contiguous(), *rest]
+    if case.a_scales == "rows":
+        a_scale = to_physical(a_scale, case.a_scale_layout).contiguous()
+    return [a, b, a_scale, *rest]
 
 
 def exact(case: MatmulSpec, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """The product in float64, and the sum of the magnitudes of its terms."""
     a, b, a_scale, b_scale, *bias = (tensor.double() for tensor in tensors)
-    a = a * a_scale.repeat_interleave(case.group, -1)
-    b = b * b_scale.repeat_interleave(case.group, 0)[: case.columns].repeat_interleave(case.group, -1)
+    if case.b_scales == "blocks":
+        b_scale = b_scale.repeat_interleave(case.group, 0)[: case.columns]
+    a = a * (a_scale.repeat_interleave(case.group, -1) if case.a_scales == "rows" else a_scale)
+    b = b * b_scale.repeat_interleave(case.group, -1)
     value, magnitude = a @ b.T, a.abs() @ b.abs().T
     return (value + bias[0], magnitude + bias[0].abs()) if bias else (value, magnitude)
 
@@ -125,6 +129,10 @@ CASES = {
     "mixed": spec(33, 256, 128, "float32", "float8_e4m3fn", "float8_e4m3fnuz"),
     "bias": spec(200, 192, 64, bias=True),
     "bias_bf16_columns": spec(131, 256, 128, "bfloat16", bias=True, a_scale_layout="column"),
+    "per_token_and_channel": spec(203, 192, 192, "bfloat16", b_scales="rows"),
+    "per_token_and_channel_bias": spec(97, 320, 320, "float16", bias=True, b_scales="rows"),
+    "per_tensor": spec(130, 64, 64, a_scales="one", b_scales="one"),
+    "static_and_channel": spec(33, 128, 128, "bfloat16", bias=True, a_scales="one", b_scales="rows"),
     "bias_f16_columns_of_fours": spec(97, 96, 32, "float16", bias=True, a_scale_layout="column_tma"),
 }
 ROWS = (0, 1, 2, 3, 17, 64, 129)
@@ -300,11 +308,8 @@ class Layer(torch.nn.Module):
 
 
 @pytest.mark.parametrize("leading", [(), (4,)])
-def test_a_program_multiplies_what_it_quantized(
-    leading: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_program_multiplies_what_it_quantized(leading: tuple[int, ...], tmp_path: Path) -> None:
     """Dynamic rows, none among them; the product is a kernel, and kernels.json says how it is launched."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     layer = Layer(200, 192, 64)
     example = torch.randn(7, *leading, 192, dtype=torch.bfloat16)
     compiled = lowering.compile(layer, (example,), dynamic_shapes=({0: torch.export.Dim("T")},))
@@ -312,7 +317,7 @@ def test_a_program_multiplies_what_it_quantized(
     compiled.dump_kernels(tmp_path)
     launch = json.loads((tmp_path / "kernels.json").read_text())["launches"][1]
     rows = example[..., 0].numel()
-    assert launch["grid"] == [2 * -(-rows // 128), 1, 1] and launch["constants"] == [rows]
+    assert launch["grid"] == [13 * -(-rows // 128), 1, 1] and launch["constants"] == [rows]
     shapes = [binding["shape"] for binding in launch["bindings"]]
     assert shapes == [[rows, 192], [200, 192], [rows, 3], [4, 3], [rows, 200]]
     program = lowering.load(compiled.vmfb)
@@ -331,6 +336,54 @@ def test_a_vector_is_one_row() -> None:
     tensors = [q[None], layer.b, scale[None], layer.b_scale]
     assert out.shape == (40,)
     assert_product(spec(40, 64, 32), out[None], tensors)
+
+
+class Channels(torch.nn.Module):
+    """Per-token activations and per-channel weights, of fp8 and of int8, and one static scale."""
+
+    def __init__(self, columns: int, depth: int) -> None:
+        super().__init__()
+        self.b, scale = LOW.group_quant(torch.randn(columns, depth), 0)
+        self.b_scale = scale
+        self.codes, self.codes_scale = LOW.group_quant(torch.randn(columns, depth), 0, dtype=torch.int8)
+        self.static = torch.tensor([0.01])
+
+    def products(self, x: torch.Tensor) -> list[list[torch.Tensor]]:
+        fp8, fp8_scale = LOW.group_quant(x, 0)
+        int8, int8_scale = LOW.group_quant(x, 0, dtype=torch.int8)
+        static = (x.float() / self.static).clamp(-448, 448).to(E4M3FN)
+        return [
+            [fp8, self.b, fp8_scale, self.b_scale],
+            [int8, self.codes, int8_scale, self.codes_scale],
+            [static, self.b, self.static, self.b_scale],
+        ]
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [LOW.block_scaled_matmul(*tensors, torch.float32) for tensors in self.products(x)]
+
+
+@pytest.mark.parametrize("target", ["h200", "b200", "gfx950"])
+def test_scales_of_tokens_and_channels_have_kernels_on_gpus(target: str) -> None:
+    model = Channels(200, 256)
+    report = lowering.explain(model, (torch.randn(5, 256, dtype=torch.bfloat16),), target=target)
+    left = [remark.text for remark in report.remarks if "left to IREE" in remark.text]
+    assert len(left) == 1 and "int8" in left[0]
+
+
+def test_scales_of_tokens_and_channels() -> None:
+    """fp8 by the kernel within its bound, int8 bit for bit; the static scale is one for all rows."""
+    model = Channels(200, 192)
+    x = torch.randn(7, 192, dtype=torch.bfloat16)
+    compiled = lowering.compile(model, (x,), dynamic_shapes=({0: torch.export.Dim("T")},))
+    assert [launch.kernel.source for launch in compiled.dispatched.launches].count("matmul.c") == 2
+    program = lowering.load(compiled.vmfb)
+    for rows in (1, 40):
+        x = torch.randn(rows, 192, dtype=torch.bfloat16)
+        fp8, int8, static = program(x)
+        first, second, third = model.products(x)
+        assert_product(spec(200, 192, 192, b_scales="rows"), fp8, first)
+        assert torch.equal(int8, LOW.block_scaled_matmul(*second, torch.float32))
+        assert_product(spec(200, 192, 192, a_scales="one", b_scales="rows"), static, third)
 
 
 def test_subnormal_codes_count_on_iree_s_workers() -> None:
@@ -356,19 +409,22 @@ def test_what_has_no_kernel_is_computed_by_iree() -> None:
     assert_product(spec(24, 64, 16), out, [q, layer.b, scale, layer.b_scale])
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 8, 64])
-def test_workers_share_the_columns(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every column is some workgroup's; handed out one by one, no worker has 16 more than its share."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: workers)
+def test_workgroups_share_the_columns() -> None:
+    """Every column is some workgroup's."""
     for sixteens in range(1, 3600):
         values, rule = tile_defines(16 * sixteens - 5, ProductTile())
         share, workgroups = values["SHARE"] // 16, rule.workgroups(128)
         assert (workgroups - 1) * share < sixteens <= workgroups * share
         assert rule.workgroups(129) == 2 * workgroups
-        if workgroups >= 8 * workers:
-            assert share == 6 and sixteens >= 6 * 64 * workers
-        else:
-            assert -(-workgroups // workers) * share <= sixteens / workers + 1
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4, 8, 16, 32])
+def test_a_host_loses_little_to_a_share_of_its_own(workers: int) -> None:
+    """A program is the same for all hosts: of wide products each is within 4% of the best, by prediction."""
+    for columns in (1536, 2048, 3072, 4096, 6144, 7168, 18432, 24576, 49152, 129280):
+        share = tile_defines(columns, ProductTile())[0]["SHARE"] // 16
+        best = min(busiest(columns // 16, workers, own) for own in range(1, 400))
+        assert busiest(columns // 16, workers, share) <= 1.04 * best
 
 
 @pytest.mark.parametrize("arch", VARIANTS)

@@ -43,8 +43,12 @@ SCALE_LAYOUTS: tuple[ScaleLayout, ...] = ("row", "column", "column_tma")
 
 
 def spec(columns: int, depth: int, dtype: str = "bfloat16", **fields) -> MatmulSpec:
-    codes = "float8_e4m3fn"
-    return MatmulSpec(columns, depth, 128, codes, codes, dtype, b_layout="swizzled_128", **fields)
+    codes, group = "float8_e4m3fn", fields.pop("group", 128)
+    return MatmulSpec(columns, depth, group, codes, codes, dtype, b_layout="swizzled_128", **fields)
+
+
+def per_channel(columns: int, depth: int, dtype: str = "bfloat16", **fields) -> MatmulSpec:
+    return spec(columns, depth, dtype, **{"group": depth, "b_scales": "rows", **fields})
 
 
 def swizzled(b: torch.Tensor) -> torch.Tensor:
@@ -111,6 +115,19 @@ CASES: dict[str, tuple[MatmulSpec, Plans, int, tuple[int, ...]]] = {
     "many_rows": (spec(300, 256, "float32", bias=True), (Plan(ANY_ROWS, 128),), 1, (150,)),
     "many_rows_and_split": (spec(200, 512), (Plan(ANY_ROWS, 128, split=2),), 1, (140,)),
     "middle": (spec(3, 128, "float16", bias=True), (Plan(ANY_ROWS, 64),), 1, (65,)),
+    "per_token_and_channel": (
+        per_channel(204, 384, bias=True),
+        (Plan(8, 8, 2), Plan(ANY_ROWS, 32)),
+        1,
+        (5, 33),
+    ),
+    "many_per_channel": (per_channel(300, 256, "float16"), (Plan(ANY_ROWS, 128),), 1, (140,)),
+    "per_tensor": (
+        per_channel(131, 256, "float32", a_scales="one", b_scales="one"),
+        (Plan(ANY_ROWS, 16),),
+        1,
+        (19,),
+    ),
 }
 
 
@@ -119,7 +136,7 @@ CASES: dict[str, tuple[MatmulSpec, Plans, int, tuple[int, ...]]] = {
 def test_emulated_kernel_is_within_the_bound(name: str, wgmma: bool, emulated) -> None:
     """Few and many tokens in a unit, teams that split K or share weights, every layout of scales."""
     case, plans, clusters, counts = CASES[name]
-    layout = SCALE_LAYOUTS[len(name) % 3]
+    layout = SCALE_LAYOUTS[len(name) % 3] if case.a_scales == "rows" else "row"
     kernel = instance(dataclasses.replace(case, a_scale_layout=layout), SM90, plans)
     launch = emulated(kernel, wgmma)(clusters)
     for rows in counts:
@@ -246,7 +263,7 @@ def test_tuning_keeps_a_plan_until_another_is_clearly_faster() -> None:
     [
         (
             dataclasses.replace(spec(128, 128), group=64),
-            "groups of 128, not 64",
+            "groups of 128 and rows of whole ones, not 64",
         ),
         (
             dataclasses.replace(spec(128, 128), a_dtype="float8_e4m3fnuz", b_dtype="float8_e4m3fnuz"),

@@ -35,8 +35,8 @@ Multiply = Callable[..., torch.Tensor]
 
 def spec(columns: int, depth: int, dtype: str = "bfloat16", target: Target = GFX950, **fields) -> MatmulSpec:
     codes = CODES[target.name]
-    fields = {"b_layout": "shuffled_16x16", "a_scale_layout": "column", **fields}
-    return MatmulSpec(columns, depth, BLOCK, codes, codes, dtype, **fields)
+    fields = {"group": BLOCK, "b_layout": "shuffled_16x16", "a_scale_layout": "column", **fields}
+    return MatmulSpec(columns, depth, a_dtype=codes, b_dtype=codes, dtype=dtype, **fields)
 
 
 def shuffled(b: torch.Tensor) -> torch.Tensor:
@@ -91,16 +91,24 @@ def block_products(a: torch.Tensor, b: torch.Tensor, target: Target) -> torch.Te
 
 
 def in_order(case: MatmulSpec, tensors: Sequence[torch.Tensor], target: Target, waves: int) -> torch.Tensor:
-    """The product as the kernel adds it up: each wave every ``waves``-th block, then wave after wave."""
+    """The product as the kernel adds it up: each wave every ``waves``-th block, then wave after wave.
+
+    Scales of whole rows come last.
+    """
     a, b, a_scale, b_scale, *bias = tensors
     sums = [torch.zeros(len(a), len(b)) for _ in range(waves)]
     for block in range(case.depth // BLOCK):
         k = slice(block * BLOCK, (block + 1) * BLOCK)
-        scale = a_scale[:, block, None] * b_scale[:, block].repeat_interleave(BLOCK)[: len(b)]
+        scale = torch.ones(())
+        if not case.whole:
+            scale = a_scale[:, block, None] * b_scale[:, block].repeat_interleave(BLOCK)[: len(b)]
         sums[block % waves] = fused(block_products(a[:, k], b[:, k], target), scale, sums[block % waves])
     total = sums[0]
     for others in sums[1:]:
         total = total + others
+    if case.whole:
+        channels = b_scale[:, 0] if case.b_scales != "blocks" else b_scale[:, 0].repeat_interleave(BLOCK)
+        total = total * a_scale * channels[: len(b)]
     return (total + bias[0].float() if bias else total).to(getattr(torch, case.dtype))
 
 
@@ -133,6 +141,14 @@ CASES = {
     "f32_bias_rows_of_scales": (spec(150, 1152, "float32", bias=True, a_scale_layout="row"), GFX950),
     "f16_columns_of_fours": (spec(16, 128, "float16", a_scale_layout="column_tma"), GFX950),
     "bf16_bias_one_column": (spec(1, 2048, bias=True), GFX950),
+    "per_token_and_channel": (
+        spec(179, 384, bias=True, group=384, b_scales="rows", a_scale_layout="row"),
+        GFX950,
+    ),
+    "per_tensor": (
+        spec(21, 256, "float16", group=256, a_scales="one", b_scales="one", a_scale_layout="row"),
+        GFX950,
+    ),
     "gfx942": (spec(54, 640, "float16", GFX942, bias=True), GFX942),
 }
 
@@ -273,7 +289,11 @@ def test_what_is_executed(rows: int, tile: ProductTile | None) -> None:
 @pytest.mark.parametrize(
     ("case", "target", "reason"),
     [
-        (dataclasses.replace(spec(64, 128), group=64), GFX950, "knows groups of 128, not 64"),
+        (
+            dataclasses.replace(spec(64, 128), group=64),
+            GFX950,
+            "knows groups of 128 and rows of whole ones, not 64",
+        ),
         (spec(64, 128, target=GFX942), GFX950, "multiplies float8_e4m3fn, not float8_e4m3fnuz and"),
         (spec(64, 128), GFX942, "multiplies float8_e4m3fnuz, not float8_e4m3fn and"),
         (spec(64, 128, b_layout="row"), GFX950, "of gfx950 reads b in shuffled_16x16, not row"),

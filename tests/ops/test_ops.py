@@ -436,6 +436,25 @@ def test_block_scaled_matmul(depth, features, group, leading):
     torch.testing.assert_close(out.double(), torch.from_numpy(expected), rtol=2**-8, atol=1e-4)
 
 
+@pytest.mark.parametrize("codes", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("a_shape", ["row", "one"])
+@pytest.mark.parametrize("b_rows", [1, 40, 2])
+def test_one_scale_in_a_row_is_applied_to_the_sum(codes, a_shape, b_rows):
+    """Of a token or all tokens, of a channel, of blocks or all: int8 bit for bit, its sum being exact."""
+    a, a_scale = LOW.group_quant(rand(2, 3, 32), 0, dtype=codes)
+    b, _ = LOW.group_quant(rand(40, 32, seed=1), 0, dtype=codes)
+    a_scale = a_scale if a_shape == "row" else a_scale[0, 0]
+    b_scale = rand(b_rows, 1, dtype=torch.float32, seed=2).abs()
+    bias = rand(40, seed=3)
+    out = LOW.block_scaled_matmul(a, b, a_scale, b_scale, torch.bfloat16, bias)
+    channels = b_scale.repeat_interleave({1: 40, 40: 1, 2: 32}[b_rows], 0)[:40]
+    exact = a.double() @ b.double().t()
+    expected = exact.float() * a_scale * channels.t() + bias.float()
+    if codes == torch.int8:
+        assert torch.equal(out, expected.bfloat16())
+    torch.testing.assert_close(out.float(), expected, rtol=2**-8, atol=1e-4)
+
+
 def test_column_tma_scales_are_accepted():
     x, b = rand(6, 256), rand(128, 256, seed=1).to(torch.float8_e4m3fn)
     results = []
@@ -637,7 +656,7 @@ B, BS = Q[:1].expand(130, 256), torch.ones(2, 2)
         ),
         (
             lambda: LOW.block_scaled_matmul(Q.float(), B, S, BS, torch.bfloat16),
-            "a: expected float8_e4m3fn or float8_e4m3fnuz or float8_e5m2, got float32",
+            "a: expected float8_e4m3fn or float8_e4m3fnuz or float8_e5m2 or int8, got float32",
         ),
         (
             lambda: LOW.block_scaled_matmul(Q, B[:, :128], S, BS, torch.bfloat16),
@@ -652,6 +671,14 @@ B, BS = Q[:1].expand(130, 256), torch.ones(2, 2)
         (
             lambda: LOW.block_scaled_matmul(Q, B, S, BS[:1], torch.bfloat16),
             r"b_scale: expected shape \[2, 2\], got \[1, 2\]",
+        ),
+        (
+            lambda: LOW.block_scaled_matmul(Q, B.to(torch.int8), S, BS, torch.bfloat16),
+            "b: expected float8_e4m3fn .*, got int8",
+        ),
+        (
+            lambda: LOW.block_scaled_matmul(Q.char(), B.char(), S, BS, torch.bfloat16),
+            "a_scale: a product of int8 has one scale in a row, got 2",
         ),
         (lambda: LOW.block_scaled_matmul(Q, B, S, BS, torch.float64), "out_dtype: expected .*, got float64"),
     ],

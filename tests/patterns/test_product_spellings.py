@@ -223,3 +223,43 @@ def test_what_is_not_stays_as_it_was_written(name: str) -> None:
     result = compiled(*OPERANDS, bias)
     for a, b in zip(*(v if isinstance(v, tuple) else (v,) for v in (result, expected)), strict=True):
         torch.testing.assert_close(a, b, rtol=2**-7, atol=2**-7)
+
+
+# -- torch._scaled_mm -----------------------------------------------------------------------------------
+
+ROW_SCALE = torch.rand(5, 1, generator=GENERATOR) * 0.01
+CHANNEL_SCALE = torch.rand(192, 1, generator=GENERATOR) * 0.01
+OF_TENSORS = (torch.tensor(0.01), torch.tensor(0.02))
+
+
+def scaled_mm(a: Tensor, b: Tensor, *others: Any, **options: Any) -> Tensor:
+    return torch._scaled_mm(a, b.t(), *others, **options)
+
+
+@pytest.mark.parametrize("bias", [None, BIAS.bfloat16()], ids=["", "bias"])
+@pytest.mark.parametrize("scales", [(ROW_SCALE, CHANNEL_SCALE.t()), OF_TENSORS], ids=["rows", "tensors"])
+def test_scaled_mm_is_a_product(scales: tuple[Tensor, Tensor], bias: Tensor | None) -> None:
+    """Of scales of rows and columns, and of whole tensors, with eager PyTorch's results."""
+
+    def function(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, *bias: Tensor) -> Tensor:
+        return scaled_mm(a, b, a_scale, b_scale, *bias, out_dtype=torch.bfloat16)
+
+    a = X.to(torch.float8_e4m3fn)
+    tensors = (a, B, *scales, *([bias] if bias is not None else []))
+    assert len(products(function, *tensors)) == 1
+    program = lowering.load(lowering.compile(Calls(function), tensors).vmfb)
+    # Both accumulate in float32; a rounding to bfloat16 may go the other way.
+    torch.testing.assert_close(program(*tensors), function(*tensors), rtol=2**-7, atol=1e-4)
+
+
+def test_one_row_has_a_scale_of_its_own_whatever_the_shape_says() -> None:
+    a, scale = X[:1].to(torch.float8_e4m3fn), torch.tensor([[0.5]])
+    rows = {0: torch.export.Dim("T")}
+    model = Calls(lambda a, b, s, t: scaled_mm(a, b, s, t, out_dtype=torch.float32))
+    compiled = lowering.compile(
+        model,
+        (X.to(a.dtype), B, ROW_SCALE, CHANNEL_SCALE.t()),
+        dynamic_shapes=((rows, None, rows, None),),
+    )
+    found = lowering.load(compiled.vmfb)(a, B, scale, CHANNEL_SCALE.t())
+    torch.testing.assert_close(found, model(a, B, scale, CHANNEL_SCALE.t()), rtol=1e-5, atol=1e-6)

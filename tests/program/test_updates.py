@@ -133,3 +133,77 @@ def test_a_tensor_that_is_updated_twice_does_not_cost_the_results_their_memory()
     for size in (9, 30):
         y = torch.randn(size, 8)
         assert all(map(torch.equal, program(y), model(y))), size
+
+
+class Routed(nn.Module):
+    """Scatter into fillings of one size, which only IREE knows: a norm's kernel is before each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.routers = nn.ModuleList(nn.Linear(16, 4, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        scores: list[Tensor] = []
+        for router in self.routers:
+            x = torch.ops.lowering.rms_norm(x, torch.ones(16), 1e-6)
+            logits = router(x)
+            values, chosen = logits.topk(1, 1)
+            scores.append(torch.full_like(logits, float("-inf")).scatter_(1, chosen, values).sigmoid())
+            x = x * scores[-1].sum(-1, keepdim=True)
+        return tuple(scores)
+
+
+def test_fillings_that_turn_out_to_be_one_are_updated_apart() -> None:
+    model, tokens = Routed().requires_grad_(False), torch.export.Dim("tokens")
+    program = lowering.load(
+        lowering.compile(model, (torch.randn(9, 16),), dynamic_shapes=({0: tokens},)).vmfb
+    )
+    for size in (1, 14, 30):
+        x = torch.randn(size, 16)
+        for got, expected in zip(program(x), model(x), strict=True):
+            assert torch.allclose(got, expected, atol=1e-5), size
+
+
+class Counted(nn.Module):
+    """Count which element of each row is the largest; nothing else reads where it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        largest = x.argmax(-1)
+        return torch.zeros(4, dtype=torch.long).index_add(0, largest, torch.ones_like(largest))
+
+
+def test_an_update_at_the_places_of_the_largest() -> None:
+    model, rows = Counted(), torch.export.Dim("rows")
+    program = lowering.load(lowering.compile(model, (torch.randn(9, 4),), dynamic_shapes=({0: rows},)).vmfb)
+    for size in (1, 9, 40):
+        x = torch.randn(size, 4)
+        assert torch.equal(program(x), model(x)), size
+
+
+class Placed(nn.Module):
+    """Put rows into a cache, at indices that have two axes of unknown sizes together."""
+
+    def forward(self, cache: Tensor, rows: Tensor, at: Tensor) -> tuple[Tensor, ...]:
+        batch, head = torch.arange(cache.shape[0])[:, None], torch.zeros_like(at)[None]
+        heads = torch.arange(2)[None, :, None]
+        return (
+            cache.index_put((batch, head, at[None]), rows[:, 0]),
+            cache.index_put((batch, head, at[None] - 16), rows[:, 1], accumulate=True),
+            cache.index_put((batch, head, at[None]), torch.tensor(2.0)),
+            cache.index_put((batch[..., None], heads, at[None, None]), rows),
+            cache.transpose(1, 2).index_put((batch, at[None]), rows.transpose(1, 2)),
+        )
+
+
+def test_updates_at_indices_of_several_unknown_sizes() -> None:
+    def arguments(batch: int, count: int) -> tuple[Tensor, ...]:
+        return torch.randn(batch, 2, 16, 8), torch.randn(batch, 2, count, 8), torch.arange(count) + 3
+
+    batch, count = torch.export.Dim("batch"), torch.export.Dim("count", max=12)
+    shapes = ({0: batch}, {0: batch, 2: count}, {0: count})
+    model = Placed()
+    program = lowering.load(lowering.compile(model, arguments(2, 3), dynamic_shapes=shapes).vmfb)
+    for sizes in ((2, 3), (1, 1), (3, 5)):
+        given = arguments(*sizes)
+        for number, (got, expected) in enumerate(zip(program(*given), model(*given), strict=True)):
+            assert torch.allclose(got, expected, atol=1e-6), (sizes, number)

@@ -1,7 +1,8 @@
-"""The block-scaled product on a GPU, beside cuBLASLt's through torch._scaled_mm.
+"""The scaled product on a GPU, beside cuBLASLt's through torch._scaled_mm.
 
     python -m tools.bench.gemm_gpu pack DIR --target h200   # where the compiler is; no GPU needed
     python -m tools.bench.gemm_gpu run DIR --json FILE      # where the GPU is: PyTorch and cuda-bindings
+    python -m tools.bench.gemm_gpu run DIR --scales rows    # packed so too: a scale of each token and channel
     compute-sanitizer --tool memcheck python -m tools.bench.gemm_gpu check DIR   # there
 
 ``check`` compares what kernels of every dtype, layout and plan write over poisoned memory, with operands at
@@ -35,7 +36,7 @@ from lowering.families.matmul.cuda import ANY_ROWS, TOKENS, Plan
 from lowering.families.matmul.family import instance
 from lowering.ops import to_physical
 from lowering.targets import resolve
-from patterns.contracts import MatmulSpec, ScaleLayout, stored_rows
+from patterns.contracts import MatmulSpec, ScaleLayout, ScaleRows, stored_rows
 from tools.command_line import PackAndRun, add_target, write_json
 from tools.gpu.launch import CudaKernel, Launch, launch_of
 from tools.gpu.timing import copy_bandwidth, time_calls
@@ -113,6 +114,10 @@ def _parser() -> argparse.ArgumentParser:
     checking = line.add("check", "check the kernels of DIR at ragged sizes")
     for command in (checking, line.run):  # which kernels there are depends on it
         add_target(command)
+    for command in (checking, line.pack, line.run):
+        command.add_argument(
+            "--scales", choices=("blocks", "rows"), default="blocks", help="of 128, or of rows"
+        )
     for command in (line.pack, line.run):
         command.add_argument("--shape", type=_shape, nargs="+", default=SHAPES, metavar="NxK")
     return line.parser
@@ -123,20 +128,29 @@ def _shape(text: str) -> tuple[int, int]:
     return int(columns), int(depth)
 
 
-def kernel_of(columns: int, depth: int, target: str, tile: object | None = None) -> KernelInstance:
+def kernel_of(
+    columns: int, depth: int, target: str, tile: object | None = None, scales: ScaleRows = "blocks"
+) -> KernelInstance:
     """The kernel that a product of this size gets."""
-    return instance(spec_of(columns, depth), resolve(target), tile)
+    return instance(spec_of(columns, depth, scales=scales), resolve(target), tile)
 
 
 def spec_of(
-    columns: int, depth: int, dtype: str = "bfloat16", bias: bool = False, layout: ScaleLayout = "column_tma"
+    columns: int,
+    depth: int,
+    dtype: str = "bfloat16",
+    bias: bool = False,
+    layout: ScaleLayout = "column_tma",
+    scales: ScaleRows = "blocks",
 ) -> MatmulSpec:
-    """A product of weights in the kernel's layout."""
-    codes = "float8_e4m3fn"
-    return MatmulSpec(columns, depth, GROUP, codes, codes, dtype, bias, "swizzled_128", layout)
+    """A product of weights in the kernel's layout, with scales of blocks of 128 or of whole rows."""
+    codes, group = "float8_e4m3fn", GROUP if scales == "blocks" else depth
+    return MatmulSpec(
+        columns, depth, group, codes, codes, dtype, bias, "swizzled_128", layout, b_scales=scales
+    )
 
 
-def checked(target: str) -> Iterator[tuple[KernelInstance, tuple[int, ...]]]:
+def checked(target: str, scales: ScaleRows) -> Iterator[tuple[KernelInstance, tuple[int, ...]]]:
     """Kernels that between them have everything there is, and the numbers of rows to check them with."""
     dtypes = ("bfloat16", "float16", "float32")
     layouts: tuple[ScaleLayout, ...] = ("row", "column", "column_tma")
@@ -144,12 +158,12 @@ def checked(target: str) -> Iterator[tuple[KernelInstance, tuple[int, ...]]]:
     cases = [(tokens, *team) for tokens in TOKENS[resolve(target).name] for team in teams]
     for number, (tokens, split, share) in enumerate(cases):
         columns, depth = (200, 2048, 129, 1032)[number % 4], (1024, 1536, 2048)[number % 3]
-        spec = spec_of(columns, depth, dtypes[number % 3], number % 2 == 1, layouts[number // 3 % 3])
+        spec = spec_of(columns, depth, dtypes[number % 3], number % 2 == 1, layouts[number // 3 % 3], scales)
         plans = (Plan(ANY_ROWS, tokens, split, share),)
         rows = (1, tokens - 1, tokens, 3 * tokens + 5, 1000 + number)
         yield instance(spec, resolve(target), plans), rows
     for columns, depth in ((576, 1536), (1, 128)):
-        yield instance(spec_of(columns, depth), resolve(target)), (0, 1, 9, 100, 300)
+        yield kernel_of(columns, depth, target, scales=scales), (0, 1, 9, 100, 300)
 
 
 def _object(directory: Path, kernel: KernelInstance) -> Path:
@@ -159,8 +173,9 @@ def _object(directory: Path, kernel: KernelInstance) -> Path:
 def pack(options: argparse.Namespace) -> int:
     """Compile each kernel to DIR/entry.cubin."""
     options.directory.mkdir(parents=True, exist_ok=True)
-    kernels = [kernel for kernel, _ in checked(options.target)]
-    kernels += [kernel_of(columns, depth, options.target) for columns, depth in options.shape]
+    kernels = [kernel for kernel, _ in checked(options.target, options.scales)]
+    for columns, depth in options.shape:
+        kernels.append(kernel_of(columns, depth, options.target, scales=options.scales))
     for kernel in kernels:
         _object(options.directory, kernel).write_bytes(compile_kernel(kernel))
     print(f"{len(kernels)} kernels")
@@ -176,7 +191,7 @@ def run(options: argparse.Namespace) -> int:
     print("     N x K         M    kernel  cuBLASLt  ratio TFLOP/s    GB/s  floor    error  peer's")
     table = []
     for columns, depth in options.shape:
-        kernel = kernel_of(columns, depth, options.target)
+        kernel = kernel_of(columns, depth, options.target, scales=options.scales)
         for rows in options.rows:
             table.append(measure(kernel, _object(options.directory, kernel), rows, bandwidth))
             print(table[-1], flush=True)
@@ -193,7 +208,7 @@ def run(options: argparse.Namespace) -> int:
 def check(options: argparse.Namespace) -> int:
     """Compare every product of ``checked`` with float64; a line for each kernel."""
     wrong = 0
-    for number, (kernel, counts) in enumerate(checked(options.target)):
+    for number, (kernel, counts) in enumerate(checked(options.target, options.scales)):
         path = _object(options.directory, kernel)
         errors = [check_one(kernel, path, rows, number % 4) for rows in counts]
         wrong += sum(error > LARGEST_ERROR for error in errors)
@@ -247,7 +262,7 @@ def operands(launch: Launch, kernel: KernelInstance, seed: int, shift: int = 0) 
     """
     spec, generator = kernel.spec, torch.Generator("cuda").manual_seed(seed)
     assert isinstance(spec, MatmulSpec)
-    rows, groups, out = launch.rows, spec.depth // GROUP, getattr(torch, spec.dtype)
+    rows, groups, out = launch.rows, spec.depth // spec.group, getattr(torch, spec.dtype)
 
     def codes(*shape: int) -> Tensor:
         values = torch.randn(shape, device="cuda", generator=generator, dtype=torch.bfloat16)
@@ -261,7 +276,7 @@ def operands(launch: Launch, kernel: KernelInstance, seed: int, shift: int = 0) 
         "a": shifted(codes(rows, spec.depth), shift),
         "b": swizzled(b),
         "a_scale": shifted(to_physical(a_scale, spec.a_scale_layout), shift),
-        "b_scale": shifted(scales(-(-spec.columns // GROUP), groups), shift),
+        "b_scale": shifted(scales(*spec.b_scale_shape), shift),
         "out": shifted(torch.full((rows, spec.columns), torch.nan, device="cuda", dtype=out), shift),
     }
     if spec.bias:
@@ -304,13 +319,15 @@ def compare(kernel: CudaKernel, launch: Launch, given: Operands) -> tuple[float,
 def exact(given: Operands) -> tuple[Tensor, Tensor]:
     """The product in float64, and the sums of the magnitudes of its terms."""
     a, b, scale = given.tensors["a"], given.b, given.tensors["b_scale"]
-    wide_a = a.double() * given.a_scale.double().repeat_interleave(GROUP, -1)
+    group = a.shape[1] // scale.shape[1]
+    rows = 1 if len(scale) == len(b) else group  # of b that share a scale
+    wide_a = a.double() * given.a_scale.double().repeat_interleave(group, -1)
     value = torch.empty(len(a), len(b), device=a.device, dtype=torch.float64)
     magnitude = torch.empty_like(value)
     for start in range(0, len(b), 4096):
         part = b[start : start + 4096].double()
-        scales = scale[start // GROUP : (start + 4096) // GROUP].double()
-        part *= scales.repeat_interleave(GROUP, 0)[: len(part)].repeat_interleave(GROUP, -1)
+        scales = scale[start // rows : -(-(start + 4096) // rows)].double()
+        part *= scales.repeat_interleave(rows, 0)[: len(part)].repeat_interleave(group, -1)
         value[:, start : start + 4096] = wide_a @ part.T
         magnitude[:, start : start + 4096] = wide_a.abs() @ part.abs().T
     bias = given.tensors["bias"].double() if "bias" in given.tensors else torch.zeros(1, device=a.device)

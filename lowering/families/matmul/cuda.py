@@ -85,8 +85,11 @@ def _measured(target: str) -> dict[tuple[int, int], Plans]:
 
 
 def _why_unsupported(spec: MatmulSpec, target: Target) -> str | None:
-    if spec.group != _BLOCK:
-        return f"The product kernel of {target.name} knows groups of {_BLOCK}, not {spec.group}."
+    if spec.group != _BLOCK and not (spec.whole and spec.depth % _BLOCK == 0):
+        of = f"rows of {spec.depth}" if spec.whole else str(spec.group)
+        return (
+            f"The product kernel of {target.name} knows groups of {_BLOCK} and rows of whole ones, not {of}."
+        )
     if {spec.a_dtype, spec.b_dtype} != {"float8_e4m3fn"}:
         dtypes = f"{spec.a_dtype} and {spec.b_dtype}"
         return f"The product kernel of {target.name} multiplies float8_e4m3fn, not {dtypes}."

@@ -1,4 +1,4 @@
-"""Make a kernel instance of a MatmulSpec and a target: the block-scaled product of ``kernels/matmul.*``.
+"""Make a kernel instance of a MatmulSpec and a target: the scaled product of ``kernels/matmul.*``.
 
 What that kernel family supports is decided here and in the variant of the target's backend:
 ``why_unsupported`` says it in a sentence that the fusion can act on, ``instance`` raises the same sentence.
@@ -34,7 +34,12 @@ _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 def why_unsupported(spec: MatmulSpec, target: Target) -> str | None:
     """Say in a sentence why no kernel computes ``spec`` on ``target``; None if one does."""
     special = _VARIANTS[target.backend].why_unsupported
-    return _why_not_types(spec) or _why_not_layouts(spec, target) or special(spec, target)
+    return (
+        _why_not_types(spec)
+        or _why_not_scales(spec)
+        or _why_not_layouts(spec, target)
+        or special(spec, target)
+    )
 
 
 def _why_not_types(spec: MatmulSpec) -> str | None:
@@ -45,6 +50,14 @@ def _why_not_types(spec: MatmulSpec) -> str | None:
         return f"The product kernel writes {', '.join(DTYPE_CODES)}, not {spec.dtype}."
     if spec.columns < 1:
         return "The product has no columns."
+    return None
+
+
+def _why_not_scales(spec: MatmulSpec) -> str | None:
+    if not spec.whole and (spec.a_scales, spec.b_scales) != ("rows", "blocks"):
+        return f"The product kernel knows scales of groups in blocks of b, not of its {spec.b_scales}."
+    if spec.a_scales == "one" and spec.a_scale_layout != "row":
+        return "One scale of a has no layout."
     return None
 
 
@@ -80,7 +93,7 @@ def instance(spec: MatmulSpec, target: Target, tile: object | None = None) -> Ke
         raise CompileError(reason)
     variant = _VARIANTS[target.backend]
     special = variant.specialise(spec, target, tile)
-    stem = f"matmul{spec.group}_{_SHORT[spec.dtype]}_n{spec.columns}_k{spec.depth}"
+    stem = f"matmul{'' if spec.whole else spec.group}_{_SHORT[spec.dtype]}_n{spec.columns}_k{spec.depth}"
     return KernelInstance.named(
         stem,
         target,
@@ -98,7 +111,7 @@ def bindings(spec: MatmulSpec) -> tuple[Binding, ...]:
     """List the tensors of ``spec`` in dispatch order: a, b, a_scale, b_scale, bias if there is one; out."""
     groups = spec.depth // spec.group
     scales: dict[ScaleLayout, tuple[Dimension, ...]] = {
-        "row": ("T", groups),
+        "row": ("T", groups) if spec.a_scales == "rows" else (1,),
         "column": (groups, "T"),
         "column_tma": (groups, "T4"),
     }
@@ -106,7 +119,7 @@ def bindings(spec: MatmulSpec) -> tuple[Binding, ...]:
         Binding("a", spec.a_dtype, ("T", spec.depth), "read"),
         Binding("b", spec.b_dtype, (stored_rows(spec.columns, spec.b_layout), spec.depth), "read"),
         Binding("a_scale", "float32", scales[spec.a_scale_layout], "read", layout=spec.a_scale_layout),
-        Binding("b_scale", "float32", (-(-spec.columns // spec.group), groups), "read"),
+        Binding("b_scale", "float32", spec.b_scale_shape, "read"),
     ]
     if spec.bias:
         read.append(Binding("bias", spec.dtype, (spec.columns,), "read"))

@@ -60,6 +60,9 @@ def common_defines(spec: MatmulSpec) -> dict[str, int]:
         "OUT_DTYPE": DTYPE_CODES[spec.dtype],
         "HAS_BIAS": int(spec.bias),
         "A_SCALE_LAYOUT": SCALE_LAYOUT_CODES[spec.a_scale_layout],
+        "WHOLE": int(spec.whole),
+        "ONE_A": int(spec.a_scales == "one"),
+        "B_ROWS": {"blocks": spec.group, "rows": 1, "one": spec.columns}[spec.b_scales],
     }
 
 

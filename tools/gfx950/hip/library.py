@@ -58,7 +58,7 @@ def _worker() -> tuple[str, ...]:
     """The worker finds its own modules by this checkout's path, whatever the caller's directory is."""
     root = str(Path(__file__).resolve().parents[3])
     start = "from tools.gfx950.hip import gpu, worker; worker.serve(gpu.Gpu)"
-    return (sys.executable, "-c", f"import sys; sys.path.insert(0, {root!r}); {start}")
+    return ("/usr/bin/env", f"PYTHONPATH={root}", sys.executable, "-c", start)
 
 
 def _run(command: Sequence[str], directory: Path) -> None:
