@@ -113,7 +113,9 @@ def _compressed(name: str, layer: Any) -> nn.Module | None:
     size = (layer.out_features, layer.in_features)
     for part in scheme.parts:
         tensor = tensors[part.name]
-        if tensor is None or tensor.dtype not in part.dtypes or tensor.shape not in part.shapes(*size):
+        if tensor is None and part.optional:
+            del tensors[part.name]
+        elif tensor is None or tensor.dtype not in part.dtypes or tensor.shape not in part.shapes(*size):
             found = "absent" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
             raise CheckpointError(f"{name}: {part.of('.weight').lstrip('.')} of {scheme.format} is {found}")
     return scheme.layer({key: tensor.detach() for key, tensor in tensors.items()}, layer.bias)

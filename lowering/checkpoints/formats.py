@@ -17,7 +17,7 @@ import torch
 from ..errors import CheckpointError
 from . import schemes
 from .folder import Folder
-from .schemes import Part, Scheme
+from .schemes import Scheme
 
 Matches = Callable[[str], bool]
 _E4M3 = torch.float8_e4m3fn
@@ -41,11 +41,6 @@ class Plan:
         if self.ignored(name):
             return None
         return next((scheme for matches, scheme in self.groups if matches(name)), None)
-
-    def parts(self) -> list[tuple[Part, bool]]:
-        """What the tensors of its layers are called, and whether they stand beside the codes."""
-        schemes = [scheme for _, scheme in self.groups]
-        return [(part, part is not scheme.codes) for scheme in schemes for part in scheme.parts]
 
 
 def plan(folder: Folder) -> Plan | None:
@@ -158,12 +153,16 @@ def compressed_group(where: str, group: Mapping[str, Any]) -> Scheme:
     words = ", ".join([*_words("weights", weights), *_words("activations", inputs)])
     format = group.get("format")
     described = f"compressed-tensors {getattr(format, 'value', format) or ''} ({words})"
-    kind = (weights.get("type"), weights.get("num_bits"))
+    kind: Any = (weights.get("type"), weights.get("num_bits"))
+    of = weights.get("strategy")
+    if kind in (("int", 4), ("int", 8)) and not inputs and "pack" in described and of in ("group", "channel"):
+        group_size: Any = weights.get("group_size") if of == "group" else None
+        return schemes.packed_integers(kind[1], group_size, zeros=not weights.get("symmetric", True))
     codes = _CODES.get(kind)
     symmetric = weights.get("symmetric", True) and inputs.get("symmetric", True)
     if codes is None or kind != (inputs.get("type"), inputs.get("num_bits")) or not symmetric:
         _refuse(where, described)
-    of, inputs_of = weights.get("strategy"), (inputs.get("strategy"), inputs.get("dynamic", False))
+    inputs_of = (inputs.get("strategy"), inputs.get("dynamic", False))
     if (of, inputs_of) == ("block", ("group", True)) and codes == _E4M3:
         size = _square(where, _sizes(weights.get("block_structure")))
         if inputs.get("group_size") == size:
@@ -222,15 +221,48 @@ def _modelopt_names(patterns: Any) -> Matches:
     return matches
 
 
+# quant_method "gptq", "awq" -----------------------------------------------------------------------
+
+
+def _gptq(source: Path, config: Mapping[str, Any]) -> Plan:
+    """GPTQModel, AutoGPTQ: qweight, qzeros, scales, g_idx."""
+    bits, version = config.get("bits"), config.get("checkpoint_format") or "gptq"
+    if bits not in (4, 8) or version not in ("gptq", "gptq_v2") or config.get("dynamic"):
+        overrides = " with dynamic overrides" if config.get("dynamic") else ""
+        _refuse(source, f"GPTQ of {bits} bits, checkpoint_format {version}{overrides}")
+    layer = schemes.gptq(bits, _group(config), above=int(version == "gptq"))
+    return Plan(source, ((_everything, layer),), _nothing)
+
+
+def _awq(source: Path, config: Mapping[str, Any]) -> Plan:
+    """AutoAWQ: qweight, qzeros, scales."""
+    bits, version = config.get("bits", config.get("w_bit")), str(config.get("version", "gemm")).lower()
+    if bits != 4 or version != "gemm" or not config.get("zero_point", True):
+        zero = "" if config.get("zero_point", True) else " without zero points"
+        _refuse(source, f"AWQ of {bits} bits, version {version}{zero}")
+    ignored = config.get("modules_to_not_convert") or ()
+    return Plan(source, ((_everything, schemes.awq(_group(config))),), _transformers_names(ignored))
+
+
+def _group(config: Mapping[str, Any]) -> int | None:
+    """``group_size``; None for whole columns, which is written as -1."""
+    size = config.get("group_size", config.get("q_group_size"))
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def _nothing(name: str) -> bool:
+    return False
+
+
 _READERS: dict[str, Callable[[Path, Mapping[str, Any]], Plan]] = {
     "fp8": _fp8,
     "compressed-tensors": _compressed_tensors,
     "modelopt": _modelopt,
+    "gptq": _gptq,
+    "awq": _awq,
 }
 
 _NO_LAYER = {
-    "gptq": "GPTQ int4 (qweight, qzeros, scales)",
-    "awq": "AWQ int4 (qweight, qzeros, scales)",
     "torchao": "torchao tensors",
     "mxfp4": "MXFP4 (blocks and scales, as gpt-oss)",
     "nvfp4": "NVFP4",

@@ -53,7 +53,7 @@ class _Loading:
         self.folder, self.plan, self.skeleton = folder, plan, skeleton
         self.loaded: set[str] = set()
         """Names of the model's own parameters and buffers that have a value, or a layer, now."""
-        self._parts = plan.parts() if plan else []
+        self._schemes = [scheme for _, scheme in plan.groups] if plan else []
         self._rest = dict.fromkeys(folder.tensors)
         # {module of experts: {(parameter, part): {expert: layer}}}
         self._experts: dict[str, dict[tuple[str, int], dict[int, nn.Module]]] = defaultdict(dict)
@@ -89,12 +89,14 @@ class _Loading:
     def _weight(self, name: str) -> str | None:
         """The weight whose codes ``name`` holds; None for other tensors."""
         tensors = self.folder.tensors
-        if any(beside and (part.weight(name) or "") in tensors for part, beside in self._parts):
-            return None
-        for part, beside in self._parts:
-            if not beside and part.name and (weight := part.weight(name)):
+        for scheme in self._schemes:
+            weights = (part.weight(name) for part in scheme.beside)
+            if any(weight and scheme.codes.of(weight) in tensors for weight in weights):
+                return None
+            if scheme.codes.name and (weight := scheme.codes.weight(name)):
                 return weight
-        has_parts = any(beside and part.of(name) in tensors for part, beside in self._parts)
+        plain = [part for scheme in self._schemes if not scheme.codes.name for part in scheme.beside]
+        has_parts = any(part.of(name) in tensors for part in plain)
         return name if has_parts or tensors[name].dtype in _CODES else None
 
     def _scheme(self, name: str, weight: str) -> Scheme:
@@ -113,19 +115,19 @@ class _Loading:
         place = self.skeleton.place(name)
         names = [part.of(name) for part in scheme.parts]
         if place is None:
-            self._left_over(*names)
+            self._left_over(*(part for part in names if part in self.folder.tensors))
             return
         module = place.target.rpartition(".")[0]
         owner = self.skeleton.model.get_submodule(module)
         if type(owner) is nn.Linear and place.converter is None:
             size = (owner.out_features, owner.in_features)
-            layer = scheme.layer(self._tensors(name, scheme, size), owner.bias)
+            layer = self._layer(name, scheme, self._tensors(name, scheme, size), owner.bias)
             self.skeleton.model.set_submodule(module, layer)
         else:
             self._take_expert(name, scheme, place, owner)
         self.loaded.add(place.target)
         for taken in names:
-            del self._rest[taken]
+            self._rest.pop(taken, None)
 
     def _take_expert(self, name: str, scheme: Scheme, place: Place, owner: nn.Module) -> None:
         module, _, leaf = place.target.rpartition(".")
@@ -136,13 +138,12 @@ class _Loading:
             self._experts[module].setdefault((leaf, part), {})
         layers = self._experts[module][leaf, place.part]
         if place.converter is not None:
-            layers[place.expert or 0] = scheme.layer(
-                self._tensors(name, scheme, (rows // parts, depth)), None
-            )
+            tensors = self._tensors(name, scheme, (rows // parts, depth))
+            layers[place.expert or 0] = self._layer(name, scheme, tensors)
             return
         stacked = self._tensors(name, scheme, (rows, depth), count)
         for number in range(count):
-            layers[number] = scheme.layer({part: t[number] for part, t in stacked.items()}, None)
+            layers[number] = self._layer(name, scheme, {part: t[number] for part, t in stacked.items()})
 
     def _check_joined(self, name: str, place: Place, owner: nn.Module) -> None:
         """Require that ``name`` is one expert's matrix, or those of all of them."""
@@ -182,12 +183,15 @@ class _Loading:
         self, name: str, scheme: Scheme, size: tuple[int, int], count: int | None = None
     ) -> dict[str, Tensor]:
         """The tensors of one layer, by the name of their part, each compared with what the scheme expects."""
+        self._check_whole(name, scheme, size)
         found = {}
         for part in scheme.parts:
             tensor, shapes = part.of(name), part.shapes(*size)
             shapes = shapes if count is None else tuple((count, *shape) for shape in shapes)
             stored = self.folder.tensors.get(tensor)
             wanted = f"{scheme.format}: expected {_text(part.dtypes, *shapes)}"
+            if stored is None and part.optional:
+                continue
             if stored is None:
                 raise CheckpointError(
                     f"{self.folder.where(scheme.codes.of(name))} has no {tensor} beside it; {wanted}"
@@ -198,8 +202,24 @@ class _Loading:
                 )
             found[part.name] = self.folder.tensor(tensor)
             if part is not scheme.codes and found[part.name].is_floating_point():
-                _check_scale(self.folder.where(tensor), found[part.name], zero=not part.name.startswith("."))
+                _check_scale(self.folder.where(tensor), found[part.name], zero=not part.positive)
         return found
+
+    def _check_whole(self, name: str, scheme: Scheme, size: tuple[int, int]) -> None:
+        for what, length, multiple in zip(("rows", "columns"), size, scheme.whole, strict=True):
+            if length % multiple:
+                raise CheckpointError(
+                    f"{self.folder.where(scheme.codes.of(name))}: {scheme.format}: the weight has {length} "
+                    f"{what}, expected a multiple of {multiple}"
+                )
+
+    def _layer(
+        self, name: str, scheme: Scheme, parts: dict[str, Tensor], bias: nn.Parameter | None = None
+    ) -> nn.Module:
+        try:
+            return scheme.layer(parts, bias)
+        except ValueError as error:
+            raise CheckpointError(f"{self.folder.where(scheme.codes.of(name))}: {error}") from error
 
     # Everything else ----------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from lowering.checkpoints.causal_lm import Logits
 from lowering.errors import CheckpointError
 from lowering.nn import ScaledLinear
 
-from . import folders, test_row_scaled
+from . import folders, test_packed, test_row_scaled
 
 X = torch.randn(3, 7, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
 
@@ -84,6 +84,20 @@ def test_compressed_tensors(name, tmp_path):
     assert (mine - expected).abs().max() <= 2**-3 * expected.abs().max()
     with pytest.raises(CheckpointError, match="was decompressed"):
         lowering.adopt(model)
+
+
+def test_packed_weights_of_compressed_tensors(tmp_path):
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    import transformers
+
+    folder, _ = test_packed.save(tmp_path, "W4A16")
+    quantization = {**test_packed.FORMATS["W4A16"][1], "quantization_status": "compressed"}
+    folders.edit(folder, quantization_config=quantization)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).eval()
+    mine = Logits(lowering.from_pretrained(folder, dtype=torch.float16))(test_row_scaled.IDS)
+    with adopted(model) as adopting:
+        assert torch.equal(Logits(adopting)(test_row_scaled.IDS), mine)
+    assert torch.equal(Logits(model)(test_row_scaled.IDS), mine)
 
 
 @pytest.mark.parametrize("scheme", ["dynamic", "static"])

@@ -215,14 +215,14 @@ def test_the_command_line(folder, tmp_path, capsys):
 # Formats ----------------------------------------------------------------------------------------
 
 _FLOAT8 = {"type": "float", "num_bits": 8}
-_INT4 = {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 32}
+_INT3 = {"type": "int", "num_bits": 3, "strategy": "group", "group_size": 32}
 
 
 @pytest.mark.parametrize(
     ("quantization", "words"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "GPTQ int4"),
-        ({"quant_method": "awq", "bits": 4}, "AWQ int4"),
+        ({"quant_method": "gptq", "bits": 3}, "GPTQ of 3 bits"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "AWQ of 4 bits, version gemv"),
         ({"quant_method": "mxfp4"}, "MXFP4"),
         ({"quant_method": "torchao"}, "torchao"),
         ({"quant_method": "bitsandbytes"}, "bitsandbytes"),
@@ -233,9 +233,9 @@ _INT4 = {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 32}
             {
                 "quant_method": "compressed-tensors",
                 "format": "pack-quantized",
-                "config_groups": {"group_0": {"targets": ["Linear"], "weights": _INT4}},
+                "config_groups": {"group_0": {"targets": ["Linear"], "weights": _INT3}},
             },
-            "compressed-tensors pack-quantized (weights int4 per group, activations as they are)",
+            "compressed-tensors pack-quantized (weights int3 per group, activations as they are)",
         ),
     ],
 )
@@ -248,7 +248,7 @@ def test_formats_without_a_layer_are_refused_by_name(quantization, words, folder
 
 def test_formats_that_nobody_knows(folder):
     folders.edit(folder, quantization_config={"quant_method": "abacus"})
-    assert "quant_method 'abacus' is unknown; those that are read: compressed-tensors, fp8" in message(folder)
+    assert "quant_method 'abacus' is unknown; those that are read: awq, compressed-tensors" in message(folder)
     folders.edit(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [32]})
     assert "a block has two positive sizes" in message(folder)
     folders.edit(
