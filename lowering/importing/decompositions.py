@@ -222,6 +222,29 @@ def _std(
     return variance.sqrt().to(x.dtype)
 
 
+# PyTorch's own form.
+_ADDED = get_decompositions([_ATEN.index_add])[_ATEN.index_add.default]
+
+
+def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: Number = 1) -> Tensor:
+    """An update of 16 bits with multiples, of which PyTorch rounds the sum alone."""
+    if alpha == 1 or x.dtype not in (torch.bfloat16, torch.float16):
+        return _ADDED(x, dim, index, source, alpha=alpha)
+    return _ADDED(x.float(), dim, index, source.float() * alpha).to(x.dtype)
+
+
+def _running(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``op``, a running sum or product, of float32 in float64, as PyTorch computes it on the CPU."""
+    along = _of_three_axes(op)
+
+    def wide(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+        if (dtype or x.dtype) != torch.float32:
+            return along(x, dim, dtype=dtype)
+        return op(x.to(torch.float32).double(), dim).to(torch.float32)
+
+    return wide
+
+
 def _of_three_axes(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``op`` along one axis of many, the axes before it joined, and those behind it.
 
@@ -293,13 +316,14 @@ _RULES: dict[Any, Callable[..., Any]] = {
     _ATEN.mul.Scalar: _mul,
     _ATEN.index.Tensor: _index,
     _ATEN.index_put.default: _index_put,
+    _ATEN.index_add.default: _index_add,
     _ATEN.index_fill.int_Scalar: _index_fill,
     _ATEN.index_fill.int_Tensor: _index_fill,
     _ATEN.masked_scatter.default: _masked_scatter,
     _ATEN.constant_pad_nd.default: _pad,
     _ATEN.abs.default: _abs,
     _ATEN.std.correction: _std,
-    _ATEN.cumsum.default: _of_three_axes(_ATEN.cumsum.default),
+    **{op: _running(op) for op in (_ATEN.cumsum.default, _ATEN.cumprod.default)},
     **{op: _of_a_vector(op, _of_three_axes(op)) for op in (_ATEN.argmax.default, _ATEN.argmin.default)},
     **{op: _of_a_vector(op) for op in _OF_AN_AXIS},
     _ATEN.fmax.default: _larger,

@@ -251,3 +251,23 @@ def test_bad_folders(tmp_path):
     folders.rewrite(folder, lambda held: held[index].add_(7))
     with pytest.raises(CheckpointError, match=r"up_proj.qweight: features of groups 7 to 8, of 2"):
         lowering.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["FP8_DYNAMIC", "ModelOpt FP8", "GPTQ", "W4A16"])
+def test_experts_are_layers_of_their_format(name, tmp_path):
+    """Each expert has the codes of its own tensors; how they are combined does not depend on the format."""
+    if name in FORMATS:
+        quantizer, quantization, codes, attribute = *FORMATS[name][:2], ".qweight", "words"
+        codes = ".weight_packed" if name == "W4A16" else codes
+        folder = folders.save(tmp_path, "deepseek_v3", folders.DEEPSEEK_V3, quantizer, quantization)
+    else:
+        folder, codes, attribute = test_row_scaled.save(tmp_path, name, "deepseek_v3"), ".weight", "weight"
+    stored = load_file(folder / "model.safetensors")
+    model = lowering.from_pretrained(folder)
+    experts = model.model.layers[1].mlp.experts
+    for number in range(4):
+        layers = (*experts.up[number], experts.down[number])
+        for which, layer in zip(("gate_proj", "up_proj", "down_proj"), layers, strict=True):
+            expected = stored[f"model.layers.1.mlp.experts.{number}.{which}{codes}"]
+            assert torch.equal(getattr(layer, attribute).view(torch.int8), expected.view(torch.int8))
+    assert Logits(model)(IDS).isfinite().all()

@@ -73,10 +73,11 @@ FORMATS = {
 }
 
 
-def save(folder: Path, name: str) -> Path:
+def save(folder: Path, name: str, kind: str = "llama") -> Path:
     dtype, channels, scale, given, stored, quantization = FORMATS[name]
     quantizer = partial(quantized, dtype=dtype, channels=channels, scale=scale, given=given, stored=stored)
-    return folders.save(folder, "llama", {**folders.SMALL, "attention_bias": True}, quantizer, quantization)
+    sizes = {**folders.SMALL, "attention_bias": True} if kind == "llama" else folders.DEEPSEEK_V3
+    return folders.save(folder, kind, sizes, quantizer, quantization)
 
 
 class Exact(nn.Module):
