@@ -35,6 +35,7 @@ from .program.scalar_ops import correct
 from .program.slices import mend_slices
 from .program.storage import add_entry, remove_entry
 from .program.sums import widen_sums
+from .program.updates import choose_elements
 from .report.report import Report
 from .report.sites import Change, Site
 from .signature import SIGNATURE_KEY, Signature, known_sizes
@@ -237,6 +238,7 @@ class _Pipeline:
 
     def _lower(self, iree: Iree, module: ir.Module) -> ir.Module:
         module = iree.lower(module)
+        choose_elements(module)
         mend_slices(module)
         correct(module, self.target)
         widen_sums(module, self.target)

@@ -47,7 +47,8 @@ def fuse_rows(block: ir.Block, ledger: Ledger, support: Support) -> None:
     """Fuse every producer with what quantizes it, then the quantizations of any other tensor."""
     for producer in _ops(block, *canonical.PRODUCERS):
         fuse_producer(producer, ledger, support)
-    for value in dict.fromkeys(quant.operands[0] for quant in _ops(block, canonical.GROUP_QUANT)):
+    values = dict.fromkeys(quant.operands[0] for quant in _ops(block, canonical.GROUP_QUANT))
+    for value in reversed(values):  # scales that are quantized in turn are replaced with what makes them
         fuse_plain(value, ledger, support)
 
 

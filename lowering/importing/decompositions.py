@@ -112,6 +112,31 @@ def _histc(x: Tensor, bins: int = 100, min: Number = 0, max: Number = 0) -> Tens
     return ((place.unsqueeze(-1) == parts) & inside.unsqueeze(-1)).sum(0).to(x.dtype)
 
 
+def _searchsorted(
+    ordered: Tensor,
+    values: Tensor | Number,
+    *,
+    out_int32: bool = False,
+    right: bool = False,
+    side: str | None = None,
+    sorter: Tensor | None = None,
+) -> Tensor:
+    """Count the elements that a value stands behind, of an ordered row, which each row of values may have."""
+    if not isinstance(values, Tensor):
+        values = torch.full((), values, dtype=ordered.dtype, device=ordered.device)
+    if sorter is not None:
+        ordered = ordered.gather(-1, sorter)
+    if ordered.dim() > 1:
+        ordered = ordered.unsqueeze(-2)
+    values = values.unsqueeze(-1)
+    behind = ordered > values if right or side == "right" else ordered >= values
+    return behind.logical_not().sum(-1, dtype=torch.int32 if out_int32 else torch.int64)
+
+
+def _bucketize(values: Tensor | Number, ordered: Tensor, **options: bool) -> Tensor:
+    return _searchsorted(ordered, values, **options)  # type: ignore[arg-type]
+
+
 def _with_tensor(op: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Number], Tensor]:
     """``op`` of a tensor and a number, which takes the tensor's dtype."""
     return lambda x, number: op(
@@ -197,6 +222,29 @@ def _std(
     return variance.sqrt().to(x.dtype)
 
 
+# PyTorch's own form.
+_ADDED = get_decompositions([_ATEN.index_add])[_ATEN.index_add.default]
+
+
+def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: Number = 1) -> Tensor:
+    """An update of 16 bits with multiples, of which PyTorch rounds the sum alone."""
+    if alpha == 1 or x.dtype not in (torch.bfloat16, torch.float16):
+        return _ADDED(x, dim, index, source, alpha=alpha)
+    return _ADDED(x.float(), dim, index, source.float() * alpha).to(x.dtype)
+
+
+def _running(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``op``, a running sum or product, of float32 in float64, as PyTorch computes it on the CPU."""
+    along = _of_three_axes(op)
+
+    def wide(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+        if (dtype or x.dtype) != torch.float32:
+            return along(x, dim, dtype=dtype)
+        return op(x.to(torch.float32).double(), dim).to(torch.float32)
+
+    return wide
+
+
 def _of_three_axes(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``op`` along one axis of many, the axes before it joined, and those behind it.
 
@@ -257,6 +305,10 @@ _OF_AN_AXIS = (
 
 _RULES: dict[Any, Callable[..., Any]] = {
     _ATEN.histc.default: _histc,
+    _ATEN.searchsorted.Tensor: _searchsorted,
+    _ATEN.searchsorted.Scalar: _searchsorted,
+    _ATEN.bucketize.Tensor: _bucketize,
+    _ATEN.bucketize.Scalar: _bucketize,
     _ATEN.empty_permuted.default: _empty_permuted,
     _ATEN._grouped_mm.default: _grouped_product,
     _ATEN._scaled_mm.default: _scaled_product,
@@ -264,13 +316,14 @@ _RULES: dict[Any, Callable[..., Any]] = {
     _ATEN.mul.Scalar: _mul,
     _ATEN.index.Tensor: _index,
     _ATEN.index_put.default: _index_put,
+    _ATEN.index_add.default: _index_add,
     _ATEN.index_fill.int_Scalar: _index_fill,
     _ATEN.index_fill.int_Tensor: _index_fill,
     _ATEN.masked_scatter.default: _masked_scatter,
     _ATEN.constant_pad_nd.default: _pad,
     _ATEN.abs.default: _abs,
     _ATEN.std.correction: _std,
-    _ATEN.cumsum.default: _of_three_axes(_ATEN.cumsum.default),
+    **{op: _running(op) for op in (_ATEN.cumsum.default, _ATEN.cumprod.default)},
     **{op: _of_a_vector(op, _of_three_axes(op)) for op in (_ATEN.argmax.default, _ATEN.argmin.default)},
     **{op: _of_a_vector(op) for op in _OF_AN_AXIS},
     _ATEN.fmax.default: _larger,

@@ -2,7 +2,9 @@
 
 IREE lowers no float8 conversion for CUDA and on AMD only those of the hardware's own flavour.  On the CPU it
 reads a NaN as a number, narrows wrongly near the smallest normal number, and computes bfloat16 in float32:
-there a narrowing that is widened again in the same dispatch would round nothing.
+there a narrowing that is widened again in the same dispatch would round nothing.  Where it computes float16
+by itself, LLVM takes an operation between a widening and a narrowing for one of float16, and joins a product
+and a sum of these: a narrowing that says how it rounds is left alone.
 Loading and storing the bytes works everywhere, so a conversion becomes bit operations on them,
 exact for every input: round to nearest even, overflow as torch's own conversion does it.
 """
@@ -16,6 +18,7 @@ import torch
 from iree.compiler import ir
 from iree.compiler.dialects import arith
 
+from ..signature import host_arch
 from ..targets import Target
 
 
@@ -67,9 +70,14 @@ _LACKING = {
     },
 }
 
+# Processors that compute float16 by themselves, on x86 and on Arm.
+_HALF = {"avx512fp16", "asimdhp"}
+
 
 def rewrite_unsupported(module: ir.Module, target: Target) -> int:
     """Rewrite ``arith.extf`` and ``arith.truncf`` of small scalars in place; returns how many."""
+    has_half = target.backend == "cpu" and not _HALF.isdisjoint(host_arch().split("+"))
+    nearest = ir.IntegerAttr.get(ir.IntegerType.get_signless(32, module.context), 0)
     lacking = {
         name: table.get(target.backend, set()) | table.get(target.name, set())
         for name, table in _LACKING.items()
@@ -79,6 +87,8 @@ def rewrite_unsupported(module: ir.Module, target: Target) -> int:
     def visit(op: ir.Operation) -> ir.WalkResult:
         if _narrow_type(op.operation) in lacking.get(op.operation.name, ()):
             found.append(op.operation)
+        elif has_half and op.operation.name == "arith.truncf" and _narrow_type(op.operation) == "f16":
+            op.operation.attributes["roundingmode"] = nearest
         return ir.WalkResult.ADVANCE
 
     module.operation.walk(visit)

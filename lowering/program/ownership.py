@@ -17,6 +17,8 @@ from ..passes import tensors
 
 # What updates a tensor, and which operand that is.
 _UPDATES = {"iree_linalg_ext.scatter": -1, "tensor.insert_slice": 1}
+# What gives a tensor another shape; it is the same memory.
+_VIEWS = ("tensor.collapse_shape", "tensor.expand_shape", "tensor.cast")
 _BARRIER = "hal.tensor.barrier"
 _IMPORT = "hal.tensor.import"
 
@@ -55,6 +57,7 @@ def _is_shared(target: ir.Value, named: dict[str, list[ir.Operation]]) -> bool:
 
     named: the operations of the function, by their names.
     """
+    target = _viewed(target)
     if _readers(target) > 1:
         return True
     owner = torch_ir.producer(target)
@@ -65,9 +68,18 @@ def _is_shared(target: ir.Value, named: dict[str, list[ir.Operation]]) -> bool:
     return any(_readers(other) and _may_be_one(target, other) for other in others)
 
 
+def _viewed(value: ir.Value) -> ir.Value:
+    """The tensor that ``value`` is, in another shape."""
+    while (op := torch_ir.producer(value)) is not None and op.name in _VIEWS:
+        value = op.operands[0]
+    return value
+
+
 def _readers(value: ir.Value) -> int:
-    """Count what reads more of ``value`` than its sizes."""
-    return sum(use.owner.operation.name != "tensor.dim" for use in value.uses)
+    """Count what reads more of ``value``, in whatever shape, than its sizes."""
+    readers = [use.owner.operation for use in value.uses]
+    views = sum(_readers(reader.results[0]) for reader in readers if reader.name in _VIEWS)
+    return views + sum(reader.name not in (*_VIEWS, "tensor.dim") for reader in readers)
 
 
 def _may_be_one(value: ir.Value, other: ir.Value) -> bool:

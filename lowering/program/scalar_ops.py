@@ -2,7 +2,7 @@
 
 After torch-to-iree each torch operation is the body of one ``linalg.generic``.  A rule sees one operation of
 such a body and builds what it stands for, or leaves it.  ``scalar_bounds`` has the rules about NaN,
-``scalar_functions`` those about division and trigonometry; those about conversions are here.
+``scalar_functions`` those about division and trigonometry; those about types are here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Rule = Callable[[ir.Operation], ir.Value | None]
 
 def correct(module: ir.Module, target: Target) -> int:
     """Replace, in place, what has a rule for ``target``; returns how many operations that was."""
-    rules = {**_CONVERSIONS, **scalar_bounds.RULES, **scalar_functions.rules(target)}
+    rules = {**_TYPES, **scalar_bounds.RULES, **scalar_functions.rules(target)}
     found: list[ir.Operation] = []
 
     def visit(op: ir.Operation) -> ir.WalkResult:
@@ -80,9 +80,29 @@ def _small_integer(op: ir.Operation) -> ir.Value | None:
     return arith.TruncIOp(type_, whole).result
 
 
-_CONVERSIONS: dict[str, Rule] = {
+_ARITHMETIC = {
+    "arith.addf": arith.AddFOp,
+    "arith.subf": arith.SubFOp,
+    "arith.mulf": arith.MulFOp,
+    "arith.divf": arith.DivFOp,
+}
+
+
+def _of_small_floats(op: ir.Operation) -> ir.Value | None:
+    """A step of a loop in 16 bits, such as an update's sum, is one of float32 that is rounded."""
+    type_, loop = op.result.type, op.parent.name
+    # The body of an operation that is named for what it computes cannot be another.
+    named = loop.startswith("linalg.") and loop != "linalg.generic"
+    if str(type_) not in ("bf16", "f16") or named:
+        return None
+    wide = [arith.ExtFOp(ir.F32Type.get(), value).result for value in op.operands]
+    return arith.TruncFOp(type_, _ARITHMETIC[op.name](*wide).result).result
+
+
+_TYPES: dict[str, Rule] = {
     "arith.truncf": _rounded_constant,
     "arith.sitofp": _small_float,
     "arith.uitofp": _small_float,
     "arith.fptosi": _small_integer,
+    **dict.fromkeys(_ARITHMETIC, _of_small_floats),
 }

@@ -21,9 +21,11 @@ _SLICE, _CONCAT, _ELEMENT = "tensor.extract_slice", "tensor.concat", "tensor.ext
 def mend_slices(module: ir.Module) -> None:
     """Respell such slices in ``module``, as it is after IREE's torch pipeline, in place."""
     for op in _named(module, _ELEMENT):
-        while (cut := _maker(op.operands[0])) is not None and cut.name == _SLICE:
+        while _is_of_slice(op.operands[0]):
+            cut = maker(op.operands[0])
+            assert cut is not None
             with ir.InsertionPoint(op), op.location:
-                places = _places_in_source(cut, list(op.operands)[1:])
+                places = _PLACES[cut.name](cut, list(op.operands)[1:])
                 picked = tensor.ExtractOp(cut.operands[0], places)
             op.result.replace_all_uses_with(picked.result)
             op.erase()
@@ -47,17 +49,27 @@ def _named(module: ir.Module, name: str) -> list[ir.Operation]:
     return found
 
 
-def _maker(value: ir.Value) -> ir.Operation | None:
+def maker(value: ir.Value) -> ir.Operation | None:
+    """The operation that makes ``value``; None for an argument."""
     return None if isinstance(value.owner, ir.Block) else value.owner.operation
+
+
+def _is_of_slice(value: ir.Value) -> bool:
+    """Tell whether ``value`` is a slice, in whatever shape."""
+    while (op := maker(value)) is not None and op.name in _PLACES:
+        if op.name == _SLICE:
+            return True
+        value = op.operands[0]
+    return False
 
 
 def _negation(concat: ir.Operation) -> ir.Operation | None:
     """The negation of the first of two slices, where they are not the halves of a tensor exchanged."""
-    makers = [_maker(part) for part in concat.operands]
+    makers = [maker(part) for part in concat.operands]
     if len(makers) != 2 or makers[0] is None or makers[0].name != "linalg.generic":
         return None
     made = list(makers[0].regions[0].blocks[0].operations)
-    first, second = _maker(makers[0].operands[0]), makers[1]
+    first, second = maker(makers[0].operands[0]), makers[1]
     slices = all(maker is not None and maker.name == _SLICE for maker in (first, second))
     if len(made) != 2 or made[0].operation.name != "arith.negf" or not slices:
         return None
@@ -66,36 +78,78 @@ def _negation(concat: ir.Operation) -> ir.Operation | None:
 
 def _are_halves_exchanged(first: ir.Operation, second: ir.Operation) -> bool:
     """Tell whether these slices are the second and the first half of a tensor along its last axis."""
-    *rest, half = _bounds(first)[1]
+    *rest, half = bounds(first, 1)[1]
     offsets, ones = [0] * len(rest), [1] * (len(rest) + 1)
     return (
         first.operands[0] == second.operands[0]
-        and _bounds(first) == [[*offsets, half], [*rest, half], ones]
-        and _bounds(second) == [[*offsets, 0], [*rest, half], ones]
+        and bounds(first, 1) == [[*offsets, half], [*rest, half], ones]
+        and bounds(second, 1) == [[*offsets, 0], [*rest, half], ones]
     )
 
 
 def _places_in_source(cut: ir.Operation, places: Sequence[ir.Value]) -> list[ir.Value]:
     """Find where an element of a slice is in the tensor that it was cut from."""
-    offsets, sizes, strides = _bounds(cut)
-    shape, remaining = list(ir.RankedTensorType(cut.result.type).shape), list(places)
-    found = []
-    for offset, size, stride in zip(offsets, sizes, strides, strict=True):
-        dropped = size == 1 and len(remaining) < len(sizes) and not (shape and shape[0] == 1)
-        if dropped:
-            found.append(tensors.index(offset))
-            continue
-        shape.pop(0)
-        step = arith.MulIOp(remaining.pop(0), tensors.index(stride)).result
+    offsets, sizes, strides = bounds(cut, 1)
+    left_out = dropped(sizes, ir.RankedTensorType(cut.result.type).shape)
+    remaining, found = list(places), []
+    for offset, stride, out in zip(offsets, strides, left_out, strict=True):
+        step = tensors.index(0) if out else arith.MulIOp(remaining.pop(0), tensors.index(stride)).result
         found.append(arith.AddIOp(tensors.index(offset), step).result)
     return found
 
 
-def _bounds(cut: ir.Operation) -> list[list[tensors.Size]]:
-    """The offsets, sizes and strides of a slice, along each axis of the tensor that it was cut from."""
-    given, dynamic = iter(list(cut.operands)[1:]), ir.ShapedType.get_dynamic_size()
+def _places_in_collapsed(view: ir.Operation, places: Sequence[ir.Value]) -> list[ir.Value]:
+    """Find where an element of joined axes is along each of them."""
+    sizes, found = tensors.sizes(view.operands[0]), []
+    for axes, place in zip(_groups(view), places, strict=True):
+        inner, rest = [], place
+        for axis in reversed(axes[1:]):
+            size = tensors.index(sizes[axis])
+            inner.insert(0, arith.RemUIOp(rest, size).result)
+            rest = arith.DivUIOp(rest, size).result
+        found += [rest, *inner]
+    return found
+
+
+def _places_in_expanded(view: ir.Operation, places: Sequence[ir.Value]) -> list[ir.Value]:
+    """Find where an element of axes that were one is along that one."""
+    sizes, found = tensors.sizes(view.result), []
+    for axes in _groups(view):
+        place = places[axes[0]] if axes else tensors.index(0)
+        for axis in axes[1:]:
+            whole = arith.MulIOp(place, tensors.index(sizes[axis])).result
+            place = arith.AddIOp(whole, places[axis]).result
+        found.append(place)
+    return found
+
+
+def _groups(view: ir.Operation) -> list[list[int]]:
+    return [[int(axis.value) for axis in group] for group in view.attributes["reassociation"]]  # type: ignore
+
+
+_PLACES = {
+    _SLICE: _places_in_source,
+    "tensor.collapse_shape": _places_in_collapsed,
+    "tensor.expand_shape": _places_in_expanded,
+}
+
+
+def dropped(sizes: Sequence[tensors.Size], shape: Sequence[int]) -> list[bool]:
+    """Tell which axes of a slice, each of one element, a tensor of this shape is without."""
+    left, found = list(shape), []
+    for number, size in enumerate(sizes):
+        without = size == 1 and len(left) < len(sizes) - number and left[:1] != [1]
+        found.append(without)
+        if not without:
+            left.pop(0)
+    return found
+
+
+def bounds(op: ir.Operation, operands: int) -> list[list[tensors.Size]]:
+    """The offsets, sizes and strides of a slice along each axis; so many ``operands`` are before them."""
+    given, dynamic = iter(list(op.operands)[operands:]), ir.ShapedType.get_dynamic_size()
     found: list[list[tensors.Size]] = []
     for name in ("static_offsets", "static_sizes", "static_strides"):
-        known = list(ir.DenseI64ArrayAttr(cut.attributes[name]))
+        known = list(ir.DenseI64ArrayAttr(op.attributes[name]))
         found.append([next(given) if number == dynamic else number for number in known])
     return found

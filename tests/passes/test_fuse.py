@@ -248,6 +248,13 @@ def test_one_refused_quantization_does_not_keep_the_others_out() -> None:
     assert sorted(result.in_rows) == [0, 2, 3] and result.left == [1]
 
 
+def test_scales_that_are_quantized_in_turn_are_rows_of_their_own() -> None:
+    quantize = torch.ops.lowering.group_quant
+    result = fused(Calls(lambda x: quantize(quantize(x, 32)[1], 0)), bf16(4, 1024))
+    assert_nothing_lost(result)
+    assert [pattern for _, pattern in outcomes(result)] == ["quant", "quant"]
+
+
 def test_a_model_without_sites_has_an_empty_ledger() -> None:
     result = fused(Calls(torch.relu), bf16(4, 256))
     assert result == Fused(Ledger())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -225,6 +227,23 @@ def test_counts_bits_and_shifts():
             (i.to(torch.int32).unsqueeze(-1) >> torch.arange(0, 32, 4)) & 15,
         ),
         (i,),
+    )
+
+
+def test_places_in_ordered_rows():
+    bounds = torch.tensor([-1.0, 0.0, 0.0, 2.0, math.inf])
+    x = torch.tensor([[-2.0, -1.0, -0.0, 1.0], [2.0, 3.0, math.inf, 4.0]])
+    check(
+        lambda bounds, x: (
+            torch.searchsorted(bounds, x),
+            torch.searchsorted(bounds, x, right=True, out_int32=True),
+            torch.searchsorted(torch.stack([bounds, bounds * 2]), x, side="right"),
+            torch.searchsorted(bounds.flip(0), x, sorter=torch.arange(4, -1, -1)),
+            torch.searchsorted(bounds, 0.5),
+            torch.searchsorted(bounds, x.log()),
+            torch.bucketize(x, bounds[1:], right=True),
+        ),
+        (bounds, x),
     )
 
 

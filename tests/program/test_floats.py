@@ -194,3 +194,16 @@ def test_only_what_a_target_lacks_is_rewritten(target: str, rewrites: set[str]) 
             count = floats.rewrite_unsupported(module, resolve(target))
             assert count == (2 * len(WIDE) if narrow in rewrites else 0)
             assert (str(module) == before) == (count == 0)
+
+
+@pytest.mark.parametrize(("arch", "rounds"), [("x86_64+avx512fp16", True), ("x86_64+f16c", False)])
+def test_a_float16_is_rounded_where_the_processor_computes_it(
+    arch: str, rounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it does, LLVM would join x * x and the sum, which PyTorch rounds apart."""
+    monkeypatch.setattr(floats, "host_arch", lambda: arch)
+    text = FUNCTION.format(name="narrow", op="truncf", source="f32", result="f16", from_bits=32, to_bits=16)
+    with ir.Context(), ir.Location.unknown():
+        module = ir.Module.parse(text)
+        assert floats.rewrite_unsupported(module, resolve("cpu")) == 0
+        assert ("to_nearest_even" in str(module)) == rounds

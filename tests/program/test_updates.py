@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -58,6 +59,57 @@ def test_updates_with_values_of_what_they_update() -> None:
         y = torch.randn(size, 8)
         for number, (got, expected) in enumerate(zip(program(x, y), model(x, y), strict=True)):
             assert torch.allclose(got.float(), expected.float(), atol=1e-5), number
+
+
+class WithIt(nn.Module):
+    """What is put is computed with what is there: one dispatch has both for results."""
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        z, powers = x + 1, x.exp()
+        chosen = torch.where(y > 0, y, z)
+        twice = torch.zeros(10, 8) + y[0]
+        twice[0:3] = powers[:3] * 2
+        twice[2:5] = powers[:3] * 3
+        steps = x + 2
+        steps[-1, 1::3] = y[-1, 1::3]
+        scale = x.abs().amax(-1, keepdim=True)
+        quotient, scales = x / scale, scale.squeeze(-1).clone()
+        scales[0:1] = 4
+        halves = x.unflatten(-1, (2, 4))
+        exchanged = halves.clone()
+        exchanged[:, 1] = halves[:, 0] * y[:, :4]
+        return z.slice_scatter(chosen), twice, steps, quotient, scales, exchanged
+
+
+class OfZeros(nn.Module):
+    """Two tensors of zeros, of which one is updated: they are not one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+        value, place = torch.topk(torch.softmax(x, -1), 1, dim=-1)
+        put = torch.zeros_like(x).scatter(-1, place, value)
+        zeros = torch.zeros_like(torch.ops.lowering.rms_norm(x, self.weight, 1e-5))
+        zeros[-1, ..., ::2] = put[-1, ..., ::2]
+        return zeros, place
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("model", [WithIt(), OfZeros()], ids=["computed with", "zeros"])
+def test_updates_computed_with_what_they_update(model: nn.Module, dynamic: bool) -> None:
+    shape = (6, 8) if isinstance(model, WithIt) else (6, 3, 8)
+    rows = torch.export.Dim("rows", min=4)
+    shapes = ({0: rows}, {0: rows}) if dynamic else None
+    program = lowering.load(
+        lowering.compile(model, (torch.randn(shape), torch.randn(shape)), dynamic_shapes=shapes).vmfb
+    )
+    for size in (6, 9) if dynamic else (6,):
+        x, y = torch.randn(size, *shape[1:]), torch.randn(size, *shape[1:])
+        for number, (got, expected) in enumerate(zip(program(x, y), model(x, y), strict=True)):
+            # A sum in another order, of a softmax or an exponential: some units in the last place.
+            assert torch.allclose(got, expected, rtol=1e-5, atol=1e-6), number
 
 
 class Twice(nn.Module):

@@ -60,11 +60,12 @@ def _arguments(scope: Scope) -> None:
     batch = scope.choice([4, "T", "T", "T", 64, 1, hidden])
     leading = scope.choice([(batch,), (batch,), (batch, "S"), (batch, 3), ("T", "S"), (2, "T", "S")])
     kind = "special" if scope.special else scope.choice(["normal", "rows"])
-    dtype = scope.choice(FLOATS)
+    dtype, dtypes = scope.choice(FLOATS), []
     shape = (*leading, hidden)
     for _ in range(scope.choice([1, 2, 2, 3])):
         dtype = scope.choice([dtype, dtype, *FLOATS])
         scope.argument(shape, dtype, kind)
+        dtypes.append(dtype)
     if scope.chance(0.3):
         scope.argument((*leading, scope.choice([8, 64])), scope.choice(FLOATS), kind)
     if scope.chance(0.3):
@@ -74,4 +75,4 @@ def _arguments(scope: Scope) -> None:
     if scope.chance(0.1):
         scope.argument(shape, torch.bool, "below 2")
     if scope.chance(0.1):
-        scope.argument(shape, dtype, kind, same="a0")  # the caller passes one tensor twice
+        scope.argument(shape, dtypes[0], kind, same="a0")  # the caller passes one tensor twice
