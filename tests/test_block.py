@@ -112,11 +112,14 @@ def test_nothing_is_computed_between_the_kernels(block: Phases, phase: str) -> N
 
 
 def test_weights_and_scales_are_in_the_layouts_of_the_kernels(block: Phases) -> None:
-    weights, scales = LAYOUTS[block.target]
+    """One scale in a row, where K is one group, lies in rows whatever the kernel reads best."""
+    weights, best = LAYOUTS[block.target]
+    scales = []
     for launch in block.compiled.dispatched.launches[1::2]:
         spec = launch.kernel.spec
         assert isinstance(spec, MatmulSpec)
-        assert (spec.b_layout, spec.a_scale_layout) == (weights, scales)
+        scales.append("row" if spec.whole else best)
+        assert (spec.b_layout, spec.a_scale_layout) == (weights, scales[-1])
     found = re.findall(
         r"util\.global private @([\w.]+)(?: {weight_layout = \"(\w+)\"})?", block.text("9-linalg")
     )
@@ -127,7 +130,7 @@ def test_weights_and_scales_are_in_the_layouts_of_the_kernels(block: Phases) -> 
     quantized = [
         s.contract.layout for s in block.compiled.report.sites if isinstance(s.contract, Quantization)
     ]
-    assert quantized == [scales, scales]
+    assert quantized == scales and best in scales
 
 
 def test_the_block_in_the_executor(tmp_path: Path) -> None:

@@ -131,8 +131,16 @@ CASES: dict[str, tuple[MatmulSpec, Plans, int, tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("wgmma", [True, False], ids=["wgmma", "mma"])
-@pytest.mark.parametrize("name", CASES)
+# What stores results is the same with either way to multiply: scales of channels and tensors are tried with one.
+WAYS = [
+    (name, wgmma)
+    for name, (case, *_) in CASES.items()
+    for wgmma in (True, False)
+    if wgmma or case.b_scales == "blocks"
+]
+
+
+@pytest.mark.parametrize(("name", "wgmma"), WAYS, ids=[f"{name}-{'wg' * wgmma}mma" for name, wgmma in WAYS])
 def test_emulated_kernel_is_within_the_bound(name: str, wgmma: bool, emulated) -> None:
     """Few and many tokens in a unit, teams that split K or share weights, every layout of scales."""
     case, plans, clusters, counts = CASES[name]
