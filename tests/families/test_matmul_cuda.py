@@ -131,7 +131,7 @@ CASES: dict[str, tuple[MatmulSpec, Plans, int, tuple[int, ...]]] = {
 }
 
 
-# What stores results is the same with either way to multiply: scales of channels and tensors are tried with one.
+# Results are stored the same with either way to multiply: scales of channels and tensors are tried with one.
 WAYS = [
     (name, wgmma)
     for name, (case, *_) in CASES.items()
