@@ -140,6 +140,8 @@ class ScaledLinear(nn.Module):
 
     weight: float8_e4m3fn or int8 [out_features, in_features]; weight_scale: float32 [out_features, 1] or
     [1, 1]; input_scale: float32 [1] or None; all are buffers, and keep their dtype when the model is cast.
+    bias: [out_features] or None.  Raises ValueError, when called, for tensors that do not fit each other.
+    Source: compressed-tensors' and ModelOpt's FP8 and W8A8 layers, as vLLM computes them.
     """
 
     weight: Tensor

@@ -133,8 +133,10 @@ def _searchsorted(
     return behind.logical_not().sum(-1, dtype=torch.int32 if out_int32 else torch.int64)
 
 
-def _bucketize(values: Tensor | Number, ordered: Tensor, **options: bool) -> Tensor:
-    return _searchsorted(ordered, values, **options)  # type: ignore[arg-type]
+def _bucketize(
+    values: Tensor | Number, ordered: Tensor, *, out_int32: bool = False, right: bool = False
+) -> Tensor:
+    return _searchsorted(ordered, values, out_int32=out_int32, right=right)
 
 
 def _with_tensor(op: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Number], Tensor]:

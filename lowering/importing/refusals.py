@@ -187,7 +187,7 @@ def _check_inputs(exported: torch.export.ExportedProgram) -> None:
 
 def not_imported(node: torch.fx.Node, error: Exception) -> CompileError:
     """An operation that the torch dialect has no form of, or not for these operands."""
+    said = (str(error) or type(error).__name__).splitlines()[0][:300]
     return CompileError(
-        f"{model_line(node)}{node.target} cannot be compiled: {str(error).splitlines()[0][:300]}; "
-        "write it with other operations"
+        f"{model_line(node)}{node.target} cannot be compiled: {said}; write it with other operations"
     )

@@ -20,7 +20,7 @@ from torch_mlir.extras.fx_importer import FxImporter, FxImporterHooks, GraphNode
 
 from patterns import torch_ir
 
-from ..errors import CompileError
+from ..errors import CompileError, LoweringError
 from . import parameters, refusals
 
 # The operator that a parameter is until its module has crossed.
@@ -40,8 +40,11 @@ def import_graph(
         with there:
             torch_ir.set_example(main, _examples(exported), mlir)
         importer.module.operation.verify()
-    except (NotImplementedError, TypeError, ValueError, mlir.MLIRError) as error:
-        raise CompileError(f"the exported program cannot be imported: {error}") from error
+    except LoweringError:
+        raise
+    except Exception as error:  # the importer also asserts, and looks up what may not be there
+        kind = type(error).__name__
+        raise CompileError(f"the exported program cannot be imported: {kind}: {error}") from error
     code = io.BytesIO()
     importer.module.operation.write_bytecode(code)
     module = ir.Module.parse(code.getvalue(), context=context)
@@ -70,7 +73,9 @@ class _NodeImporter(GraphNodeImporter):
     def _import_torch_op_overload(self, loc: mlir.Location, node: torch.fx.Node, *others: Any) -> None:
         try:
             super()._import_torch_op_overload(loc, node, *others)
-        except (NotImplementedError, TypeError, ValueError, KeyError, RuntimeError) as error:
+        except LoweringError:
+            raise
+        except Exception as error:
             raise refusals.not_imported(node, error) from error
 
     def bind_node_value(self, node: torch.fx.Node, value: Any, result_index: int = 0) -> None:

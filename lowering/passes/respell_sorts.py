@@ -44,7 +44,7 @@ def _kthvalue(op: ir.Operation) -> list[ir.Value] | None:
     first = tensors.from_torch_int(op.operands[1])
     first = arith.SubIOp(first, tensors.index(1)).result
     value = torch_ir.to_builtin(op.operands[0])
-    index = _of_ranks(_ranks(_keys(value, source.dtype, False), axis), axis, 1, first)
+    index = _of_ranks(_ranks(_apart(_keys(value, source.dtype, False)), axis), axis, 1, first)
     made = []
     for result, taken in zip(op.results, (_taken(value, index, axis), _widened(index)), strict=True):
         wanted = torch_ir.tensor_type(result)
@@ -71,7 +71,8 @@ def _ranked(
         number %= len(source.shape)
         wanted = types[0].shape[number]  # type: ignore[union-attr]
         length = wanted if wanted is not None else count() if count else tensors.sizes(value)[number]
-        index = _of_ranks(_ranks(_keys(value, source.dtype, descending), number), number, length)
+        keys = _apart(_keys(value, source.dtype, descending))
+        index = _of_ranks(_ranks(keys, number), number, length)
         results = [_taken(value, index, number), _widened(index)]
     return [
         torch_ir.from_builtin(tensors.cast(result, type_.builtin()), type_)  # type: ignore[union-attr]
@@ -118,6 +119,16 @@ def _float_key(element: ir.Value, type_: ir.IntegerType) -> ir.Value:
 
 def _number(value: int, type_: ir.Type) -> ir.Value:
     return arith.ConstantOp(type_, value).result
+
+
+def _apart(keys: ir.Value) -> ir.Value:
+    """Have ``keys`` computed before they are compared: once, and not for each pair.
+
+    IREE's code generation for NVIDIA GPUs does not come to an end where they are made of bfloat16 meanwhile.
+    """
+    dynamic = [size for size in tensors.sizes(keys) if not isinstance(size, int)]
+    barrier = "iree_tensor_ext.compute_barrier.start"
+    return ir.Operation.create(barrier, results=[keys.type], operands=[keys, *dynamic]).result
 
 
 def _ranks(keys: ir.Value, axis: int) -> ir.Value:

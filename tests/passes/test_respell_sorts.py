@@ -79,3 +79,16 @@ def test_a_sort_of_one_number():
     x = torch.tensor(2.0)
     program = lowering.load(lowering.compile(Sort(), (x,)).vmfb)
     assert [part.item() for part in program(x)] == [3.0, 0]
+
+
+@pytest.mark.parametrize("target", ["h200", "gfx950"])
+def test_what_is_widened_just_before_a_top_k_compiles_for_gpus(target, monkeypatch):
+    """With a size unknown, IREE's code generation for NVIDIA GPUs did not come to an end of it."""
+
+    class Widened(torch.nn.Module):
+        def forward(self, x):
+            return torch.topk(x.float(), 4)
+
+    monkeypatch.setenv("VMFUSE_COMPILE_TIMEOUT", "60")
+    x = torch.randn(6, 3, 64).bfloat16()
+    lowering.compile(Widened(), (x,), dynamic_shapes=({0: Dim("n", min=6)},), target=target)
