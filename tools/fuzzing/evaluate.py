@@ -180,10 +180,17 @@ def _layer_norm(
 
 
 def _product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """In float64, and unknown where a sum in float32 overflows on its way or not, which its order decides."""
+    """In float64, and unknown where a sum in float32 overflows on its way or not, which its order decides.
+
+    An infinite element decides its sums by itself, whatever their order, unless the others overflow.
+    """
     x, y = x.double(), y.double()
-    largest = x.abs() @ y.abs()
+    largest = _finite(x).abs() @ _finite(y).abs()
     return torch.where(largest > torch.finfo(torch.float32).max, torch.nan, x @ y).float()
+
+
+def _finite(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x.isfinite(), x, 0.0)
 
 
 # What eager does inside one operation, in another way.
