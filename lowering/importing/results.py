@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
@@ -26,11 +24,11 @@ def chosen(tree: pytree.TreeSpec, output: containers.Names | None) -> tuple[list
 
 
 def returning(exported: ExportedProgram, numbers: Sequence[int]) -> ExportedProgram:
-    """Return these of the results alone, and drop what is computed for the others."""
+    """Return these of the results alone, and drop what is computed for the others, in place."""
     signature = exported.graph_signature
     specs = [spec for spec in signature.output_specs if spec.kind == OutputKind.USER_OUTPUT]
     others = [spec for spec in signature.output_specs if spec.kind != OutputKind.USER_OUTPUT]
-    module = torch.fx.GraphModule(exported.graph_module, copy.deepcopy(exported.graph))
+    module = exported.graph_module
     returned = module.graph.output_node()
     results: Any = returned.args[0]
     first = len(others)
