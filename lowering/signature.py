@@ -190,6 +190,9 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
     ast.Pow: operator.pow,
+    # Of conditions.
+    ast.BitOr: operator.or_,
+    ast.BitAnd: operator.and_,
 }
 
 
@@ -278,7 +281,7 @@ def _evaluate(node: ast.expr, symbols: Mapping[str, Any]) -> int:
         return node.value
     if isinstance(node, ast.Name):
         return symbols[node.id]
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Not)):
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Not, ast.Invert)):
         value = _evaluate(node.operand, symbols)
         return -value if isinstance(node.op, ast.USub) else not value
     if isinstance(node, ast.BoolOp):

@@ -18,13 +18,12 @@ _INDEPENDENT = {"device", "shape", "size", "ndim", "numel", "is_cuda", "is_meta"
 """Attributes of a weight that are the same for its codes."""
 
 
-def weights_read(model: nn.Module) -> dict[str, str]:
-    """Return {qualified name of an nn.Linear: "file:line" of a read of its weight by other code}.
+def weights_read(model: nn.Module, names: set[str]) -> dict[str, str]:
+    """Return {name: "file:line" of a read of the weight by other code} of the layers of these names.
 
     Code that runs in training alone or that initialises weights does not count.  A class without source
     (defined in a shell, compiled) is taken to read nothing.
     """
-    names = {name for name, module in model.named_modules() if type(module) is nn.Linear}
     found: dict[str, str] = {}
     for prefix, module in model.named_modules():
         for path, of_self, where in _reads(type(module)):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import lowering
@@ -158,12 +160,76 @@ def test_shared_layers_and_weights_stay_shared():
     assert model["c"].weight is block.up.weight and model["c"].bias is not block.up.bias
 
 
-def test_subclasses_are_left_alone():
-    class Special(nn.Linear):
-        pass
+class SpelledOut(nn.Linear):
+    """As Falcon has it."""
 
-    model = quantize(nn.Sequential(Special(128, 128), nn.Linear(128, 128)))
-    assert [type(module) for module in model] == [Special, BlockScaledLinear]
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+class Scaled(nn.Linear):
+    """Linear, and something else than the product with its weight."""
+
+    def forward(self, x):
+        return super().forward(x) * 1.01
+
+
+def test_what_computes_the_product_is_quantized_whatever_its_class():
+    conv = transformers.pytorch_utils.Conv1D(192, 128)
+    kinds = nn.ModuleList([SpelledOut(128, 128), conv, Scaled(128, 128), nn.Bilinear(8, 8, 8)])
+    model = nn.ModuleDict({"layers": seeded(kinds), "head": nn.Linear(128, 128)})
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(3))
+    expected = [layer(x) for layer in list(kinds)[:2]]
+    quantize(model, exclude="head")
+    assert [type(layer) for layer in kinds] == [BlockScaledLinear, BlockScaledLinear, Scaled, nn.Bilinear]
+    for layer, want in zip(kinds, expected, strict=False):
+        # Codes of three bits of mantissa on both sides.
+        assert (layer(x) - want).norm() < 0.05 * want.norm()
+    done = lowering.nn.quantization(model)
+    assert done.changed == {
+        "layers.0": "SpelledOut, groups of 128", "layers.1": "Conv1D, groups of 128"
+    }  # fmt: skip
+    assert done.left["head"] == "excluded"
+    assert done.left["layers.2"] == "a Scaled computes something else than a product with its weight"
+    assert "layers.3: left, a Bilinear" in str(done)
+
+
+def test_conv1d_layers_that_share_a_weight_share_its_codes():
+    first, second = (transformers.pytorch_utils.Conv1D(128, 128) for _ in range(2))
+    second.weight = first.weight
+    model = quantize(nn.Sequential(first, second))
+    assert model[0].weight is model[1].weight and model[0].bias is not model[1].bias
+
+
+MIXTURES = {
+    "qwen3_moe": {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32},
+}
+
+
+@pytest.mark.parametrize("kind", list(MIXTURES))
+def test_experts_of_a_mixture_are_quantized(kind):
+    """As transformers holds them: three-dimensional, and of gpt_oss transposed, interleaved, with a bias."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+    config = transformers.AutoConfig.for_model(
+        kind, **sizes, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0, **MIXTURES[kind]
+    )
+    model: Any = seeded(transformers.AutoModelForCausalLM.from_config(config)).eval()
+    experts = model.model.layers[0].mlp.experts
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(3))
+    chosen, weights = torch.tensor([[0, 1], [1, 2], [3, 0], [2, 3], [3, 1]]), torch.rand(5, 2)
+    expected = experts(x, chosen, weights)
+    quantize(model, group_size=32)
+    quantized = model.model.layers[0].mlp.experts
+    assert type(quantized) is lowering.nn.QuantizedExperts
+    # Two products of codes of three bits of mantissa.
+    assert (quantized(x, chosen, weights) - expected).norm() < 0.1 * expected.norm()
+    done = lowering.nn.quantization(model)
+    assert "a layer for each of its experts" in done.changed["model.layers.0.mlp.experts"]
+    assert done.left["lm_head"] == "excluded"
+    again = transformers.AutoModelForCausalLM.from_config(config)
+    quantize(again, group_size=32, exclude=("experts", "lm_head"))
+    assert lowering.nn.quantization(again).left["model.layers.0.mlp.experts"] == "excluded"
 
 
 def test_a_linear_layer_itself():
@@ -203,11 +269,8 @@ def test_layers_whose_weight_is_read_elsewhere_stay_and_are_named() -> None:
 
 
 def test_a_model_without_linear_layers_is_refused() -> None:
-    class Special(nn.Linear):
-        pass
-
-    with pytest.raises(ValueError, match=r"no nn\.Linear but Special, which may mean something else"):
-        quantize(nn.Sequential(Special(64, 64)))
+    with pytest.raises(ValueError, match=r"no nn\.Linear but Scaled, which may mean something else"):
+        quantize(nn.Sequential(Scaled(64, 64)))
     with pytest.raises(ValueError, match=r"the model has no nn\.Linear$"):
         quantize(nn.Sequential(nn.ReLU()))
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..nn import BlockScaledLinear, ScaledLinear
+from ..nn import BlockScaledLinear, QuantizedExperts, ScaledLinear
 from . import formats
-from .experts import QuantizedExperts, check_experts
+from .experts import check_experts
 from .schemes import E8M0, exact
 
 

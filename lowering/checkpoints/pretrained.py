@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..nn import QuantizedExperts
 from . import formats
-from .experts import QuantizedExperts, check_experts
+from .experts import check_experts
 from .folder import Folder
 from .schemes import Scheme
 from .skeleton import Place, Skeleton

@@ -316,8 +316,8 @@ def _verify(model: Model, compiled: Compiled, vmfb: Output, irpa: Output | None,
     import torch
     from torch.utils import _pytree as pytree
 
+    from ..importing.sizes import exported_shapes
     from ..runtime import program as runtime
-    from .sizes import exported_shapes
     from .verify import require_device, verify
 
     device = require_device(compiled.target)

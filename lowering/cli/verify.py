@@ -20,8 +20,8 @@ from torch.utils import _pytree as pytree
 
 from ..containers import Names, register, select
 from ..errors import LoweringError, UsageError, VerificationError
+from ..importing.sizes import Call, other_arguments
 from .sensitivity import exact, nudged, plain, state_kept
-from .sizes import Call, other_arguments
 
 if TYPE_CHECKING:
     from ..targets import Target

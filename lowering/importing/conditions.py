@@ -11,11 +11,11 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 
 from ..signature import Constant, Integer, Leaf, holds, names_in, sizes_of
+from .exporting import assertions
 
 # Of a tensor an axis, of an int itself.
 _SOURCE = re.compile(r"L((?:\['[^']*'\]|\[\d+\])+)(?:\.size\(\)\[(\d+)\])?")
@@ -25,13 +25,15 @@ _PADDED = re.compile(r"(\d+)\*\d+\+(.+)//\1!=\2")
 _KEY = re.compile(r"\['([^']*)'\]|\[(\d+)\]")
 
 
-def conditions(exported: torch.export.ExportedProgram, inputs: Sequence[Leaf]) -> tuple[str, ...]:
-    """The conditions on the sizes of ``inputs``, each once and none that always holds."""
+def conditions(
+    exported: torch.export.ExportedProgram, inputs: Sequence[Leaf], more: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """The conditions on the sizes of ``inputs``, and ``more``, each once and none that always holds."""
     specs = {leaf.name: leaf for leaf in inputs if not isinstance(leaf, Constant)}
     symbols = {name for spec in specs.values() for dim in sizes_of(spec) for name in names_in(dim)}
     sizes = {str(dim) for spec in specs.values() for dim in sizes_of(spec)}
     ints = {leaf.size for leaf in inputs if isinstance(leaf, Integer)}
-    found = [*_ranges(exported, sizes, ints), *_guards(exported, specs), *_assertions(exported)]
+    found = [*_ranges(exported, sizes, ints), *_guards(exported, specs), *assertions(exported), *more]
     told = dict.fromkeys(_plain(text) for text in found if _is_about(text, symbols))
     return tuple(text for text in told if not _PADDED.fullmatch(re.sub(r"[ ()]", "", text)))
 
@@ -78,15 +80,6 @@ def _guards(exported: torch.export.ExportedProgram, specs: Mapping[str, Leaf]) -
 
     for guard in getattr(exported, "_guards_code", ()):
         yield _SOURCE.sub(symbol, guard)
-
-
-def _assertions(exported: torch.export.ExportedProgram) -> Iterator[str]:
-    for node in exported.graph.nodes:
-        if node.target is torch.ops.aten._assert_scalar.default:
-            asserted = node.args[0]
-            value: Any = asserted.meta.get("val") if isinstance(asserted, torch.fx.Node) else asserted
-            if isinstance(value, torch.SymBool):
-                yield str(value.node.expr)
 
 
 def _is_about(text: str, symbols: set[str]) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -46,8 +46,10 @@ from ..weights.recipes import Recipe
 from . import checkpoints, refusals
 from .conditions import conditions, forget_multiples
 from .decompositions import decompositions
+from .exporting import drop_assertions, export
 from .foreign import functionalize
 from .results import chosen, returning, without_containers
+from .sizes import Call
 
 # The release whose torch dialect IREE 3.13 reads; pyproject.toml has the same.
 TORCH_MLIR = "20261001"
@@ -134,9 +136,10 @@ def import_module(
     """
     with _EXPORTING:
         if isinstance(module, torch.export.ExportedProgram):
-            return _import(module, context, output)
+            return _import(module, context, output=output)
         with adopted(module) as adopting, _results(adopting, output):
-            program = _import(_export(adopting, args, dict(kwargs or {}), dynamic_shapes), context)
+            exported, asserted = _export(adopting, args, dict(kwargs or {}), dynamic_shapes)
+            program = _import(exported, context, asserted=asserted)
         program.remarks = checkpoints.dequantized(module)
         return program
 
@@ -156,7 +159,11 @@ def _results(module: torch.nn.Module, output: containers.Names | None) -> Iterat
 
 
 def _import(
-    exported: torch.export.ExportedProgram, context: ir.Context, output: containers.Names | None = None
+    exported: torch.export.ExportedProgram,
+    context: ir.Context,
+    *,
+    output: containers.Names | None = None,
+    asserted: Sequence[str] = (),
 ) -> Program:
     as_exported = exported  # what follows may lose the guards of a program that was saved
     forget_multiples(exported)
@@ -170,6 +177,7 @@ def _import(
     names = containers.leaf_names(tree)
     outputs = tuple(map(_named, (all_outputs[number] for number in numbers), names))
     _check_ints(inputs, outputs)
+    drop_assertions(exported)
     exported = returning(exported, [n for n in numbers if isinstance(all_outputs[n], TensorSpec)])
     torch_dialect = _torch_dialect()
     refusals.check(exported, torch_dialect.importable)
@@ -181,7 +189,7 @@ def _import(
         outputs=outputs,
         input_tree=_dumped(as_exported.call_spec.in_spec),
         output_tree=_dumped(tree),
-        conditions=conditions(as_exported, inputs),
+        conditions=conditions(as_exported, inputs, asserted),
     )
 
 
@@ -214,10 +222,10 @@ def parse_module(text: str | bytes, context: ir.Context) -> Program:
 
 def _export(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
-) -> torch.export.ExportedProgram:
+) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
     try:
         args, kwargs = _distinct(containers.register((args, kwargs)))
-        return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        return export(module, Call(args, kwargs), dynamic_shapes)
     except LoweringError:
         raise
     except Exception as error:  # torch.export raises whatever the model or the tracer raised

@@ -23,6 +23,8 @@ from patterns import torch_ir
 from ..errors import CompileError, LoweringError
 from . import parameters, refusals
 
+# Functions of sizes, which the importer knows as operations only.
+_OF_SIZES = {torch.sym_min: torch.ops.prim.min.int, torch.sym_max: torch.ops.prim.max.int}
 # The operator that a parameter is until its module has crossed.
 _PLACEHOLDER = "lowering.parameter"
 
@@ -31,6 +33,8 @@ def import_graph(
     exported: torch.export.ExportedProgram, context: ir.Context
 ) -> tuple[ir.Module, dict[str, torch.Tensor]]:
     """``exported`` as a module in ``context`` with the function ``@main``; the tensors its globals name."""
+    for node in exported.graph.nodes:
+        node.target = _OF_SIZES.get(node.target, node.target)
     there = mlir.Context()
     register_dialect(there)
     placeholders = _Placeholders()

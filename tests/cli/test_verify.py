@@ -12,9 +12,9 @@ from torch.export import Dim
 
 from lowering import nn as quantized
 from lowering.cli.sensitivity import exact, nudged
-from lowering.cli.sizes import exported_shapes, other_arguments
 from lowering.cli.verify import Comparison, compare, verify
 from lowering.errors import RunError, VerificationError
+from lowering.importing.sizes import exported_shapes, other_arguments
 
 
 class Identity(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,10 +30,39 @@ def other_arguments(
     The tensors hold the values they have, repeated or cut.  Sizes are within the range that their Dim has,
     and multiples of what it says; whether a model takes them only it can tell.
     """
-    call = Call(tuple(args), dict(kwargs or {}))
-    open_sizes = _open_sizes(call, dynamic_shapes)
-    symbols = {symbol for sizes in open_sizes.values() for symbol, _ in sizes.values()}
-    return _candidates(call, open_sizes) if symbols else None
+    resizing = Resizing.of(Call(tuple(args), dict(kwargs or {})), dynamic_shapes)
+    return None if resizing is None else _candidates(resizing)
+
+
+@dataclass(frozen=True)
+class Resizing:
+    """A call whose open sizes may be set: ``sizes`` as ``_open_sizes`` finds them, ``now`` their values."""
+
+    original: Call
+    sizes: dict[int, Sizes]
+    now: dict[Any, int]
+
+    @staticmethod
+    def of(call: Call, dynamic_shapes: Any) -> Resizing | None:
+        """None where every size is fixed."""
+        leaves, open_sizes, now = pytree.tree_leaves(call), _open_sizes(call, dynamic_shapes), {}
+        for number, sizes in open_sizes.items():
+            for dim, (symbol, factor) in sizes.items():
+                now.setdefault(symbol, max(leaves[number].shape[dim] // factor, 1))
+        return Resizing(call, open_sizes, now) if now else None
+
+    def then(self, change: Callable[[int, int], int]) -> dict[Any, int]:
+        """The sizes that ``change`` makes of each size and its number among them, within their bounds."""
+        numbered = enumerate(self.now.items())
+        return {symbol: _within(symbol, change(size, order)) for order, (symbol, size) in numbered}
+
+    def call(self, then: Mapping[Any, int]) -> Call:
+        """The call with these sizes."""
+        leaves, tree = pytree.tree_flatten(self.original)
+        for number, sizes in self.sizes.items():
+            for dim, (symbol, factor) in sizes.items():
+                leaves[number] = _resized(leaves[number], dim, then[symbol] * factor)
+        return pytree.tree_unflatten(leaves, tree)
 
 
 @dataclass(frozen=True)
@@ -149,25 +178,15 @@ def _factor(size: Any) -> int:
     return int(fn(1)) if fn else 1
 
 
-def _candidates(call: Call, open_sizes: dict[int, Sizes]) -> Iterator[tuple[str, Call]]:
-    leaves, tree = pytree.tree_flatten(call)
-    now: dict[Any, int] = {}
-    for number, sizes in open_sizes.items():
-        for dim, (symbol, factor) in sizes.items():
-            now.setdefault(symbol, max(leaves[number].shape[dim] // factor, 1))
+def _candidates(resizing: Resizing) -> Iterator[tuple[str, Call]]:
     for change in (lambda n: n + 3, lambda n: 2 * n, lambda n: n - 1, lambda n: n + 1, lambda n: 4 * n):
-        then = {
-            symbol: _within(symbol, change(size + order)) for order, (symbol, size) in enumerate(now.items())
-        }
-        if then == now or min(then.values()) < 1:
+        then = resizing.then(lambda size, order, change=change: change(size + order))
+        if then == resizing.now or min(then.values()) < 1:
             continue
-        changed = list(leaves)
-        for number, sizes in open_sizes.items():
-            for dim, (symbol, factor) in sizes.items():
-                changed[number] = _resized(changed[number], dim, then[symbol] * factor)
-        shapes = [tuple(changed[number].shape) for number, sizes in open_sizes.items() if sizes]
-        words = ", ".join("x".join(map(str, shape)) for shape in shapes[:4])
-        yield words, pytree.tree_unflatten(changed, tree)
+        call = resizing.call(then)
+        leaves = pytree.tree_leaves(call)
+        shapes = [tuple(leaves[number].shape) for number, sizes in resizing.sizes.items() if sizes]
+        yield ", ".join("x".join(map(str, shape)) for shape in shapes[:4]), call
 
 
 def _within(symbol: Any, size: int) -> int:

@@ -1,0 +1,187 @@
+"""Run torch.export, and where it says that open sizes are fixed by the model, find out whether they are.
+
+torch.export decides by the example's sizes wherever it has to know one: how many chunks a sequence is padded
+to, whether one of them is contiguous, which of two equal results is computed.  Each decision fixes sizes that
+were to stay open, and it then refuses.  Here such a model is exported again, with larger example sizes and
+every decision kept as an assertion.  The exported program is evaluated at sizes that violate the assertions:
+where it agrees with the model, an assertion was needless and is dropped, and where it does not, the model is
+refused.  Assertions that no evaluated size violates remain conditions of a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch._dynamo.exc import UserError
+from torch.export import ExportedProgram
+from torch.fx.experimental import _config
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
+
+from ..signature import evaluate
+from .sizes import Call, Resizing
+
+_ASSERTION = torch.ops.aten._assert_scalar.default
+# Of an element, relative to the largest: the model and its graph are the same operations.
+_ROUNDINGS = 16
+
+
+def export(
+    module: torch.nn.Module, call: Call, dynamic_shapes: Any
+) -> tuple[ExportedProgram, tuple[str, ...]]:
+    """Export ``module`` for the arguments of ``call``: the program, and conditions beside its own.
+
+    Raises whatever torch.export raises.
+    """
+    try:
+        return _exported(module, call, dynamic_shapes), ()
+    except UserError as error:
+        general = _general(module, call, dynamic_shapes, _divisors(error))
+        if general is None:
+            raise
+        return general
+
+
+def _exported(
+    module: torch.nn.Module, call: Call, dynamic_shapes: Any, *, deferred: bool = False
+) -> ExportedProgram:
+    return torch.export.export(
+        module,
+        call.args,
+        call.kwargs,
+        dynamic_shapes=dynamic_shapes,
+        strict=False,
+        prefer_deferred_runtime_asserts_over_guards=deferred,
+    )
+
+
+def _divisors(error: UserError) -> list[int] | None:
+    """By what the sizes are divided that ``error`` is about; None if a loop or an index fixes one.
+
+    Such a size has one value, whatever is done about assertions.
+    """
+    environment = _environment(error)
+    if environment is None:
+        return None
+    expressions = [guard.expr for guard in environment.guards]
+    if any(isinstance(expression, sympy.Eq) and expression.lhs.is_Symbol for expression in expressions):
+        return None
+    numbers = {
+        int(str(number))
+        for expression in expressions
+        for part in sympy.preorder_traversal(expression)
+        if type(part).__name__ in ("Mod", "PythonMod", "FloorDiv")
+        for number in part.args[1:]
+        if isinstance(number, sympy.Integer)
+    }
+    return sorted(numbers)
+
+
+def _environment(error: UserError) -> ShapeEnv | None:
+    """The sizes of the traced program, where the error about them was raised."""
+    context: BaseException | None = error
+    while context is not None:
+        trace = context.__traceback__
+        while trace is not None:
+            found = trace.tb_frame.f_locals.get("self")
+            if isinstance(found, ShapeEnv):
+                return found
+            trace = trace.tb_next
+        context = context.__context__
+    return None
+
+
+def _general(
+    module: torch.nn.Module, call: Call, dynamic_shapes: Any, divisors: list[int] | None
+) -> tuple[ExportedProgram, tuple[str, ...]] | None:
+    """The model exported without fixing a size, or None if it is not the model at every size tried."""
+    resizing = Resizing.of(call, dynamic_shapes)
+    if divisors is None or resizing is None:
+        return None
+    largest = max(divisors, default=1)
+    example = resizing.call(resizing.then(lambda size, order: 3 * max(size, largest) + 7 + order))
+    try:
+        with _config.patch(backed_size_oblivious=True):  # pyright: ignore[reportAttributeAccessIssue]
+            exported = _exported(module, example, dynamic_shapes, deferred=True)
+    except Exception:  # the first error is the one to tell
+        return None
+    asserted = set(assertions(exported))
+    drop_assertions(exported)
+    if exported.graph_signature.buffers_to_mutate:
+        return None  # to evaluate the model would change it
+    tried = [resizing.then(lambda _, order, size=size: size) for size in (1, 2, largest, largest + 1)]
+    for sizes in (resizing.now, *tried):
+        other = resizing.call(sizes)
+        if not _agree(exported, module, other):
+            return None
+        values = _symbols(exported, other)
+        if any(evaluate(text, values) is None for text in asserted):
+            return None
+        asserted = {text for text in asserted if evaluate(text, values)}
+    return exported, tuple(sorted(asserted))
+
+
+def assertions(exported: ExportedProgram) -> Iterator[str]:
+    """What the program asserts of the sizes of its arguments, as text."""
+    for node in exported.graph.nodes:
+        if node.target is _ASSERTION:
+            asserted = node.args[0]
+            value: Any = asserted.meta.get("val") if isinstance(asserted, torch.fx.Node) else asserted
+            if isinstance(value, torch.SymBool):
+                yield str(value.node.expr)
+
+
+def drop_assertions(exported: ExportedProgram) -> None:
+    """Remove all assertions, in place: what they say of sizes is checked before a call."""
+    for node in [node for node in exported.graph.nodes if node.target is _ASSERTION]:
+        exported.graph.erase_node(node)
+    exported.graph.eliminate_dead_code()
+    exported.graph_module.recompile()
+
+
+def _symbols(exported: ExportedProgram, call: Call) -> dict[str, int]:
+    """The sizes that the arguments of ``call`` have, by the symbols of the exported program."""
+    nodes = {node.name: node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder"}
+    found: dict[str, int] = {}
+    for name, leaf in zip(exported.graph_signature.user_inputs, pytree.tree_leaves(call), strict=True):
+        traced = nodes.get(str(name))
+        if isinstance(traced, Tensor) and isinstance(leaf, Tensor):
+            sizes = {str(dim): size for dim, size in zip(traced.shape, leaf.shape, strict=True)}
+            found |= {name: size for name, size in sizes.items() if name.isidentifier()}
+    return found
+
+
+def _agree(exported: ExportedProgram, module: torch.nn.Module, call: Call) -> bool:
+    """Tell whether the exported program gives what the model gives, sizes that the model refuses aside."""
+    with torch.no_grad():
+        try:
+            wanted = pytree.tree_leaves(module(*_copies(call).args, **_copies(call).kwargs))
+        except Exception:  # whatever the model says to arguments it was not written for
+            return True
+        try:
+            copies = _copies(call)
+            found = pytree.tree_leaves(exported.module(check_guards=False)(*copies.args, **copies.kwargs))
+        except Exception:  # the graph fits other sizes only
+            return False
+    return len(found) == len(wanted) and all(map(_same, found, wanted))
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    if not isinstance(wanted, Tensor):
+        return type(found) is type(wanted) and found == wanted
+    if not isinstance(found, Tensor) or found.shape != wanted.shape or found.dtype != wanted.dtype:
+        return False
+    if not wanted.is_floating_point() or not wanted.numel():
+        return torch.equal(found, wanted)
+    a, b = found.double(), wanted.double()
+    largest = b.abs().nan_to_num(0.0, 0.0, 0.0).max()
+    tolerance = float(_ROUNDINGS * torch.finfo(wanted.dtype).eps * largest)
+    return torch.allclose(a, b, rtol=0.0, atol=tolerance, equal_nan=True)
+
+
+def _copies(call: Call) -> Call:
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, call)
