@@ -40,7 +40,10 @@ def export(
     try:
         return _exported(module, call, dynamic_shapes), ()
     except UserError as error:
-        general = _general(module, call, dynamic_shapes, _divisors(error))
+        divisors, resizing = _divisors(error), Resizing.of(call, dynamic_shapes)
+        if divisors is None or resizing is None:
+            raise
+        general = _general(module, resizing, dynamic_shapes, max(divisors, default=1))
         if general is None:
             raise
         return general
@@ -96,23 +99,28 @@ def _environment(error: UserError) -> ShapeEnv | None:
 
 
 def _general(
-    module: torch.nn.Module, call: Call, dynamic_shapes: Any, divisors: list[int] | None
+    module: torch.nn.Module, resizing: Resizing, dynamic_shapes: Any, largest: int
 ) -> tuple[ExportedProgram, tuple[str, ...]] | None:
-    """The model exported without fixing a size, or None if it is not the model at every size tried."""
-    resizing = Resizing.of(call, dynamic_shapes)
-    if divisors is None or resizing is None:
-        return None
-    largest = max(divisors, default=1)
+    """The model exported without fixing a size, or None if it is not the model at every size tried.
+
+    largest: by what the model divides its sizes.  Raises UserError where a loop or an index fixes a size.
+    """
     example = resizing.call(resizing.then(lambda size, order: 3 * max(size, largest) + 7 + order))
     try:
         with _config.patch(backed_size_oblivious=True):  # pyright: ignore[reportAttributeAccessIssue]
             exported = _exported(module, example, dynamic_shapes, deferred=True)
-    except Exception:  # the first error is the one to tell
+    except UserError as error:
+        if "Specializations" in str(error):
+            raise  # the line that fixes a size is known now
+        return None
+    except Exception:
+        return None
+    if exported.graph_signature.buffers_to_mutate:
+        return None  # to evaluate the model would change it
+    if any(map(_chooses_of_any_number, _nodes(exported))):
         return None
     asserted = set(assertions(exported))
     drop_assertions(exported)
-    if exported.graph_signature.buffers_to_mutate:
-        return None  # to evaluate the model would change it
     tried = [resizing.then(lambda _, order, size=size: size) for size in (1, 2, largest, largest + 1)]
     for sizes in (resizing.now, *tried):
         other = resizing.call(sizes)
@@ -125,9 +133,28 @@ def _general(
     return exported, tuple(sorted(asserted))
 
 
+def _nodes(exported: ExportedProgram) -> Iterator[torch.fx.Node]:
+    """The nodes of the graph, and of those inside it, such as a region without gradients."""
+    for part in exported.graph_module.modules():
+        if isinstance(part, torch.fx.GraphModule):
+            yield from part.graph.nodes
+
+
+def _chooses_of_any_number(node: torch.fx.Node) -> bool:
+    """Tell whether a node is a top-k along an open axis: compiled, it chooses others of equal elements.
+
+    So the compiled program would not be what the evaluations below have compared.
+    """
+    if node.target is not torch.ops.aten.topk.default:
+        return False
+    source, axis = node.args[0], node.args[2] if len(node.args) > 2 else -1
+    assert isinstance(source, torch.fx.Node) and isinstance(axis, int)
+    return not isinstance(source.meta["val"].shape[axis], int)
+
+
 def assertions(exported: ExportedProgram) -> Iterator[str]:
     """What the program asserts of the sizes of its arguments, as text."""
-    for node in exported.graph.nodes:
+    for node in _nodes(exported):
         if node.target is _ASSERTION:
             asserted = node.args[0]
             value: Any = asserted.meta.get("val") if isinstance(asserted, torch.fx.Node) else asserted

@@ -29,6 +29,11 @@ _ADVICE = (
         "model so that the cache's tensors are arguments and results",
     ),
 )
+_FIXED = (
+    "the model's own code decides by these sizes, or loops over them: compile it with them fixed, a program "
+    "for each size (leave them out of dynamic_shapes), or write the loop as torch.while_loop"
+)
+_LINES, _WIDTH = 8, 200
 _INSTEAD = {
     "cond": "compute both branches and choose with torch.where",
     "scan": "write the loop in Python, which unrolls it, or as torch.while_loop",
@@ -48,9 +53,11 @@ def not_decomposed(error: Exception) -> CompileError:
 
 
 def _told(error: Exception) -> str:
-    where = [_line_of(error), *_guards(error)]
+    where = list(dict.fromkeys(filter(None, [_line_of(error), *_guards(error)])))
     advice = [text for pattern, text in _ADVICE if re.search(pattern, str(error))]
-    lines = [*(advice or _summary(error)), *dict.fromkeys(filter(None, where))]
+    lines = [*(advice or _summary(error)), *where[:_LINES]]
+    if re.search(r"Constraints violated|Specializations unexpectedly required", str(error)):
+        lines.append(_FIXED)
     return f"{type(error).__name__}: " + "\n  ".join(lines)
 
 
@@ -59,7 +66,8 @@ def _summary(error: Exception) -> list[str]:
     paragraphs = [text for text in re.split(r"\n\s*\n", str(error)) if text.strip()]
     kept = paragraphs[:1] + [text for text in paragraphs[1:] if text.lstrip().startswith("Suggested fix")]
     lines = [_NOISE.sub("", line).rstrip() for text in kept for line in text.splitlines()]
-    return [line for line in lines if line.strip()][:12] or ["it gave no reason"]
+    shortened = [line if len(line) <= _WIDTH else f"{line[:_WIDTH]} ..." for line in lines if line.strip()]
+    return shortened[:_LINES] or ["it gave no reason"]
 
 
 def _line_of(error: BaseException) -> str:
@@ -87,14 +95,19 @@ def _guards(error: BaseException) -> Iterator[str]:
         return
     sizes = {symbol: _name(sources[0]) for symbol, sources in environment.var_to_sources.items() if sources}
     names = {str(symbol): name for symbol, name in sizes.items()}
-    concerned = {symbol for symbol, name in sizes.items() if name in str(error)}
+    # An error about a size that has one value does not name it.
+    concerned = {symbol for symbol, name in sizes.items() if name in str(error)} or set(sizes)
     for guard in environment.guards:
         if concerned.isdisjoint(guard.expr.free_symbols):
             continue
         asking = getattr(guard.sloc.framework_loc, "name", "")
-        needed = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(guard.expr))
+        needed = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(guard.expr))[:_WIDTH]
+        asked = guard.sloc.framework_loc
+        if asked is not None and _is_theirs(asked.filename):
+            # A loop over a size, an index or a branch of the model itself.
+            yield f"{asked.filename}:{asked.lineno}: {asked.line or asked.name} needs {needed}"
         for node in graph.graph.nodes:
-            if isinstance(node.target, OpOverload) and _base_name(node.target) in asking:
+            if isinstance(node.target, OpOverload) and _asks(node.target, asking):
                 yield f"{model_line(node)}{node.target} needs {needed}"
 
 
@@ -102,8 +115,10 @@ def _name(source: Any) -> str:
     return str(source.name() if callable(source.name) else source.name)
 
 
-def _base_name(op: OpOverload) -> str:
-    return op.name().partition("::")[2].partition(".")[0]
+def _asks(op: OpOverload, function: str) -> bool:
+    """Tell whether a function of torch's own, such as ``meta_topk``, is about ``op``."""
+    base = op.name().partition("::")[2].partition(".")[0]
+    return re.search(rf"(?<![a-zA-Z]){base}(?![a-zA-Z])", function) is not None
 
 
 def _local(error: BaseException | None, name: str, type_: type) -> Any:

@@ -1,0 +1,78 @@
+"""Models whose own code decides by a size that stays open, and those that loop over one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+import lowering
+from lowering.errors import CompileError, RunError
+from lowering.importing.exporting import export
+from lowering.importing.sizes import Call
+
+THIS = Path(__file__).name
+TIME = ({0: Dim("b", max=8), 1: Dim("t", max=100)},)
+
+
+class Chunks(nn.Module):
+    """As state-space models pad a sequence to whole chunks, and cut it again if it was padded."""
+
+    def forward(self, x):
+        batch, time, width = x.shape
+        padding = (16 - time % 16) % 16
+        y = torch.nn.functional.pad(x, (0, 0, 0, padding)).reshape(batch, -1, 16, width)
+        y = (y.cumsum(2) + y.sum(2).cumsum(1).unsqueeze(2)).reshape(batch, -1, width)
+        return y[:, :time] if padding > 0 else y
+
+
+def test_a_sequence_of_any_length_is_cut_into_chunks() -> None:
+    model = Chunks()
+    compiled = lowering.compile(model, (torch.randn(2, 13, 4),), dynamic_shapes=TIME)
+    program = lowering.load(compiled.vmfb)
+    for shape in ((2, 13), (1, 1), (3, 16), (1, 17), (2, 48), (8, 100)):
+        x = torch.randint(-9, 9, (*shape, 4)).float()  # sums of small integers are exact
+        assert torch.equal(program(x), model(x)), shape
+    with pytest.raises(RunError, match="t"):
+        program(torch.randn(1, 101, 4))
+
+
+class Elsewhere(nn.Module):
+    """Another function beyond a number of elements."""
+
+    def __init__(self, limit: int):
+        super().__init__()
+        self.limit = limit
+
+    def forward(self, x):
+        y = Chunks()(x)
+        return y * 2 if x.shape[0] * x.shape[1] > self.limit else y
+
+
+def test_a_branch_by_size_that_changes_what_is_computed_is_refused() -> None:
+    with pytest.raises(CompileError, match="decides by these sizes"):
+        lowering.explain(Elsewhere(20), (torch.randn(2, 13, 4),), dynamic_shapes=TIME)
+
+
+def test_an_assertion_that_no_evaluated_size_violates_is_a_condition() -> None:
+    """Beyond 500 elements the model is another one: such sizes are refused when the program is called."""
+    _, conditions = export(Elsewhere(500), Call((torch.randn(2, 13, 4),), {}), TIME)
+    assert any("500" in text for text in conditions), conditions
+
+
+class Loops(nn.Module):
+    def forward(self, x):
+        state = torch.zeros_like(x[:, 0])
+        for step in range(x.shape[1]):  # LOOP
+            state = state * 0.5 + x[:, step]
+        return state
+
+
+def test_a_loop_over_a_size_is_named_with_its_line_and_a_way_out() -> None:
+    lines = Path(__file__).read_text().splitlines()
+    line = 1 + next(number for number, text in enumerate(lines) if text.endswith("# LOOP"))
+    with pytest.raises(CompileError, match=rf"{THIS}:{line}: (?s:.*)leave them out of dynamic_shapes"):
+        lowering.explain(Loops(), (torch.randn(2, 13, 4),), dynamic_shapes=TIME)
