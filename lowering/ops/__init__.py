@@ -23,6 +23,7 @@ from .group_quant import (
     group_quant_reference,
 )
 from .grouped_topk import grouped_topk, grouped_topk_reference
+from .packed_matmul import packed_matmul, packed_matmul_reference, repack, unpacked_weight
 from .rms_norm import add_rms_norm, rms_norm, rms_norm_reference
 from .scale_layouts import SCALE_LAYOUTS, from_physical, physical_shape, to_physical
 from .shuffle_weight import (
@@ -45,7 +46,10 @@ __all__ = [
     "group_quant_reference",
     "grouped_topk",
     "grouped_topk_reference",
+    "packed_matmul",
+    "packed_matmul_reference",
     "physical_shape",
+    "repack",
     "rms_norm",
     "rms_norm_reference",
     "shuffle_weight",
@@ -53,6 +57,7 @@ __all__ = [
     "silu_mul",
     "split_gate_up",
     "to_physical",
+    "unpacked_weight",
     "unshuffle_weight",
     "unshuffle_weight_reference",
 ]
