@@ -31,6 +31,7 @@ _SOURCES = {"cpu": "matmul.c", "cuda": "packed.cu", "hip": "packed.hip"}
 _SIDE = 16  # columns of a matrix instruction
 _CHUNK_BITS = 128  # of a row of the weight that a lane reads at once
 _CHUNKS = 4  # of a row that are read together
+_MOST_WAVES = 8  # of a workgroup
 _TOKENS = 8  # rows of a whose sums are stored at once
 _MOST_TOKENS = {"cuda": 32, "hip": 64}  # of a unit
 _LANES = {"cuda": 512, "hip": 1024}  # of a multiprocessor that are at work at once, with 128 registers each
@@ -131,18 +132,22 @@ def _on_gpu(spec: PackedSpec, target: Target, tile: PackedTile | None) -> Specia
 
 def default_tile(spec: PackedSpec, target: Target) -> PackedTile:
     """Choose how the product of few rows is divided: a rule, where nothing was measured."""
-    return min(tiles(spec, target), key=lambda tile: _predicted(spec, target, tile))
+    return ranked_tiles(spec, target)[0]
 
 
-def tiles(spec: PackedSpec, target: Target) -> list[PackedTile]:
-    """Every way to divide a product in which each wave has a block of K to read."""
+def ranked_tiles(spec: PackedSpec, target: Target) -> list[PackedTile]:
+    """List every way to divide a product in which each wave has a block of K to read, the best first."""
     splits = (1, 2, 4, 8) if target.backend == "cuda" else (1,)  # what a cluster is needed for
     blocks = spec.depth * spec.bits // (_CHUNKS * _CHUNK_BITS)
     sizes = itertools.product((1, 2), (1, 2, 4), (1, 2, 4, 8), splits)
-    fitting = [t for t in itertools.starmap(PackedTile, sizes) if t.along * t.split <= blocks]
-    return [
-        t for t in fitting if _SIDE * t.tiles < spec.columns + _SIDE and 4 <= 4 * t.across * t.along <= 32
+    fitting = [
+        tile
+        for tile in itertools.starmap(PackedTile, sizes)
+        if tile.along * tile.split <= blocks
+        and _SIDE * tile.tiles < spec.columns + _SIDE
+        and tile.across * tile.along <= _MOST_WAVES
     ]
+    return sorted(fitting, key=lambda tile: _predicted(spec, target, tile))
 
 
 def _predicted(spec: PackedSpec, target: Target, tile: PackedTile) -> float:

@@ -14,7 +14,7 @@ import torch
 import lowering
 from lowering.backends import abi, toolchain
 from lowering.errors import CompileError
-from lowering.families.packed import PackedTile, default_tile, instance, tiles, why_unsupported
+from lowering.families.packed import PackedTile, default_tile, instance, ranked_tiles, why_unsupported
 from lowering.targets import resolve
 from patterns.packed_matmul import PackedSpec
 from tests.families.host_kernels import run
@@ -111,7 +111,7 @@ def test_machine_code(target) -> None:
 )
 def test_tiles_are_possible(columns: int, depth: int, target) -> None:
     case = spec(columns, depth, 128, 4, "bfloat16", "bfloat16")
-    for tile in (default_tile(case, target), *tiles(case, target)):
+    for tile in ranked_tiles(case, target):
         assert tile.tiles <= -(-columns // 16) and tile.along * tile.split <= depth // 128
         assert tile.across * tile.along * target.wave <= 512
     kernel = instance(case, target)
