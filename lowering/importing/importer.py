@@ -82,8 +82,9 @@ class Program:
     def mark_strides(self, layouts: Mapping[int, ScaleLayout]) -> None:
         """Results that are returned as physical buffers, by number; the runtime makes them logical."""
         outputs = list(self.outputs or ())
+        returned = [place for place, leaf in enumerate(outputs) if isinstance(leaf, TensorSpec)]
         for number, layout in layouts.items() if outputs else ():
-            outputs[number] = replace(outputs[number], strides=layout)  # type: ignore[call-arg]
+            outputs[returned[number]] = replace(outputs[returned[number]], strides=layout)  # type: ignore[call-arg]
         self.outputs = tuple(outputs) if self.outputs is not None else None
 
     def signature(self, target: Target, parameters: Parameters | None) -> Signature:

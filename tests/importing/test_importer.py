@@ -545,6 +545,19 @@ def test_results_that_are_no_tensors_are_constants() -> None:
     assert torch.equal(got["logits"], x * 2) and got["cache"] is None and got["layers"] == 3
 
 
+class ReturnsNoneAndColumns(nn.Module):
+    def forward(self, y):
+        return None, *torch.ops.lowering.group_quant(y, 32, scale_layout="column")
+
+
+def test_strides_belong_to_the_result_they_are_of_where_others_are_constants() -> None:
+    y = torch.randn(4, 64)
+    none, q, scale = lowering.load(lowering.compile(ReturnsNoneAndColumns(), (y,)).vmfb)(y)
+    _, eager_q, eager_scale = ReturnsNoneAndColumns()(y)
+    assert none is None and torch.equal(q.view(torch.uint8), eager_q.view(torch.uint8))
+    assert torch.equal(scale, eager_scale) and scale.stride() == eager_scale.stride() == (1, 4)
+
+
 class Difference(nn.Module):
     def forward(self, a, b):
         return a - b
