@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from iree.compiler import ir
 
 from . import canonical, torch_ir, views
-from .contracts import LARGEST_FINITE, Division, Quantization
+from .contracts import LARGEST_FINITE, Division, Quantization, static_quantization
 from .match import (
     ANY,
     Aside,
@@ -17,6 +17,7 @@ from .match import (
     Exact,
     Is,
     Named,
+    One,
     OneOf,
     Op,
     Pattern,
@@ -159,11 +160,19 @@ _QUOTIENT = OneOf(
 )
 ROUND = "torch.aten.round"
 _QUANTIZED = Op(_CAST, _Bounded(_QUOTIENT, "low", "high", through=(ROUND,)), ANY)
+_GIVEN = One("given")
+_BY_GIVEN = OneOf(
+    f32("div.Tensor", _X, _GIVEN),
+    f32("mul.Tensor", _X, Aside(times_one(f32("reciprocal", _GIVEN, capture="inverse"))), commutative=True),
+    Named("product", f32("mul.Tensor", _X, _GIVEN, commutative=True)),
+)
+_STATIC = Op(_CAST, _Bounded(_BY_GIVEN, "low", "high", through=(ROUND,)), ANY)
 
 
 class DecomposedGroupQuant:
     """Group quantization written out: abs, amax, bounds, division, bounds, cast; a last axis is a group.
 
+    The scale may be given instead, as a tensor of one number, or 1 over it.
     The largest magnitude may be taken with amax, max or the infinity norm, with or without the reduced
     axis; bounds are clamps, minima or maxima; the scale may be rounded up to a power of two; and
     the values rounded before or after they are bounded.  The reshape into groups before it and back
@@ -175,6 +184,16 @@ class DecomposedGroupQuant:
     def recognise(self, op: ir.Operation) -> Raised | None:
         if torch_ir.dtype_of(op.result) not in LARGEST_FINITE:
             return None
+        return self._dynamic(op) or self._static(op)
+
+    def _static(self, op: ir.Operation) -> Raised | None:
+        found = by_given_scale(op.result)
+        contract = read_static_contract(found, op.result) if found is not None else None
+        if found is None or not isinstance(contract, Quantization):
+            return None
+        return Raised(canonical.GROUP_QUANT, contract, [found["x"], found["given"]], [op.result])
+
+    def _dynamic(self, op: ir.Operation) -> Raised | None:
         found = first_match(_QUANTIZED, op.result)
         contract = read_contract(found, op.result) if found is not None else None
         if found is None or not isinstance(contract, Quantization):
@@ -189,6 +208,30 @@ class DecomposedGroupQuant:
 def written_out(value: ir.Value) -> Bindings | None:
     """The parts of a group quantization whose q is ``value``, whether they fit together or not."""
     return first_match(_QUANTIZED, value)
+
+
+def by_given_scale(value: ir.Value) -> Bindings | None:
+    """The parts of a quantization of ``value`` by one given scale, whether they fit together or not."""
+    return first_match(_STATIC, value)
+
+
+def read_static_contract(found: Bindings, q: ir.Value) -> Quantization | str:
+    """Read the contract of a quantization by a given scale, or say in a sentence why no contract says it."""
+    dtype, low, high = torch_ir.dtype_of(q) or "", float(found["low"]), float(found["high"])
+    largest, whole_numbers = LARGEST_FINITE[dtype], dtype == "int8"
+    smallest = -128.0 if whole_numbers else -largest
+    if not (0 < high <= largest and smallest <= low < 0):
+        return f"its values are not clamped to what {dtype} holds: use .clamp({smallest:g}, {largest:g})"
+    if whole_numbers != (ROUND in found) or (whole_numbers and (low != int(low) or high != int(high))):
+        return _why_not_rounded(dtype)
+    quotient = "reciprocal" if "inverse" in found else "inverse" if "product" in found else "true"
+    return static_quantization(dtype, quotient, high, low)
+
+
+def _why_not_rounded(dtype: str) -> str:
+    if dtype == "int8":
+        return "the cast to int8 cuts off what is behind the point; round before it, within whole numbers"
+    return f"its values are rounded to whole numbers before the cast to {dtype} rounds them"
 
 
 def read_contract(found: Bindings, q: ir.Value) -> Quantization | str:

@@ -19,10 +19,10 @@ from typing import Any, Literal
 from iree.compiler import ir
 
 from . import canonical, torch_ir
-from .contracts import LARGEST_FINITE, GatedActivation, Quantization, RmsNorm
+from .contracts import LARGEST_FINITE, GatedActivation, Quantization, RmsNorm, static_quantization
 from .recogniser import Raised
 from .torch_ir import TensorType
-from .well_typed import norm_dtype
+from .well_typed import is_given_scale, norm_dtype
 
 FUNCTIONAL = "vmfuse_functional"
 # What the twin of a quantization is told besides: how the caller laid out the tensor for the scales.
@@ -53,8 +53,8 @@ class NamedOp:
         What the results are; of an operation that writes into its arguments, what those become.
     norm, gate, quantization
         Fields of the contracts; None where the operation has no such part.
-    x, weight, residual
-        Names of the arguments that hold the tensors.
+    x, weight, residual, given
+        Names of the arguments that hold the tensors; ``given`` the scale of a quantization that makes none.
     shape
         The argument that lists the normalized axes; only the last one is a norm as meant here.
     lower
@@ -69,6 +69,7 @@ class NamedOp:
     x: str = "input"
     weight: str | None = None
     residual: str | None = None
+    given: str | None = None
     norm: Fields | None = None
     gate: Fields | None = None
     quantization: Fields | None = None
@@ -228,11 +229,13 @@ class NamedOp:
         return Raised(canonical.GATED_ACTIVATION, contract, [call.tensors["x"]], [call.tensors.get("y", y)])
 
     def _quantization(self, call: _Call, producer: Any, y: TensorType | None) -> Raised:
-        values = call.fields(self.quantization or {})
-        q, scale = call.types["q"], call.types["scale"]
+        values, q = call.fields(self.quantization or {}), call.types["q"]
         known = y is not None and y.shape[-1] is not None
         _require(known, "the size of the last axis, which holds the groups, is unknown until run time")
         _require(q.dtype in LARGEST_FINITE, f"its values are {q.dtype}, not one of {tuple(LARGEST_FINITE)}")
+        if self.given is not None:
+            return self._static(call, producer, values)
+        scale = call.types["scale"]
         limit, fnuz_limit = values.pop("limit", None), values.pop("fnuz_limit", None)
         limit = fnuz_limit if q.dtype == "float8_e4m3fnuz" and fnuz_limit is not None else limit
         lower = call.value(self.lower) if self.lower else None
@@ -251,6 +254,14 @@ class NamedOp:
         wanted = canonical.quantized_types(y, contract)
         _require((q, scale) == wanted, f"its results are {q} and {scale}, not {wanted[0]} and {wanted[1]}")
         return Raised(canonical.GROUP_QUANT, contract, [producer], [call.tensors["q"], call.tensors["scale"]])
+
+    def _static(self, call: _Call, producer: Any, values: dict[str, Any]) -> Raised:
+        """Read a quantization by a scale that is given."""
+        q, given = call.types["q"], call.types.get("given")
+        _require(is_given_scale(given), f"{self.given} is {given}, not one float32")
+        contract = static_quantization(q.dtype, **values)
+        operands = [producer, call.tensors["given"]]
+        return Raised(canonical.GROUP_QUANT, contract, operands, [call.tensors["q"]])
 
 
 class _Refusal(Exception):
@@ -286,7 +297,8 @@ class _Call:
         _require(counts, f"its arguments and results are not those of {row.name}{row.schema}")
         operands = dict(zip(names, op.operands, strict=True))
         tensors: dict[str, ir.Value] = dict(zip(row.results, op.results, strict=True))
-        for role, name in (("x", row.x), ("weight", row.weight), ("residual", row.residual)):
+        named = (("x", row.x), ("weight", row.weight), ("residual", row.residual), ("given", row.given))
+        for role, name in named:
             if name in operands and torch_ir.constant(operands[name]) is not None:
                 tensors[role] = operands[name]
         types = {role: torch_ir.tensor_type(value) for role, value in tensors.items()}

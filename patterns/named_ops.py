@@ -164,6 +164,15 @@ _OURS = (  # read: they are this project's own, and PyTorch's
             },
         },
     ),
+    NamedOp(
+        "lowering::static_quant",
+        "(Tensor x, Tensor scale, *, ScalarType dtype=float8_e4m3fn, str quotient='true', "
+        "float? limit=None, float? lowest=None) -> Tensor",
+        ("q",),
+        x="x",
+        given="scale",
+        quantization={name: Arg(name) for name in ("quotient", "limit", "lowest")},
+    ),
 )
 
 _VLLM = (

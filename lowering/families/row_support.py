@@ -21,6 +21,8 @@ RESIDUALS = {None: 0, "exact": 1, "rounded": 2}
 ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3}
 LAYOUTS = {"row": 0, "column_tma": 1, "column": 2, "ue8m0_packed": 3}
 QUANT_CODES = {"float8_e4m3fn": 0, "float8_e4m3fnuz": 1, "float8_e5m2": 2, "int8": 3}
+RECIPROCALS = {"true": 0, "reciprocal": 1, "inverse": 2}
+GIVEN = 3  # as a quotient: by a scale that is given
 SCALE_SHORT = {"float32": "", "ue8m0": "_ue8m0"}
 
 
@@ -98,7 +100,7 @@ def _why_not_quants(spec: RowSpec, target: Target) -> list[str | None]:
     for quantization in spec.quantizations:
         reasons.append(_why_not_codes(quantization, target))
         reasons.append(_why_not_group(quantization, spec.hidden))
-        reasons.append(_why_not_scale(quantization))
+        reasons.append(_why_not_given(quantization) if quantization.static else _why_not_scale(quantization))
     if len(spec.quantizations) > MAX_QUANTIZATIONS:
         most = f"at most {MAX_QUANTIZATIONS} different quantizations"
         reasons.append(f"The row kernel writes {most}, not {len(spec.quantizations)}.")
@@ -133,6 +135,17 @@ def _why_not_group(quantization: Quantization, hidden: int) -> str | None:
         return f"The row kernel quantizes groups of 32, 64 or 128 elements, not {group}."
     if hidden % group:
         return f"Rows of {hidden} elements do not divide into groups of {group}."
+    return None
+
+
+def _why_not_given(quantization: Quantization) -> str | None:
+    if quantization.group is not None or quantization.layout != "row" or quantization.scale != "float32":
+        return "A scale that is given is one float32 for all rows."
+    if quantization.quotient not in RECIPROCALS:
+        return f"The row kernel takes a quotient that is {listed(RECIPROCALS)}, not {quantization.quotient}."
+    smallest = -128.0 if quantization.dtype == "int8" else -LARGEST_FINITE[quantization.dtype]
+    if not (smallest <= quantization.least < 0 and quantization.least == int(quantization.least)):
+        return f"Values of {quantization.dtype} are bounded by a whole number from {smallest:g}."
     return None
 
 

@@ -21,6 +21,7 @@ from .group_quant import (
     group_quant_contiguous_reference,
     group_quant_physical_reference,
     group_quant_reference,
+    static_quant_reference,
 )
 from .grouped_topk import grouped_topk, grouped_topk_reference
 from .packed_matmul import packed_matmul, packed_matmul_reference, repack, unpacked_weight
@@ -32,6 +33,7 @@ from .shuffle_weight import (
     unshuffle_weight,
     unshuffle_weight_reference,
 )
+from .static_quant import static_quant
 
 __all__ = [
     "SCALE_LAYOUTS",
@@ -56,6 +58,8 @@ __all__ = [
     "shuffle_weight_reference",
     "silu_mul",
     "split_gate_up",
+    "static_quant",
+    "static_quant_reference",
     "to_physical",
     "unpacked_weight",
     "unshuffle_weight",

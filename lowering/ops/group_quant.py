@@ -75,9 +75,25 @@ def group_quant_contiguous_reference(y: Tensor, quantization: Quantization) -> t
     scale = _scale(blocks.abs().amax(dim=-1), quantization)
     if quantization.scale == "ue8m0":
         scale = _power_of_two_above(scale, infinite=quantization.infinite)
-    q = _convert(_clip(_quotient(blocks, scale.unsqueeze(-1), quantization), qmax), quantization.dtype)
+    q = _convert(_clip(_quotient(blocks, scale.unsqueeze(-1), quantization), -qmax, qmax), quantization.dtype)
     stored = pack_exponents(scale) if quantization.layout == "ue8m0_packed" else scale
     return q.flatten(-2).contiguous(), stored.contiguous()
+
+
+def static_quant_reference(y: Tensor, scale: Tensor, quantization: Quantization) -> Tensor:
+    """Quantize by a scale that is given, as ``quantization``, which is static, says.
+
+    y: [..., K]; scale: one float32.  Returns q [..., K] in ``quantization.dtype``.  An int8 of NaN is 0.
+
+    Source: compressed-tensors (true), vLLM's static_scaled_fp8_quant (reciprocal), Transformer Engine
+    (inverse).
+    """
+    x, scale = y.to(torch.float32), scale.reshape(())
+    if quantization.quotient == "true":
+        values = x / scale
+    else:
+        values = x * (scale if quantization.quotient == "inverse" else torch.reciprocal(scale))
+    return _convert(_clip(values, quantization.least, quantization.qmax), quantization.dtype).contiguous()
 
 
 def _scale(amax: Tensor, quantization: Quantization) -> Tensor:
@@ -134,8 +150,8 @@ def _at_most(x: Tensor, bound: float) -> Tensor:
     return torch.where(x > bound, bound, x)
 
 
-def _clip(x: Tensor, bound: float) -> Tensor:
-    return _at_most(_at_least(x, -bound), bound)
+def _clip(x: Tensor, low: float, high: float) -> Tensor:
+    return _at_most(_at_least(x, low), high)
 
 
 @torch.library.custom_op(

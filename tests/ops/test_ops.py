@@ -177,7 +177,8 @@ SCHEMES = [
 def arguments(quantization: Quantization) -> dict[str, Any]:
     """What ``torch.ops.lowering.group_quant`` is called with for a scheme."""
     fields = dict(vars(quantization), scale_layout=quantization.layout)
-    del fields["layout"], fields["group"]
+    for name in ("layout", "group", "static", "lowest"):
+        del fields[name]
     fields["dtype"] = getattr(torch, quantization.dtype)
     return {"group_size": quantization.group or 0, **fields}
 
@@ -686,3 +687,21 @@ B, BS = Q[:1].expand(130, 256), torch.ones(2, 2)
 def test_errors_name_the_argument(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"scale": torch.ones(2)}, r"scale: expected one number for all of x, got \[2\]"),
+        ({"scale": torch.ones(1, dtype=torch.bfloat16)}, "scale: expected float32, got bfloat16"),
+        ({"x": torch.ones(3, dtype=torch.int32)}, "x: expected float32 or bfloat16"),
+        ({"dtype": torch.int16}, "dtype: int16 is not available"),
+        ({"quotient": "exact"}, "quotient: 'exact' is not available"),
+        ({"limit": 500.0}, "limit: expected a number above 0, at most the 448"),
+        ({"lowest": 1.0}, "lowest: expected a number below 0, at least the -448"),
+    ],
+)
+def test_static_quant_refuses_what_does_not_fit(given: dict[str, Any], words: str) -> None:
+    arguments = {"x": torch.ones(4, 32), "scale": torch.ones(1), **given}
+    with pytest.raises(ValueError, match=words):
+        LOW.static_quant(arguments.pop("x"), arguments.pop("scale"), **arguments)
