@@ -20,6 +20,7 @@ from patterns.sites import Ledger, SiteRecord
 
 from . import extensions
 from .backends import devices
+from .containers import Names
 from .errors import CompileError, UsageError
 from .importing.importer import Program, import_module, parse_module
 from .isolation.culprit import find_culprit
@@ -78,6 +79,7 @@ def compile(
     parameters: str | os.PathLike[str] | None = None,
     patterns: Sequence[str | os.PathLike[str]] = (),
     fp8: Fp8 = "as-is",
+    output: Names | None = None,
     dump_phases_to: str | os.PathLike[str] | None = None,
     source_paths: bool = False,
     progress: Progress | None = None,
@@ -89,17 +91,21 @@ def compile(
     patterns: Python files with recognisers of your own (see ``lowering.extensions``).
     fp8: ``native`` retargets quantizations to the e4m3 flavour the target's instructions have, where only
     products with their scales see them; ``as-is`` keeps what the graph says.
+    output: what is kept of the model's result, by name: ``"logits"``, ``"cache.0"``; several names give a
+    dictionary of them.  What only the rest of the result needs is not computed.
     dump_phases_to: a directory that gets the IR after each step.
     source_paths: keep the paths and lines of the model in the program, for a debugger or a profiler;
     without them the same model gives the same bytes wherever it lies.
     progress: called with (phase, detail) as each step starts.
 
-    Raises UsageError for an unknown target, CompileError when the model cannot be compiled and
+    Raises UsageError for an unknown target or output, CompileError when the model cannot be compiled and
     ToolchainError when the target's kernel compiler is not installed.
     """
     pipeline = _Pipeline(resolve(target), patterns, fp8, dump_phases_to, progress, source_paths)
     pipeline.start("import", type(module).__name__)
-    program = import_module(module, args, pipeline.context, kwargs=kwargs, dynamic_shapes=dynamic_shapes)
+    program = import_module(
+        module, args, pipeline.context, kwargs=kwargs, dynamic_shapes=dynamic_shapes, output=output
+    )
     return pipeline.run(program, parameters)
 
 
@@ -112,10 +118,13 @@ def explain(
     target: str = "cpu",
     patterns: Sequence[str | os.PathLike[str]] = (),
     fp8: Fp8 = "as-is",
+    output: Names | None = None,
 ) -> Report:
     """The report ``compile`` would give, without compiling anything; arguments as there."""
     pipeline = _Pipeline(resolve(target), patterns, fp8)
-    program = import_module(module, args, pipeline.context, kwargs=kwargs, dynamic_shapes=dynamic_shapes)
+    program = import_module(
+        module, args, pipeline.context, kwargs=kwargs, dynamic_shapes=dynamic_shapes, output=output
+    )
     return pipeline.explain(program)
 
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Literal, get_args
 
 SIGNATURE_KEY = "vmfuse.signature"
 PARAMETER_SCOPE = "model"
-VERSION = 2
+VERSION = 3
 
 ASYNC = "$async"
 """After the name of a function: its twin that takes fences, which IREE's torch pipeline makes."""
@@ -75,7 +75,22 @@ class Parameters:
     digest: str
 
 
-Leaf = TensorSpec | Constant
+@dataclass(frozen=True)
+class Integer:
+    """An int argument that differs between calls, or an int result; ``size``: what it is in terms of symbols.
+
+    An argument is passed to the program as it is, a result is computed by the caller and not returned.
+    Since version 3.
+    """
+
+    name: str
+    size: str
+
+    def __str__(self) -> str:
+        return "int"
+
+
+Leaf = TensorSpec | Integer | Constant
 
 
 @dataclass(frozen=True)
@@ -134,6 +149,8 @@ def _leaves(items: list[dict[str, Any]] | None) -> tuple[Leaf, ...] | None:
 def _leaf(item: dict[str, Any]) -> Leaf:
     if "value" in item:
         return Constant(item["value"])
+    if "size" in item:
+        return Integer(item["name"], item["size"])
     shape = None if item["shape"] is None else tuple(item["shape"])
     if item["strides"] not in (None, *get_args(Strides)):
         raise ValueError(f"its signature names the unknown strides {item['strides']!r}")
@@ -145,7 +162,7 @@ def known_sizes(signature: Signature) -> tuple[int, ...]:
 
     None of float64, which IREE computes, and would store, in float32.
     """
-    shapes = [leaf.shape or () for leaf in signature.inputs or () if isinstance(leaf, TensorSpec)]
+    shapes = map(sizes_of, signature.inputs or ())
     symbols = {dim: 1 for shape in shapes for dim in shape if isinstance(dim, str) and dim.isidentifier()}
     results = [leaf for leaf in signature.outputs or () if isinstance(leaf, TensorSpec)]
     return tuple(
@@ -155,6 +172,13 @@ def known_sizes(signature: Signature) -> tuple[int, ...]:
         and spec.shape is not None
         and all(resolve(dim, symbols) is not None for dim in spec.shape)
     )
+
+
+def sizes_of(leaf: Leaf) -> tuple[Dim, ...]:
+    """The sizes that ``leaf`` tells: the axes of a tensor, the value of an int."""
+    if isinstance(leaf, Integer):
+        return (leaf.size,)
+    return (leaf.shape or ()) if isinstance(leaf, TensorSpec) else ()
 
 
 # --- sizes -------------------------------------------------------------------------------------
@@ -205,8 +229,13 @@ def resolve(dim: Dim, symbols: Mapping[str, int]) -> int | None:
 
 def holds(condition: str, symbols: Mapping[str, int]) -> bool | None:
     """Tell whether ``condition`` is true; None when it cannot be told."""
-    value = _value(condition, {**_FUNCTIONS, **symbols})
+    value = evaluate(condition, symbols)
     return None if value is None else bool(value)
+
+
+def evaluate(text: str, symbols: Mapping[str, int]) -> int | None:
+    """The value of an expression that may have functions, such as ``Max(1, s0)``; None if it has none."""
+    return _value(text, {**_FUNCTIONS, **symbols})
 
 
 def _value(text: str, names: Mapping[str, Any]) -> int | None:

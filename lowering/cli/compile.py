@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rich.status import Status
 
     from ..compiler import Compiled
+    from ..containers import Names
     from ..report.report import Report
 
 PROG = "compile-to-vmfb"
@@ -40,8 +41,9 @@ quantizations is a single kernel."""
 
 _EPILOG = f"""\
 sources:
-  file.py:callable          call a function of a file; it returns (module, args) or
-                            (module, args, dynamic_shapes), args being a tuple of example tensors
+  file.py:callable          call a function of a file; it returns (module, args),
+                            (module, args, dynamic_shapes) or (module, args, kwargs, dynamic_shapes),
+                            args being a tuple of example tensors, kwargs a dict of them
   package.module:callable   the same, of an importable module
   model.pt2                 what torch.export.save wrote
   hf:FOLDER                 a checkpoint of a causal language model on this machine: config.json and
@@ -102,6 +104,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=("as-is", "native"),
         default="as-is",
         help="keep the graph's flavour of fp8 (default), or use the target's where only products see it",
+    )
+    parser.add_argument(
+        "--only-output",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="keep this part of the model's result alone, as logits or cache.0; may be given several times",
     )
     parser.add_argument(
         "--patterns",
@@ -202,7 +211,7 @@ def _run(options: argparse.Namespace) -> None:
         if options.verify:
             progress("verify", "compiled beside eager")
             assert isinstance(model, Model)  # _load refused anything else
-            progress.note = _verify(model, compiled, vmfb, irpa)
+            progress.note = _verify(model, compiled, vmfb, irpa, _output(options))
         vmfb.commit()
         if irpa is not None:
             irpa.commit()
@@ -241,7 +250,9 @@ def _load(options: argparse.Namespace, target: Target) -> Model | MlirText:
 
         require_device(target)
     model = resolve(options.source, trusted=options.trust_source)
-    if options.verify and isinstance(model, Model) and not model.args:
+    if options.only_output and isinstance(model, MlirText):
+        raise UsageError("--only-output names parts of a PyTorch model's result; an MLIR source has no names")
+    if options.verify and isinstance(model, Model) and not (model.args or model.kwargs):
         raise UsageError(f"--verify needs arguments to run on, and {options.source} comes with none")
     return model
 
@@ -263,7 +274,16 @@ def _compile(
     with object_cache.placed(options.cache_dir, enabled=not options.no_cache):
         if isinstance(model, MlirText):
             return compiler.compile_mlir(model.text, **settings)
-        return compiler.compile(model.module, model.args, dynamic_shapes=model.dynamic_shapes, **settings)
+        shapes, output = model.dynamic_shapes, _output(options)
+        return compiler.compile(
+            model.module, model.args, kwargs=model.kwargs, dynamic_shapes=shapes, output=output, **settings
+        )
+
+
+def _output(options: argparse.Namespace) -> Names | None:
+    """What is kept of the result: one part, several by name, or None, all of it."""
+    names: list[str] = options.only_output
+    return names[0] if len(names) == 1 else names or None
 
 
 def _rendered(report: Report, path: Path) -> str:
@@ -292,7 +312,7 @@ def _require_fused(report: Report) -> None:
     )
 
 
-def _verify(model: Model, compiled: Compiled, vmfb: Output, irpa: Output | None) -> str:
+def _verify(model: Model, compiled: Compiled, vmfb: Output, irpa: Output | None, output: Names | None) -> str:
     import torch
     from torch.utils import _pytree as pytree
 
@@ -302,11 +322,14 @@ def _verify(model: Model, compiled: Compiled, vmfb: Output, irpa: Output | None)
 
     device = require_device(compiled.target)
     program = runtime.load(vmfb.temporary, parameters=irpa.temporary if irpa else None)
-    args = pytree.tree_map(lambda a: a.to(device) if isinstance(a, torch.Tensor) else a, model.args)
+    args, kwargs = pytree.tree_map(
+        lambda a: a.to(device) if isinstance(a, torch.Tensor) else a, (model.args, model.kwargs)
+    )
     shapes = model.dynamic_shapes
     if isinstance(model.module, torch.export.ExportedProgram):
         shapes = exported_shapes(model.module)
-    return str(verify(program, model.eager().to(device), args, dynamic_shapes=shapes))
+    eager = model.eager().to(device)
+    return str(verify(program, eager, args, kwargs, dynamic_shapes=shapes, output=output))
 
 
 def _result(report: Report, path: Path) -> str:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import RunError
 from . import command
@@ -36,6 +36,8 @@ An input is one of
   @x.npy                 the array in a NumPy file
   @x.safetensors         the only tensor of a file
   @x.safetensors:name    one of several
+  NAME=INPUT             any of these for the argument NAME, as mask=4x4xi1=1 or x=@x.npy; those without a
+                         name fill what is left, in order. An argument that is an int is written i64=7
 and an output is one of
   -                      print it, shortened (what happens when no --output is given)
   @y.npy                 write it to a NumPy file
@@ -77,7 +79,11 @@ def _parser() -> argparse.ArgumentParser:
         help="compare checksums of all weights before running (default), or leave large ones unread",
     )
     parser.add_argument(
-        "--input", action="append", default=[], metavar="SPEC", help="one argument; repeat in order"
+        "--input",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="an argument; repeat in order, or name it",
     )
     parser.add_argument(
         "--output", action="append", default=[], metavar="SPEC", help="one result; repeat in order"
@@ -111,10 +117,10 @@ def _run(options: argparse.Namespace) -> None:
         )
         function = program[options.function]
         check_outputs(function, sinks)
-        tensors = read_inputs(inputs, function)
-        results = _call(function, tensors)
+        arguments = read_inputs(inputs, function)
+        results = _call(function, arguments)
         if options.benchmark:
-            command.write(_benchmark(function, tensors, options.benchmark))
+            command.write(_benchmark(function, arguments, options.benchmark))
         write_results(results, files or ([] if options.benchmark else [None]))
 
 
@@ -122,11 +128,17 @@ def _check_files(options: argparse.Namespace) -> None:
     """No --output may be a file that is read, or another --output."""
     read = {"program": options.program, "parameters": options.parameters}
     inputs = {label: Path(path) for label, path in read.items() if path}
-    inputs |= {f"input {text}": path for text in options.input if (path := _file(text))}
+    inputs |= {f"input {text}": path for text in options.input if (path := _file(_unnamed(text)))}
     outputs = [path for text in options.output if (path := _file(text))]
     for number, path in enumerate(outputs):
         others = {f"output {other}": other for other in outputs[:number]}
         check_apart({"--output": path}, {**inputs, **others})
+
+
+def _unnamed(text: str) -> str:
+    """An input without the name of its argument."""
+    name, _, rest = text.partition("=")
+    return rest if rest.startswith("@") and not name.startswith("@") else text
 
 
 def _file(spec: str) -> Path | None:
@@ -136,9 +148,9 @@ def _file(spec: str) -> Path | None:
     return Path(f"{path}.safetensors") if name and path else Path(spec[1:])
 
 
-def _call(function: Function, tensors: Sequence[Tensor]) -> list[Tensor]:
+def _call(function: Function, arguments: Sequence[Any]) -> list[Tensor]:
     try:
-        return function.run(*tensors)
+        return function.run(*arguments)
     except RunError as error:
         if error.__cause__ is None or not command.is_out_of_memory(error.__cause__):
             raise
@@ -148,12 +160,12 @@ def _call(function: Function, tensors: Sequence[Tensor]) -> list[Tensor]:
 # --- benchmark ---------------------------------------------------------------------------------
 
 
-def _benchmark(function: Function, tensors: Sequence[Tensor], calls: int) -> str:
+def _benchmark(function: Function, arguments: Sequence[Any], calls: int) -> str:
     """Times of whole calls, from torch tensors to finished results."""
     times = []
     for _ in range(calls):
         begin = time.perf_counter()
-        _call(function, tensors)
+        _call(function, arguments)
         times.append(time.perf_counter() - begin)
     median, least, mean = statistics.median(times), min(times), statistics.fmean(times)
     plural = "" if calls == 1 else "s"

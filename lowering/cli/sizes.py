@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
@@ -15,20 +15,30 @@ Sizes = dict[int, tuple[Any, int]]
 """Of one tensor: the dimension, what says which sizes are equal to it, and how many units of that it is."""
 
 
-def other_arguments(args: Any, dynamic_shapes: Any) -> Iterator[tuple[str, list[Any]]] | None:
+class Call(NamedTuple):
+    """The arguments of a call."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def other_arguments(
+    args: Sequence[Any], dynamic_shapes: Any, kwargs: Mapping[str, Any] | None = None
+) -> Iterator[tuple[str, Call]] | None:
     """Make arguments with other sizes, and words for those; None where every size is fixed.
 
-    The tensors hold the values of ``args``, repeated or cut.  Sizes are within the range that their Dim has,
+    The tensors hold the values they have, repeated or cut.  Sizes are within the range that their Dim has,
     and multiples of what it says; whether a model takes them only it can tell.
     """
-    open_sizes = _open_sizes(args, dynamic_shapes)
+    call = Call(tuple(args), dict(kwargs or {}))
+    open_sizes = _open_sizes(call, dynamic_shapes)
     symbols = {symbol for sizes in open_sizes.values() for symbol, _ in sizes.values()}
-    return _candidates(list(args), open_sizes) if symbols else None
+    return _candidates(call, open_sizes) if symbols else None
 
 
 @dataclass(frozen=True)
 class _Symbol:
-    """A size of an exported program, with its range."""
+    """A size that is open, with its range."""
 
     name: str
     min: int
@@ -42,7 +52,7 @@ class _Multiple:
 
 
 def exported_shapes(program: torch.export.ExportedProgram) -> list[Any] | None:
-    """List what an exported program leaves open of its positional arguments, as ``dynamic_shapes`` does.
+    """List what an exported program leaves open of its arguments, keywords last, as ``dynamic_shapes`` does.
 
     None if there is a size that is more than a multiple of another.
     """
@@ -55,8 +65,9 @@ def exported_shapes(program: torch.export.ExportedProgram) -> list[Any] | None:
         if None in spec.values():
             return None
         specs.append(spec)
-    args = (program.example_inputs or ((), {}))[0]
-    return list(pytree.tree_unflatten(specs, pytree.tree_structure(list(args)))) if args else None
+    args, kwargs = program.example_inputs or ((), {})
+    arguments = [*args, *kwargs.values()]
+    return list(pytree.tree_unflatten(specs, pytree.tree_structure(arguments))) if arguments else None
 
 
 def _exported(size: Any, program: torch.export.ExportedProgram) -> Any:
@@ -69,12 +80,12 @@ def _exported(size: Any, program: torch.export.ExportedProgram) -> Any:
     return root if factor == 1 else _Multiple(root, lambda units: units * int(factor))
 
 
-def _open_sizes(args: Any, dynamic_shapes: Any) -> dict[int, Sizes]:
+def _open_sizes(call: Call, dynamic_shapes: Any) -> dict[int, Sizes]:
     """Find the sizes that are open, by the number of the tensor among the leaves of the arguments."""
     if dynamic_shapes is None:
         return {}
-    leaves = pytree.tree_leaves(list(args))
-    specs = _per_leaf(list(args), dynamic_shapes)
+    leaves = pytree.tree_leaves(call)
+    specs = _per_leaf(call, dynamic_shapes)
     found: dict[int, Sizes] = {}
     for number, (leaf, spec) in enumerate(zip(leaves, specs, strict=True)):
         if isinstance(leaf, torch.Tensor) and spec:
@@ -87,9 +98,15 @@ def _open_sizes(args: Any, dynamic_shapes: Any) -> dict[int, Sizes]:
     return found
 
 
-def _per_leaf(args: list[Any], shapes: Any) -> list[Any]:
-    """List what ``shapes`` says of each leaf; it is built like ``args``, or names their parameters."""
-    top = list(shapes.values()) if isinstance(shapes, dict) else list(shapes)
+def _per_leaf(call: Call, shapes: Any) -> list[Any]:
+    """List what ``shapes`` says of each leaf; it is built like the arguments, or names their parameters."""
+    args = [*call.args, *call.kwargs.values()]
+    if isinstance(shapes, dict):
+        given = [spec for name, spec in shapes.items() if name not in call.kwargs]
+        top = [*given[: len(call.args)], *[None] * (len(call.args) - len(given))]
+        top += [shapes.get(name) for name in call.kwargs]
+    else:
+        top = list(shapes)
     if len(top) == 1 and len(args) != 1 and isinstance(top[0], (tuple, list)):
         top = list(top[0])  # of *args
     specs: list[Any] = []
@@ -114,13 +131,15 @@ def _is_open(size: Any) -> bool:
 
 
 def _symbol(size: Any, now: int) -> Any:
-    """The Dim, the same for all that are equal or derived from it.
+    """The Dim by name, the same for all that are equal or derived from it.
 
     Where export finds out by itself what is equal, what is equal ``now`` is taken to be.
     """
     root = getattr(size, "root", size)
-    if isinstance(root, _Symbol) or hasattr(root, "__name__"):
+    if isinstance(root, _Symbol):
         return root
+    if hasattr(root, "__name__"):
+        return _Symbol(root.__name__, getattr(root, "min", 0), getattr(root, "max", None))
     return _Symbol(f"equal to {now}", getattr(size, "min", None) or 0, getattr(size, "max", None))
 
 
@@ -130,8 +149,8 @@ def _factor(size: Any) -> int:
     return int(fn(1)) if fn else 1
 
 
-def _candidates(args: list[Any], open_sizes: dict[int, Sizes]) -> Iterator[tuple[str, list[Any]]]:
-    leaves, tree = pytree.tree_flatten(args)
+def _candidates(call: Call, open_sizes: dict[int, Sizes]) -> Iterator[tuple[str, Call]]:
+    leaves, tree = pytree.tree_flatten(call)
     now: dict[Any, int] = {}
     for number, sizes in open_sizes.items():
         for dim, (symbol, factor) in sizes.items():

@@ -14,7 +14,7 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ FORMS = (
     "or - (MLIR text on standard input)"
 )
 _FOLDER = "hf:"
-_RETURNS = "(module, args) or (module, args, dynamic_shapes)"
+_RETURNS = "(module, args), (module, args, dynamic_shapes) or (module, args, kwargs, dynamic_shapes)"
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Model:
     module: torch.nn.Module | torch.export.ExportedProgram
     args: tuple[Any, ...]
     dynamic_shapes: Any = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
 
     def eager(self) -> torch.nn.Module:
         """The model as something PyTorch can run."""
@@ -167,12 +168,7 @@ def _exported(path: Path, trusted: bool) -> Model:
             f"{path} is not a program torch.export.save wrote: {type(error).__name__}: {words}"
         ) from error
     args, kwargs = program.example_inputs or ((), {})
-    if kwargs:
-        names = ", ".join(kwargs)
-        raise UsageError(
-            f"{path} was exported with keyword arguments ({names}); it must take positional ones"
-        )
-    return Model(program, tuple(args))
+    return Model(program, tuple(args), kwargs=dict(kwargs))
 
 
 # Python -----------------------------------------------------------------------------------------
@@ -262,19 +258,21 @@ def _checked(returned: Any, source: str) -> Model:
     import torch
 
     expected = f"expected {_RETURNS}"
-    if not isinstance(returned, tuple) or len(returned) not in (2, 3):
+    if not isinstance(returned, tuple) or len(returned) not in (2, 3, 4):
         raise UsageError(f"{source} returned {_a(returned)}; {expected}")
-    module, args, *rest = returned
+    module, args, *between, shapes = returned if len(returned) > 2 else (*returned, None)
+    kwargs = between[0] if between else None
     if not isinstance(module, (torch.nn.Module, torch.export.ExportedProgram)):
         raise UsageError(f"{source} returned {_a(module)} first; {expected}, with a torch.nn.Module first")
     if isinstance(args, torch.Tensor):
         raise UsageError(f"{source} returned a bare tensor as args; write a tuple: (module, (x,))")
     if not isinstance(args, (tuple, list)):
         raise UsageError(f"{source} returned {_a(args)} as args; {expected}, where args is a tuple")
-    shapes = rest[0] if rest else None
+    if not isinstance(kwargs, (dict, type(None))) or not all(isinstance(name, str) for name in kwargs or ()):
+        raise UsageError(f"{source} returned {_a(kwargs)} as kwargs; expected a dict of arguments by name")
     if not isinstance(shapes, (dict, tuple, list, type(None))):
         raise UsageError(f"{source} returned {_a(shapes)} as dynamic_shapes; expected a dict or a tuple")
-    return Model(module, tuple(args), shapes)
+    return Model(module, tuple(args), shapes, kwargs or {})
 
 
 # Words ------------------------------------------------------------------------------------------

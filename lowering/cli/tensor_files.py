@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from ..errors import RunError, UsageError
+from ..signature import Integer
 from .command import write
 from .element_types import DTYPES
 from .outputs import Output, writing
 
 if TYPE_CHECKING:
+    from ..runtime.arguments import Argument
     from ..runtime.program import Function
     from ..signature import TensorSpec
 
@@ -40,12 +42,32 @@ class _Literal:
 class _File:
     """``@x.npy`` or ``@x.safetensors:name``."""
 
+    text: str
     path: Path
     name: str | None
 
 
-def parse_input(text: str) -> _Literal | _File:
-    """Read what an --input says; raises UsageError if that is nothing."""
+_Source = _Literal | _File
+
+
+def parse_input(text: str) -> tuple[str | None, _Source]:
+    """Read what an --input says, and the name of the argument it is for, if it says that.
+
+    A name stands before an input that is complete without it: ``mask=4xi1=1``, ``x=@x.npy``.
+    Raises UsageError if it says nothing.
+    """
+    name, equals, rest = text.partition("=")
+    if not text.startswith("@") and equals and (rest.startswith("@") or _is_kind(rest.partition("=")[0])):
+        return name, _parse(rest)
+    return None, _parse(text)
+
+
+def _is_kind(text: str) -> bool:
+    *sizes, element = text.split("x")
+    return element in DTYPES and all(size.isdecimal() for size in sizes)
+
+
+def _parse(text: str) -> _Source:
     if text.startswith("@"):
         return _parse_file(text)
     kind, _, value = text.partition("=")
@@ -68,21 +90,43 @@ def _parse_file(text: str) -> _File:
         raise UsageError(f"--input {text}: expected @FILE.npy or @FILE.safetensors[:NAME]")
     if not Path(path).is_file():
         raise UsageError(f"--input {text}: there is no file {path}")
-    return _File(Path(path), name)
+    return _File(text, Path(path), name)
 
 
-def read_inputs(inputs: Sequence[_Literal | _File], function: Function) -> list[Tensor]:
-    """The tensors, on the function's device; RunError if there are too many or few, or no memory for one."""
-    specs: Sequence[TensorSpec | None] | None = function.tensor_inputs
+def read_inputs(inputs: Sequence[tuple[str | None, _Source]], function: Function) -> list[Any]:
+    """The arguments, tensors on the function's device; those without a name fill what is left, in order.
+
+    Raises RunError if there are too many or few, for a name it does not have, or no memory for one.
+    """
+    specs = function.passed_inputs
     if specs is None:
-        specs = [None] * len(inputs)
+        named = next((name for name, _ in inputs if name is not None), None)
+        if named is not None:
+            raise RunError(f"{function.name} does not name its arguments, {named!r} among them")
+        return [_read(source, None).to(function.device) for _, source in inputs]
+    wanted = f"{function.name} takes {len(specs)} inputs ({'; '.join(f'{s.name}: {s}' for s in specs)})"
     if len(specs) != len(inputs):
-        wanted = "; ".join(f"{spec.name}: {spec}" for spec in function.tensor_inputs or ())
-        raise RunError(f"{function.name} takes {len(specs)} inputs ({wanted}), got {len(inputs)}")
-    return [_read(source, spec).to(function.device) for source, spec in zip(inputs, specs, strict=True)]
+        raise RunError(f"{wanted}, got {len(inputs)}")
+    given: dict[str, _Source] = {}
+    for name, source in inputs:
+        if name is not None and (name in given or name not in {spec.name for spec in specs}):
+            raise RunError(f"{wanted}, got {name!r}" + (" twice" if name in given else ""))
+        if name is not None:
+            given[name] = source
+    rest = iter([source for name, source in inputs if name is None])
+    return [_argument(given.get(spec.name) or next(rest), spec, function) for spec in specs]
 
 
-def _read(source: _Literal | _File, spec: TensorSpec | None) -> Tensor:
+def _argument(source: _Source, spec: Argument, function: Function) -> Any:
+    if isinstance(spec, Integer):
+        tensor = _read(source, None)
+        if tensor.dim() or tensor.is_floating_point() or tensor.is_complex():
+            raise UsageError(f"--input {source.text}: {spec.name} is an int, such as i64=7")
+        return int(tensor)
+    return _read(source, spec).to(function.device)
+
+
+def _read(source: _Source, spec: TensorSpec | None) -> Tensor:
     if isinstance(source, _Literal):
         try:
             return _literal(source)

@@ -11,16 +11,17 @@ leave its arguments as they are and give the same results again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from ..containers import Names, register, select
 from ..errors import LoweringError, UsageError, VerificationError
 from .sensitivity import exact, nudged, plain, state_kept
-from .sizes import other_arguments
+from .sizes import Call, other_arguments
 
 if TYPE_CHECKING:
     from ..targets import Target
@@ -88,19 +89,24 @@ def verify(
     program: Callable[..., Any],
     module: torch.nn.Module,
     args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_shapes: Any = None,
+    output: Names | None = None,
 ) -> Comparison:
-    """Compare ``program`` with ``module`` on ``args``; raise VerificationError where they differ.
+    """Compare ``program`` with ``module`` on these arguments; raise VerificationError where they differ.
 
     dynamic_shapes: as for torch.export; where it leaves a size open, other sizes are tried as well.
+    output: what the program keeps of the model's result, as for ``lowering.compile``.
     """
     notes = []
+    call = Call(tuple(args), dict(kwargs or {}))
+    part = _Part(module, output)
     with torch.no_grad():
-        outputs = _compared(program, module, args, "")
-        other = other_arguments(args, dynamic_shapes)
+        outputs = _compared(program, part, call, "")
+        other = other_arguments(call.args, dynamic_shapes, call.kwargs)
         if other is not None:
-            sizes, more = _with_other_sizes(program, module, other)
+            sizes, more = _with_other_sizes(program, part, other)
             notes.append(f"called with {sizes} too" if more else f"no other sizes: {sizes}")
             outputs += more
     comparison = Comparison(tuple(outputs), tuple(notes))
@@ -115,56 +121,66 @@ def verify(
     return comparison
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A model, and what is kept of its result."""
+
+    module: torch.nn.Module
+    output: Names | None
+
+    def __call__(self, call: Call) -> Any:
+        result = self.module(*call.args, **call.kwargs)
+        return register(result if self.output is None else select(result, self.output))
+
+
 class _Refused(VerificationError):
     """The program does not take these arguments."""
 
 
 def _with_other_sizes(
-    program: Callable[..., Any], module: torch.nn.Module, candidates: Iterable[tuple[str, list[Any]]]
+    program: Callable[..., Any], model: _Part, candidates: Iterable[tuple[str, Call]]
 ) -> tuple[str, list[Output]]:
     """Compare the outputs for the first candidate that both take; sizes that eager refuses do not count."""
     refused = ""
-    for sizes, args in candidates:
+    for sizes, call in candidates:
         try:
-            with state_kept(module):
-                module(*_copies(args))
+            with state_kept(model.module):
+                model(_copies(call))
         except Exception as error:  # whatever the model says to arguments it was not written for
             refused = refused or f"with {sizes} eager fails ({_first_line(error)})"
             continue
         try:
-            return sizes, _compared(program, module, args, f" with {sizes}")
+            return sizes, _compared(program, model, call, f" with {sizes}")
         except _Refused as error:  # export found that not every size will do
             refused = refused or str(error)
     return refused, []
 
 
-def _compared(
-    program: Callable[..., Any], module: torch.nn.Module, args: Sequence[Any], call: str
-) -> list[Output]:
+def _compared(program: Callable[..., Any], model: _Part, call: Call, sizes: str) -> list[Output]:
     """The outputs of a call beside eager's; VerificationError where a second one gives others."""
     looking = plain()
-    expected, untouched = _run(module, args, looking)
-    mine = _copies(args)
-    actual = _called(program, mine, call)
+    expected, untouched = _run(model, call, looking)
+    mine = _copies(call)
+    actual = _called(program, mine, sizes)
     if untouched:
-        _check_arguments(mine, args, call)
+        _check_arguments(mine, call, sizes)
     if len(actual) != len(expected):
         raise VerificationError(
             f"the compiled program returns {len(actual)} tensors, the eager model {len(expected)}"
         )
-    again = _called(program, _copies(args), call)
+    again = _called(program, _copies(call), sizes)
     for index, tensor in enumerate(actual):
         if not _same(tensor, again[index]):
             raise VerificationError(
-                f"output {index}{call}: a second call with equal arguments gives other values"
+                f"output {index}{sizes}: a second call with equal arguments gives other values"
             )
     actual = _in_order(actual, expected, looking.unsorted)
-    yardsticks = [_run(module, args, mode)[0] for mode in (exact(), *map(nudged, range(_SAMPLES)))]
+    yardsticks = [_run(model, call, mode)[0] for mode in (exact(), *map(nudged, range(_SAMPLES)))]
     found = _judged(actual, expected, yardsticks)
     if any(output.problem for output in found):
         more = (nudged(_SAMPLES + seed, _FURTHER) for seed in range(_MORE_SAMPLES))
-        found = _judged(actual, expected, [*yardsticks, *(_run(module, args, mode)[0] for mode in more)])
-    return [replace(output, call=call) for output in found]
+        found = _judged(actual, expected, [*yardsticks, *(_run(model, call, mode)[0] for mode in more)])
+    return [replace(output, call=sizes) for output in found]
 
 
 def _judged(
@@ -177,28 +193,28 @@ def _judged(
     ]
 
 
-def _run(module: torch.nn.Module, args: Sequence[Any], mode: Any) -> tuple[list[torch.Tensor], bool]:
+def _run(model: _Part, call: Call, mode: Any) -> tuple[list[torch.Tensor], bool]:
     """Evaluate the model as ``mode`` does it: its results, and whether it left its arguments alone."""
-    copies = _copies(args)
-    with state_kept(module), mode:
+    copies = _copies(call)
+    with state_kept(model.module), mode:
         # Cloned: a model may return an argument, a parameter, or a buffer that it writes to.
-        results = [tensor.detach().clone() for tensor in _tensors(module(*copies))]
-    return results, all(map(_same, _tensors(copies), _tensors(args)))
+        results = [tensor.detach().clone() for tensor in _tensors(model(copies))]
+    return results, all(map(_same, _tensors(copies), _tensors(call)))
 
 
-def _called(program: Callable[..., Any], args: list[Any], call: str) -> list[torch.Tensor]:
+def _called(program: Callable[..., Any], call: Call, sizes: str) -> list[torch.Tensor]:
     try:
-        return _tensors(program(*args))
+        return _tensors(program(*call.args, **call.kwargs))
     except LoweringError as error:
         kind = _Refused if str(error).startswith("argument ") else VerificationError
-        raise kind(f"the compiled program cannot be called{call}: {error}") from error
+        raise kind(f"the compiled program cannot be called{sizes}: {error}") from error
 
 
-def _check_arguments(after: Sequence[Any], before: Sequence[Any], call: str) -> None:
+def _check_arguments(after: Call, before: Call, sizes: str) -> None:
     for number, (one, other) in enumerate(zip(_tensors(after), _tensors(before), strict=True)):
         if not _same(one, other):
             raise VerificationError(
-                f"the compiled program writes into its argument {number}{call}, and eager does not"
+                f"the compiled program writes into its argument {number}{sizes}, and eager does not"
             )
 
 
@@ -354,8 +370,8 @@ def _tensors(outputs: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
 
 
-def _copies(args: Iterable[Any]) -> list[Any]:
-    return pytree.tree_map(lambda a: a.detach().clone() if isinstance(a, torch.Tensor) else a, list(args))
+def _copies(call: Call) -> Call:
+    return pytree.tree_map(lambda a: a.detach().clone() if isinstance(a, torch.Tensor) else a, call)
 
 
 def _first_line(error: Exception) -> str:

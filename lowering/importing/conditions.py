@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from ..signature import Leaf, TensorSpec, holds, names_in
+from ..signature import Constant, Integer, Leaf, holds, names_in, sizes_of
 
-_SOURCE = re.compile(r"L((?:\['[^']*'\]|\[\d+\])+)\.size\(\)\[(\d+)\]")
+# Of a tensor an axis, of an int itself.
+_SOURCE = re.compile(r"L((?:\['[^']*'\]|\[\d+\])+)(?:\.size\(\)\[(\d+)\])?")
 # Whether a size is a multiple of that to which a scale's columns are padded: torch asks that when it looks
 # at strides, and a program returns them as they are asked for either way.
 _PADDED = re.compile(r"(\d+)\*\d+\+(.+)//\1!=\2")
@@ -26,10 +27,11 @@ _KEY = re.compile(r"\['([^']*)'\]|\[(\d+)\]")
 
 def conditions(exported: torch.export.ExportedProgram, inputs: Sequence[Leaf]) -> tuple[str, ...]:
     """The conditions on the sizes of ``inputs``, each once and none that always holds."""
-    specs = {leaf.name: leaf for leaf in inputs if isinstance(leaf, TensorSpec)}
-    symbols = {name for spec in specs.values() for dim in spec.shape or () for name in names_in(dim)}
-    sizes = {str(dim) for spec in specs.values() for dim in spec.shape or ()}
-    found = [*_ranges(exported, sizes), *_guards(exported, specs), *_assertions(exported)]
+    specs = {leaf.name: leaf for leaf in inputs if not isinstance(leaf, Constant)}
+    symbols = {name for spec in specs.values() for dim in sizes_of(spec) for name in names_in(dim)}
+    sizes = {str(dim) for spec in specs.values() for dim in sizes_of(spec)}
+    ints = {leaf.size for leaf in inputs if isinstance(leaf, Integer)}
+    found = [*_ranges(exported, sizes, ints), *_guards(exported, specs), *_assertions(exported)]
     told = dict.fromkeys(_plain(text) for text in found if _is_about(text, symbols))
     return tuple(text for text in told if not _PADDED.fullmatch(re.sub(r"[ ()]", "", text)))
 
@@ -47,24 +49,32 @@ def forget_multiples(exported: torch.export.ExportedProgram) -> None:
                 del ranges[size]
 
 
-def _ranges(exported: torch.export.ExportedProgram, sizes: set[str]) -> Iterator[str]:
-    """Bound the sizes that arguments have; what ``s0`` may be beside ``2*s0`` is torch's own affair."""
+def _ranges(exported: torch.export.ExportedProgram, sizes: set[str], ints: set[str]) -> Iterator[str]:
+    """Bound the sizes that arguments have; what ``s0`` may be beside ``2*s0`` is torch's own affair.
+
+    That a size is not negative is no condition; of ``ints``, which are arguments themselves, it is one.
+    """
     for size, allowed in exported.range_constraints.items():
         bounds = allowed.lower, allowed.upper
         lower, upper = (int(bound) if bound.is_Integer else None for bound in bounds)
-        if str(size) in sizes and (lower or upper is not None):
-            yield (f"{lower} <= " if lower else "") + str(size) + ("" if upper is None else f" <= {upper}")
+        lower = lower if str(size) in ints else lower or None
+        if str(size) in sizes and (lower, upper) != (None, None):
+            yield (
+                ("" if lower is None else f"{lower} <= ")
+                + str(size)
+                + ("" if upper is None else f" <= {upper}")
+            )
 
 
-def _guards(exported: torch.export.ExportedProgram, specs: Mapping[str, TensorSpec]) -> Iterator[str]:
+def _guards(exported: torch.export.ExportedProgram, specs: Mapping[str, Leaf]) -> Iterator[str]:
     """Collect the conditions in the code with which torch checks the arguments of an exported module."""
 
     def symbol(source: re.Match[str]) -> str:
         keys = [word or number for word, number in _KEY.findall(source[1])]
         # torch names a leaf of the arguments by the way to it.
         spec = specs.get(re.sub(r"\W+", "_", "_".join(keys)).lower()) or specs.get("_".join(keys))
-        shape, axis = spec.shape if spec else None, int(source[2])
-        return source[0] if shape is None or axis >= len(shape) else f"({shape[axis]})"
+        sizes, axis = sizes_of(spec) if spec else (), int(source[2] or 0)
+        return source[0] if axis >= len(sizes) else f"({sizes[axis]})"
 
     for guard in getattr(exported, "_guards_code", ()):
         yield _SOURCE.sub(symbol, guard)

@@ -275,6 +275,22 @@ def _of_a_vector(op: Callable[..., Any], otherwise: Callable[..., Any] | None = 
     return along
 
 
+def _place_of(op: Callable[..., Any]) -> Callable[..., Tensor]:
+    """The place of an extreme, of which ``op`` gives the value too.
+
+    Of the place alone IREE keeps a tile of elements, widened, on the stack, as large as a dynamic axis.
+    """
+
+    def place(x: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
+        of = _of_a_vector(op) if x.dim() == 0 else op
+        if dim is not None:
+            return of(x, dim, keepdim)[1]
+        found = op(x.reshape(-1), 0)[1]
+        return found.reshape([1] * x.dim()) if keepdim else found
+
+    return place
+
+
 def _larger(x: Tensor, y: Tensor) -> Tensor:
     """The larger element, a number where the other is NaN."""
     return torch.where(torch.isnan(y), x, torch.where(torch.isnan(x), y, torch.maximum(x, y)))
@@ -326,7 +342,8 @@ _RULES: dict[Any, Callable[..., Any]] = {
     _ATEN.abs.default: _abs,
     _ATEN.std.correction: _std,
     **{op: _running(op) for op in (_ATEN.cumsum.default, _ATEN.cumprod.default)},
-    **{op: _of_a_vector(op, _of_three_axes(op)) for op in (_ATEN.argmax.default, _ATEN.argmin.default)},
+    _ATEN.argmax.default: _place_of(_ATEN.max.dim),
+    _ATEN.argmin.default: _place_of(_ATEN.min.dim),
     **{op: _of_a_vector(op) for op in _OF_AN_AXIS},
     _ATEN.fmax.default: _larger,
     _ATEN.fmin.default: _smaller,

@@ -11,32 +11,43 @@ from __future__ import annotations
 import importlib.metadata
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 import torch
 from iree.compiler import ir
-from iree.compiler.dialects import func
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from patterns import torch_ir
 from patterns.contracts import ScaleLayout
 from patterns.sites import Remark
 
+from .. import containers
 from .. import ops as _ops  # noqa: F401  registers torch.ops.lowering.*
 from ..checkpoints.adopt import adopted
 from ..errors import CompileError, LoweringError, ToolchainError
 from ..report.sites import Folded
-from ..signature import Constant, Leaf, Parameters, Signature, TensorSpec, host_arch
+from ..signature import (
+    Constant,
+    Integer,
+    Leaf,
+    Parameters,
+    Signature,
+    TensorSpec,
+    evaluate,
+    host_arch,
+    sizes_of,
+)
 from ..targets import Target
 from ..weights.recipes import Recipe
 from . import checkpoints, refusals
 from .conditions import conditions, forget_multiples
 from .decompositions import decompositions
 from .foreign import functionalize
+from .results import chosen, returning, without_containers
 
 # The release whose torch dialect IREE 3.13 reads; pyproject.toml has the same.
 TORCH_MLIR = "20261001"
@@ -82,8 +93,9 @@ class Program:
     def mark_strides(self, layouts: Mapping[int, ScaleLayout]) -> None:
         """Results that are returned as physical buffers, by number; the runtime makes them logical."""
         outputs = list(self.outputs or ())
+        returned = [place for place, leaf in enumerate(outputs) if isinstance(leaf, TensorSpec)]
         for number, layout in layouts.items() if outputs else ():
-            outputs[number] = replace(outputs[number], strides=layout)  # type: ignore[call-arg]
+            outputs[returned[number]] = replace(outputs[returned[number]], strides=layout)  # type: ignore[call-arg]
         self.outputs = tuple(outputs) if self.outputs is not None else None
 
     def signature(self, target: Target, parameters: Parameters | None) -> Signature:
@@ -111,41 +123,64 @@ def import_module(
     *,
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
+    output: containers.Names | None = None,
 ) -> Program:
     """Export ``module`` for ``args`` and import it into ``context``.
 
     An ExportedProgram is taken as it is; of a module, quantized layers of other libraries are adopted while
-    it is exported.  Raises CompileError with torch.export's own words when the module cannot be exported.
-    One thread at a time exports, the others wait.
+    it is exported.  output: the results that are kept, as ``containers.select`` has them; None: all.
+    Raises CompileError with torch.export's own words when the module cannot be exported, UsageError where
+    ``output`` names no result.  One thread at a time exports, the others wait.
     """
     with _EXPORTING:
         if isinstance(module, torch.export.ExportedProgram):
-            return _import(module, context)
-        with adopted(module) as adopting:
+            return _import(module, context, output)
+        with adopted(module) as adopting, _results(adopting, output):
             program = _import(_export(adopting, args, dict(kwargs or {}), dynamic_shapes), context)
         program.remarks = checkpoints.dequantized(module)
         return program
 
 
-def _import(exported: torch.export.ExportedProgram, context: ir.Context) -> Program:
+@contextmanager
+def _results(module: torch.nn.Module, output: containers.Names | None) -> Iterator[None]:
+    """Make the results of a module what is asked for, in containers that torch.export knows."""
+
+    def asked(module: torch.nn.Module, args: Any, result: Any) -> Any:
+        return containers.register(result if output is None else containers.select(result, output))
+
+    hook = module.register_forward_hook(asked)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _import(
+    exported: torch.export.ExportedProgram, context: ir.Context, output: containers.Names | None = None
+) -> Program:
     as_exported = exported  # what follows may lose the guards of a program that was saved
     forget_multiples(exported)
     with warnings.catch_warnings():
         # torch copies its own tree specs in a way it has deprecated.
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-        exported = _functional(exported)
+        exported = _functional(without_containers(exported))
+    inputs = _leaves(exported, exported.graph_signature.input_specs, InputKind.USER_INPUT)
+    all_outputs = _leaves(exported, exported.graph_signature.output_specs, OutputKind.USER_OUTPUT)
+    numbers, tree = chosen(as_exported.call_spec.out_spec or pytree.tree_structure(()), output)
+    names = containers.leaf_names(tree)
+    outputs = tuple(map(_named, (all_outputs[number] for number in numbers), names))
+    _check_ints(inputs, outputs)
+    exported = returning(exported, [n for n in numbers if isinstance(all_outputs[n], TensorSpec)])
     torch_dialect = _torch_dialect()
     refusals.check(exported, torch_dialect.importable)
     module, parameters = torch_dialect.import_graph(exported, context)
-    _drop_constant_results(module, exported)
-    inputs = _leaves(exported, exported.graph_signature.input_specs, InputKind.USER_INPUT)
     return Program(
         module=module,
         parameters={**parameters},
         inputs=inputs,
-        outputs=_leaves(exported, exported.graph_signature.output_specs, OutputKind.USER_OUTPUT),
-        input_tree=_dump_tree(exported.call_spec.in_spec),
-        output_tree=_dump_tree(exported.call_spec.out_spec),
+        outputs=outputs,
+        input_tree=_dumped(as_exported.call_spec.in_spec),
+        output_tree=_dumped(tree),
         conditions=conditions(as_exported, inputs),
     )
 
@@ -181,8 +216,10 @@ def _export(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> torch.export.ExportedProgram:
     try:
-        args, kwargs = _distinct((args, kwargs))
+        args, kwargs = _distinct(containers.register((args, kwargs)))
         return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    except LoweringError:
+        raise
     except Exception as error:  # torch.export raises whatever the model or the tracer raised
         raise refusals.not_exported(module, error) from error
 
@@ -214,37 +251,23 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
     return {op: rule for op, rule in table.items() if getattr(op, "overloadpacket", None) not in _KEPT}
 
 
-def _drop_constant_results(module: ir.Module, exported: torch.export.ExportedProgram) -> None:
-    """A result that is no tensor was burned in: the signature holds it, the program need not return it."""
-    specs = [s for s in exported.graph_signature.output_specs if s.kind == OutputKind.USER_OUTPUT]
-    if not any(isinstance(spec.arg, ConstantArgument) for spec in specs):
-        return
-    with module.context, ir.Location.unknown():
-        main = Program(module, {}).main()
-        block = torch_ir.block_of(main)
-        old = list(block.operations)[-1].operation
-        kept = [
-            v
-            for v, spec in zip(old.operands, specs, strict=True)
-            if not isinstance(spec.arg, ConstantArgument)
-        ]
-        with ir.InsertionPoint(old), old.location:
-            func.ReturnOp(kept)
-        old.erase()
-        inputs = [argument.type for argument in block.arguments]
-        main.attributes["function_type"] = ir.TypeAttr.get(
-            ir.FunctionType.get(inputs, [v.type for v in kept])
-        )
+def _check_ints(inputs: tuple[Leaf, ...], outputs: tuple[Leaf, ...]) -> None:
+    """Refuse a result that is an int and does not follow from the arguments' sizes."""
+    known = {dim: 1 for leaf in inputs for dim in sizes_of(leaf) if isinstance(dim, str)}
+    for leaf in outputs:
+        if isinstance(leaf, Integer) and evaluate(leaf.size, known) is None:
+            raise CompileError(
+                f"the result {leaf.name} is an int ({leaf.size}) that does not follow from the sizes of the "
+                "arguments; return it as a tensor, such as torch.tensor of it, or leave it out (output=)"
+            )
 
 
-def _dump_tree(spec: pytree.TreeSpec | None) -> str | None:
-    """Write a pytree spec as JSON; None when it holds a container that has no serialised name."""
-    if spec is None:
-        return None
-    try:
-        return pytree.treespec_dumps(spec)
-    except NotImplementedError:
-        return None
+def _dumped(spec: pytree.TreeSpec | None) -> str | None:
+    return None if spec is None else containers.dump(spec)
+
+
+def _named(leaf: Leaf, name: str) -> Leaf:
+    return leaf if isinstance(leaf, Constant) else replace(leaf, name=name)
 
 
 def _leaves(
@@ -259,7 +282,11 @@ def _leaf(argument: Any, values: Mapping[str, Any]) -> Leaf:
     if isinstance(argument, ConstantArgument):
         return Constant(argument.value)
     value = values.get(argument.name)
+    if isinstance(value, torch.SymInt):
+        return Integer(argument.name, str(value.node.expr))
     if not isinstance(value, torch.Tensor):
-        raise CompileError(f"{argument.name} is a {type(value).__name__}; inputs and outputs must be tensors")
+        raise CompileError(
+            f"{argument.name} is a {type(value).__name__}; inputs and outputs are tensors and ints"
+        )
     shape = tuple(dim if isinstance(dim, int) else str(dim.node.expr) for dim in value.shape)
     return TensorSpec(argument.name, str(value.dtype).removeprefix("torch."), shape)

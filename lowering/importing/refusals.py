@@ -23,9 +23,10 @@ _NOISE = re.compile(r"\s*For more information, run with TORCH_LOGS=\S*|\s*You ca
 # What torch.export says, and what it means for the user of a model.
 _ADVICE = (
     (
-        r"transformers\.cache_utils",
-        "a program returns tensors, and this model returns its cache: set model.config.use_cache = False, or "
-        "wrap the model so that the cache's tensors are arguments and results",
+        r"transformers\.cache_utils|applied to DynamicCache containing only",
+        "of caches a program takes and returns DynamicCache with plain layers, and this model has another: "
+        'keep what you need of its result (output="logits"), set model.config.use_cache = False, or wrap the '
+        "model so that the cache's tensors are arguments and results",
     ),
 )
 _INSTEAD = {
@@ -171,11 +172,6 @@ def _check_inputs(exported: torch.export.ExportedProgram) -> None:
         value = node.meta.get("val") if node is not None else None
         if node is None:
             continue
-        if spec.kind == InputKind.USER_INPUT and isinstance(value, (torch.SymInt, torch.SymFloat)):
-            raise CompileError(
-                f"{model_line(node)}the argument {node.name} is a number that changes between calls; pass a "
-                f"tensor without dimensions, torch.tensor({node.name}), or leave it out of dynamic_shapes"
-            )
         dtype = value.dtype if isinstance(value, torch.Tensor) else None
         if spec.kind != InputKind.USER_INPUT and dtype is not None and not is_storable(dtype):
             instead = "torch.view_as_real of it" if dtype.is_complex else "it in a dtype that can be"

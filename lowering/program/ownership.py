@@ -64,7 +64,7 @@ def _is_shared(target: ir.Value, named: dict[str, list[ir.Operation]]) -> bool:
     if owner is None:
         return False
     number = ir.OpResult(target).result_number
-    others = (op.results[number] for op in named[owner.name] if op != owner)
+    others = (op.results[number] for op in named[owner.name] if op != owner and number < len(op.results))
     return any(_readers(other) and _may_be_one(target, other) for other in others)
 
 

@@ -10,17 +10,30 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..containers import load
 from ..errors import RunError
 from ..signature import (
     Constant,
+    Integer,
     Leaf,
     Symbols,
     TensorSpec,
     names_in,
     resolve,
+    sizes_of,
     solve,
 )
 from .session import dtype_name
+
+_INT64 = 1 << 63
+
+Argument = TensorSpec | Integer
+"""What is passed to a program."""
+
+
+def passed(leaves: tuple[Leaf, ...] | None) -> tuple[Argument, ...] | None:
+    """Keep the leaves that a program is passed; None where it says nothing of them."""
+    return None if leaves is None else tuple(leaf for leaf in leaves if not isinstance(leaf, Constant))
 
 
 def tensor_specs(leaves: tuple[Leaf, ...] | None) -> tuple[TensorSpec, ...] | None:
@@ -29,67 +42,92 @@ def tensor_specs(leaves: tuple[Leaf, ...] | None) -> tuple[TensorSpec, ...] | No
 
 
 def without_constants(specs: tuple[Leaf, ...], leaves: Sequence[Any]) -> list[Any]:
-    """The leaves that are tensors; the others must have the value that was compiled."""
-    tensors = []
+    """The leaves that are passed; the others must have the value that was compiled."""
+    kept = []
     for position, (spec, leaf) in enumerate(zip(specs, leaves, strict=True)):
-        if isinstance(spec, TensorSpec):
-            tensors.append(leaf)
+        if not isinstance(spec, Constant):
+            kept.append(leaf)
         elif isinstance(leaf, Tensor) or type(leaf) is not type(spec.value) or leaf != spec.value:
             got = "a tensor" if isinstance(leaf, Tensor) else repr(leaf)
             raise RunError(f"argument {position} was compiled as the constant {spec.value!r}, got {got}")
-    return tensors
+    return kept
 
 
-def bind(specs: Sequence[TensorSpec], tensors: Sequence[Tensor]) -> Symbols:
-    """Check dtypes and shapes; the value of every symbol."""
-    symbols: Symbols = {}
-    for spec, tensor in zip(specs, tensors, strict=True):
-        if dtype_name(tensor.dtype) != spec.dtype:
-            raise _mismatch(spec, tensor)
-        if spec.shape is None:
-            continue
-        if tensor.dim() != len(spec.shape):
-            raise _mismatch(spec, tensor)
-        for dim, size in zip(spec.shape, tensor.shape, strict=True):
-            if isinstance(dim, str) and dim.isidentifier():
-                symbols.setdefault(dim, size)
-    # A size such as 2*s0 may come before the argument that gives s0 its value, or be all that does.
+def check_kinds(specs: Sequence[Argument] | None, values: Sequence[Any], device: Any) -> None:
+    """Check that each argument is a tensor on ``device``, or an int where the program takes one."""
+    for position, value in enumerate(values):
+        spec = specs[position] if specs and position < len(specs) else None
+        name = str(position) if spec is None else spec.name
+        if isinstance(spec, Integer):
+            if type(value) is not int:
+                raise RunError(f"argument {name}: expected an int, got {type(value).__name__}")
+            if not -_INT64 <= value < _INT64:
+                raise RunError(f"argument {name}: {value} has more than 64 bits")
+        elif not isinstance(value, Tensor):
+            raise RunError(f"argument {name}: expected a tensor, got {type(value).__name__}")
+        elif value.device != device:
+            raise RunError(f"argument {name} is on {value.device}, the program runs on {device}")
+
+
+def bind(specs: Sequence[Argument], values: Sequence[Any]) -> Symbols:
+    """Check dtypes, shapes and ints; the value of every symbol."""
+    for spec, value in zip(specs, values, strict=True):
+        if isinstance(spec, TensorSpec) and (
+            dtype_name(value.dtype) != spec.dtype
+            or (spec.shape is not None and value.dim() != len(spec.shape))
+        ):
+            raise _mismatch(spec, value)
     sizes = [
-        (spec, tensor, dim, size)
-        for spec, tensor in zip(specs, tensors, strict=True)
-        for dim, size in zip(spec.shape or (), tensor.shape, strict=spec.shape is not None)
+        (spec, value, dim, size)
+        for spec, value in zip(specs, values, strict=True)
+        for dim, size in zip(sizes_of(spec), _sizes(spec, value), strict=True)
     ]
+    symbols: Symbols = {}
+    for _, _, dim, size in sizes:
+        if isinstance(dim, str) and dim.isidentifier():
+            symbols.setdefault(dim, size)
+    # A size such as 2*s0 may come before the argument that gives s0 its value, or be all that does.
     for _, _, dim, size in sizes:
         symbols.update(solve(dim, size, symbols))
-    for spec, tensor, dim, size in sizes:
+    for spec, value, dim, size in sizes:
         expected = resolve(dim, symbols)
         if expected is not None and expected != size:
-            raise _mismatch(spec, tensor, f" where {dim} = {expected}" if isinstance(dim, str) else "")
+            raise _mismatch(spec, value, f" where {dim} = {expected}" if isinstance(dim, str) else "")
     return symbols
 
 
-def _mismatch(spec: TensorSpec, tensor: Tensor, why: str = "") -> RunError:
-    got = f"{dtype_name(tensor.dtype)}[{', '.join(str(size) for size in tensor.shape)}]"
+def _sizes(spec: Argument, value: Any) -> tuple[int, ...]:
+    """What a call's argument has for ``sizes_of(spec)``."""
+    if isinstance(spec, Integer):
+        return (value,)
+    return () if spec.shape is None else tuple(value.shape)
+
+
+def _mismatch(spec: Argument, value: Any, why: str = "") -> RunError:
+    got = repr(value)
+    if isinstance(value, Tensor):
+        got = f"{dtype_name(value.dtype)}[{', '.join(str(size) for size in value.shape)}]"
     return RunError(f"argument {spec.name}: expected {spec}, got {got}{why}")
 
 
-def not_exported_for(condition: str, specs: Sequence[TensorSpec], tensors: Sequence[Tensor]) -> RunError:
+def not_exported_for(condition: str, specs: Sequence[Argument], values: Sequence[Any]) -> RunError:
     """The condition in terms of the arguments, with the size that each of its symbols is seen by."""
     seen: list[str] = []
     for name in sorted(names_in(condition)):
         places = [
-            (spec, tensor, axis)
-            for spec, tensor in zip(specs, tensors, strict=True)
-            for axis, dim in enumerate(spec.shape or ())
+            (spec, axis, dim, size)
+            for spec, value in zip(specs, values, strict=True)
+            for axis, (dim, size) in enumerate(zip(sizes_of(spec), _sizes(spec, value), strict=True))
             if name in names_in(dim)
         ]
         # The plain symbol before a multiple of it.
-        spec, tensor, axis = min(places, key=lambda place: (place[0].shape or ())[place[2]] != name)
-        dim = (spec.shape or ())[axis]
-        seen.append(f"argument {spec.name}: size {tensor.shape[axis]} of axis {axis}")
+        spec, axis, dim, size = min(places, key=lambda place: place[2] != name)
+        of_int = isinstance(spec, Integer)
+        seen.append(f"argument {spec.name}: " + (f"{size}" if of_int else f"size {size} of axis {axis}"))
         if dim != name:
             seen[-1] += f" ({dim})"
-        condition = re.sub(rf"\b{name}\b", f"{spec.name}.shape[{axis}]" if dim == name else name, condition)
+        known_as = spec.name if of_int else f"{spec.name}.shape[{axis}]"
+        condition = re.sub(rf"\b{name}\b", known_as if dim == name else name, condition)
     return RunError(f"{'; '.join(seen)}: the model was exported for sizes with {condition}")
 
 
@@ -99,34 +137,21 @@ def described(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     return f"{len(args)} positional{keywords}, or other containers inside them"
 
 
-def input_tree(text: str | None) -> pytree.TreeSpec | None:
-    """The tree, or None where it names a container type that this process does not know."""
-    if text is None:
-        return None
-    try:
-        return pytree.treespec_loads(text)
-    except (NotImplementedError, ValueError, KeyError, AttributeError, ImportError):
-        return None
-
-
 def result_tree(text: str | None) -> pytree.TreeSpec | None:
     """The tree of a result, or None where that is what there is without one: the one leaf, or a tuple."""
-    tree = input_tree(text)
+    tree = load(text)
     if tree is None:
         return None
     count = tree.num_leaves
-    built = pytree.tree_unflatten(list(range(count)), tree)
-    plain = 0 if count == 1 else tuple(range(count))
-    return None if type(built) is type(plain) and built == plain else tree
+    return None if tree == pytree.tree_structure(0 if count == 1 else (0,) * count) else tree
 
 
 def positional_count(tree: pytree.TreeSpec | None, inputs: tuple[Leaf, ...] | None) -> int | None:
     """Count a call's arguments, if all are tensors, none in a container and none a keyword; else None."""
-    if tree is None or any(isinstance(leaf, Constant) for leaf in inputs or ()):
+    if tree is None or not all(isinstance(leaf, TensorSpec) for leaf in inputs or ()):
         return None
     count = tree.num_leaves
-    plain = pytree.tree_unflatten(list(range(count)), tree) == (tuple(range(count)), {})
-    return count if plain else None
+    return count if tree == pytree.tree_structure(((0,) * count, {})) else None
 
 
 def keywords_of(text: str | None) -> tuple[str, ...]:

@@ -26,24 +26,27 @@ from iree import runtime as iree
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .. import ops
+from .. import containers, ops
 from ..errors import RunError
 from ..signature import (
     INTO,
     SCRATCH_SIZE,
     Constant,
+    Integer,
     Signature,
     Symbols,
     TensorSpec,
+    evaluate,
     holds,
     resolve,
 )
 from .arguments import (
     bind,
+    check_kinds,
     described,
-    input_tree,
     keywords_of,
     not_exported_for,
+    passed,
     positional_count,
     result_tree,
     tensor_specs,
@@ -134,7 +137,7 @@ class Function:
     def __init__(self, name: str, signature: Signature, session: Session, module: iree.VmModule):
         self.name = name
         self.signature = signature
-        self.tensor_inputs = tensor_specs(signature.inputs)
+        self.passed_inputs = passed(signature.inputs)
         """The arguments of ``run``; None when the program does not say."""
         self.tensor_outputs = tensor_specs(signature.outputs)
         """The results of ``run``; None when the program does not say."""
@@ -143,11 +146,11 @@ class Function:
         self._function = function_of(module, name + INTO if into else name)
         # A program that needs no scratch memory has no such function.
         self._scratch_size = module.lookup_function(name + INTO + SCRATCH_SIZE) if into else None
-        self._in_tree = input_tree(signature.input_tree)
+        self._in_tree = containers.load(signature.input_tree)
         self._result_tree = result_tree(signature.output_tree)
         self._keywords = keywords_of(signature.input_tree)
         self._positional = positional_count(self._in_tree, signature.inputs)
-        self._constants = any(isinstance(leaf, Constant) for leaf in signature.outputs or ())
+        self._all_tensors = self.tensor_outputs == signature.outputs
         outputs = self.tensor_outputs or ()
         self._strided = [(i, spec.strides) for i, spec in enumerate(outputs) if spec.strides]
         self._dtypes = tuple(getattr(torch, spec.dtype) for spec in outputs)
@@ -163,17 +166,18 @@ class Function:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         plain = len(args) == self._positional and not kwargs and all(isinstance(x, Tensor) for x in args)
-        results = self.run(*(args if plain else self._leaves(args, kwargs)))
-        if self._constants:
-            results = list(self._with_constants(results))
+        values = args if plain else self._leaves(args, kwargs)
+        results: list[Any] = self.run(*values)
+        if not self._all_tensors:
+            results = list(self._with_others(results, values))
         tree = self._result_tree
         if tree is not None and tree.num_leaves == len(results):
             return pytree.tree_unflatten(results, tree)
         return results[0] if len(results) == 1 else tuple(results)
 
-    def run(self, *tensors: Tensor) -> list[Tensor]:
-        """Call with the tensor arguments alone, flat and in order; returns the tensors of the result."""
-        plan = self._plan(tensors)
+    def run(self, *values: Any) -> list[Tensor]:
+        """Call with the tensors and ints of ``passed_inputs``, flat; returns the tensors of the result."""
+        plan = self._plan(values)
         session = self._session
         if plan.all_empty and not session.place.driver.on_host:
             return self._empty(plan)
@@ -182,7 +186,8 @@ class Function:
             memory = [view for _, view in storage]
             if plan.scratch is not None:
                 memory.append(session.scratch(plan.scratch))
-            views = session.invoke(self._function, tensors, memory)
+            views = session.invoke(self._function, values, memory)
+        tensors = [value for value in values if isinstance(value, Tensor)]
         if self.tensor_outputs is None:
             return _apart([session.to_torch(view, None) for view in views], tensors)
         returned = self._returned
@@ -207,27 +212,27 @@ class Function:
             for sizes, dtype in zip(plan.sizes, self._dtypes, strict=True)
         ]
 
-    def _plan(self, tensors: Sequence[Any]) -> _Plan:
-        """Find what is known of a call with ``tensors``; a first one of its shapes is checked."""
-        key = tuple([(x.dtype, x.shape, x.device) if isinstance(x, Tensor) else None for x in tensors])
+    def _plan(self, values: Sequence[Any]) -> _Plan:
+        """Find what is known of a call with ``values``; a first one of its shapes and ints is checked."""
+        key = tuple([(x.dtype, x.shape, x.device) if isinstance(x, Tensor) else _key(x) for x in values])
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._planned(tensors)
+            plan = self._planned(values)
             if len(self._plans) >= _REMEMBERED_PLANS:
                 self._plans.clear()
             self._plans[key] = plan
         return plan
 
-    def _planned(self, tensors: Sequence[Any]) -> _Plan:
+    def _planned(self, values: Sequence[Any]) -> _Plan:
         """Check the arguments of ``run`` and plan the call."""
-        plan = _Plan(self._check(tensors), self.tensor_outputs or ())
+        plan = _Plan(self._check(values), self.tensor_outputs or ())
         layouts, session = dict(self._strided), self._session
         for number, *_ in self.signature.placed:
             shape = ops.physical_shape(plan.shape(number), layouts.get(number, "row"))
             plan.storage.append(session.storage(shape, self._dtypes[number]))
         if self._scratch_size is not None:
             with reported(f"{self.name} failed"):
-                plan.scratch = session.query(self._scratch_size, tensors, len(plan.storage) + 1)
+                plan.scratch = session.query(self._scratch_size, values, len(plan.storage) + 1)
         elif plan.storage:
             plan.scratch = 0
         return plan
@@ -255,32 +260,29 @@ class Function:
             raise RunError(f"{self._describe()}, got {described(args, kwargs)}")
         return leaves
 
-    def _check(self, tensors: Sequence[Any]) -> Symbols:
+    def _check(self, values: Sequence[Any]) -> Symbols:
         """Check the arguments of ``run`` and return the value of every symbol."""
-        specs = self.tensor_inputs
-        device = self.device
-        for position, tensor in enumerate(tensors):
-            name = specs[position].name if specs and position < len(specs) else str(position)
-            if not isinstance(tensor, Tensor):
-                raise RunError(f"argument {name}: expected a tensor, got {type(tensor).__name__}")
-            if tensor.device != device:
-                raise RunError(f"argument {name} is on {tensor.device}, the program runs on {device}")
+        specs = self.passed_inputs
+        check_kinds(specs, values, self.device)
         if specs is None:
             return {}
-        if len(tensors) != len(specs):
+        if len(values) != len(specs):
             names = ", ".join(spec.name for spec in specs)
-            raise RunError(f"{self.name} takes {len(specs)} tensors ({names}), got {len(tensors)}")
-        symbols = bind(specs, tensors)
+            raise RunError(f"{self.name} takes {len(specs)} tensors ({names}), got {len(values)}")
+        symbols = bind(specs, values)
         for condition in self.signature.conditions:
             if holds(condition, symbols) is False:
-                raise not_exported_for(condition, specs, tensors)
+                raise not_exported_for(condition, specs, values)
         return symbols
 
-    def _with_constants(self, tensors: Sequence[Tensor]) -> Iterator[Any]:
-        """The leaves of the result: the tensors, with the burned-in constants between them."""
-        remaining = iter(tensors)
+    def _with_others(self, tensors: Sequence[Tensor], values: Sequence[Any]) -> Iterator[Any]:
+        """The leaves of the result: the tensors, between them burned-in constants and ints."""
+        remaining, symbols = iter(tensors), self._plan(values).symbols
         for leaf in self.signature.outputs or ():
-            yield leaf.value if isinstance(leaf, Constant) else next(remaining)
+            if isinstance(leaf, TensorSpec):
+                yield next(remaining)
+            else:
+                yield evaluate(leaf.size, symbols) if isinstance(leaf, Integer) else leaf.value
         yield from remaining
 
     def _describe(self) -> str:
@@ -292,6 +294,11 @@ class Function:
         keywords = f", keywords {', '.join(self._keywords)}" if self._keywords else ""
         plural = "" if len(leaves) == 1 else "s"
         return f"{self.name} takes {len(leaves)} argument{plural} ({names}{keywords})"
+
+
+def _key(value: Any) -> Any:
+    """What tells an int from another; every other value is refused."""
+    return value if type(value) is int else None
 
 
 def _apart(results: Iterable[Tensor], arguments: Sequence[Tensor]) -> list[Tensor]:
@@ -310,7 +317,7 @@ class _Plan:
     """Hold what the arguments' dtypes and shapes decide about a call."""
 
     def __init__(self, symbols: Symbols, outputs: Sequence[TensorSpec]):
-        self.outputs = outputs
+        self.outputs, self.symbols = outputs, symbols
         shapes = [(None,) if spec.shape is None else spec.shape for spec in outputs]
         self.sizes = [tuple(resolve(dim, symbols) for dim in shape) for shape in shapes]
         """Of each result; None is a size that only the call itself tells."""

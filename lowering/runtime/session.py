@@ -214,16 +214,15 @@ class Session:
         self._lock = threading.Lock()
 
     def invoke(
-        self, function: iree.VmFunction, tensors: Sequence[Tensor], storage: Sequence[iree.HalBufferView] = ()
+        self, function: iree.VmFunction, values: Sequence[Any], storage: Sequence[iree.HalBufferView] = ()
     ) -> list[iree.HalBufferView]:
-        """Call ``function`` with ``tensors`` and then ``storage``, and wait for its results.
+        """Call ``function`` with ``values``, tensors and ints, then ``storage``; wait for its results.
 
         Raises what the IREE runtime raises: see ``reported``; RunError in a forked process.
         """
         _refuse_forked()
-        arguments = iree.VmVariantList(len(tensors) + len(storage))
-        for tensor in tensors:
-            arguments.push_ref(self.to_iree(tensor).ref)
+        arguments = iree.VmVariantList(len(values) + len(storage))
+        self._push(arguments, values)
         for view in storage:
             arguments.push_ref(view.ref)
         results = iree.VmVariantList(4)
@@ -234,15 +233,21 @@ class Session:
             self._context.invoke(function, arguments, results)
         return [results.get_as_object(i, iree.HalBufferView) for i in range(len(results))]
 
-    def query(self, function: iree.VmFunction, tensors: Sequence[Tensor], more: int) -> int:
-        """The integer that ``function`` computes from the shapes of ``tensors``.
+    def _push(self, arguments: iree.VmVariantList, values: Sequence[Any]) -> None:
+        for value in values:
+            if isinstance(value, Tensor):
+                arguments.push_ref(self.to_iree(value).ref)
+            else:
+                arguments.push_int(value)
+
+    def query(self, function: iree.VmFunction, values: Sequence[Any], more: int) -> int:
+        """The integer that ``function`` computes from ints, and the shapes of tensors, among ``values``.
 
         It has more arguments, two fences and ``more`` buffer views, and looks at none of them.
         """
         _refuse_forked()
-        arguments = iree.VmVariantList(len(tensors) + 2 + more)
-        for tensor in tensors:
-            arguments.push_ref(self.to_iree(tensor).ref)
+        arguments = iree.VmVariantList(len(values) + 2 + more)
+        self._push(arguments, values)
         for _ in range(2):
             arguments.push_ref(iree.HalFence(0).ref)
         for _ in range(more):

@@ -52,6 +52,12 @@ def tensor():
 def four():
     return Double(), (), None, 4
 
+def named():
+    return Double(), (), {"x": torch.ones(2, 8)}, {"x": {0: torch.export.Dim("t")}}
+
+def wrong_names():
+    return Double(), (), [torch.ones(2, 8)], None
+
 def nothing():
     pass
 
@@ -100,8 +106,9 @@ class FakeCompiler:
         self.calls.append((text, settings))
         return self._compiled(**settings)
 
-    def _compiled(self, *, target, parameters, patterns, fp8, dump_phases_to, source_paths, progress):
-        assert not patterns and fp8 == "as-is" and not source_paths
+    def _compiled(self, *, target, parameters, progress, patterns=(), fp8="as-is", **others):
+        assert not patterns and fp8 == "as-is" and not others.pop("source_paths")
+        assert set(others) <= {"kwargs", "output", "dump_phases_to"}
         progress("import", "a model")
         progress("kernels", "1 of 1")
         if parameters:
@@ -163,6 +170,13 @@ def test_hands_on_what_the_callable_returned(here, compiler):
     assert type(module).__name__ == "Double"
     assert len(args) == 1 and list(shapes["x"]) == [0]
     assert settings["target"] == "H200" and settings["dump_phases_to"] == Path("ir")
+    assert settings["kwargs"] == {} and settings["output"] is None
+    compile_cli.main(["model.py:named", "-o", "m.vmfb", "--only-output", "logits"])
+    _, args, shapes, settings = compiler.calls[1]
+    assert args == () and settings["kwargs"]["x"].shape == (2, 8) and list(shapes["x"]) == [0]
+    assert settings["output"] == "logits"
+    compile_cli.main(["model.py:build", "-o", "m.vmfb", "--only-output", "a", "--only-output", "b.0"])
+    assert compiler.calls[2][-1]["output"] == ["a", "b.0"]
 
 
 @pytest.mark.parametrize("name", ["r.json", "r.html"])
@@ -294,9 +308,10 @@ def test_verify_without_the_device_is_a_usage_error_before_compiling(here, compi
         ("model.py:number", ["is an int, not a callable"]),
         ("model.py:bare", ["returned a Double", "expected (module, args)"]),
         ("model.py:tensor", ["bare tensor", "(module, (x,))"]),
-        ("model.py:four", ["a tuple of 4 (Double, tuple, NoneType, int)"]),
+        ("model.py:four", ["an int as dynamic_shapes"]),
+        ("model.py:wrong_names", ["a list as kwargs", "a dict of arguments by name"]),
         ("model.py:nothing", ["returned None", "expected (module, args)"]),
-        ("model.py:raises", ["ZeroDivisionError: division by zero", "(model.py:27)"]),
+        ("model.py:raises", ["ZeroDivisionError: division by zero", "(model.py:33)"]),
         ("model.py:leaves", ["SystemExit: bye"]),
         ("model.py:needs", ["TypeError", "argument"]),
         ("model.py:wrong_shapes", ["an int as dynamic_shapes"]),
@@ -381,6 +396,11 @@ def test_exported_programs_bring_their_own_arguments(here):
     assert isinstance(model, Model)
     assert [tuple(a.shape) for a in model.args] == [(2, 4)]
     assert model.eager()(*model.args).shape == (2, 4)
+    exported = torch.export.export(torch.nn.Linear(4, 4), (), {"input": torch.ones(3, 4)})
+    torch.export.save(exported, "named.pt2")
+    model = resolve("named.pt2")
+    assert isinstance(model, Model) and model.args == ()
+    assert model.eager()(**model.kwargs).shape == (3, 4)
 
 
 def test_a_file_that_is_no_exported_program(here):

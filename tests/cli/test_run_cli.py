@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lowering.cli import run as run_cli
-from lowering.signature import TensorSpec
+from lowering.signature import Integer, TensorSpec
 from tests.small_programs import compiled, signature
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +36,39 @@ def test_run_prints_results(pair, capsys):
     assert run_cli.main([pair, "--input", "1x4xbf16=1.5", "--input", "3xi64=1,2,-3"]) == 0
     expected = "output_0: 1x4xbf16\n[[1.5000, 1.5000, 1.5000, 1.5000]]\noutput_1: 3xi64\n[ 2,  4, -6]\n"
     assert capsys.readouterr().out == expected
+
+
+def test_inputs_may_be_named(pair, tmp_path, capsys):
+    np.save(tmp_path / "n.npy", np.array([4, 5]))
+    for inputs in (["n=3xi64=1,2,-3", "1x4xbf16=1.5"], ["n=3xi64=1,2,-3", "x=1x4xbf16=1.5"]):
+        assert run_cli.main([pair, *(f"--input={text}" for text in inputs)]) == 0
+        assert "output_1: 3xi64\n[ 2,  4, -6]\n" in capsys.readouterr().out
+    assert run_cli.main([pair, f"--input=n=@{tmp_path / 'n.npy'}", "--input=1x4xbf16"]) == 0
+    assert capsys.readouterr().out.endswith("[ 8, 10]\n")
+
+
+def test_an_int_is_an_input(tmp_path, capsys):
+    mlir = """func.func @main(%n: i64, %x: tensor<?xi64>) -> tensor<?xi64> @SIG(main) {
+      %y = linalg.generic {
+          indexing_maps = [affine_map<(i) -> (i)>, affine_map<(i) -> (i)>], iterator_types = ["parallel"]
+        } ins(%x : tensor<?xi64>) outs(%x : tensor<?xi64>) {
+        ^bb0(%a: i64, %b: i64):
+          %c = arith.addi %a, %n : i64
+          linalg.yield %c : i64
+        } -> tensor<?xi64>
+      return %y : tensor<?xi64>
+    }"""
+    x = TensorSpec("x", "int64", ("s1",))
+    told = signature((Integer("n", "s0"), x), (x,), conditions=("2 <= s0",))
+    path = tmp_path / "add.vmfb"
+    path.write_bytes(compiled(mlir, main=told))
+    for inputs in (["i64=7", "2xi64=1,2"], ["2xi64=1,2", "n=i64=7"]):
+        assert run_cli.main([str(path), *(f"--input={text}" for text in inputs)]) == 0
+        assert capsys.readouterr().out == "output_0: 2xi64\n[8, 9]\n"
+    assert run_cli.main([str(path), "--input=f32=7", "--input=2xi64"]) == 2
+    assert "n is an int, such as i64=7" in capsys.readouterr().err
+    assert run_cli.main([str(path), "--input=i64=1", "--input=2xi64"]) == 1
+    assert "argument n: 1: the model was exported for sizes with 2 <= n" in capsys.readouterr().err
 
 
 def test_run_writes_and_reads_files(pair, tmp_path, capsys):
@@ -97,6 +130,8 @@ N_ = "--input=2xi64=1"
         ([X_, N_, "--output=@y.npy"], 2, "main returns 2 tensors, y.npy holds one; use .safetensors"),
         ([X_, N_, "--output=-", "--output=-", "--output=-"], 2, "3 --output options given"),
         ([X_], 1, "main takes 2 inputs (x: bfloat16[s0, 4]; n: int64[s1]), got 1"),
+        ([X_, "--input=m=2xi64=1"], 1, "n: int64[s1]), got 'm'"),
+        (["--input=n=2xi64=1", "--input=n=2xi64=1"], 1, "got 'n' twice"),
         (["--input=1x4xf32=1", N_], 1, "argument x: expected bfloat16[s0, 4], got float32[1, 4]"),
         ([X_, N_, "--function=other"], 1, "the program has no function 'other'; it has main"),
         ([X_, N_, "--device=tpu"], 2, "unknown device 'tpu'"),

@@ -307,8 +307,12 @@ def test_other_sizes_keep_to_what_the_model_says():
     found = sizes_of((x, {"y": y}), ({0: 2 * q}, {"y": {0: 4 * q}}))
     assert found and all(a[0] * 2 == b[0] and a[0] <= 8 and a[1] == b[1] == 6 for a, b in found)
     assert all(a[0] == a[1] for (a,) in sizes_of((torch.ones(4, 4),), ((Dim.AUTO, Dim.AUTO),)))
-    words, args = next(iter(other_arguments((x,), ({0: t},)) or ()))
-    assert words == "5x6" and torch.equal(args[0], torch.cat([x, x[:1]]))
+    words, call = next(iter(other_arguments((x,), ({0: t},)) or ()))
+    assert words == "5x6" and torch.equal(call.args[0], torch.cat([x, x[:1]]))
+    # Keywords, which shapes may name in any order or not at all.
+    named = {"y": {0: 2 * q}, "x": {0: t}, "z": None}
+    for _, call in other_arguments((x,), named, {"z": x, "y": y}) or ():
+        assert 2 <= len(call.args[0]) <= 5 and len(call.kwargs["z"]) == 4 and len(call.kwargs["y"]) <= 8
 
 
 def test_other_sizes_of_an_exported_program():

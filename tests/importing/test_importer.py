@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-import transformers
 from iree.compiler import ir
 from torch import nn
 from torch._higher_order_ops.scan import scan
@@ -450,26 +449,6 @@ def test_what_cannot_be_imported_is_named_with_its_line_and_a_way_out(model: nn.
         imported(model, torch.ones(3, 3))
 
 
-def test_a_number_that_changes_is_named_with_its_line_and_a_way_out() -> None:
-    class Scaled(nn.Module):
-        def forward(self, n, x):
-            return x * n
-
-    shapes = {"n": torch.export.Dim.DYNAMIC, "x": {}}
-    with pytest.raises(CompileError, match=rf"{THIS}:\d+: the argument n .*torch\.tensor\(n\)"):
-        imported(Scaled(), 3, torch.ones(3), dynamic_shapes=shapes)
-
-
-def test_a_model_that_returns_its_cache_is_told_how_to_leave_it_out() -> None:
-    config = transformers.LlamaConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=16
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
-    with pytest.raises(CompileError, match="use_cache = False") as caught:
-        imported(model, torch.ones(1, 3, dtype=torch.int64))
-    assert "<" not in str(caught.value)
-
-
 @pytest.mark.parametrize("args", [(), (torch.zeros(3), torch.zeros(3))])
 def test_the_wrong_number_of_arguments_is_rejected(args) -> None:
     with pytest.raises(CompileError, match=r"torch\.export rejected Foreign: "):
@@ -539,10 +518,23 @@ class ReturnsNone(nn.Module):
 
 def test_results_that_are_no_tensors_are_constants() -> None:
     program = imported(ReturnsNone(), torch.zeros(3))
-    assert program.outputs == (TensorSpec("mul", "float32", (3,)), Constant(None), Constant(3))
+    assert program.outputs == (TensorSpec("logits", "float32", (3,)), Constant(None), Constant(3))
     x = torch.randn(3)
     got = lowering.load(lowering.compile(ReturnsNone(), (x,)).vmfb)(x)
     assert torch.equal(got["logits"], x * 2) and got["cache"] is None and got["layers"] == 3
+
+
+class ReturnsNoneAndColumns(nn.Module):
+    def forward(self, y):
+        return None, *torch.ops.lowering.group_quant(y, 32, scale_layout="column")
+
+
+def test_strides_belong_to_the_result_they_are_of_where_others_are_constants() -> None:
+    y = torch.randn(4, 64)
+    none, q, scale = lowering.load(lowering.compile(ReturnsNoneAndColumns(), (y,)).vmfb)(y)
+    _, eager_q, eager_scale = ReturnsNoneAndColumns()(y)
+    assert none is None and torch.equal(q.view(torch.uint8), eager_q.view(torch.uint8))
+    assert torch.equal(scale, eager_scale) and scale.stride() == eager_scale.stride() == (1, 4)
 
 
 class Difference(nn.Module):

@@ -177,7 +177,8 @@ SCHEMES = [
 def arguments(quantization: Quantization) -> dict[str, Any]:
     """What ``torch.ops.lowering.group_quant`` is called with for a scheme."""
     fields = dict(vars(quantization), scale_layout=quantization.layout)
-    del fields["layout"], fields["group"]
+    for name in ("layout", "group", "static", "lowest"):
+        del fields[name]
     fields["dtype"] = getattr(torch, quantization.dtype)
     return {"group_size": quantization.group or 0, **fields}
 

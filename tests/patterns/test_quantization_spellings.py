@@ -374,10 +374,6 @@ NEAR_MISSES: dict[str, tuple[Callable[[Tensor], Any], str]] = {
         ),
         "taken over axes [1, 3]",
     ),
-    "one scale for the tensor": (
-        lambda x: divided(x, groups=lambda x: x.float(), amax=lambda g: g.abs().max()),
-        "one scale for the whole tensor",
-    ),
     "a constant scale": (
         lambda x: ((x.float() / 3.5).clamp(-448, 448).to(FP8), x),
         "not computed from the largest magnitude",

@@ -180,6 +180,49 @@ def test_an_update_at_the_places_of_the_largest() -> None:
         assert torch.equal(program(x), model(x)), size
 
 
+class Places(nn.Module):
+    """Tell where the extremes are, along a dynamic axis and of all."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        four = x.unflatten(-1, (2, 4))
+        return (
+            *(x.argmax(1), x.argmin(0, keepdim=True), x.argmax(-1), x.argmin(), x.argmax(None, True)),
+            *(four.argmin(1), four.argmax(3), x[0, 0, 0].argmax(0)),
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
+def test_the_places_of_extremes_along_dynamic_axes(dtype: torch.dtype) -> None:
+    def made(rows: int, columns: int) -> Tensor:
+        return (torch.randn(rows, columns, 8) * 3).round().abs().to(dtype)  # many are equal: the first counts
+
+    model, shapes = Places(), {0: torch.export.Dim("rows", min=2), 1: torch.export.Dim("columns", min=2)}
+    program = lowering.load(lowering.compile(model, (made(5, 6),), dynamic_shapes=(shapes,)).vmfb)
+    for size in ((5, 6), (7, 3), (64, 200)):
+        x = made(*size)
+        if dtype.is_floating_point:
+            x[1, 2, 3] = torch.nan  # the largest and the smallest
+        assert all(map(torch.equal, program(x), model(x)))
+
+
+class Added(nn.Module):
+    """Update the second result of a kernel; another call of its name has one result."""
+
+    def forward(self, x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        first = torch.ops.lowering.add_rms_norm(x, y, w, 1e-6)[0]
+        made, total = torch.ops.lowering.add_rms_norm(first, first, w, 1e-5)
+        updated = made.contiguous().clone()
+        updated[..., 0:1].fill_(4)
+        return updated, total
+
+
+def test_an_update_of_what_a_kernel_with_several_results_makes() -> None:
+    model, args = Added(), (*torch.randn(2, 4, 128), torch.randn(128))
+    results = lowering.load(lowering.compile(model, args).vmfb)(*args)
+    for ours, eager in zip(results, model(*args), strict=True):
+        torch.testing.assert_close(ours, eager)  # sums in another order
+
+
 class Placed(nn.Module):
     """Put rows into a cache, at indices that have two axes of unknown sizes together."""
 

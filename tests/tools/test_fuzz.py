@@ -122,6 +122,16 @@ def test_wrong_rows_nan_and_another_sign_of_infinity_are_seen() -> None:
     assert "dtype" in (reference.problem(0, special.double()) or "")
 
 
+def test_a_product_is_known_where_an_element_is_infinite_and_unknown_where_a_sum_may_overflow() -> None:
+    y = torch.ones(4, 8)
+    for value, right, wrong in ((torch.inf, None, "NaN"), (3e38, None, None)):
+        x = torch.full((2, 4), value)
+        reference = judge.Reference(lambda t: [t @ y], [x])
+        assert reference.problem(0, x @ y) is right
+        found = reference.problem(0, torch.full((2, 8), torch.nan))
+        assert found is wrong if wrong is None else wrong in (found or "")
+
+
 def test_equal_elements_come_in_any_order_and_others_do_not() -> None:
     x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)).relu()  # half of them are zero
 

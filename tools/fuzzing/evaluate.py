@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,6 +116,8 @@ class Disturbed(TorchDispatchMode):
     def __init__(self, seed: int, noise: float) -> None:
         super().__init__()
         self.noise = noise
+        product = partial(_product, overflown=(math.nan, math.inf, -math.inf)[seed % 3])
+        self.otherwise = {**_OTHERWISE, "mm": product, "bmm": product}
         self.generator = torch.Generator().manual_seed(seed)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -131,7 +134,7 @@ class Disturbed(TorchDispatchMode):
             return plain
         wide = tree_map(lambda t: self._moved(_cast(t, torch.float32, _NARROW)), (args, kwargs))
         try:
-            found = _OTHERWISE.get(name, func)(*wide[0], **wide[1])
+            found = self.otherwise.get(name, func)(*wide[0], **wide[1])
         except (RuntimeError, ValueError):  # an operation of one dtype
             return tree_map(self._moved, plain)
         if name == "gelu":
@@ -179,15 +182,22 @@ def _layer_norm(
     return value if bias is None else value + bias, mean, scale
 
 
-def _product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """In float64, and unknown where a sum in float32 overflows on its way or not, which its order decides."""
+def _product(x: torch.Tensor, y: torch.Tensor, overflown: float) -> torch.Tensor:
+    """In float64; ``overflown`` where a sum in float32 overflows on its way or not, which its order decides.
+
+    An infinite element decides its sums by itself, whatever their order, unless the others overflow.
+    """
     x, y = x.double(), y.double()
-    largest = x.abs() @ y.abs()
-    return torch.where(largest > torch.finfo(torch.float32).max, torch.nan, x @ y).float()
+    largest = _finite(x).abs() @ _finite(y).abs()
+    return torch.where(largest > torch.finfo(torch.float32).max, overflown, x @ y).float()
+
+
+def _finite(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x.isfinite(), x, 0.0)
 
 
 # What eager does inside one operation, in another way.
-_OTHERWISE = {"gelu": _gelu, "native_layer_norm": _layer_norm, "mm": _product, "bmm": _product}
+_OTHERWISE = {"gelu": _gelu, "native_layer_norm": _layer_norm}
 
 
 def _cast(value: Any, to: torch.dtype, of: Iterable[torch.dtype]) -> Any:

@@ -30,6 +30,7 @@ from tools.fuzzing.graph import Graph, source
 RIGHT = "right"
 Verdict = tuple[str, str]
 # What is said of sizes that torch.export excludes: those where it would have traced something else.
+_GATED = "_mul"  # ends the name of a gate
 _EXCLUDED = "the model was exported for sizes with"
 
 
@@ -146,12 +147,17 @@ def _missing(
     for number, (graph, of_steps) in enumerate(zip(graphs, places, strict=True)):
         for step, lines in zip(graph.steps, of_steps, strict=True):
             for op in step.sites:
-                here = next((entry for entry in sites if entry[0] == op and entry[1] in lines), None)
+                here = next((entry for entry in sites if _names(entry[0], op) and entry[1] in lines), None)
                 if here is not None:
                     sites.remove(here)
                 else:
                     missing.setdefault(number, ("sites", f"no {op} in the report of: {step.code}"))
     return missing
+
+
+def _names(reported: str, op: str) -> bool:
+    """Tell whether a site is that of ``op``; of the product of two activations either is the gate."""
+    return reported == op or (reported.endswith(_GATED) and op.endswith(_GATED))
 
 
 def _called(
