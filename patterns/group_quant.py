@@ -155,7 +155,8 @@ _SCALE = Aside(Named("scale", OneOf(Named("power", _POWER), _FLOORED.inner)))
 
 
 _INVERSE = Aside(times_one(f32("reciprocal", _SCALE, capture="inverse")))
-# The inverse of a scale, from the largest magnitude itself.  PyTorch divides a number by a tensor in two steps.
+# The inverse of a scale, from the largest magnitude itself.  PyTorch divides a number by a tensor in two
+# steps.
 _TURNED = Aside(times_one(f32("reciprocal", _AMAX)))
 _INVERTED = OneOf(
     Named("inverted", f32("div.Tensor", Const("qmax"), _AMAX)),
@@ -277,7 +278,7 @@ _ONE_OVER = f32("reciprocal", Var("of"))
 
 
 def _scale(found: Bindings) -> tuple[ScaleDivision, ir.Value | None]:
-    """The scale that is stored, and how it is divided; None where values are multiplied and nothing is stored."""
+    """How the scale is divided, and the value that is; None where only its inverse is written down."""
     if "scale" in found:
         return "true" if "qmax" in found else "reciprocal", found["scale"]
     inverse = found["inverted"] if "inverted" in found else found["inverted_twice"]

@@ -11,7 +11,7 @@ the name of its twin, which takes the same arguments and returns what would have
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -43,6 +43,8 @@ class Arg:
 
 
 Fields = Mapping[str, Any]
+# The layout that the caller gave the tensor for the scales.
+SCALE_LAYOUT = Arg(LAYOUT, {None: "row", **{name: name for name in ("row", "column", "column_tma")}})
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class NamedOp:
     lower
         The argument that holds the lower bound of the quantized values, which must be minus the upper one.
     dtypes
-        What fields of the quantization are for each dtype of its values, where that decides; no other has one.
+        Fields of the quantization for each dtype of its values, where that decides; others are refused.
     requires
         What other arguments must be; with any other value the operation is not recognised.
     unwritten
@@ -281,6 +283,11 @@ class NamedOp:
         contract = static_quantization(q.dtype, **values)
         operands = [producer, call.tensors["given"]]
         return Raised(canonical.GROUP_QUANT, contract, operands, [call.tensors["q"]])
+
+
+def nearest(rows: Sequence[NamedOp], op: ir.Operation) -> NamedOp:
+    """Choose, of rows that need different values of an argument, that of the call's: it can tell more."""
+    return next((row for row in rows if row.accepts(op)), rows[0])
 
 
 class _Refusal(Exception):

@@ -14,13 +14,13 @@ from collections.abc import Iterable
 from iree.compiler import ir
 
 from . import torch_ir
-from .named_call import LAYOUT, Arg, Fields, NamedOp, Role
+from .named_call import SCALE_LAYOUT, Arg, NamedOp, Role, nearest
+from .named_vllm import VLLM_LIMITS, VLLM_NORM, VLLM_QUANTS
 from .recogniser import NearMiss
 
 _PLAIN = {"eps": Arg("eps"), "rounding": "once"}
 _GEMMA = {"eps": Arg("eps"), "rounding": "once", "weight_offset": 1.0}
 
-_VLLM_NORM = {"eps": Arg("epsilon"), "rounding": "twice"}
 _AITER_NORM = {"eps": Arg("variance_epsilon"), "rounding": "once"}
 _AITER_UNROUNDED = {"eps": Arg("variance_epsilon"), "rounding": "none"}
 
@@ -29,7 +29,7 @@ _CUDA_QUANT = {
     "group": Arg("group_size"),
     "amax_floor": Arg("eps"),
     "limit": Arg("fp8_max"),
-    "layout": Arg(LAYOUT, {None: "row", **{name: name for name in ("row", "column", "column_tma")}}),
+    "layout": SCALE_LAYOUT,
 }
 _FLOAT_SCALE = {"scale_ue8m0": False}
 _UE8M0_SCALE = {"scale_ue8m0": True}
@@ -42,168 +42,6 @@ _AITER_QUANT = {
     "scale_division": "reciprocal",
     "quotient": "reciprocal",
 }
-
-
-# vLLM's own bound for fnuz.
-_VLLM_LIMITS = {"float8_e4m3fn": {}, "float8_e4m3fnuz": {"limit": 224.0}}
-# The least scales: of fp8 1 over 512 times the bound, of int8 the float32 epsilon.
-_VLLM_FP8 = {
-    "float8_e4m3fn": {"scale_floor": 1 / (448 * 512)},
-    "float8_e4m3fnuz": {"scale_floor": 1 / (224 * 512), "limit": 224.0},
-}
-_VLLM_8_BIT = {**_VLLM_FP8, "int8": {"scale_floor": 2.0**-23, "quotient": "reciprocal"}}
-_VLLM_8_BIT_DIVIDED = {**_VLLM_8_BIT, "int8": {"scale_floor": 2.0**-23}}
-_VLLM_STATIC = {"quotient": "reciprocal"}
-_ROW = {"group": None, "amax_floor": 0.0}
-_GROUPS = {
-    "group": Arg("group_size"),
-    "amax_floor": 0.0,
-    "layout": _CUDA_QUANT["layout"],
-}
-
-
-def _with_or_without_residual(name: str, arguments: str, scheme: Fields, requires: Fields) -> Iterable[NamedOp]:
-    """A norm and its quantization, with the residual add before it where a residual is given."""
-    shared = {
-        "schema": f"(Tensor! result, Tensor input, Tensor weight, Tensor! scale, float epsilon, {arguments}) -> ()",
-        "weight": "weight",
-        "quantization": scheme,
-        "dtypes": _VLLM_8_BIT,
-        "is_declared": False,
-    }
-    alone = {"requires": {**requires, "residual": None}, "unwritten": ("residual",)}
-    yield NamedOp(name, results=("q", "scale"), norm=_VLLM_NORM, **alone, **shared)
-    yield NamedOp(
-        name,
-        results=("q", "scale", "sum"),
-        residual="residual",
-        norm={**_VLLM_NORM, "residual": "exact"},
-        requires=requires,
-        **shared,
-    )
-
-
-def _static_fp8(requires: Fields) -> NamedOp:
-    return NamedOp(
-        "_C::static_scaled_fp8_quant",
-        "(Tensor! result, Tensor input, Tensor scale, int[]? group_shape=None) -> ()",
-        ("q",),
-        given="scale",
-        quantization=_VLLM_STATIC,
-        dtypes=_VLLM_LIMITS,
-        requires=requires,
-        is_declared=False,
-    )
-
-
-# read: models register these themselves where vLLM is not installed, so declaring the table leaves them alone.
-# What is not here: one scale for a whole tensor and zero points, which no row has; per_token_group_quant_int8,
-# which cuts off what is behind the point.
-_VLLM_QUANTS = (
-    NamedOp(
-        "_C::rms_norm_weightless",
-        "(Tensor! result, Tensor input, float epsilon) -> ()",
-        ("y",),
-        norm=_VLLM_NORM,
-        is_declared=False,
-    ),
-    NamedOp(
-        "_C::fused_add_rms_norm_weightless",
-        "(Tensor! input, Tensor! residual, float epsilon) -> ()",
-        ("y", "sum"),
-        residual="residual",
-        norm={**_VLLM_NORM, "residual": "exact"},
-        is_declared=False,
-    ),
-    NamedOp(
-        "_C::dynamic_per_token_scaled_fp8_quant",
-        "(Tensor! result, Tensor input, Tensor! scale, Tensor? scale_ub) -> ()",
-        ("q", "scale"),
-        quantization=_ROW,
-        dtypes=_VLLM_FP8,
-        requires={"scale_ub": None},
-        is_declared=False,
-    ),
-    _static_fp8({"group_shape": None}),
-    _static_fp8({"group_shape": [-1, -1]}),
-    NamedOp(
-        "_C::dynamic_scaled_int8_quant",
-        "(Tensor! result, Tensor input, Tensor! scale, Tensor!? azp) -> ()",
-        ("q", "scale"),
-        quantization={**_ROW, "quotient": "inverse"},
-        dtypes={"int8": {}},
-        requires={"azp": None},
-        unwritten=("azp",),
-        is_declared=False,
-    ),
-    NamedOp(
-        "_C::static_scaled_int8_quant",
-        "(Tensor! result, Tensor input, Tensor scale, Tensor? azp) -> ()",
-        ("q",),
-        given="scale",
-        quantization={"lowest": -128.0},
-        dtypes={"int8": {}},
-        requires={"azp": None},
-        is_declared=False,
-    ),
-    NamedOp(
-        "_C::rms_norm_static_fp8_quant",
-        "(Tensor! result, Tensor input, Tensor weight, Tensor scale, float epsilon) -> ()",
-        ("q",),
-        weight="weight",
-        given="scale",
-        norm=_VLLM_NORM,
-        quantization=_VLLM_STATIC,
-        dtypes=_VLLM_LIMITS,
-        is_declared=False,
-    ),
-    NamedOp(
-        "_C::fused_add_rms_norm_static_fp8_quant",
-        "(Tensor! result, Tensor input, Tensor! residual, Tensor weight, Tensor scale, float epsilon) -> ()",
-        ("q", "sum"),
-        weight="weight",
-        residual="residual",
-        given="scale",
-        norm={**_VLLM_NORM, "residual": "exact"},
-        quantization=_VLLM_STATIC,
-        dtypes=_VLLM_LIMITS,
-        is_declared=False,
-    ),
-    *_with_or_without_residual(
-        "_C::rms_norm_dynamic_per_token_quant",
-        "Tensor? scale_ub, Tensor!? residual",
-        _ROW,
-        {"scale_ub": None},
-    ),
-    *_with_or_without_residual(
-        "_C::rms_norm_per_block_quant",
-        "Tensor? scale_ub, Tensor!? residual, int group_size, bool is_scale_transposed",
-        _GROUPS,
-        {"scale_ub": None},
-    ),
-    # The product of activation and up was rounded to 16 bits before 2026.
-    NamedOp(
-        "_C::silu_and_mul_quant",
-        "(Tensor! result, Tensor input, Tensor scale) -> ()",
-        ("q",),
-        given="scale",
-        gate={"activation": "silu", "rounding": "none"},
-        quantization=_VLLM_STATIC,
-        dtypes=_VLLM_LIMITS,
-        is_declared=False,
-    ),
-    NamedOp(
-        "_C::silu_and_mul_per_block_quant",
-        "(Tensor! out, Tensor input, Tensor! scales, int group_size, Tensor? scale_ub=None, "
-        "bool is_scale_transposed=False) -> ()",
-        ("q", "scale"),
-        gate={"activation": "silu", "rounding": "none"},
-        quantization=_GROUPS,
-        dtypes=_VLLM_8_BIT_DIVIDED,
-        requires={"scale_ub": None},
-        is_declared=False,
-    ),
-)
 
 
 def _norms_of(namespace: str, pdl: str) -> Iterable[NamedOp]:
@@ -346,7 +184,7 @@ _VLLM = (
         ("y",),
         x="x",
         weight="weight",
-        norm=_VLLM_NORM,
+        norm=VLLM_NORM,
         requires={"variance_size": None},
     ),
     NamedOp(
@@ -357,7 +195,7 @@ _VLLM = (
         x="x",
         weight="weight",
         residual="x_residual",
-        norm={**_VLLM_NORM, "residual": "exact"},
+        norm={**VLLM_NORM, "residual": "exact"},
         requires={"variance_size": None},
     ),
     # Schemas read, arithmetic numerics: the kernels of 2025 round twice, those of 2026 once, and in
@@ -367,7 +205,7 @@ _VLLM = (
         "(Tensor! result, Tensor input, Tensor? weight, float epsilon) -> ()",
         ("y",),
         weight="weight",
-        norm=_VLLM_NORM,
+        norm=VLLM_NORM,
     ),
     NamedOp(
         "_C::fused_add_rms_norm",
@@ -375,7 +213,7 @@ _VLLM = (
         ("y", "sum"),
         weight="weight",
         residual="residual",
-        norm={**_VLLM_NORM, "residual": "exact"},
+        norm={**VLLM_NORM, "residual": "exact"},
     ),
     # read: the activation is rounded to the element type before the product.
     *_gates_of("_C", "twice", "Tensor! result, Tensor input"),
@@ -405,9 +243,9 @@ _VLLM = (
             "amax_floor": 1e-10,
             "scale_division": "reciprocal",
         },
-        dtypes=_VLLM_LIMITS,
+        dtypes=VLLM_LIMITS,
     ),
-    *_VLLM_QUANTS,
+    *VLLM_QUANTS,
 )
 
 _AITER = (
@@ -479,6 +317,25 @@ _SGLANG = (
 _FLASHINFER = (  # read
     *_norms_of("flashinfer", "bool? enable_pdl=None"),
     *_gates_of("flashinfer", "once", "Tensor! out, Tensor input, bool? enable_pdl=None"),
+    *(
+        NamedOp(
+            f"flashinfer::{name}_quant",
+            f"(Tensor! out, Tensor input, {residual}Tensor weight, Tensor scale, float eps=1e-06, "
+            "bool? enable_pdl=None) -> ()",
+            results,
+            weight="weight",
+            residual="residual" if residual else None,
+            given="scale",
+            norm={"eps": Arg("eps"), "rounding": "none", "residual": "exact" if residual else None},
+            quantization={"quotient": "reciprocal"},
+            dtypes={"float8_e4m3fn": {}},
+            is_declared=False,
+        )
+        for name, residual, results in (
+            ("rmsnorm", "", ("q",)),
+            ("fused_add_rmsnorm", "Tensor! residual, ", ("q", "sum")),
+        )
+    ),
 )
 
 NAMED_OPS: tuple[NamedOp, ...] = (*_OURS, *_VLLM, *_AITER, *_SGLANG, *_FLASHINFER)
@@ -493,8 +350,7 @@ class RefusedCall:
 
     def why_not(self, op: ir.Operation) -> NearMiss | None:
         rows = [row for row in NAMED_OPS if torch_ir.op_name(op) in row.roots]
-        # Of rows that need different values of an argument, the one that has the call's can tell more.
-        row = next((row for row in rows if row.accepts(op)), rows[0])
+        row = nearest(rows, op)
         return NearMiss(row.site, f"{row.name}: {row.why_not(op)}")
 
 

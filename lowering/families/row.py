@@ -225,9 +225,10 @@ def _promoted(dtype: str, weight_dtype: str | None) -> str:
 def _quotient(quantization: Quantization, spec: RowSpec) -> int:
     """Choose how y/scale is computed: 0 divides, 1 uses 1/scale and the remainder, 2 a twofold 1/scale.
 
-    0 (and a clamp) where an inverse is computed from amax; where the scale can be so small that 1/scale leaves float32's normal range; where y can
-    exceed the limit (a ceiling on amax, or a limit that rounding to the type can pass); and where a scale
-    that does not come from 11 bits of amax is the one the kernel's reciprocal gets wrong.  2, the shortest,
+    0 (and a clamp) where an inverse is computed from amax; where the scale can be so small that 1/scale
+    leaves float32's normal range; where y can exceed the limit (a ceiling on amax, or a limit that rounding
+    to the type can pass); and where a scale that does not come from 11 bits of amax is the one the kernel's
+    reciprocal gets wrong.  2, the shortest,
     where y has 8 bits and no y/scale is too near to where float32 rounds the other way.
     """
     if quantization.inverts:

@@ -36,10 +36,12 @@ _fp8 = torch.float8_e4m3fn
 def declare_ops(fp8: torch.dtype = torch.float8_e4m3fn, names: Collection[str] = ()) -> None:
     """Declare to PyTorch the operations of the table that no imported library has registered.
 
-    Not those that models tend to register themselves, vLLM's fused quantizations, unless ``names`` has them
-    (``_C::rms_norm_static_fp8_quant``): what is declared cannot be registered again.  Models that call them can then be exported and compiled, though not run eagerly.  ``fp8``: the element
+    Models that call them can then be exported and compiled, though not run eagerly.  ``fp8``: the element
     type of quantizations that leave it to their platform.  A library that registers the same names has to
     be imported before this is called.  Calling again declares nothing twice.
+
+    Those that models tend to register themselves, vLLM's fused quantizations among them, are recognised but
+    not declared, unless ``names`` has them (``_C::rms_norm_static_fp8_quant``).
     """
     global _fp8
     _fp8 = fp8

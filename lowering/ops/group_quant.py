@@ -217,8 +217,8 @@ def group_quant(
     ``ue8m0_packed`` (for scale ``ue8m0`` in groups) is int32 [..., ceil(Gn/4)] with strides (1, Mp), four
     biased exponents in each, the first in the lowest byte.  Pad rows and bytes are zero.
     amax_floor, amax_ceiling (fp8 only), scale_floor: bounds of amax and of scale = amax / qmax.
-    scale_division, quotient: ``true``, or ``reciprocal`` for amax * (1/qmax) and x * (1/scale), or ``inverse``
-    for 1/s and x * s of s = qmax/amax, or qmax * (1/amax) where ``inverse`` is ``reciprocal``.
+    scale_division, quotient: ``true``, or ``reciprocal`` for amax * (1/qmax) and x * (1/scale), or
+    ``inverse`` for 1/s and x * s of s = qmax/amax, or qmax * (1/amax) where ``inverse`` is ``reciprocal``.
 
     Raises ValueError naming the argument that does not fit, or that contradicts another.
     Source: vLLM per_token_group_quant_fp8; DeepGEMM for column_tma and ue8m0_packed.
@@ -300,7 +300,9 @@ def _check_inverse(quantization: Quantization) -> None:
     if quantization.inverts and quantization.scale_floor:
         raise ValueError("scale_floor: bounds no scale whose inverse is computed first; bound amax instead")
     if quantization.inverse != "true" and not quantization.inverts:
-        raise ValueError("inverse: says how 1/scale is computed where scale_division or quotient is 'inverse'")
+        raise ValueError(
+            "inverse: says how 1/scale is computed where scale_division or quotient is 'inverse'"
+        )
 
 
 def _check_bounds(quantization: Quantization) -> None:

@@ -18,6 +18,7 @@ from .checks import (
 )
 from .group_quant import QUOTIENTS, static_quant_reference
 
+
 @torch.library.custom_op(
     "lowering::static_quant",
     mutates_args=(),

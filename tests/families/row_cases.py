@@ -100,7 +100,9 @@ SCHEMES = {
     "inverse": [
         Quantization(None, "int8", amax_floor=0.0, quotient="inverse"),
         Quantization(128, quotient="inverse", scale_division="inverse"),
-        Quantization(64, layout="column_tma", quotient="inverse", inverse="reciprocal", scale_division="inverse"),
+        Quantization(
+            64, layout="column_tma", quotient="inverse", inverse="reciprocal", scale_division="inverse"
+        ),
         Quantization(32, "float8_e5m2", scale_division="inverse", amax_ceiling=20.0),
     ],
     "static_inverse": [

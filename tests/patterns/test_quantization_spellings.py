@@ -54,7 +54,9 @@ def per_token_cast_to_fp8(x: Tensor) -> Any:
     return (view * (1.0 / sf.unsqueeze(2))).to(FP8).view(m, n).contiguous(), sf
 
 
-def inverted(x: Tensor, inverse: Callable[[Tensor], Tensor], scale: Callable[[Tensor, Tensor], Tensor]) -> Any:
+def inverted(
+    x: Tensor, inverse: Callable[[Tensor], Tensor], scale: Callable[[Tensor, Tensor], Tensor]
+) -> Any:
     """Values times qmax over the largest magnitude, and what is kept of it."""
     blocks = x.reshape(*x.shape[:-1], -1, 128).float()
     amax = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-10)
