@@ -1,5 +1,5 @@
-// What a block-scaled product needs of NVIDIA GPUs, sm_90a and later: asynchronous copies and the barriers that count
-// them, shared memory of a cluster, matrix products of 8-bit floats.  Self-contained, for NVRTC.
+// What products need of NVIDIA GPUs, sm_90a and later: asynchronous copies and the barriers that count them, shared
+// memory of a cluster, matrix products of 8-bit and 16-bit floats.  Self-contained, for NVRTC.
 //
 // Shared memory that the copy engine or wgmma reads lies in rows of 128 bytes, 8 of them aligned to 1024, in which
 // the 16-byte chunk c of row r is at chunk c ^ (r % 8): eight rows of one chunk then lie in different banks.
@@ -15,10 +15,13 @@ typedef unsigned long long u64;
 #define METHOD __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
 #define ROLLED _Pragma("unroll 1")
+#ifndef RESIDENT
+#define RESIDENT 1  // workgroups that a multiprocessor has registers for at least
+#endif
 #if CLUSTER > 1
-#define KERNEL(name) extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) name
+#define KERNEL(name) extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, RESIDENT) name
 #else
-#define KERNEL(name) extern "C" __global__ void __launch_bounds__(THREADS, 1) name
+#define KERNEL(name) extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) name
 #endif
 
 #define HAS_WGMMA (__CUDA_ARCH__ == 900)
@@ -64,6 +67,45 @@ DEVICE float f16_value(u16 bits) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
   return value;
+}
+
+// -- pairs of 16-bit floats ------------------------------------------------------------------------------------------
+
+#define OF_PAIRS(name, instruction)                                   \
+  DEVICE u32 name(u32 a, u32 b) {                                     \
+    u32 r;                                                            \
+    asm(instruction " %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));       \
+    return r;                                                         \
+  }
+OF_PAIRS(subtract_bf16, "sub.rn.bf16x2")
+OF_PAIRS(multiply_bf16, "mul.rn.bf16x2")
+OF_PAIRS(subtract_f16, "sub.rn.f16x2")
+OF_PAIRS(multiply_f16, "mul.rn.f16x2")
+
+// Byte i of the result is byte `selector >> 4 * i` of those of a, then b.
+DEVICE u32 bytes_of(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
+
+// d += a b^T: 16 rows of a, 8 of b, 16 elements along K.  Lane l holds, of a, rows l/4 and 8 below, and of b row l/4:
+// the elements 2(l%4) and the next, then those 8 beyond; a: both rows of the first, then of the others.
+#define MULTIPLY_ADD(name, type)                                                                                      \
+  DEVICE void name(float *d, const u32 *a, const u32 *b) {                                                            \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"    \
+                 " {%8, %9}, {%0, %1, %2, %3};"                                                                       \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                 \
+  }
+MULTIPLY_ADD(multiply_add_bf16, "bf16")
+MULTIPLY_ADD(multiply_add_f16, "f16")
+
+// Of weights that are read once: they are not kept in the first cache.
+DEVICE void load16_once(const u8 *from, u32 *words) {
+  asm("ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(from));
+}
+// Not before what is written before it.
+DEVICE void load16(const u8 *from, u32 *words) {
+  asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(from));
 }
 
 // -- barriers ------------------------------------------------------------------------------------------------------

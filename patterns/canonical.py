@@ -8,6 +8,7 @@ the frozen values of ``patterns.contracts``:
 ``vmfuse.group_quant``           x, [scale] -> q, [scale]                  contract: Quantization
 ``vmfuse.block_scaled_matmul``   a, b, a_scale, b_scale, [bias] -> out      contract: BlockScaledMatmul
 ``vmfuse.grouped_topk``          gating, bias -> weights, ids              contract: GroupedTopk
+``vmfuse.packed_matmul``         a, codes, scale, [zero], [bias] -> out     contract: PackedMatmul
 
 ``vmfuse.physical_scale``        scale, layout -> the buffer that holds it, of a quantization without kernel
 
@@ -18,6 +19,7 @@ and those that a kernel computes, made of them by the fusion:
 ``vmfuse.topk``                  gating, bias -> weights, ids                               spec: TopkSpec
 ``vmfuse.matmul``                a, b, a_scale, b_scale, [bias] -> out                      spec: MatmulSpec
 ``vmfuse.linear``                a, b, [bias] -> out                                        spec: LinearSpec
+``vmfuse.packed``                a, codes, scale, [zero], [bias] -> out                     spec: PackedSpec
 ``vmfuse.selection``             x -> values, places                                     spec: SelectionSpec
 """
 
@@ -55,6 +57,8 @@ ROW = "vmfuse.row"
 TOPK = "vmfuse.topk"
 MATMUL = "vmfuse.matmul"
 LINEAR = "vmfuse.linear"
+PACKED_MATMUL = "vmfuse.packed_matmul"
+PACKED = "vmfuse.packed"
 SELECTION = "vmfuse.selection"
 PHYSICAL_SCALE = "vmfuse.physical_scale"
 

@@ -19,7 +19,7 @@ from patterns.operation import Operation
 
 from ..errors import UsageError
 from ..targets import Target
-from . import grouped_topk, linear, row, selection
+from . import grouped_topk, linear, packed, row, selection
 from .base import Family, Reference
 from .instance import KernelInstance
 from .matmul import family as matmul
@@ -30,6 +30,7 @@ FAMILIES: tuple[Family, ...] = (
     grouped_topk.FAMILY,
     row.FAMILY,
     matmul.FAMILY,
+    packed.FAMILY,
     linear.FAMILY,
     selection.FAMILY,
 )

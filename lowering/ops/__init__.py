@@ -24,6 +24,7 @@ from .group_quant import (
     static_quant_reference,
 )
 from .grouped_topk import grouped_topk, grouped_topk_reference
+from .packed_matmul import packed_matmul, packed_matmul_reference, repack, unpacked_weight
 from .rms_norm import add_rms_norm, rms_norm, rms_norm_reference
 from .scale_layouts import SCALE_LAYOUTS, from_physical, physical_shape, to_physical
 from .shuffle_weight import (
@@ -47,7 +48,10 @@ __all__ = [
     "group_quant_reference",
     "grouped_topk",
     "grouped_topk_reference",
+    "packed_matmul",
+    "packed_matmul_reference",
     "physical_shape",
+    "repack",
     "rms_norm",
     "rms_norm_reference",
     "shuffle_weight",
@@ -57,6 +61,7 @@ __all__ = [
     "static_quant",
     "static_quant_reference",
     "to_physical",
+    "unpacked_weight",
     "unshuffle_weight",
     "unshuffle_weight_reference",
 ]
