@@ -76,6 +76,24 @@ def _gates_of(namespace: str, rounding: str, arguments: str) -> Iterable[NamedOp
         )
 
 
+def _flashinfer_quant(name: str, results: tuple[Role, ...]) -> NamedOp:
+    """A norm that is quantized by a given scale, after the residual add where ``results`` have the sum."""
+    residual = "residual" if "sum" in results else None
+    return NamedOp(
+        f"flashinfer::{name}_quant",
+        f"(Tensor! out, Tensor input, {'Tensor! residual, ' if residual else ''}Tensor weight, Tensor scale, "
+        "float eps=1e-06, bool? enable_pdl=None) -> ()",
+        results,
+        weight="weight",
+        residual=residual,
+        given="scale",
+        norm={"eps": Arg("eps"), "rounding": "none", "residual": "exact" if residual else None},
+        quantization={"quotient": "reciprocal"},
+        dtypes={"float8_e4m3fn": {}},
+        is_declared=False,
+    )
+
+
 def _cuda_quants(name: str, arguments: str) -> Iterable[NamedOp]:
     """One quantization whose scales are float32 or powers of two, as an argument says."""
     for requires, scale in ((_FLOAT_SCALE, {}), (_UE8M0_SCALE, _POWER_OF_TWO)):
@@ -317,25 +335,8 @@ _SGLANG = (
 _FLASHINFER = (  # read
     *_norms_of("flashinfer", "bool? enable_pdl=None"),
     *_gates_of("flashinfer", "once", "Tensor! out, Tensor input, bool? enable_pdl=None"),
-    *(
-        NamedOp(
-            f"flashinfer::{name}_quant",
-            f"(Tensor! out, Tensor input, {residual}Tensor weight, Tensor scale, float eps=1e-06, "
-            "bool? enable_pdl=None) -> ()",
-            results,
-            weight="weight",
-            residual="residual" if residual else None,
-            given="scale",
-            norm={"eps": Arg("eps"), "rounding": "none", "residual": "exact" if residual else None},
-            quantization={"quotient": "reciprocal"},
-            dtypes={"float8_e4m3fn": {}},
-            is_declared=False,
-        )
-        for name, residual, results in (
-            ("rmsnorm", "", ("q",)),
-            ("fused_add_rmsnorm", "Tensor! residual, ", ("q", "sum")),
-        )
-    ),
+    _flashinfer_quant("rmsnorm", ("q",)),
+    _flashinfer_quant("fused_add_rmsnorm", ("q", "sum")),
 )
 
 NAMED_OPS: tuple[NamedOp, ...] = (*_OURS, *_VLLM, *_AITER, *_SGLANG, *_FLASHINFER)
