@@ -10,8 +10,9 @@ constexpr int LARGEST_GROUP = GROUP0 | GROUP1 | GROUP2 | GROUP3;  // as far as c
     static constexpr int group = GROUP##i, length = GROUP##i ? GROUP##i : HIDDEN, groups = HIDDEN / length; \
     static constexpr int layout = LAYOUT##i, codes = CODES##i, limit = LIMIT##i; \
     static constexpr bool power = POWER##i, infinite = POWER##i == 2; \
-    enum { given = QUOTIENT##i == GIVEN, inverse_given = RECIPROCAL##i == BY_INVERSE, least = LEAST_OF(i) }; \
-    static constexpr bool reciprocal = RECIPROCAL##i, safe = QUOTIENT##i != DIVIDED; \
+    enum { given = QUOTIENT##i == GIVEN, least = LEAST_OF(i), by_inverse = (RECIPROCAL##i & 3) == BY_INVERSE }; \
+    enum { inverted_twice = RECIPROCAL##i & INVERTED_TWICE, scale_is_inverted = RECIPROCAL##i & SCALE_IS_INVERTED }; \
+    static constexpr bool reciprocal = RECIPROCAL##i & 3, safe = QUOTIENT##i != DIVIDED; \
     static constexpr bool twofold = QUOTIENT##i == TWOFOLD && !power && !reciprocal; \
     static constexpr u32 floor = FLOOR##i, ceiling = CEILING##i, scale_floor = SCALE_FLOOR##i, inverse = INVERSE##i; \
   }
@@ -79,11 +80,21 @@ template <bool infinite> DEVICE float inverse_power(float scale) {
   return scale < INFINITE ? as_float(max_u32(0x7f000000u - as_bits(scale), 0x00400000u)) : scale;
 }
 
-template <class S> DEVICE float scale_of(const Amax &amax) {
+template <class S> DEVICE u32 bounded(const Amax &amax) {
   u32 bits = S::group == 32 ? amax.of32 : S::group == 64 ? amax.of64 : S::group == 128 ? amax.of128 : amax.of_row;
   bits = max_u32(bits, S::floor);
   if constexpr (S::ceiling < INFINITE_BITS) bits = bits > INFINITE_BITS ? bits : min_u32(bits, S::ceiling);
+  return bits;
+}
+
+// The inverse of a scale, from the largest magnitude itself.
+template <class S> DEVICE float inverse_of(u32 amax) {
+  return S::inverted_twice ? reciprocal(as_float(amax)) * (float)S::limit : divide((float)S::limit, as_float(amax));
+}
+
+template <class S> DEVICE float scale_of(u32 bits) {
   float scale;
+  if constexpr (S::scale_is_inverted) return reciprocal(inverse_of<S>(bits));
   if constexpr (S::inverse != 0) scale = as_float(bits) * as_float(S::inverse);
   else scale = S::safe ? divide_by<S::limit>(as_float(bits)) : divide(as_float(bits), (float)S::limit);
   if constexpr (S::scale_floor != 0) scale = as_float(max_u32(as_bits(scale), S::scale_floor));
@@ -117,11 +128,12 @@ DEVICE Divisor twofold_divisor(float scale) {
 // negative, s is 0: then values are divided.
 template <class S> DEVICE Divisor given_divisor(float scale) {
   const bool usual = scale >= 0x1p-80f && scale <= 0x1p80f;
-  return {scale, S::inverse_given ? scale : reciprocal(scale), 0.0f, usual ? scale : 0.0f};
+  return {scale, S::by_inverse ? scale : reciprocal(scale), 0.0f, usual ? scale : 0.0f};
 }
 
-template <class S> DEVICE Divisor divisor_of(float scale) {
+template <class S> DEVICE Divisor divisor_of(float scale, u32 amax) {
   if constexpr (S::given) return given_divisor<S>(scale);
+  else if constexpr (S::by_inverse) return {scale, inverse_of<S>(amax), 0.0f, scale};
   const bool infinite = scale == INFINITE;
   const float s = infinite ? 0.0f : scale;
   if constexpr (S::power) return {scale, inverse_power<S::infinite>(scale), 0.0f, s};
@@ -240,8 +252,9 @@ template <class S> DEVICE void store_scale(u8 *scales, float scale, u32 row, u32
 // One quantization of one vector.
 template <class S, bool WIDE>
 DEVICE void quantize(const Vector &y, const Amax &amax, u8 *q, u8 *scales, u32 row, u32 rows, u32 column) {
-  const float scale = S::given ? *(const float *)scales : scale_of<S>(amax);
-  const Divisor by = divisor_of<S>(scale);
+  const u32 largest = S::given ? 0 : bounded<S>(amax);
+  const float scale = S::given ? *(const float *)scales : scale_of<S>(largest);
+  const Divisor by = divisor_of<S>(scale, largest);
   u32 words[VECTOR / 4];
   if (clamps<S>(by)) vector_codes<S, true>(y, by, words);
   else vector_codes<S, false>(y, by, words);

@@ -28,16 +28,28 @@ INLINE u32 power_of_two_above(u32 scale, int power) {
   return scale > 0x7f800000u ? scale : up;
 }
 
-INLINE float scale_of(u32 amax, Scheme scheme) {
+INLINE u32 bounded(u32 amax, Scheme scheme) {
   amax = MAX2(amax, scheme.floor);
-  if (amax > scheme.ceiling && amax <= 0x7f800000u) amax = scheme.ceiling;
+  return amax > scheme.ceiling && amax <= 0x7f800000u ? scheme.ceiling : amax;
+}
+
+// The inverse of a scale, from the largest magnitude itself.
+INLINE float inverse_of(u32 amax, Scheme scheme) {
+  const float limit = scheme.limit;
+  return scheme.reciprocal & INVERTED_TWICE ? 1.0f / float_of(amax) * limit : limit / float_of(amax);
+}
+
+INLINE float scale_of(u32 amax, Scheme scheme) {
+  if (scheme.reciprocal & SCALE_IS_INVERTED) return 1.0f / inverse_of(amax, scheme);
   float scale = scheme.inverse ? float_of(amax) * float_of(scheme.inverse) : float_of(amax) / (float)scheme.limit;
   u32 bits = MAX2(word_of(scale), scheme.scale_floor);
   return float_of(scheme.power ? power_of_two_above(bits, scheme.power) : bits);
 }
 
-INLINE Divisor divisor_of(float scale, Scheme scheme) {
-  return (Divisor){scale, scheme.reciprocal == BY_INVERSE ? scale : 1.0f / scale, word_of(scale) == 0x7f800000u ? 0.0f : scale};
+INLINE Divisor divisor_of(float scale, u32 amax, Scheme scheme) {
+  const int by_inverse = (scheme.reciprocal & 3) == BY_INVERSE;
+  const float r = !by_inverse ? 1.0f / scale : scheme.given ? scale : inverse_of(amax, scheme);
+  return (Divisor){scale, r, word_of(scale) == 0x7f800000u ? 0.0f : scale};
 }
 
 INLINE Floats clamped(Floats a, float least, float limit) {
@@ -49,9 +61,10 @@ INLINE Floats clamped(Floats a, float least, float limit) {
 // when there is nothing to clamp.
 INLINE Floats quotient(Floats y, Divisor by, Scheme scheme) {
   Floats near = y * by.r;
-  if (scheme.given) return clamped(scheme.reciprocal ? near : y / by.scale, scheme.least, scheme.limit);
-  if (scheme.power || (scheme.reciprocal && !scheme.safe)) return clamped(near, scheme.least, scheme.limit);
-  if (scheme.reciprocal) return near;
+  const int multiplies = scheme.reciprocal & 3;
+  if (scheme.given) return clamped(multiplies ? near : y / by.scale, scheme.least, scheme.limit);
+  if (scheme.power || (multiplies && !scheme.safe)) return clamped(near, scheme.least, scheme.limit);
+  if (multiplies) return near;
   if (!scheme.safe) return clamped(y / by.scale, scheme.least, scheme.limit);
   return HAS_FMA ? fma(-fma(near, all(by.s), -y), all(by.r), near) : y / by.scale;
 }
@@ -143,8 +156,9 @@ INLINE void quantize(const Site *site, int which, Scheme scheme, const Pair *y, 
   for (int g = 0; g < BLOCK / length; ++g) {
     const Pair *part = y + g * (length / STEP);
     const i64 at = column + g * length;
-    const float scale = scheme.given ? given : scale_of(scheme.group ? amax_of(part, length) : of_row, scheme);
-    store_quotients(part, length, divisor_of(scale, scheme), scheme, site->q[which] + row * HIDDEN + at);
+    const u32 amax = scheme.given ? 0 : bounded(scheme.group ? amax_of(part, length) : of_row, scheme);
+    const float scale = scheme.given ? given : scale_of(amax, scheme);
+    store_quotients(part, length, divisor_of(scale, amax, scheme), scheme, site->q[which] + row * HIDDEN + at);
     if (!scheme.given && (scheme.group || column == 0))
       store_scale(site->scale[which], scheme.layout, groups, row, site->rows, at / length, scale);
   }

@@ -20,7 +20,7 @@
 #define GELU 2
 enum { ROW = 0, COLUMN_TMA = 1, COLUMN = 2, UE8M0_PACKED = 3 };
 enum { GIVEN = 3 };       // QUOTIENTi
-enum { BY_INVERSE = 2 };  // RECIPROCALi
+enum { BY_INVERSE = 2, INVERTED_TWICE = 4, SCALE_IS_INVERTED = 8 };  // RECIPROCALi
 
 #include "given.h"
 

@@ -13,7 +13,7 @@ enum { NO_RESIDUAL = 0, EXACT = 1, ROUNDED = 2 };          // RESIDUAL
 enum { NO_ACT = 0, SILU = 1, GELU = 2, GELU_TANH = 3 };    // ACT
 enum { ROW = 0, COLUMN_TMA = 1, COLUMN = 2, UE8M0_PACKED = 3 };  // LAYOUTi
 enum { DIVIDED = 0, CORRECTED = 1, TWOFOLD = 2, GIVEN = 3 };  // QUOTIENTi
-enum { BY_SCALE = 0, BY_RECIPROCAL = 1, BY_INVERSE = 2 };  // RECIPROCALi
+enum { BY_SCALE = 0, BY_RECIPROCAL = 1, BY_INVERSE = 2, INVERTED_TWICE = 4, SCALE_IS_INVERTED = 8 };  // RECIPROCALi
 
 #include "given.h"
 

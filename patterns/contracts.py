@@ -19,6 +19,7 @@ ScaleLayout = Literal["row", "column", "column_tma", "ue8m0_packed"]
 WeightLayout = Literal["row", "shuffled_16x16", "swizzled_128"]
 Division = Literal["true", "reciprocal"]
 Quotient = Literal["true", "reciprocal", "inverse"]
+ScaleDivision = Quotient
 
 # How the bytes of a weight [N, K] of 8-bit floats lie in memory.  Rows of zeros are added up to a multiple of
 # ROW_MULTIPLE, K is a multiple of DEPTH_MULTIPLE, and element (n, k) is at
@@ -96,6 +97,9 @@ class Quantization:
             infinite scale stays so, and its finite values become zeros
         q = clamp(y / scale, -qmax, qmax) (``quotient`` true) or of y * (1/scale) (reciprocal),
             rounded to nearest even.
+    Some stacks compute the inverse of a scale first: qmax / amax (``inverse`` true) or qmax * (1/amax)
+    (reciprocal).  With a ``quotient`` of inverse y is multiplied by that, and with a ``scale_division`` of
+    inverse the scale is 1 over it.  Such a scale is float32 and has no floor.
     qmax is the largest finite value of ``dtype`` unless ``limit`` says otherwise (vLLM's 224 for e4m3fnuz).
     A NaN in a group makes its scale NaN and, in a float dtype, every q NaN.  In int8, where torch leaves the
     conversion of NaN undefined, a NaN quotient becomes 0.
@@ -120,12 +124,18 @@ class Quantization:
     amax_floor: float = 1e-10
     amax_ceiling: float | None = None
     scale_floor: float = 0.0
-    scale_division: Division = "true"
+    scale_division: ScaleDivision = "true"
     quotient: Quotient = "true"
     limit: float | None = None
     infinite: bool = False
     static: bool = False
     lowest: float | None = None
+    inverse: Division = "true"
+
+    @property
+    def inverts(self) -> bool:
+        """Tell whether the inverse of a scale is computed from amax, and not from the scale."""
+        return not self.static and "inverse" in (self.scale_division, self.quotient)
 
     @property
     def qmax(self) -> float:

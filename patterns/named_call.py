@@ -11,7 +11,7 @@ the name of its twin, which takes the same arguments and returns what would have
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -43,6 +43,8 @@ class Arg:
 
 
 Fields = Mapping[str, Any]
+# The layout that the caller gave the tensor for the scales.
+SCALE_LAYOUT = Arg(LAYOUT, {None: "row", **{name: name for name in ("row", "column", "column_tma")}})
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,14 @@ class NamedOp:
         The argument that lists the normalized axes; only the last one is a norm as meant here.
     lower
         The argument that holds the lower bound of the quantized values, which must be minus the upper one.
+    dtypes
+        Fields of the quantization for each dtype of its values, where that decides; others are refused.
     requires
         What other arguments must be; with any other value the operation is not recognised.
+    unwritten
+        Arguments that the schema says are written, and such a call leaves out.
+    is_declared
+        Whether declaring the table declares it; models that register operations themselves often do others.
     """
 
     name: str
@@ -75,7 +83,10 @@ class NamedOp:
     quantization: Fields | None = None
     shape: str | None = None
     lower: str | None = None
+    dtypes: Mapping[str, Fields] = field(default_factory=dict)
     requires: Fields = field(default_factory=dict)
+    unwritten: tuple[str, ...] = ()
+    is_declared: bool = True
 
     def shapes(self, given: Mapping[str, Any], fp8: str) -> dict[str, tuple[tuple[Any, ...], Any]]:
         """Shape and dtype (a name, or that of an argument) of each result, for declaring the operation.
@@ -109,11 +120,18 @@ class NamedOp:
     @cached_property
     def mutated(self) -> tuple[str, ...]:
         """The arguments it writes into."""
-        return tuple(name for name, type_ in _arguments(self.schema) if "!" in type_)
+        written = tuple(name for name, type_ in _arguments(self.schema) if "!" in type_)
+        return tuple(name for name in written if name not in self.unwritten)
 
     @property
     def functional(self) -> str:
-        return f"{FUNCTIONAL}::{self.name.replace('::', '__')}"
+        without = "".join(f"__without_{name}" for name in self.unwritten)
+        return f"{FUNCTIONAL}::{self.name.replace('::', '__')}{without}"
+
+    def is_called(self, given: Mapping[str, Any]) -> bool:
+        """Tell whether a call of the operation with these arguments writes what this row says it does."""
+        written = (name for name, type_ in _arguments(self.schema) if "!" in type_)
+        return all((given.get(name) is None) == (name in self.unwritten) for name in written)
 
     @cached_property
     def functional_schema(self) -> str:
@@ -192,7 +210,7 @@ class NamedOp:
             "y" not in self.results or y == wanted, f"its result is {y}, where the contract has {wanted}"
         )
         operands = [call.tensors[name] for name in ("x", "residual", "weight") if name in call.tensors]
-        results = [call.tensors.get("y", y)]
+        results = [call.tensors.get("y", wanted)]
         if contract.residual is not None:
             results.append(call.tensors.get("sum", call.x))
         return Raised(canonical.RMS_NORM, contract, operands, results)
@@ -233,17 +251,20 @@ class NamedOp:
         known = y is not None and y.shape[-1] is not None
         _require(known, "the size of the last axis, which holds the groups, is unknown until run time")
         _require(q.dtype in LARGEST_FINITE, f"its values are {q.dtype}, not one of {tuple(LARGEST_FINITE)}")
+        if self.dtypes:
+            _require(q.dtype in self.dtypes, f"its values are {q.dtype}, not one of {tuple(self.dtypes)}")
+            values |= self.dtypes[q.dtype]
         if self.given is not None:
             return self._static(call, producer, values)
         scale = call.types["scale"]
-        limit, fnuz_limit = values.pop("limit", None), values.pop("fnuz_limit", None)
-        limit = fnuz_limit if q.dtype == "float8_e4m3fnuz" and fnuz_limit is not None else limit
+        limit = values.pop("limit", None)
         lower = call.value(self.lower) if self.lower else None
         bounds = f"{self.lower} is {_shown(lower)} and the upper bound {_shown(limit)}: they must be opposite"
         _require(self.lower is None or lower == -limit, bounds)
         largest = LARGEST_FINITE[q.dtype]
         values["limit"] = None if limit == largest else limit
-        values["group"] = values["group"] if values["group"] > 0 else None  # ours, for the whole row
+        group = values.get("group")
+        values["group"] = group if group and group > 0 else None  # ours, for the whole row
         if scale.dtype == "int32":
             values["layout"] = "ue8m0_packed"
         contract = Quantization(dtype=q.dtype, **values)
@@ -262,6 +283,11 @@ class NamedOp:
         contract = static_quantization(q.dtype, **values)
         operands = [producer, call.tensors["given"]]
         return Raised(canonical.GROUP_QUANT, contract, operands, [call.tensors["q"]])
+
+
+def nearest(rows: Sequence[NamedOp], op: ir.Operation) -> NamedOp:
+    """Choose, of rows that need different values of an argument, that of the call's: it can tell more."""
+    return next((row for row in rows if row.accepts(op)), rows[0])
 
 
 class _Refusal(Exception):

@@ -38,10 +38,10 @@ from .row_support import (
     LAYOUTS,
     MAX_QUANTIZATIONS,
     QUANT_CODES,
-    RECIPROCALS,
     RESIDUALS,
     ROUNDINGS,
     SCALE_SHORT,
+    reciprocal_code,
     why_unsupported,
 )
 
@@ -157,7 +157,8 @@ def _scheme(quantization: Quantization, spec: RowSpec) -> dict[str, int | str]:
     """The constants of one quantization; those that are floats as their bits.
 
     GROUP 0 is the whole row.  POWER: scales are powers of two, where it is 2 perhaps infinite.  RECIPROCAL: y
-    is multiplied by 1/scale.  INVERSE is what amax is multiplied by for the scale, 0 where LIMIT divides it.
+    is multiplied by 1/scale; ``reciprocal_code`` says the other ways.  INVERSE is what amax is multiplied by
+    for the scale, 0 where LIMIT divides it.
     """
     if quantization.static:
         return _static_scheme(quantization)
@@ -169,7 +170,7 @@ def _scheme(quantization: Quantization, spec: RowSpec) -> dict[str, int | str]:
         "CODES": QUANT_CODES[quantization.dtype],
         "LIMIT": int(quantization.qmax),
         "POWER": int(quantization.scale == "ue8m0") * (2 if quantization.infinite else 1),
-        "RECIPROCAL": int(quantization.quotient == "reciprocal"),
+        "RECIPROCAL": reciprocal_code(quantization),
         "FLOOR": bits32(quantization.amax_floor),
         "CEILING": bits32(ceiling),
         "SCALE_FLOOR": bits32(quantization.scale_floor),
@@ -189,7 +190,7 @@ def _static_scheme(quantization: Quantization) -> dict[str, int | str]:
         "CODES": QUANT_CODES[quantization.dtype],
         "LIMIT": int(quantization.qmax),
         "LEAST": int(quantization.least),
-        "RECIPROCAL": RECIPROCALS[quantization.quotient],
+        "RECIPROCAL": reciprocal_code(quantization),
         "QUOTIENT": GIVEN,
     }
 
@@ -224,11 +225,14 @@ def _promoted(dtype: str, weight_dtype: str | None) -> str:
 def _quotient(quantization: Quantization, spec: RowSpec) -> int:
     """Choose how y/scale is computed: 0 divides, 1 uses 1/scale and the remainder, 2 a twofold 1/scale.
 
-    0 (and a clamp) where the scale can be so small that 1/scale leaves float32's normal range; where y can
-    exceed the limit (a ceiling on amax, or a limit that rounding to the type can pass); and where a scale
-    that does not come from 11 bits of amax is the one the kernel's reciprocal gets wrong.  2, the shortest,
+    0 (and a clamp) where an inverse is computed from amax; where the scale can be so small that 1/scale
+    leaves float32's normal range; where y can exceed the limit (a ceiling on amax, or a limit that rounding
+    to the type can pass); and where a scale that does not come from 11 bits of amax is the one the kernel's
+    reciprocal gets wrong.  2, the shortest,
     where y has 8 bits and no y/scale is too near to where float32 rounds the other way.
     """
+    if quantization.inverts:
+        return 0
     floor, scale_floor = rounded32(quantization.amax_floor), rounded32(quantization.scale_floor)
     qmax = quantization.qmax
     if max(floor, scale_floor) < _SAFE_FLOOR or quantization.amax_ceiling is not None:

@@ -22,8 +22,16 @@ ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3}
 LAYOUTS = {"row": 0, "column_tma": 1, "column": 2, "ue8m0_packed": 3}
 QUANT_CODES = {"float8_e4m3fn": 0, "float8_e4m3fnuz": 1, "float8_e5m2": 2, "int8": 3}
 RECIPROCALS = {"true": 0, "reciprocal": 1, "inverse": 2}
+INVERTED_TWICE, SCALE_IS_INVERTED = 4, 8  # added to these: qmax * (1/amax), and a scale of 1 over that
 GIVEN = 3  # as a quotient: by a scale that is given
 SCALE_SHORT = {"float32": "", "ue8m0": "_ue8m0"}
+
+
+def reciprocal_code(quantization: Quantization) -> int:
+    """Say in a number what y is divided by, or multiplied with."""
+    twice = quantization.inverts and quantization.inverse == "reciprocal"
+    inverted = not quantization.static and quantization.scale_division == "inverse"
+    return RECIPROCALS[quantization.quotient] + INVERTED_TWICE * twice + SCALE_IS_INVERTED * inverted
 
 
 def why_unsupported(spec: RowSpec, target: Target) -> str | None:
@@ -157,8 +165,10 @@ def _why_not_scale(quantization: Quantization) -> str | None:
     if quantization.layout == "ue8m0_packed" and quantization.scale != "ue8m0":
         return f"The layout ue8m0_packed holds ue8m0 scales, not {quantization.scale}."
     divisions = (quantization.scale_division, quantization.quotient)
-    if not set(divisions) <= {"true", "reciprocal"}:
-        return f"The row kernel divides truly or by a reciprocal, not as {' and '.join(divisions)}."
+    if not set(divisions) <= set(RECIPROCALS):
+        return f"The row kernel divides as {listed(RECIPROCALS)} says, not as {' and '.join(divisions)}."
+    if quantization.inverts and (quantization.scale != "float32" or quantization.scale_floor):
+        return "The row kernel computes an inverse before its scale where that is float32 and has no floor."
     for name, floor in (("amax", quantization.amax_floor), ("the scale", quantization.scale_floor)):
         if not 0.0 <= floor < math.inf:
             return f"The floor on {name} must be finite and not negative, not {floor}."

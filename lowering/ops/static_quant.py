@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import torch
 from torch import Tensor
 
-from patterns.contracts import LARGEST_FINITE, Quantization, Quotient, static_quantization
+from patterns.contracts import LARGEST_FINITE, Quantization, static_quantization
 
 from .checks import (
     FLOAT_DTYPES,
@@ -18,9 +16,7 @@ from .checks import (
     dtype_name,
     dtype_names,
 )
-from .group_quant import static_quant_reference
-
-QUOTIENTS: tuple[Quotient, ...] = get_args(Quotient)
+from .group_quant import QUOTIENTS, static_quant_reference
 
 
 @torch.library.custom_op(

@@ -97,6 +97,14 @@ SCHEMES = {
         static_quantization("float8_e5m2", "reciprocal"),
         Quantization(64, layout="column_tma"),
     ],
+    "inverse": [
+        Quantization(None, "int8", amax_floor=0.0, quotient="inverse"),
+        Quantization(128, quotient="inverse", scale_division="inverse"),
+        Quantization(
+            64, layout="column_tma", quotient="inverse", inverse="reciprocal", scale_division="inverse"
+        ),
+        Quantization(32, "float8_e5m2", scale_division="inverse", amax_ceiling=20.0),
+    ],
     "static_inverse": [
         static_quantization("int8", "inverse", limit=100.0),
         static_quantization(quotient="inverse"),
@@ -148,6 +156,8 @@ SCHEME_CASES = [
     ("add", "static_inverse", 384),
     ("plain_f32", "static", 640),
     ("silu", "static", 18432),
+    ("twice", "inverse", 640),
+    ("plain_f32", "inverse", 384),
 ]
 
 

@@ -72,7 +72,7 @@ def test_packed_scales(target: Target, launcher) -> None:
 
 
 @pytest.mark.parametrize("target", [CPU, SM90, GFX950], ids=lambda t: t.name)
-@pytest.mark.parametrize("schemes", ["layouts", "rows", "bounds"])
+@pytest.mark.parametrize("schemes", ["layouts", "rows", "bounds", "inverse"])
 def test_special_values_of_schemes(schemes: str, target: Target, launcher) -> None:
     case = scheme_case("plain", schemes, 128)
     finfo = torch.finfo(torch.bfloat16)

@@ -171,6 +171,8 @@ SCHEMES = [
     Quantization(64, "int8", scale="ue8m0", limit=1.0, amax_floor=0.0),
     Quantization(32, scale="ue8m0", amax_floor=0.0, amax_ceiling=100.0, scale_division="reciprocal"),
     Quantization(32, scale="ue8m0", infinite=True),
+    Quantization(None, "int8", amax_floor=0.0, quotient="inverse"),
+    Quantization(64, quotient="inverse", inverse="reciprocal", scale_division="inverse"),
 ]
 
 
@@ -193,14 +195,17 @@ def quant_by_numpy(x: torch.Tensor, scheme: Quantization) -> tuple[np.ndarray, n
         amax = np.maximum(np.abs(blocks).max(-1), f32(scheme.amax_floor))
         if scheme.amax_ceiling is not None:
             amax = np.minimum(amax, f32(scheme.amax_ceiling))
-        scale = amax / qmax if scheme.scale_division == "true" else amax * f32(1 / scheme.qmax)
+        inverse = qmax / amax if scheme.inverse == "true" else f32(1) / amax * qmax
+        scales = {"true": amax / qmax, "reciprocal": amax * f32(1 / scheme.qmax), "inverse": f32(1) / inverse}
+        scale = scales[scheme.scale_division]
         scale = np.maximum(scale, f32(scheme.scale_floor))
         if scheme.scale == "ue8m0":
             scale = np.where(np.isnan(scale), scale, np.ldexp(f32(1), exponents(scale) - 127))
             if scheme.infinite:
                 scale = np.where(np.isinf(amax), amax, scale)
         divisor = scale[..., None]
-        values = blocks / divisor if scheme.quotient == "true" else blocks * (f32(1) / divisor)
+        factor = inverse[..., None] if scheme.quotient == "inverse" else f32(1) / divisor
+        values = blocks / divisor if scheme.quotient == "true" else blocks * factor
         values = np.clip(values, -qmax, qmax)
         if scheme.dtype == "int8":
             q = np.rint(np.nan_to_num(values)).astype(np.int8)
@@ -257,9 +262,9 @@ def test_defaults_are_a_public_contract():
     assert [(argument.name, argument.default_value) for argument in declared if argument.name != "dtype"] == [
         ("x", None), ("group_size", None), ("scale", "float32"), ("scale_layout", "row"),
         ("amax_floor", 1e-10), ("amax_ceiling", None), ("scale_floor", 0.0), ("scale_division", "true"),
-        ("quotient", "true"), ("limit", None), ("infinite", False),
+        ("quotient", "true"), ("limit", None), ("infinite", False), ("inverse", "true"),
     ]  # fmt: skip
-    assert declared[2].name == "dtype" and [a.kwarg_only for a in declared] == [False] * 2 + [True] * 10
+    assert declared[2].name == "dtype" and [a.kwarg_only for a in declared] == [False] * 2 + [True] * 11
     x = strange_values(torch.bfloat16)
     for got, expected in zip(
         LOW.group_quant(x, 64), LOW.group_quant(x, **arguments(Quantization(64))), strict=True
