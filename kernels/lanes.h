@@ -60,7 +60,10 @@ INLINE Words quads(const u8 *const *rows, i64 at) {
 // Where LANES rows are read along K: r[s][i] has bytes 16 * s to 16 * s + 15 of every fourth of them from row i on.  As
 // many as lie in a vector are read at once, so that a line of the cache is touched once: where rows are a power of two
 // apart it does not stay.
-#if LANES == 16 && CHUNK * BYTES % 64 == 0
+#ifndef B_CHUNK_BYTES
+#define B_CHUNK_BYTES (CHUNK * BYTES)
+#endif
+#if LANES == 16 && B_CHUNK_BYTES % 64 == 0
 #define SPAN 4
 #define SHUFFLED_QUADS(a, b, which)                                                                  \
   ({                                                                                                 \

@@ -3,8 +3,9 @@
 //   PLAIN undefined   8-bit floats with scales: the sum over the groups g of K of a_scale[m, g] *
 //                     b_scale[n / B_ROWS, g] times the product of group g.  The scales of a are [rows, GROUPS] or, in
 //                     columns, [GROUPS, rows or rows rounded up to 4].  WHOLE: K is one group, and the sum is scaled;
-//                     ONE_A: by one scale for all rows of a.
+//                     ONE_A: by one scale for all rows of a.  Integers of 8 bits with whole rows of them: sums are exact.
 //   PLAIN defined     floats of that dtype, without scales; K is one group
+//   BITS defined too  b is packed integers of so many bits, whose scales are part of what they stand for
 //
 //   few rows    lanes are places along K: BATCH rows of b stream past one row of a.
 //   many rows   lanes are columns: a tile of up to TILE rows of b is decoded and transposed, a chunk of K at a time,
@@ -40,6 +41,7 @@
 #endif
 
 enum { ROW = 0, COLUMN_TMA = 1, COLUMN = 2 };
+#define INTEGERS (A_CODES == 3)  // INT8
 
 #define MIN2(a, b) ((a) < (b) ? (a) : (b))
 // Elements along K of a decoded tile.
@@ -51,10 +53,18 @@ enum { ROW = 0, COLUMN_TMA = 1, COLUMN = 2 };
 #define A_CODES 0
 #define B_CODES 0
 #define A_SCALE_LAYOUT ROW
+#ifdef BITS
+#include "packed.h"
+#else
 #include "plain.h"
+#endif
 #define GROUPED 0
 #else
+#if INTEGERS
+#include "int8.h"
+#else
 #include "float8.h"
+#endif
 #define GROUPED !WHOLE
 #endif
 
@@ -94,6 +104,9 @@ typedef struct {
   i64 scale_column;  // elements from a scale of a to the one of the next group
   const Out *bias;
   Out *out;
+#ifdef BITS
+  Weights weights;
+#endif
 } Product;
 
 // What a group's product is multiplied by where it has no scale of its own.
@@ -116,9 +129,15 @@ typedef struct {
 
 INLINE int least(i64 a, i64 b) { return (int)(a < b ? a : b); }
 
+#ifdef BITS
+#define B_BYTES(k) CODE_BYTES(k)
+#else
+#define B_BYTES(k) ((k) * BYTES)
+#endif
+
 // The rows of b from n on; those beyond the last are the last.
 INLINE void rows_of(const u8 *b, i64 n, int count, const u8 **rows) {
-  for (int i = 0; i < count; ++i) rows[i] = row_of(b, n + i < N ? n + i : N - 1);
+  for (int i = 0; i < count; ++i) rows[i] = b + (n + i < N ? n + i : N - 1) * B_BYTES((i64)K);
 }
 
 // Where among the steps of a chunk the left tile has a row's elements from DEPTH * n on.
@@ -131,7 +150,7 @@ INLINE int step_of(int n) {
 // Send for a chunk of rows `from` to `to` of b.
 INLINE void prefetch_right(const u8 *const *rows, i64 k, int from, int to) {
   for (int i = from; i < to; ++i)
-    for (int byte = 0; byte < CHUNK * BYTES; byte += 64) __builtin_prefetch(rows[i] + k * BYTES + byte);
+    for (int byte = 0; byte < B_BYTES(CHUNK); byte += 64) __builtin_prefetch(rows[i] + B_BYTES(k) + byte);
 }
 
 // Send for `rows` rows of a tile of results, to be written.
@@ -140,6 +159,7 @@ INLINE void prefetch_out(const Product *p, i64 row, int rows, i64 first, int col
     for (int n = 0; n < columns; n += 64 / sizeof(Out)) __builtin_prefetch(p->out + (row + i) * N + first + n, 1);
 }
 
+#ifndef BITS
 // A chunk of LANES rows of b, every `width`th vector from `right` on.
 INLINE void decode_right(const u8 *const *rows, i64 k, const Decoder *decoder, Words *right, int width) {
 #pragma GCC unroll 8
@@ -156,6 +176,7 @@ INLINE void decode_right(const u8 *const *rows, i64 k, const Decoder *decoder, W
     }
   }
 }
+#endif
 
 // The panel to be multiplied next: a chunk of `rows` rows of a from `first` on, and where it is decoded to.
 typedef struct {
@@ -174,10 +195,30 @@ INLINE void decode_row(const Next *next, int i) {
   }
 }
 
+// sum + more * scale, or sum + more of integers.
+INLINE Floats added(Floats sum, Floats more, Floats scale) {
+#if INTEGERS
+  return add_integers(sum, more);
+#else
+  return add_product(sum, more, scale);
+#endif
+}
+
+INLINE float sum_of_lanes(Floats a) {
+#if INTEGERS
+  const Words words = bits_of(a);
+  u32 sum = 0;
+  for (int i = 0; i < LANES; ++i) sum += words[i];
+  return float_of(sum);
+#else
+  return lane_sum(a);
+#endif
+}
+
 // sums[v] += scale[v] * sum[v]
 INLINE void add_scaled(const Floats *sum, Eight scale, int width, Floats *sums) {
 #pragma GCC unroll 8
-  for (int v = 0; v < width; ++v) sums[v] = floats_of(once(bits_of(add_product(sums[v], sum[v], all(scale[v])))));
+  for (int v = 0; v < width; ++v) sums[v] = floats_of(once(bits_of(added(sums[v], sum[v], all(scale[v])))));
   in_order();
 }
 
@@ -275,6 +316,9 @@ INLINE void load_columns(const Product *p, i64 first, int columns, Columns *to) 
 
 // The results of vector v of row `row` from their sums.
 INLINE Floats finished(const Product *p, i64 row, Floats sums, const Columns *columns, int v) {
+#if INTEGERS
+  sums = __builtin_convertvector((Signed)sums, Floats);
+#endif
 #if WHOLE
   sums = sums * all(p->a_scale[ONE_A ? 0 : row]) * columns->scales[v];
 #endif
@@ -335,7 +379,13 @@ INLINE void many_rows(const Product *p, i64 row, int rows, i64 first, int column
     const i64 group = k / GROUP, ahead = k + CHUNK < K ? k + CHUNK : (i64)K * columns;
     for (int v = 0; v < vectors; ++v) {
       b_scale[v] = GROUPED ? *b_scale_of(p, least(first + v * LANES, N - 1), group) : 1.0f;
-      decode_right(b_rows + v * LANES, k, &b_decoder, right + v / width * (STEPS * width) + v % width, width);
+      Words *to = right + v / width * (STEPS * width) + v % width;
+#ifdef BITS
+      const i64 n = least(first + v * LANES, N - 1);
+      decode_columns(b_rows + v * LANES, k, &p->weights, n, least(LANES, N - n), to, width);
+#else
+      decode_right(b_rows + v * LANES, k, &b_decoder, to, width);
+#endif
     }
     for (int i = 0; i < rows; i += PANEL) {
       const int count = least(PANEL, rows - i);
@@ -381,6 +431,10 @@ INLINE void one_row_batch(const Product *p, i64 row, i64 n, const Decoder *a_dec
                           float *results) {
   const u8 *a = row_of(p->a, row), *rows[BATCH];
   rows_of(p->b, n, BATCH, rows);
+#ifdef BITS
+  n = n < N ? n : N - 1;
+  multiply_row(a, rows, &p->weights, n, least(BATCH, N - n), a_decoder, results);
+#else
   Floats sums[BATCH] = {{0}};
   for (i64 group = 0; group < GROUPS; ++group) {
     Floats partial[BATCH] = {{0}};
@@ -398,9 +452,10 @@ INLINE void one_row_batch(const Product *p, i64 row, i64 n, const Decoder *a_dec
     }
     const Floats scale = all(GROUPED ? *scale_of(p, row, group) * *b_scale_of(p, n < N ? n : N - 1, group) : 1.0f);
 #pragma GCC unroll 8
-    for (int i = 0; i < BATCH; ++i) sums[i] = add_product(sums[i], partial[i], scale);
+    for (int i = 0; i < BATCH; ++i) sums[i] = added(sums[i], partial[i], scale);
   }
-  for (int i = 0; i < BATCH; ++i) results[i] = lane_sum(sums[i]);
+  for (int i = 0; i < BATCH; ++i) results[i] = sum_of_lanes(sums[i]);
+#endif
 }
 
 INLINE void few_rows(const Product *p, i64 row, int rows, i64 first, int columns) {
@@ -427,21 +482,37 @@ INLINE void few_rows(const Product *p, i64 row, int rows, i64 first, int columns
 #define BIAS 0
 #endif
 
-#ifndef PLAIN
+#if defined(BITS) && HAS_ZERO
+#define SCALE_BINDINGS BINDING(const Scale, scale), BINDING(const u8, zero),
+#define WEIGHTS , {scale + scale_offset, zero + zero_offset}
+#elif defined(BITS)
+#define SCALE_BINDINGS BINDING(const Scale, scale),
+#define WEIGHTS , {scale + scale_offset}
+#else
+#define WEIGHTS
+#endif
+
+#ifdef BITS
+typedef u8 RightElement;
+#define A_SCALE 0
+#define B_SCALE 0
+#elif !defined(PLAIN)
+typedef Element RightElement;
 #define SCALE_BINDINGS BINDING(const float, a_scale), BINDING(const float, b_scale),
 #define A_SCALE a_scale + a_scale_offset
 #define B_SCALE b_scale + b_scale_offset
 #else
+typedef Element RightElement;
 #define SCALE_BINDINGS
 #define A_SCALE 0
 #define B_SCALE 0
 #endif
 
-void ENTRY(BINDING(const Element, a), BINDING(const Element, b), SCALE_BINDINGS BIAS_BINDING BINDING(Out, out),
+void ENTRY(BINDING(const Element, a), BINDING(const RightElement, b), SCALE_BINDINGS BIAS_BINDING BINDING(Out, out),
            i32 rows, i32 workgroup) {
   const i64 scale_column = A_SCALE_LAYOUT == COLUMN_TMA ? ((i64)rows + 3) / 4 * 4 : rows;
   const Product product = {(const u8 *)(a + a_offset), (const u8 *)(b + b_offset), A_SCALE, B_SCALE,
-                           scale_column, BIAS, out + out_offset};
+                           scale_column, BIAS, out + out_offset WEIGHTS};
   const i64 shares = (N + SHARE - 1) / SHARE, row = workgroup / shares * ROWS, begin = workgroup % shares * SHARE;
   const i64 end = begin + SHARE < N ? begin + SHARE : N;
   const int count = least(ROWS, rows - row);

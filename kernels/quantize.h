@@ -10,7 +10,9 @@ constexpr int LARGEST_GROUP = GROUP0 | GROUP1 | GROUP2 | GROUP3;  // as far as c
     static constexpr int group = GROUP##i, length = GROUP##i ? GROUP##i : HIDDEN, groups = HIDDEN / length; \
     static constexpr int layout = LAYOUT##i, codes = CODES##i, limit = LIMIT##i; \
     static constexpr bool power = POWER##i, infinite = POWER##i == 2; \
-    static constexpr bool reciprocal = RECIPROCAL##i, safe = QUOTIENT##i != DIVIDED; \
+    enum { given = QUOTIENT##i == GIVEN, least = LEAST_OF(i), by_inverse = (RECIPROCAL##i & 3) == BY_INVERSE }; \
+    enum { inverted_twice = RECIPROCAL##i & INVERTED_TWICE, scale_is_inverted = RECIPROCAL##i & SCALE_IS_INVERTED }; \
+    static constexpr bool reciprocal = RECIPROCAL##i & 3, safe = QUOTIENT##i != DIVIDED; \
     static constexpr bool twofold = QUOTIENT##i == TWOFOLD && !power && !reciprocal; \
     static constexpr u32 floor = FLOOR##i, ceiling = CEILING##i, scale_floor = SCALE_FLOOR##i, inverse = INVERSE##i; \
   }
@@ -78,11 +80,21 @@ template <bool infinite> DEVICE float inverse_power(float scale) {
   return scale < INFINITE ? as_float(max_u32(0x7f000000u - as_bits(scale), 0x00400000u)) : scale;
 }
 
-template <class S> DEVICE float scale_of(const Amax &amax) {
+template <class S> DEVICE u32 bounded(const Amax &amax) {
   u32 bits = S::group == 32 ? amax.of32 : S::group == 64 ? amax.of64 : S::group == 128 ? amax.of128 : amax.of_row;
   bits = max_u32(bits, S::floor);
   if constexpr (S::ceiling < INFINITE_BITS) bits = bits > INFINITE_BITS ? bits : min_u32(bits, S::ceiling);
+  return bits;
+}
+
+// The inverse of a scale, from the largest magnitude itself.
+template <class S> DEVICE float inverse_of(u32 amax) {
+  return S::inverted_twice ? reciprocal(as_float(amax)) * (float)S::limit : divide((float)S::limit, as_float(amax));
+}
+
+template <class S> DEVICE float scale_of(u32 bits) {
   float scale;
+  if constexpr (S::scale_is_inverted) return reciprocal(inverse_of<S>(bits));
   if constexpr (S::inverse != 0) scale = as_float(bits) * as_float(S::inverse);
   else scale = S::safe ? divide_by<S::limit>(as_float(bits)) : divide(as_float(bits), (float)S::limit);
   if constexpr (S::scale_floor != 0) scale = as_float(max_u32(as_bits(scale), S::scale_floor));
@@ -112,7 +124,16 @@ DEVICE Divisor twofold_divisor(float scale) {
   return {scale, r, fma(error, error, error) * r, scale};
 }
 
-template <class S> DEVICE Divisor divisor_of(float scale) {
+// Of a scale that is given.  Where it is so far from 1 that a part of y/scale might leave float32's normal range, or is
+// negative, s is 0: then values are divided.
+template <class S> DEVICE Divisor given_divisor(float scale) {
+  const bool usual = scale >= 0x1p-80f && scale <= 0x1p80f;
+  return {scale, S::by_inverse ? scale : reciprocal(scale), 0.0f, usual ? scale : 0.0f};
+}
+
+template <class S> DEVICE Divisor divisor_of(float scale, u32 amax) {
+  if constexpr (S::given) return given_divisor<S>(scale);
+  else if constexpr (S::by_inverse) return {scale, inverse_of<S>(amax), 0.0f, scale};
   const bool infinite = scale == INFINITE;
   const float s = infinite ? 0.0f : scale;
   if constexpr (S::power) return {scale, inverse_power<S::infinite>(scale), 0.0f, s};
@@ -120,6 +141,9 @@ template <class S> DEVICE Divisor divisor_of(float scale) {
   else if constexpr (S::safe) return {scale, infinite ? 0.0f : scale_reciprocal(scale), 0.0f, s};
   else return {scale, S::reciprocal ? reciprocal(scale) : 0.0f, 0.0f, s};
 }
+
+// Whether it is a number not far above every limit.
+DEVICE bool is_small(float a) { return a < 0x1p20f && a > -0x1p20f; }
 
 // y/scale, or y * (1/scale) where the scheme says so.
 //
@@ -136,25 +160,31 @@ template <class S> DEVICE Divisor divisor_of(float scale) {
 // In both |y| <= amax makes |y/scale| <= limit*(1 + 2^-22), which rounds to limit: clamping would change nothing, and
 // a NaN in the group makes scale, r and every quotient NaN.
 // DIVIDED (a tiny floor, a ceiling): the true division is carried out.
+// GIVEN: CORRECTED, where y*r is so large that it would overflow, or no number, without the correction, which only what
+// is clamped later can need.
 template <class S> DEVICE f2 quotient(f2 y, const Divisor &by) {
   f2 near = mul2(y, pair(by.r, by.r));
+  if constexpr (S::given && !S::reciprocal)
+    if (by.s == 0.0f) return pair(divide(y.x, by.scale), divide(y.y, by.scale));
   if constexpr (S::power || S::reciprocal) return near;
   if constexpr (!S::safe) return pair(divide(y.x, by.scale), divide(y.y, by.scale));
   if constexpr (S::twofold) return fma2(y, pair(by.r, by.r), mul2(y, pair(by.rest, by.rest)));
-  return fma2(negated(fma2(near, pair(by.s, by.s), negated(y))), pair(by.r, by.r), near);
+  const f2 exact = fma2(negated(fma2(near, pair(by.s, by.s), negated(y))), pair(by.r, by.r), near);
+  if constexpr (S::given) return pair(is_small(near.x) ? exact.x : near.x, is_small(near.y) ? exact.y : near.y);
+  return exact;
 }
 
 // Whether quotients may lie beyond the limit: a power of two is infinite only where it may be, so elsewhere an infinite y has
 // to be clamped, unless the machine's converter does it.
 template <class S> DEVICE bool clamps(const Divisor &by) {
   constexpr int largest = S::codes == E4M3FN ? 448 : S::codes == E4M3FNUZ ? 240 : S::codes == E5M2 ? 57344 : 0;
-  if constexpr (!S::safe) return true;
+  if constexpr (!S::safe || S::given) return true;
   return S::power && !(SATURATES && S::limit == largest) && as_bits(by.scale) == 0x7f000000u;
 }
 
-// Into [-limit, limit]; NaN stays NaN, but for int8, whose code is then undefined in torch and 0 here.
+// Into [least, limit]; NaN stays NaN, but for int8, whose code is then undefined in torch and 0 here.
 template <class S> DEVICE float clamped(float a) {
-  const float limit = S::limit, beyond = a < -limit ? -limit : a;
+  const float limit = S::limit, least = S::least, beyond = a < least ? least : a;
   if constexpr (S::codes == INT8) return a > limit ? limit : a == a ? beyond : 0.0f;
   return a > limit ? limit : beyond;
 }
@@ -222,8 +252,9 @@ template <class S> DEVICE void store_scale(u8 *scales, float scale, u32 row, u32
 // One quantization of one vector.
 template <class S, bool WIDE>
 DEVICE void quantize(const Vector &y, const Amax &amax, u8 *q, u8 *scales, u32 row, u32 rows, u32 column) {
-  const float scale = scale_of<S>(amax);
-  const Divisor by = divisor_of<S>(scale);
+  const u32 largest = S::given ? 0 : bounded<S>(amax);
+  const float scale = S::given ? *(const float *)scales : scale_of<S>(largest);
+  const Divisor by = divisor_of<S>(scale, largest);
   u32 words[VECTOR / 4];
   if (clamps<S>(by)) vector_codes<S, true>(y, by, words);
   else vector_codes<S, false>(y, by, words);
@@ -233,6 +264,7 @@ DEVICE void quantize(const Vector &y, const Amax &amax, u8 *q, u8 *scales, u32 r
   if constexpr (WIDE && VECTOR == 16) store16(to, words);
   else if constexpr (WIDE) store8(to, words);
   else UNROLL for (int i = 0; i < VECTOR; ++i) to[i] = (u8)(words[i / 4] >> 8 * (i % 4));
+  if constexpr (S::given) return;
   if (column % S::length == 0) store_scale<S>(scales, scale, row, rows, column / S::length);
 }
 

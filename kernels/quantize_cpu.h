@@ -8,14 +8,14 @@
 // A quantization as constants; lowering/families/row.py explains them.  A group of 0 is the whole row; floats that are
 // compared come as their bits, an inverse of 0 means division.
 typedef struct {
-  int group, layout, codes, limit, power, reciprocal, safe;
+  int group, layout, codes, limit, least, power, reciprocal, safe, given;
   u32 floor, ceiling, scale_floor, inverse;
 } Scheme;
 
 #define SCHEME(i) \
   (Scheme) { \
-    GROUP##i, LAYOUT##i, CODES##i, LIMIT##i, POWER##i, RECIPROCAL##i, QUOTIENT##i != 0, FLOOR##i, CEILING##i, SCALE_FLOOR##i, \
-        INVERSE##i \
+    GROUP##i, LAYOUT##i, CODES##i, LIMIT##i, LEAST_OF(i), POWER##i, RECIPROCAL##i, QUOTIENT##i != 0, QUOTIENT##i == GIVEN, \
+        FLOOR##i, CEILING##i, SCALE_FLOOR##i, INVERSE##i \
   }
 
 // What a group's values are divided by: r = 1/scale, and s = scale but where that is infinite.
@@ -28,30 +28,44 @@ INLINE u32 power_of_two_above(u32 scale, int power) {
   return scale > 0x7f800000u ? scale : up;
 }
 
-INLINE float scale_of(u32 amax, Scheme scheme) {
+INLINE u32 bounded(u32 amax, Scheme scheme) {
   amax = MAX2(amax, scheme.floor);
-  if (amax > scheme.ceiling && amax <= 0x7f800000u) amax = scheme.ceiling;
+  return amax > scheme.ceiling && amax <= 0x7f800000u ? scheme.ceiling : amax;
+}
+
+// The inverse of a scale, from the largest magnitude itself.
+INLINE float inverse_of(u32 amax, Scheme scheme) {
+  const float limit = scheme.limit;
+  return scheme.reciprocal & INVERTED_TWICE ? 1.0f / float_of(amax) * limit : limit / float_of(amax);
+}
+
+INLINE float scale_of(u32 amax, Scheme scheme) {
+  if (scheme.reciprocal & SCALE_IS_INVERTED) return 1.0f / inverse_of(amax, scheme);
   float scale = scheme.inverse ? float_of(amax) * float_of(scheme.inverse) : float_of(amax) / (float)scheme.limit;
   u32 bits = MAX2(word_of(scale), scheme.scale_floor);
   return float_of(scheme.power ? power_of_two_above(bits, scheme.power) : bits);
 }
 
-INLINE Divisor divisor_of(float scale) {
-  return (Divisor){scale, 1.0f / scale, word_of(scale) == 0x7f800000u ? 0.0f : scale};
+INLINE Divisor divisor_of(float scale, u32 amax, Scheme scheme) {
+  const int by_inverse = (scheme.reciprocal & 3) == BY_INVERSE;
+  const float r = !by_inverse ? 1.0f / scale : scheme.given ? scale : inverse_of(amax, scheme);
+  return (Divisor){scale, r, word_of(scale) == 0x7f800000u ? 0.0f : scale};
 }
 
-INLINE Floats clamped(Floats a, float limit) {
+INLINE Floats clamped(Floats a, float least, float limit) {
   a = floats_of(select((Signed)(a > limit), bits_of(all(limit)), bits_of(a)));
-  return floats_of(select((Signed)(a < -limit), bits_of(all(-limit)), bits_of(a)));
+  return floats_of(select((Signed)(a < least), bits_of(all(least)), bits_of(a)));
 }
 
 // y/scale correctly rounded, or y * (1/scale) where the scheme says so; quantize.h says why the short way is enough, and
 // when there is nothing to clamp.
 INLINE Floats quotient(Floats y, Divisor by, Scheme scheme) {
   Floats near = y * by.r;
-  if (scheme.power || (scheme.reciprocal && !scheme.safe)) return clamped(near, scheme.limit);
-  if (scheme.reciprocal) return near;
-  if (!scheme.safe) return clamped(y / by.scale, scheme.limit);
+  const int multiplies = scheme.reciprocal & 3;
+  if (scheme.given) return clamped(multiplies ? near : y / by.scale, scheme.least, scheme.limit);
+  if (scheme.power || (multiplies && !scheme.safe)) return clamped(near, scheme.least, scheme.limit);
+  if (multiplies) return near;
+  if (!scheme.safe) return clamped(y / by.scale, scheme.least, scheme.limit);
   return HAS_FMA ? fma(-fma(near, all(by.s), -y), all(by.r), near) : y / by.scale;
 }
 
@@ -133,16 +147,19 @@ INLINE void store_scale(void *to, int layout, i64 groups, i64 row, i64 rows, i64
   }
 }
 
-// One quantization of the block of y that starts at `column` of `row`; of_row is the largest magnitude of the row.
+// One quantization of the block of y that starts at `column` of `row`; of_row is the largest magnitude of the row, given
+// the scale that is not made here.
 INLINE void quantize(const Site *site, int which, Scheme scheme, const Pair *y, u32 of_row, i64 row, i64 column) {
+  const float given = site->given[which];
   const int length = scheme.group ? scheme.group : BLOCK;
   const i64 groups = scheme.group ? HIDDEN / scheme.group : 1;
   for (int g = 0; g < BLOCK / length; ++g) {
     const Pair *part = y + g * (length / STEP);
     const i64 at = column + g * length;
-    const float scale = scale_of(scheme.group ? amax_of(part, length) : of_row, scheme);
-    store_quotients(part, length, divisor_of(scale), scheme, site->q[which] + row * HIDDEN + at);
-    if (scheme.group || column == 0)
+    const u32 amax = scheme.given ? 0 : bounded(scheme.group ? amax_of(part, length) : of_row, scheme);
+    const float scale = scheme.given ? given : scale_of(amax, scheme);
+    store_quotients(part, length, divisor_of(scale, amax, scheme), scheme, site->q[which] + row * HIDDEN + at);
+    if (!scheme.given && (scheme.group || column == 0))
       store_scale(site->scale[which], scheme.layout, groups, row, site->rows, at / length, scale);
   }
 }

@@ -19,6 +19,10 @@
 #define SILU 1
 #define GELU 2
 enum { ROW = 0, COLUMN_TMA = 1, COLUMN = 2, UE8M0_PACKED = 3 };
+enum { GIVEN = 3 };       // QUOTIENTi
+enum { BY_INVERSE = 2, INVERTED_TWICE = 4, SCALE_IS_INVERTED = 8 };  // RECIPROCALi
+
+#include "given.h"
 
 #define STEP (2 * LANES)
 
@@ -85,6 +89,7 @@ typedef struct {
   const void *x, *up, *residual, *weight;
   void *sum, *y, *scale[4];
   u8 *q[4];
+  float given[4];  // the scales that are not made here
   i32 rows;
 } Site;
 
@@ -343,6 +348,18 @@ void ENTRY(BINDING(const X, x)
 #if WEIGHT_DTYPE
                , BINDING(const Weight, weight)
 #endif
+#if QUANTS > 0
+               IF_GIVEN(0, , BINDING(const float, scale0))
+#endif
+#if QUANTS > 1
+               IF_GIVEN(1, , BINDING(const float, scale1))
+#endif
+#if QUANTS > 2
+               IF_GIVEN(2, , BINDING(const float, scale2))
+#endif
+#if QUANTS > 3
+               IF_GIVEN(3, , BINDING(const float, scale3))
+#endif
 #if WRITES_SUM
                , BINDING(X, sum)
 #endif
@@ -350,16 +367,16 @@ void ENTRY(BINDING(const X, x)
                , BINDING(X, y)
 #endif
 #if QUANTS > 0
-               , BINDING(u8, q0), BINDING(SCALES(0), scale0)
+               , BINDING(u8, q0) IF_MADE(0, , BINDING(SCALES(0), scale0))
 #endif
 #if QUANTS > 1
-               , BINDING(u8, q1), BINDING(SCALES(1), scale1)
+               , BINDING(u8, q1) IF_MADE(1, , BINDING(SCALES(1), scale1))
 #endif
 #if QUANTS > 2
-               , BINDING(u8, q2), BINDING(SCALES(2), scale2)
+               , BINDING(u8, q2) IF_MADE(2, , BINDING(SCALES(2), scale2))
 #endif
 #if QUANTS > 3
-               , BINDING(u8, q3), BINDING(SCALES(3), scale3)
+               , BINDING(u8, q3) IF_MADE(3, , BINDING(SCALES(3), scale3))
 #endif
                , i32 rows, i32 workgroup) {
   Site site = {0};
@@ -382,16 +399,20 @@ void ENTRY(BINDING(const X, x)
   site.y = y + y_offset;
 #endif
 #if QUANTS > 0
-  site.q[0] = q0 + q0_offset, site.scale[0] = scale0 + scale0_offset;
+  site.q[0] = q0 + q0_offset;
+  IF_GIVEN(0, site.given[0] = scale0[scale0_offset];) IF_MADE(0, site.scale[0] = scale0 + scale0_offset;)
 #endif
 #if QUANTS > 1
-  site.q[1] = q1 + q1_offset, site.scale[1] = scale1 + scale1_offset;
+  site.q[1] = q1 + q1_offset;
+  IF_GIVEN(1, site.given[1] = scale1[scale1_offset];) IF_MADE(1, site.scale[1] = scale1 + scale1_offset;)
 #endif
 #if QUANTS > 2
-  site.q[2] = q2 + q2_offset, site.scale[2] = scale2 + scale2_offset;
+  site.q[2] = q2 + q2_offset;
+  IF_GIVEN(2, site.given[2] = scale2[scale2_offset];) IF_MADE(2, site.scale[2] = scale2 + scale2_offset;)
 #endif
 #if QUANTS > 3
-  site.q[3] = q3 + q3_offset, site.scale[3] = scale3 + scale3_offset;
+  site.q[3] = q3 + q3_offset;
+  IF_GIVEN(3, site.given[3] = scale3[scale3_offset];) IF_MADE(3, site.scale[3] = scale3 + scale3_offset;)
 #endif
   i64 first = (i64)workgroup * ROWS, end = first + ROWS < rows ? first + ROWS : rows;
   FloatMode mode = enter_ieee();

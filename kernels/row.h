@@ -1,6 +1,7 @@
 // One kernel family for GPUs: a row of x [T, HIDDEN] is read once, becomes y, and leaves as any of: y in x's dtype, up
-// to four quantized copies (codes and scales), and the residual sum.  What makes y is one of: nothing (y = x); a norm
-// (optionally a residual is added, then the row is RMS-normalised and weighted); a gate (y = act(x) * up).
+// to four quantized copies (codes, and scales unless those are given), and the residual sum.  What makes y is one of:
+// nothing (y = x); a norm (optionally a residual is added, then the row is RMS-normalised and weighted); a gate (y =
+// act(x) * up).
 //
 // tile.h has the arithmetic and the order of things.  What differs between machines (wave width, lane exchange,
 // converts, packed float32 math) is in the .cu and .hip files that include this; the numbers that specialise it (macros)
@@ -11,7 +12,10 @@ enum { UNROUNDED = 0, ONCE = 1, TWICE = 2 };               // ROUNDING
 enum { NO_RESIDUAL = 0, EXACT = 1, ROUNDED = 2 };          // RESIDUAL
 enum { NO_ACT = 0, SILU = 1, GELU = 2, GELU_TANH = 3 };    // ACT
 enum { ROW = 0, COLUMN_TMA = 1, COLUMN = 2, UE8M0_PACKED = 3 };  // LAYOUTi
-enum { DIVIDED = 0, CORRECTED = 1, TWOFOLD = 2 };          // QUOTIENTi
+enum { DIVIDED = 0, CORRECTED = 1, TWOFOLD = 2, GIVEN = 3 };  // QUOTIENTi
+enum { BY_SCALE = 0, BY_RECIPROCAL = 1, BY_INVERSE = 2, INVERTED_TWICE = 4, SCALE_IS_INVERTED = 8 };  // RECIPROCALi
+
+#include "given.h"
 
 template <int DTYPE> constexpr int SIZE = DTYPE == F32 ? 4 : 2;  // bytes
 // The widest access of the machine that rows are a multiple of.
@@ -28,7 +32,7 @@ constexpr u32 INFINITE_BITS = 0x7f800000u;
 struct Site {
   const u8 *x, *other, *weight;
   u8 *sum, *y;
-  u8 *q[4], *scale[4];
+  u8 *q[4], *scale[4];  // a scale that is given is only read
   u32 rows;
 };
 
@@ -76,6 +80,18 @@ KERNEL(ENTRY)(const u8 *x
 #if WEIGHT_DTYPE
               , const u8 *weight
 #endif
+#if QUANTS > 0
+              IF_GIVEN(0, , const u8 *scale0)
+#endif
+#if QUANTS > 1
+              IF_GIVEN(1, , const u8 *scale1)
+#endif
+#if QUANTS > 2
+              IF_GIVEN(2, , const u8 *scale2)
+#endif
+#if QUANTS > 3
+              IF_GIVEN(3, , const u8 *scale3)
+#endif
 #if WRITES_SUM
               , u8 *sum
 #endif
@@ -83,16 +99,16 @@ KERNEL(ENTRY)(const u8 *x
               , u8 *y
 #endif
 #if QUANTS > 0
-              , u8 *q0, u8 *scale0
+              , u8 *q0 IF_MADE(0, , u8 *scale0)
 #endif
 #if QUANTS > 1
-              , u8 *q1, u8 *scale1
+              , u8 *q1 IF_MADE(1, , u8 *scale1)
 #endif
 #if QUANTS > 2
-              , u8 *q2, u8 *scale2
+              , u8 *q2 IF_MADE(2, , u8 *scale2)
 #endif
 #if QUANTS > 3
-              , u8 *q3, u8 *scale3
+              , u8 *q3 IF_MADE(3, , u8 *scale3)
 #endif
               , int rows) {
   Site site = {};
@@ -116,16 +132,16 @@ KERNEL(ENTRY)(const u8 *x
   site.y = y, bits |= address(y);
 #endif
 #if QUANTS > 0
-  site.q[0] = q0, site.scale[0] = scale0, bits |= address(q0);
+  site.q[0] = q0, site.scale[0] = (u8 *)scale0, bits |= address(q0);
 #endif
 #if QUANTS > 1
-  site.q[1] = q1, site.scale[1] = scale1, bits |= address(q1);
+  site.q[1] = q1, site.scale[1] = (u8 *)scale1, bits |= address(q1);
 #endif
 #if QUANTS > 2
-  site.q[2] = q2, site.scale[2] = scale2, bits |= address(q2);
+  site.q[2] = q2, site.scale[2] = (u8 *)scale2, bits |= address(q2);
 #endif
 #if QUANTS > 3
-  site.q[3] = q3, site.scale[3] = scale3, bits |= address(q3);
+  site.q[3] = q3, site.scale[3] = (u8 *)scale3, bits |= address(q3);
 #endif
   // Pointers are only sure to be aligned to their element: a view may start anywhere.
   constexpr bool wide_rows = many::WHOLE && HIDDEN * SIZE<X_DTYPE> % WIDE_BYTES == 0;

@@ -5,18 +5,21 @@ the frozen values of ``patterns.contracts``:
 
 ``vmfuse.rms_norm``              x, [residual], [weight] -> y, [sum]        contract: RmsNorm
 ``vmfuse.gated_activation``      gate_up (packed) or gate, up -> y          contract: GatedActivation
-``vmfuse.group_quant``           x -> q, scale                             contract: Quantization
+``vmfuse.group_quant``           x, [scale] -> q, [scale]                  contract: Quantization
 ``vmfuse.block_scaled_matmul``   a, b, a_scale, b_scale, [bias] -> out      contract: BlockScaledMatmul
 ``vmfuse.grouped_topk``          gating, bias -> weights, ids              contract: GroupedTopk
+``vmfuse.packed_matmul``         a, codes, scale, [zero], [bias] -> out     contract: PackedMatmul
 
 ``vmfuse.physical_scale``        scale, layout -> the buffer that holds it, of a quantization without kernel
 
 and those that a kernel computes, made of them by the fusion:
 
-``vmfuse.row``                   x, [up], [residual], [weight] -> [sum], [y], (q, scale)*   spec: RowSpec
+``vmfuse.row``                   x, [up], [residual], [weight], scale* -> [sum], [y], (q, [scale])*
+                                                                           spec: RowSpec
 ``vmfuse.topk``                  gating, bias -> weights, ids                               spec: TopkSpec
 ``vmfuse.matmul``                a, b, a_scale, b_scale, [bias] -> out                      spec: MatmulSpec
 ``vmfuse.linear``                a, b, [bias] -> out                                        spec: LinearSpec
+``vmfuse.packed``                a, codes, scale, [zero], [bias] -> out                     spec: PackedSpec
 ``vmfuse.selection``             x -> values, places                                     spec: SelectionSpec
 """
 
@@ -54,6 +57,8 @@ ROW = "vmfuse.row"
 TOPK = "vmfuse.topk"
 MATMUL = "vmfuse.matmul"
 LINEAR = "vmfuse.linear"
+PACKED_MATMUL = "vmfuse.packed_matmul"
+PACKED = "vmfuse.packed"
 SELECTION = "vmfuse.selection"
 PHYSICAL_SCALE = "vmfuse.physical_scale"
 
@@ -66,10 +71,12 @@ BLOCKED = "blocked"
 T = TypeVar("T")
 
 
-def quantized_types(y: TensorType, quantization: Quantization) -> tuple[TensorType, TensorType]:
-    """The types of q and scale when ``quantization`` is done to a tensor of type ``y``."""
+def quantized_types(y: TensorType, quantization: Quantization) -> tuple[TensorType, ...]:
+    """The types of q, and of the scale unless it is given, when ``quantization`` is done to a ``y``."""
     hidden = y.shape[-1]
     assert hidden is not None
+    if quantization.static:
+        return (y.with_last(hidden, quantization.dtype),)
     groups = quantization.groups(hidden)
     packed = quantization.layout == "ue8m0_packed"
     scale = y.with_last(-(-groups // 4), "int32") if packed else y.with_last(groups, "float32")
@@ -155,6 +162,11 @@ def gate_contract(op: ir.Operation) -> GatedActivation:
 def quantization(op: ir.Operation) -> Quantization:
     """Read what a ``vmfuse.group_quant`` computes."""
     return from_attribute(Quantization, op.attributes["contract"])
+
+
+def given_scale(quant: ir.Operation) -> ir.Value | None:
+    """Find the scale that a ``vmfuse.group_quant`` is given; None where it computes its own."""
+    return quant.operands[1] if quantization(quant).static else None
 
 
 def routing_contract(op: ir.Operation) -> GroupedTopk:

@@ -8,7 +8,7 @@ DeepGEMM, torch.nn.RMSNorm); where those disagree the field exists.
 
 from __future__ import annotations
 
-from dataclasses import Field, asdict, dataclass, fields
+from dataclasses import Field, asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 Rounding = Literal["once", "twice", "none"]
@@ -18,6 +18,8 @@ ScaleEncoding = Literal["float32", "ue8m0"]
 ScaleLayout = Literal["row", "column", "column_tma", "ue8m0_packed"]
 WeightLayout = Literal["row", "shuffled_16x16", "swizzled_128"]
 Division = Literal["true", "reciprocal"]
+Quotient = Literal["true", "reciprocal", "inverse"]
+ScaleDivision = Quotient
 
 # How the bytes of a weight [N, K] of 8-bit floats lie in memory.  Rows of zeros are added up to a multiple of
 # ROW_MULTIPLE, K is a multiple of DEPTH_MULTIPLE, and element (n, k) is at
@@ -95,9 +97,16 @@ class Quantization:
             infinite scale stays so, and its finite values become zeros
         q = clamp(y / scale, -qmax, qmax) (``quotient`` true) or of y * (1/scale) (reciprocal),
             rounded to nearest even.
+    Some stacks compute the inverse of a scale first: qmax / amax (``inverse`` true) or qmax * (1/amax)
+    (reciprocal).  With a ``quotient`` of inverse y is multiplied by that, and with a ``scale_division`` of
+    inverse the scale is 1 over it.  Such a scale is float32 and has no floor.
     qmax is the largest finite value of ``dtype`` unless ``limit`` says otherwise (vLLM's 224 for e4m3fnuz).
     A NaN in a group makes its scale NaN and, in a float dtype, every q NaN.  In int8, where torch leaves the
     conversion of NaN undefined, a NaN quotient becomes 0.
+
+    ``static``: the scale is given, one float32 for all rows, and only q is made (group None, and none of the
+    fields that say how a scale is computed or laid out).  Then the quotient may also be ``inverse``: what is
+    given is multiplied by.  With ``lowest`` values are clamped to [lowest, qmax]: int8 has -128 too.
 
     Layouts, for q of [M, K] and Gn scales a row: ``row`` is [M, Gn] row major; ``column`` a logical
     [M, Gn] with strides (1, M); ``column_tma`` with strides (1, Mp), Mp = M rounded up to 4, pad rows
@@ -115,14 +124,26 @@ class Quantization:
     amax_floor: float = 1e-10
     amax_ceiling: float | None = None
     scale_floor: float = 0.0
-    scale_division: Division = "true"
-    quotient: Division = "true"
+    scale_division: ScaleDivision = "true"
+    quotient: Quotient = "true"
     limit: float | None = None
     infinite: bool = False
+    static: bool = False
+    lowest: float | None = None
+    inverse: Division = "true"
+
+    @property
+    def inverts(self) -> bool:
+        """Tell whether the inverse of a scale is computed from amax, and not from the scale."""
+        return not self.static and "inverse" in (self.scale_division, self.quotient)
 
     @property
     def qmax(self) -> float:
         return LARGEST_FINITE[self.dtype] if self.limit is None else self.limit
+
+    @property
+    def least(self) -> float:
+        return -self.qmax if self.lowest is None else self.lowest
 
     def groups(self, hidden: int) -> int:
         """Scales in a row of ``hidden`` elements."""
@@ -163,6 +184,18 @@ class BlockScaledMatmul:
     b_layout: WeightLayout = "row"
 
 
+def static_quantization(
+    dtype: str = "float8_e4m3fn",
+    quotient: Quotient = "true",
+    limit: float | None = None,
+    lowest: float | None = None,
+) -> Quantization:
+    """The contract of a quantization whose scale is given."""
+    limit = None if limit == LARGEST_FINITE[dtype] else limit
+    made = Quantization(None, dtype, amax_floor=0.0, quotient=quotient, limit=limit, static=True)
+    return made if lowest in (None, made.least) else replace(made, lowest=lowest)
+
+
 class Contract(Protocol):
     """Say what one operation computes: a frozen dataclass of plain values, one of these or an outsider's."""
 
@@ -172,7 +205,7 @@ class Contract(Protocol):
 def in_words(contract: Contract) -> str:
     """``eps=1e-06 rounding=twice``: the fields that say something, for people."""
     values = {field.name: getattr(contract, field.name) for field in fields(contract)}
-    if values.get("group", 0) is None:
+    if values.get("group", 0) is None and not values.get("static"):
         values["group"] = "row"
     return " ".join(
         f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
@@ -195,11 +228,11 @@ class RowSpec:
 
     The producer of y is ``norm``, ``gate`` or, with neither, x itself.
     Reads x (gate and up in one tensor [T, 2*hidden] if the gate is packed), then up if it is not, then
-    residual if the norm has one, then weight (``weight_dtype`` not None).  With a window an input's rows are
-    part of those of a wider tensor, which is what the kernel is given: ``x_window`` that of x,
-    ``other_window`` that of up or the residual.
+    residual if the norm has one, then weight (``weight_dtype`` not None), then the scale of every
+    quantization that is static.  With a window an input's rows are part of those of a wider tensor, which is
+    what the kernel is given: ``x_window`` that of x, ``other_window`` that of up or the residual.
     Writes, in this order: the residual sum (``writes_sum``), y rounded to ``dtype`` (``writes_y``), and q and
-    scale of every quantization.
+    scale of every quantization, of a static one q alone.
     """
 
     hidden: int
@@ -224,6 +257,17 @@ class RowSpec:
         """Elements from one row of the input ``name`` to the next."""
         window = self.x_window if name == "x" else self.other_window
         return window.pitch if window else self.columns(name).stop
+
+    @property
+    def given_scales(self) -> int:
+        return sum(quantization.static for quantization in self.quantizations)
+
+    def scale_of(self, result: int) -> int | None:
+        """Which quantization's scale the result of that number is; None for any other result."""
+        made: list[int | None] = [None] * (self.writes_sum + self.writes_y)
+        for number, quantization in enumerate(self.quantizations):
+            made += [None] if quantization.static else [None, number]
+        return made[result]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

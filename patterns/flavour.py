@@ -36,7 +36,7 @@ def use_flavours(function: ir.Operation, ledger: Ledger, hardware: Collection[st
         if old.dtype in hardware or _OTHER.get(old.dtype) not in hardware:
             continue
         new, site = retargeted(old), canonical.site_of(op)
-        seen = _why_seen(op)
+        seen = "its scale is given" if old.static else _why_seen(op)
         if seen is not None:
             ledger.note(site, f"kept as {old.dtype}: {seen}")
             continue

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from iree.compiler import ir
 
 from . import canonical, torch_ir, views
-from .contracts import LARGEST_FINITE, Division, Quantization
+from .contracts import LARGEST_FINITE, Quantization, Quotient, ScaleDivision, static_quantization
 from .match import (
     ANY,
     Aside,
@@ -17,6 +17,7 @@ from .match import (
     Exact,
     Is,
     Named,
+    One,
     OneOf,
     Op,
     Pattern,
@@ -24,6 +25,7 @@ from .match import (
     Var,
     f32,
     first_match,
+    past_unit_axis,
     times_one,
 )
 from .operation import Operation
@@ -91,7 +93,7 @@ _LARGEST = OneOf(
     Statistic("max.dim", _MAGNITUDE),
     Statistic("linalg_vector_norm", _X, Is(math.inf)),
 )
-_AMAX = Aside(_Bounded(Aside(_LARGEST), "amax_floor", "amax_ceiling"))
+_AMAX = Named("amax", Aside(_Bounded(Aside(_LARGEST), "amax_floor", "amax_ceiling")))
 _LINEAR = OneOf(
     f32("div.Scalar", _AMAX, Const("qmax")),
     f32("div.Tensor", _AMAX, Const("qmax")),
@@ -153,17 +155,34 @@ _SCALE = Aside(Named("scale", OneOf(Named("power", _POWER), _FLOORED.inner)))
 
 
 _INVERSE = Aside(times_one(f32("reciprocal", _SCALE, capture="inverse")))
+# The inverse of a scale, from the largest magnitude itself.  PyTorch divides a number by a tensor in two
+# steps.
+_TURNED = Aside(times_one(f32("reciprocal", _AMAX)))
+_INVERTED = OneOf(
+    Named("inverted", f32("div.Tensor", Const("qmax"), _AMAX)),
+    Named("inverted_twice", f32("mul.Scalar", _TURNED, Const("qmax"))),
+    Named("inverted_twice", f32("mul.Tensor", _TURNED, Const("qmax"), commutative=True)),
+)
 _QUOTIENT = OneOf(
     f32("div.Tensor", _X, _SCALE),
     f32("mul.Tensor", _X, _INVERSE, commutative=True),
+    f32("mul.Tensor", _X, Aside(_INVERTED), commutative=True),
 )
 ROUND = "torch.aten.round"
 _QUANTIZED = Op(_CAST, _Bounded(_QUOTIENT, "low", "high", through=(ROUND,)), ANY)
+_GIVEN = One("given")
+_BY_GIVEN = OneOf(
+    f32("div.Tensor", _X, _GIVEN),
+    f32("mul.Tensor", _X, Aside(times_one(f32("reciprocal", _GIVEN, capture="inverse"))), commutative=True),
+    Named("product", f32("mul.Tensor", _X, _GIVEN, commutative=True)),
+)
+_STATIC = Op(_CAST, _Bounded(_BY_GIVEN, "low", "high", through=(ROUND,)), ANY)
 
 
 class DecomposedGroupQuant:
     """Group quantization written out: abs, amax, bounds, division, bounds, cast; a last axis is a group.
 
+    The scale may be given instead, as a tensor of one number, or 1 over it.
     The largest magnitude may be taken with amax, max or the infinity norm, with or without the reduced
     axis; bounds are clamps, minima or maxima; the scale may be rounded up to a power of two; and
     the values rounded before or after they are bounded.  The reshape into groups before it and back
@@ -175,14 +194,26 @@ class DecomposedGroupQuant:
     def recognise(self, op: ir.Operation) -> Raised | None:
         if torch_ir.dtype_of(op.result) not in LARGEST_FINITE:
             return None
+        return self._dynamic(op) or self._static(op)
+
+    def _static(self, op: ir.Operation) -> Raised | None:
+        found = by_given_scale(op.result)
+        contract = read_static_contract(found, op.result) if found is not None else None
+        if found is None or not isinstance(contract, Quantization):
+            return None
+        return Raised(canonical.GROUP_QUANT, contract, [found["x"], found["given"]], [op.result])
+
+    def _dynamic(self, op: ir.Operation) -> Raised | None:
         found = first_match(_QUANTIZED, op.result)
         contract = read_contract(found, op.result) if found is not None else None
         if found is None or not isinstance(contract, Quantization):
             return None
-        q, scale = torch_ir.tensor_type(op.result), torch_ir.tensor_type(found["scale"])
-        assert q is not None and scale is not None
-        whole = len(scale.shape) == len(q.shape)
-        scales = found["scale"] if whole else WithoutLastAxis(found["scale"])
+        q, value = torch_ir.tensor_type(op.result), _scale(found)[1]
+        assert q is not None
+        scale = torch_ir.tensor_type(value) if value is not None else q.with_last(1, "float32")
+        assert scale is not None
+        whole = value is None or len(scale.shape) == len(q.shape)
+        scales = (value or scale) if whole else WithoutLastAxis(value)
         return Raised(canonical.GROUP_QUANT, contract, [found["x"]], [op.result, scales])
 
 
@@ -191,8 +222,33 @@ def written_out(value: ir.Value) -> Bindings | None:
     return first_match(_QUANTIZED, value)
 
 
+def by_given_scale(value: ir.Value) -> Bindings | None:
+    """The parts of a quantization of ``value`` by one given scale, whether they fit together or not."""
+    return first_match(_STATIC, value)
+
+
+def read_static_contract(found: Bindings, q: ir.Value) -> Quantization | str:
+    """Read the contract of a quantization by a given scale, or say in a sentence why no contract says it."""
+    dtype, low, high = torch_ir.dtype_of(q) or "", float(found["low"]), float(found["high"])
+    largest, whole_numbers = LARGEST_FINITE[dtype], dtype == "int8"
+    smallest = -128.0 if whole_numbers else -largest
+    if not (0 < high <= largest and smallest <= low < 0):
+        return f"its values are not clamped to what {dtype} holds: use .clamp({smallest:g}, {largest:g})"
+    if whole_numbers != (ROUND in found) or (whole_numbers and (low != int(low) or high != int(high))):
+        return _why_not_rounded(dtype)
+    quotient = "reciprocal" if "inverse" in found else "inverse" if "product" in found else "true"
+    return static_quantization(dtype, quotient, high, low)
+
+
+def _why_not_rounded(dtype: str) -> str:
+    if dtype == "int8":
+        return "the cast to int8 cuts off what is behind the point; round before it, within whole numbers"
+    return f"its values are rounded to whole numbers before the cast to {dtype} rounds them"
+
+
 def read_contract(found: Bindings, q: ir.Value) -> Quantization | str:
     """Read the contract that was written, or say in a sentence why no contract says it."""
+    found = {"scale_floor": -math.inf, "scale_ceiling": math.inf, **found}
     type_, x = torch_ir.tensor_type(q), torch_ir.tensor_type(found["x"])
     if type_ is None or x is None or not type_.shape or type_.shape[-1] is None:
         return "the size of the last axis, which holds the groups, is unknown until run time"
@@ -209,12 +265,49 @@ def read_contract(found: Bindings, q: ir.Value) -> Quantization | str:
         amax_floor=_shortest(max(found["amax_floor"], 0.0)),
         amax_ceiling=_shortest(found["amax_ceiling"]) if found["amax_ceiling"] < math.inf else None,
         scale_floor=_shortest(max(found["scale_floor"], 0.0)),
-        scale_division="true" if "qmax" in found else "reciprocal",
+        scale_division=_scale(found)[0],
         quotient=_quotient(found),
         limit=None if limit == LARGEST_FINITE[type_.dtype] else limit,
         infinite="infinite" in found and found["amax_ceiling"] == math.inf,
+        inverse="reciprocal" if "inverted_twice" in found else "true",
     )
     return next(_objections(found, contract), contract)
+
+
+_ONE_OVER = f32("reciprocal", Var("of"))
+
+
+def _scale(found: Bindings) -> tuple[ScaleDivision, ir.Value | None]:
+    """How the scale is divided, and the value that is; None where only its inverse is written down."""
+    if "scale" in found:
+        return "true" if "qmax" in found else "reciprocal", found["scale"]
+    inverse = found["inverted"] if "inverted" in found else found["inverted_twice"]
+    turned = (op.result for op in _readers(inverse) if first_match(_ONE_OVER, op.result) is not None)
+    if (value := next(turned, None)) is not None:
+        return "inverse", value
+    qmax = float(found["qmax"])
+    for op in _readers(found["amax"]):
+        linear = first_match(_LINEAR, op.result) or {}
+        if linear.get("qmax") == qmax:
+            return "true", op.result
+        if "inverse_qmax" in linear and _limit({**linear, "high": qmax}, qmax) == qmax:
+            return "reciprocal", op.result
+    return "true", None
+
+
+def _readers(value: ir.Value) -> Iterator[ir.Operation]:
+    """What reads ``value``, or it with another last axis of one element."""
+    while (source := past_unit_axis(value)) is not None:
+        value = source
+    pending = [value]
+    for seen in pending:
+        for user in torch_ir.users(seen):
+            if len(user.results) != 1:
+                continue
+            if past_unit_axis(user.result) is None:
+                yield user
+            else:
+                pending.append(user.result)
 
 
 def _is_a_group(x: ir.Value, size: int) -> bool:
@@ -236,7 +329,9 @@ def _limit(found: Bindings, largest: float) -> float | None:
     return next(fitting, None)
 
 
-def _quotient(found: Bindings) -> Division:
+def _quotient(found: Bindings) -> Quotient:
+    if "scale" not in found:
+        return "inverse"
     # Dividing by a power of two and multiplying with its reciprocal are one.
     return "reciprocal" if "inverse" in found and "power" not in found else "true"
 

@@ -76,6 +76,20 @@ class Exact(Pattern):
 
 
 @dataclass(frozen=True)
+class One(Pattern):
+    """A float32 tensor of one element that is no constant, remembered by name."""
+
+    name: str
+
+    def match(self, value: ir.Value, bound: Bindings) -> Iterator[Bindings]:
+        type_ = torch_ir.tensor_type(value)
+        if type_ is None or type_.dtype != "float32" or not set(type_.shape) <= {1}:
+            return
+        if torch_ir.constant(value) is torch_ir.NOT_CONSTANT:
+            yield from Var(self.name).match(value, bound)
+
+
+@dataclass(frozen=True)
 class Named(Pattern):
     """Remember by name what ``pattern`` matches."""
 

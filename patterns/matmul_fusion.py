@@ -211,10 +211,8 @@ def _scale(value: ir.Value) -> _Scale | None:
     if row is None or torch_ir.op_name(row) != canonical.ROW:
         return None
     spec = canonical.from_attribute(RowSpec, row.attributes["spec"])
-    number = ir.OpResult(source).result_number - spec.writes_sum - spec.writes_y
-    if number < 0 or not number % 2:
-        return None
-    return _Scale(row, spec, number // 2, _is_free(source))
+    number = spec.scale_of(ir.OpResult(source).result_number)
+    return None if number is None else _Scale(row, spec, number, _is_free(source))
 
 
 def _is_free(scale: ir.Value) -> bool:

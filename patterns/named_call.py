@@ -11,7 +11,7 @@ the name of its twin, which takes the same arguments and returns what would have
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -19,10 +19,10 @@ from typing import Any, Literal
 from iree.compiler import ir
 
 from . import canonical, torch_ir
-from .contracts import LARGEST_FINITE, GatedActivation, Quantization, RmsNorm
+from .contracts import LARGEST_FINITE, GatedActivation, Quantization, RmsNorm, static_quantization
 from .recogniser import Raised
 from .torch_ir import TensorType
-from .well_typed import norm_dtype
+from .well_typed import is_given_scale, norm_dtype
 
 FUNCTIONAL = "vmfuse_functional"
 # What the twin of a quantization is told besides: how the caller laid out the tensor for the scales.
@@ -43,6 +43,8 @@ class Arg:
 
 
 Fields = Mapping[str, Any]
+# The layout that the caller gave the tensor for the scales.
+SCALE_LAYOUT = Arg(LAYOUT, {None: "row", **{name: name for name in ("row", "column", "column_tma")}})
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,20 @@ class NamedOp:
         What the results are; of an operation that writes into its arguments, what those become.
     norm, gate, quantization
         Fields of the contracts; None where the operation has no such part.
-    x, weight, residual
-        Names of the arguments that hold the tensors.
+    x, weight, residual, given
+        Names of the arguments that hold the tensors; ``given`` the scale of a quantization that makes none.
     shape
         The argument that lists the normalized axes; only the last one is a norm as meant here.
     lower
         The argument that holds the lower bound of the quantized values, which must be minus the upper one.
+    dtypes
+        Fields of the quantization for each dtype of its values, where that decides; others are refused.
     requires
         What other arguments must be; with any other value the operation is not recognised.
+    unwritten
+        Arguments that the schema says are written, and such a call leaves out.
+    is_declared
+        Whether declaring the table declares it; models that register operations themselves often do others.
     """
 
     name: str
@@ -69,12 +77,16 @@ class NamedOp:
     x: str = "input"
     weight: str | None = None
     residual: str | None = None
+    given: str | None = None
     norm: Fields | None = None
     gate: Fields | None = None
     quantization: Fields | None = None
     shape: str | None = None
     lower: str | None = None
+    dtypes: Mapping[str, Fields] = field(default_factory=dict)
     requires: Fields = field(default_factory=dict)
+    unwritten: tuple[str, ...] = ()
+    is_declared: bool = True
 
     def shapes(self, given: Mapping[str, Any], fp8: str) -> dict[str, tuple[tuple[Any, ...], Any]]:
         """Shape and dtype (a name, or that of an argument) of each result, for declaring the operation.
@@ -108,11 +120,18 @@ class NamedOp:
     @cached_property
     def mutated(self) -> tuple[str, ...]:
         """The arguments it writes into."""
-        return tuple(name for name, type_ in _arguments(self.schema) if "!" in type_)
+        written = tuple(name for name, type_ in _arguments(self.schema) if "!" in type_)
+        return tuple(name for name in written if name not in self.unwritten)
 
     @property
     def functional(self) -> str:
-        return f"{FUNCTIONAL}::{self.name.replace('::', '__')}"
+        without = "".join(f"__without_{name}" for name in self.unwritten)
+        return f"{FUNCTIONAL}::{self.name.replace('::', '__')}{without}"
+
+    def is_called(self, given: Mapping[str, Any]) -> bool:
+        """Tell whether a call of the operation with these arguments writes what this row says it does."""
+        written = (name for name, type_ in _arguments(self.schema) if "!" in type_)
+        return all((given.get(name) is None) == (name in self.unwritten) for name in written)
 
     @cached_property
     def functional_schema(self) -> str:
@@ -191,7 +210,7 @@ class NamedOp:
             "y" not in self.results or y == wanted, f"its result is {y}, where the contract has {wanted}"
         )
         operands = [call.tensors[name] for name in ("x", "residual", "weight") if name in call.tensors]
-        results = [call.tensors.get("y", y)]
+        results = [call.tensors.get("y", wanted)]
         if contract.residual is not None:
             results.append(call.tensors.get("sum", call.x))
         return Raised(canonical.RMS_NORM, contract, operands, results)
@@ -228,19 +247,24 @@ class NamedOp:
         return Raised(canonical.GATED_ACTIVATION, contract, [call.tensors["x"]], [call.tensors.get("y", y)])
 
     def _quantization(self, call: _Call, producer: Any, y: TensorType | None) -> Raised:
-        values = call.fields(self.quantization or {})
-        q, scale = call.types["q"], call.types["scale"]
+        values, q = call.fields(self.quantization or {}), call.types["q"]
         known = y is not None and y.shape[-1] is not None
         _require(known, "the size of the last axis, which holds the groups, is unknown until run time")
         _require(q.dtype in LARGEST_FINITE, f"its values are {q.dtype}, not one of {tuple(LARGEST_FINITE)}")
-        limit, fnuz_limit = values.pop("limit", None), values.pop("fnuz_limit", None)
-        limit = fnuz_limit if q.dtype == "float8_e4m3fnuz" and fnuz_limit is not None else limit
+        if self.dtypes:
+            _require(q.dtype in self.dtypes, f"its values are {q.dtype}, not one of {tuple(self.dtypes)}")
+            values |= self.dtypes[q.dtype]
+        if self.given is not None:
+            return self._static(call, producer, values)
+        scale = call.types["scale"]
+        limit = values.pop("limit", None)
         lower = call.value(self.lower) if self.lower else None
         bounds = f"{self.lower} is {_shown(lower)} and the upper bound {_shown(limit)}: they must be opposite"
         _require(self.lower is None or lower == -limit, bounds)
         largest = LARGEST_FINITE[q.dtype]
         values["limit"] = None if limit == largest else limit
-        values["group"] = values["group"] if values["group"] > 0 else None  # ours, for the whole row
+        group = values.get("group")
+        values["group"] = group if group and group > 0 else None  # ours, for the whole row
         if scale.dtype == "int32":
             values["layout"] = "ue8m0_packed"
         contract = Quantization(dtype=q.dtype, **values)
@@ -251,6 +275,19 @@ class NamedOp:
         wanted = canonical.quantized_types(y, contract)
         _require((q, scale) == wanted, f"its results are {q} and {scale}, not {wanted[0]} and {wanted[1]}")
         return Raised(canonical.GROUP_QUANT, contract, [producer], [call.tensors["q"], call.tensors["scale"]])
+
+    def _static(self, call: _Call, producer: Any, values: dict[str, Any]) -> Raised:
+        """Read a quantization by a scale that is given."""
+        q, given = call.types["q"], call.types.get("given")
+        _require(is_given_scale(given), f"{self.given} is {given}, not one float32")
+        contract = static_quantization(q.dtype, **values)
+        operands = [producer, call.tensors["given"]]
+        return Raised(canonical.GROUP_QUANT, contract, operands, [call.tensors["q"]])
+
+
+def nearest(rows: Sequence[NamedOp], op: ir.Operation) -> NamedOp:
+    """Choose, of rows that need different values of an argument, that of the call's: it can tell more."""
+    return next((row for row in rows if row.accepts(op)), rows[0])
 
 
 class _Refusal(Exception):
@@ -286,7 +323,8 @@ class _Call:
         _require(counts, f"its arguments and results are not those of {row.name}{row.schema}")
         operands = dict(zip(names, op.operands, strict=True))
         tensors: dict[str, ir.Value] = dict(zip(row.results, op.results, strict=True))
-        for role, name in (("x", row.x), ("weight", row.weight), ("residual", row.residual)):
+        named = (("x", row.x), ("weight", row.weight), ("residual", row.residual), ("given", row.given))
+        for role, name in named:
             if name in operands and torch_ir.constant(operands[name]) is not None:
                 tensors[role] = operands[name]
         types = {role: torch_ir.tensor_type(value) for role, value in tensors.items()}

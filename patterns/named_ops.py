@@ -14,13 +14,13 @@ from collections.abc import Iterable
 from iree.compiler import ir
 
 from . import torch_ir
-from .named_call import LAYOUT, Arg, NamedOp, Role
+from .named_call import SCALE_LAYOUT, Arg, NamedOp, Role, nearest
+from .named_vllm import VLLM_LIMITS, VLLM_NORM, VLLM_QUANTS
 from .recogniser import NearMiss
 
 _PLAIN = {"eps": Arg("eps"), "rounding": "once"}
 _GEMMA = {"eps": Arg("eps"), "rounding": "once", "weight_offset": 1.0}
 
-_VLLM_NORM = {"eps": Arg("epsilon"), "rounding": "twice"}
 _AITER_NORM = {"eps": Arg("variance_epsilon"), "rounding": "once"}
 _AITER_UNROUNDED = {"eps": Arg("variance_epsilon"), "rounding": "none"}
 
@@ -29,7 +29,7 @@ _CUDA_QUANT = {
     "group": Arg("group_size"),
     "amax_floor": Arg("eps"),
     "limit": Arg("fp8_max"),
-    "layout": Arg(LAYOUT, {None: "row", **{name: name for name in ("row", "column", "column_tma")}}),
+    "layout": SCALE_LAYOUT,
 }
 _FLOAT_SCALE = {"scale_ue8m0": False}
 _UE8M0_SCALE = {"scale_ue8m0": True}
@@ -74,6 +74,24 @@ def _gates_of(namespace: str, rounding: str, arguments: str) -> Iterable[NamedOp
             ("y",),
             gate={"activation": activation, "rounding": rounding},
         )
+
+
+def _flashinfer_quant(name: str, results: tuple[Role, ...]) -> NamedOp:
+    """A norm that is quantized by a given scale, after the residual add where ``results`` have the sum."""
+    residual = "residual" if "sum" in results else None
+    return NamedOp(
+        f"flashinfer::{name}_quant",
+        f"(Tensor! out, Tensor input, {'Tensor! residual, ' if residual else ''}Tensor weight, Tensor scale, "
+        "float eps=1e-06, bool? enable_pdl=None) -> ()",
+        results,
+        weight="weight",
+        residual=residual,
+        given="scale",
+        norm={"eps": Arg("eps"), "rounding": "none", "residual": "exact" if residual else None},
+        quantization={"quotient": "reciprocal"},
+        dtypes={"float8_e4m3fn": {}},
+        is_declared=False,
+    )
 
 
 def _cuda_quants(name: str, arguments: str) -> Iterable[NamedOp]:
@@ -142,8 +160,8 @@ _OURS = (  # read: they are this project's own, and PyTorch's
         "lowering::group_quant",
         "(Tensor x, int group_size, *, ScalarType dtype=float8_e4m3fn, str scale='float32', "
         "str scale_layout='row', float amax_floor=1e-10, float? amax_ceiling=None, float scale_floor=0.0, "
-        "str scale_division='true', str quotient='true', float? limit=None, bool infinite=False) "
-        "-> (Tensor, Tensor)",
+        "str scale_division='true', str quotient='true', float? limit=None, bool infinite=False, "
+        "str inverse='true') -> (Tensor, Tensor)",
         ("q", "scale"),
         x="x",
         quantization={
@@ -160,9 +178,19 @@ _OURS = (  # read: they are this project's own, and PyTorch's
                     "quotient",
                     "limit",
                     "infinite",
+                    "inverse",
                 )
             },
         },
+    ),
+    NamedOp(
+        "lowering::static_quant",
+        "(Tensor x, Tensor scale, *, ScalarType dtype=float8_e4m3fn, str quotient='true', "
+        "float? limit=None, float? lowest=None) -> Tensor",
+        ("q",),
+        x="x",
+        given="scale",
+        quantization={name: Arg(name) for name in ("quotient", "limit", "lowest")},
     ),
 )
 
@@ -174,7 +202,7 @@ _VLLM = (
         ("y",),
         x="x",
         weight="weight",
-        norm=_VLLM_NORM,
+        norm=VLLM_NORM,
         requires={"variance_size": None},
     ),
     NamedOp(
@@ -185,7 +213,7 @@ _VLLM = (
         x="x",
         weight="weight",
         residual="x_residual",
-        norm={**_VLLM_NORM, "residual": "exact"},
+        norm={**VLLM_NORM, "residual": "exact"},
         requires={"variance_size": None},
     ),
     # Schemas read, arithmetic numerics: the kernels of 2025 round twice, those of 2026 once, and in
@@ -195,7 +223,7 @@ _VLLM = (
         "(Tensor! result, Tensor input, Tensor? weight, float epsilon) -> ()",
         ("y",),
         weight="weight",
-        norm=_VLLM_NORM,
+        norm=VLLM_NORM,
     ),
     NamedOp(
         "_C::fused_add_rms_norm",
@@ -203,7 +231,7 @@ _VLLM = (
         ("y", "sum"),
         weight="weight",
         residual="residual",
-        norm={**_VLLM_NORM, "residual": "exact"},
+        norm={**VLLM_NORM, "residual": "exact"},
     ),
     # read: the activation is rounded to the element type before the product.
     *_gates_of("_C", "twice", "Tensor! result, Tensor input"),
@@ -232,9 +260,10 @@ _VLLM = (
             "group": Arg("group_size"),
             "amax_floor": 1e-10,
             "scale_division": "reciprocal",
-            "fnuz_limit": 224.0,
         },
+        dtypes=VLLM_LIMITS,
     ),
+    *VLLM_QUANTS,
 )
 
 _AITER = (
@@ -306,6 +335,8 @@ _SGLANG = (
 _FLASHINFER = (  # read
     *_norms_of("flashinfer", "bool? enable_pdl=None"),
     *_gates_of("flashinfer", "once", "Tensor! out, Tensor input, bool? enable_pdl=None"),
+    _flashinfer_quant("rmsnorm", ("q",)),
+    _flashinfer_quant("fused_add_rmsnorm", ("q", "sum")),
 )
 
 NAMED_OPS: tuple[NamedOp, ...] = (*_OURS, *_VLLM, *_AITER, *_SGLANG, *_FLASHINFER)
@@ -320,8 +351,7 @@ class RefusedCall:
 
     def why_not(self, op: ir.Operation) -> NearMiss | None:
         rows = [row for row in NAMED_OPS if torch_ir.op_name(op) in row.roots]
-        # Of rows that need different values of an argument, the one that has the call's can tell more.
-        row = next((row for row in rows if row.accepts(op)), rows[0])
+        row = nearest(rows, op)
         return NearMiss(row.site, f"{row.name}: {row.why_not(op)}")
 
 

@@ -84,6 +84,10 @@ def _why_no_quantization(q: ir.Value, stored: list[ir.Operation], quotient: ir.O
     contract = group_quant.read_contract(found, q) if found is not None else None
     if isinstance(contract, str):
         return contract
+    by_given = group_quant.by_given_scale(q)
+    static = group_quant.read_static_contract(by_given, q) if by_given is not None else None
+    if isinstance(static, str):
+        return static
     why = next(_why_not_stored(q, stored, quotient), None)
     if why is not None:
         return why
@@ -92,9 +96,12 @@ def _why_no_quantization(q: ir.Value, stored: list[ir.Operation], quotient: ir.O
     path = _path_to_largest(list(quotient.operands)[::-1])
     if path is not None:
         return _why_no_scale(path[:-1], path[-1], quotient)
+    narrow = torch_ir.dtype_of(quotient.result)
+    if narrow != "float32":
+        return f"the quotient is taken in {narrow}; widen the tensor with .float() before"
     return (
         f"its scale, {_given(quotient)}, is not computed from the largest magnitude of a row or group of "
-        "its values; a scale that is given (a static one) has no kernel"
+        "its values; one that is given must be a tensor that holds one float32, for all rows"
     )
 
 

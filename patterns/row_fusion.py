@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 
 from iree.compiler import ir
 
-from . import canonical, splits, torch_ir
+from . import canonical, splits, torch_ir, views
 from .contracts import GatedActivation, Quantization, RmsNorm, RowSpec
+from .hoist import hoist
 from .operation import Operation, Support, Types
 from .sites import Ledger
 from .torch_ir import TensorType
+from .well_typed import is_given_scale
 from .windows import wider
 
 _FLOATS = ("bfloat16", "float16", "float32")
@@ -67,16 +69,22 @@ def fuse_producer(producer: ir.Operation, ledger: Ledger, support: Support) -> N
     if refusal is not None:
         _refuse_producer(producer, quants, refusal, ledger)
         return
-    quants = _supported(quants, inputs, value, ledger, support)
+    known = _known(quants, inputs.before)
+    _mark_blocked([op for op in quants if op not in known], views.SCALE_COMES_LATER)
+    quants = _supported(known, inputs, value, ledger, support)
     others = [op for op in torch_ir.users(value) if op not in quants]
-    spec = _spec(inputs, value, quants, writes_y=bool(others) or not quants)
+    first, *more = _batches(quants, inputs, value, support)
+    spec = _spec(inputs, value, first, writes_y=bool(others) or not quants)
     refusal = _why_not_written(value, spec) or support(spec)
     if refusal is not None:
         _refuse_producer(producer, quants, refusal, ledger)
         return
     if inputs.gate is not None:
         splits.note_gated_norms(producer, ledger)
-    _replace(inputs, value, spec, producer, quants, ledger)
+    again = replace(inputs, sum=None)
+    for batch in more:  # each reads the row again, which costs no more than to read y
+        _replace(again, value, _spec(again, value, batch), None, batch, ledger)
+    _replace(inputs, value, spec, producer, first, ledger)
 
 
 def fuse_plain(value: ir.Value, ledger: Ledger, support: Support) -> None:
@@ -86,17 +94,15 @@ def fuse_plain(value: ir.Value, ledger: Ledger, support: Support) -> None:
     if refusal is not None:
         _refuse(quants, refusal, ledger)
         return
-    inputs = Inputs(value, before=quants[0])
-    quants = _supported(quants, inputs, value, ledger, support)
-    if not quants:
-        return
-    spec = _spec(inputs, value, quants, writes_y=False)
-    refusal = support(spec)
-    if refusal is not None:
-        _refuse(quants, refusal, ledger)
-        return
+    quants = _supported(quants, Inputs(value, before=quants[0]), value, ledger, support)
     _mark_blocked(quants, splits.why_split(value))
-    _replace(inputs, value, spec, None, quants, ledger)
+    while quants:  # scales that are given may be known only after others are made
+        inputs = Inputs(value, before=quants[0])
+        known = _known(quants, quants[0])
+        quants = [op for op in quants if op not in known]
+        for batch in _batches(known, inputs, value, support):
+            inputs = Inputs(value, before=batch[0])
+            _replace(inputs, value, _spec(inputs, value, batch), None, batch, ledger)
 
 
 def _why_no_row(value: ir.Value) -> str | None:
@@ -152,6 +158,26 @@ def _absorb_add(inputs: Inputs) -> Inputs:
     return replace(inputs, norm=norm, x=x, residual=residual, sum=add.result, before=before)
 
 
+def _known(quants: list[ir.Operation], place: ir.Operation) -> list[ir.Operation]:
+    """The quantizations whose scale, where it is given, can be known where ``place`` stands."""
+    givens = [(op, canonical.given_scale(op)) for op in quants]
+    return [op for op, given in givens if given is None or hoist(given, place)]
+
+
+def _batches(
+    quants: list[ir.Operation], inputs: Inputs, value: ir.Value, support: Support
+) -> list[list[ir.Operation]]:
+    """Share ``quants``, each of which has a kernel, among as few kernels as have one; at least one batch."""
+    batches: list[list[ir.Operation]] = [[]]
+    for group in _distinct(quants).values():
+        together = [*batches[-1], *group]
+        if batches[-1] and support(_spec(inputs, value, together, writes_y=False)) is not None:
+            batches.append(group)
+        else:
+            batches[-1] = together
+    return batches
+
+
 def _supported(
     quants: list[ir.Operation], inputs: Inputs, value: ir.Value, ledger: Ledger, support: Support
 ) -> list[ir.Operation]:
@@ -166,7 +192,7 @@ def _supported(
     return kept
 
 
-def _spec(inputs: Inputs, value: ir.Value, quants: list[ir.Operation], *, writes_y: bool) -> RowSpec:
+def _spec(inputs: Inputs, value: ir.Value, quants: list[ir.Operation], *, writes_y: bool = False) -> RowSpec:
     type_, source = torch_ir.tensor_type(value), torch_ir.tensor_type(inputs.x)
     weight = torch_ir.tensor_type(inputs.weight) if inputs.weight is not None else None
     assert type_ is not None and type_.shape[-1] is not None and source is not None
@@ -178,7 +204,7 @@ def _spec(inputs: Inputs, value: ir.Value, quants: list[ir.Operation], *, writes
         weight_dtype=weight.dtype if weight else None,
         writes_sum=inputs.sum is not None and _read_besides_norm(inputs),
         writes_y=writes_y and inputs.before not in quants,
-        quantizations=tuple(_distinct(quants)),
+        quantizations=tuple(quantization for quantization, _ in _distinct(quants)),
     )
 
 
@@ -189,9 +215,14 @@ def _read_besides_norm(inputs: Inputs) -> bool:
     return uses > (1 if absorbed else 0)
 
 
-def _distinct(quants: Iterable[ir.Operation]) -> dict[Quantization, None]:
-    """Equal quantizations of one tensor are one output."""
-    return dict.fromkeys(canonical.quantization(op) for op in quants)
+def _distinct(
+    quants: Iterable[ir.Operation],
+) -> dict[tuple[Quantization, ir.Value | None], list[ir.Operation]]:
+    """Sort by what they compute: equal quantizations of one tensor, by equal given scales, are one output."""
+    sorted_: dict[tuple[Quantization, ir.Value | None], list[ir.Operation]] = {}
+    for op in quants:
+        sorted_.setdefault((canonical.quantization(op), canonical.given_scale(op)), []).append(op)
+    return sorted_
 
 
 def _replace(
@@ -203,18 +234,19 @@ def _replace(
     ledger: Ledger,
 ) -> None:
     inputs, spec = _in_place(inputs, spec)
-    row = _create(inputs, value, spec, [op for op in (producer, *quants) if op is not None])
+    distinct, replaced = _distinct(quants), [op for op in (producer, *quants) if op is not None]
+    row = _create(inputs, value, spec, [given for _, given in distinct if given is not None], replaced)
     results = iter(row.results)
     if spec.writes_sum:
         assert inputs.sum is not None
         inputs.sum.replace_all_uses_with(next(results))
     if spec.writes_y:
         value.replace_all_uses_with(next(results))
-    made = {quantization: (next(results), next(results)) for quantization in spec.quantizations}
-    for quant in quants:
-        for old, new in zip(quant.results, made[canonical.quantization(quant)], strict=True):
-            old.replace_all_uses_with(new)
-    replaced = [op for op in (producer, *quants) if op is not None]
+    for equal in distinct.values():
+        made = [next(results) for _ in equal[0].results]
+        for quant in equal:
+            for old, new in zip(quant.results, made, strict=True):
+                old.replace_all_uses_with(new)
     _record(replaced, pattern_name(spec), ledger)
     add = torch_ir.producer(inputs.sum) if inputs.sum is not None else None
     if add is not None and add != producer:
@@ -235,7 +267,9 @@ def _in_place(inputs: Inputs, spec: RowSpec) -> tuple[Inputs, RowSpec]:
     return inputs, spec
 
 
-def _create(inputs: Inputs, value: ir.Value, spec: RowSpec, sites: list[ir.Operation]) -> ir.Operation:
+def _create(
+    inputs: Inputs, value: ir.Value, spec: RowSpec, givens: list[ir.Value], sites: list[ir.Operation]
+) -> ir.Operation:
     y = torch_ir.tensor_type(value)
     assert y is not None
     type_ = replace(y, dtype=spec.dtype)  # y may go on unrounded; what is written is in x's dtype
@@ -246,7 +280,7 @@ def _create(inputs: Inputs, value: ir.Value, spec: RowSpec, sites: list[ir.Opera
     with ir.InsertionPoint(inputs.before), sites[0].location:
         row = canonical.create(
             canonical.ROW,
-            inputs.operands(),
+            [*inputs.operands(), *givens],
             results,
             spec=canonical.to_attribute(spec),
             sites=ir.ArrayAttr.get(numbers),
@@ -297,16 +331,19 @@ def _refuse(ops: Iterable[ir.Operation], reason: str, ledger: Ledger) -> None:
 
 
 def _why_no_kernel(spec: RowSpec, operands: Types, results: Types) -> str | None:
-    """x, [up], [residual], [weight] -> [sum], [y], (q, scale)*; inputs are as wide as their windows."""
+    """x, [up], [residual], [weight], scale* -> [sum], [y], (q, [scale])*; inputs as wide as their windows."""
     inputs = ["x"] + ["up"] * bool(spec.gate and not spec.gate.packed)
     inputs += ["residual"] * bool(spec.norm and spec.norm.residual)
     read = [(spec.pitch(name), spec.dtype) for name in inputs]
     read += [(spec.hidden, spec.weight_dtype)] * (spec.weight_dtype is not None)
     x = (operands or [None])[0]
     rows = TensorType((*x.shape[:-1], spec.hidden), spec.dtype) if x is not None else None
-    given = [(type_.shape[-1], type_.dtype) if type_ and type_.shape else None for type_ in operands]
+    tensors, scales = operands[: len(read)], operands[len(read) :]
+    given = [(type_.shape[-1], type_.dtype) if type_ and type_.shape else None for type_ in tensors]
     if rows is None or given != read:
         return f"it reads {given}, and its kernel {read}"
+    if len(scales) != spec.given_scales or not all(map(is_given_scale, scales)):
+        return f"it is given the scales {list(map(str, scales))}, and its kernel reads {spec.given_scales}"
     written = [rows] * (spec.writes_sum + spec.writes_y)
     for quantization in spec.quantizations:
         written += canonical.quantized_types(rows, quantization)

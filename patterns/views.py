@@ -28,6 +28,11 @@ FLAT_VIEWS = frozenset(
 )
 
 
+SCALE_COMES_LATER = (
+    "its scale is computed behind what it quantizes; one that is a parameter or an argument is known before"
+)
+
+
 def is_view(op: ir.Operation | None) -> bool:
     """Tell whether ``op`` is a view of its first operand, of either kind or of one that cannot be passed."""
     return op is not None and (op.name in FLAT_VIEWS or op.name in _TOUCHED_AXES)
@@ -92,6 +97,9 @@ def why_blocked(view: ir.Operation, quantization: Quantization, returned: bool =
     before, after = torch_ir.tensor_type(view.operands[0]), torch_ir.tensor_type(view.result)
     if before is None or after is None or not before.shape or not after.shape:
         return "a view between producer and quantization has no known rank"
+    if quantization.static:
+        known = before.shape[-1] and after.shape[-1]
+        return None if known else "the last axis of a view before it has a size unknown until run time"
     if is_flat_view(view):
         return _why_groups_break(before, after, quantization, returned)
     axes = _TOUCHED_AXES[view.name](view, len(before.shape))

@@ -64,14 +64,22 @@ def why_no_gate(gate: GatedActivation, operands: Types, results: Types) -> str |
 
 
 def why_no_quantization(quantization: Quantization, operands: Types, results: Types) -> str | None:
-    """x -> q, scale."""
-    if len(operands) != 1 or len(results) != 2:
-        return "a quantization has one operand and two results"
+    """x -> q, scale, or of a given scale x, scale -> q."""
+    static = quantization.static
+    if (len(operands), len(results)) != ((2, 1) if static else (1, 2)):
+        return f"it takes {_listed(operands)} to {_listed(results)}"
     x = operands[0]
+    if static and not is_given_scale(operands[1]):
+        return f"its scale is {operands[1]}, and not one float32"
     if x is None or not x.shape or x.shape[-1] is None or x.dtype not in FLOATS:
         return f"its x is {x}"
     made = quantized_types(x, quantization)
     return None if tuple(results) == made else f"its results are {_listed(results)}, and not {_listed(made)}"
+
+
+def is_given_scale(type_: TensorType | None) -> bool:
+    """Tell whether a tensor of that type may be the scale of all rows: one float32."""
+    return type_ is not None and type_.dtype == "float32" and set(type_.shape) <= {1}
 
 
 def why_no_routing(routing: GroupedTopk, operands: Types, results: Types) -> str | None:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from patterns.contracts import Activation, GatedActivation, Quantization, RmsNorm, RowSpec, Window
+from patterns.contracts import (
+    Activation,
+    GatedActivation,
+    Quantization,
+    RmsNorm,
+    RowSpec,
+    Window,
+    static_quantization,
+)
 
 ROWS = (1, 4, 16, 64, 128, 512, 1024, 4096, 16384)
 HIDDEN = (1536, 2048, 4096, 5120, 7168, 16384)
@@ -60,6 +68,8 @@ CHECKED: dict[str, Callable[[int], RowSpec]] = {
     "silu, whole row, packed": _gated("silu", Quantization(None), PACKED),
     "add, norm, whole rows": _norm(Quantization(None), PER_ROW_INT8, residual=True, writes_y=True),
     "norm, e5m2, packed": _norm(Quantization(128, "float8_e5m2"), PACKED),
+    "norm, by given scales": _norm(static_quantization(), static_quantization("int8", lowest=-128.0)),
+    "silu*up, by a given inverse": _gated("silu", static_quantization(quotient="inverse")),
     "quant of float32": lambda hidden: RowSpec(hidden, "float32", quantizations=(GROUP_128, MICROSCALED)),
     "twice, float16, float32 weight": lambda hidden: RowSpec(
         hidden,

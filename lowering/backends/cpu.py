@@ -79,7 +79,7 @@ def features(cc: Sequence[str], machine: str) -> str:
     return version(cc) + hashlib.sha256("\n".join(sorted(macros.splitlines())).encode()).hexdigest()
 
 
-_C_TYPES = {"bfloat16": "u16", "float16": "u16", "float32": "float", "int8": "u8"}
+_C_TYPES = {"bfloat16": "u16", "float16": "u16", "float32": "float", "int8": "u8", "uint8": "u8"}
 
 
 _C_TYPES |= {"int32": "i32", "int64": "i64"}

@@ -129,8 +129,8 @@ def packed_integers(bits: int, group: int | None, *, zeros: bool) -> Scheme:
 
     group: elements along K that share a scale; None for whole rows.  zeros: zero points are stored.
     """
-    in_word, offset = 32 // bits, 1 << (bits - 1)
-    packing = Packing(bits, 1, 0, tuple(range(in_word)), transposed=False, zero=offset)
+    in_word = 32 // bits
+    packing = Packing(bits, 1, 0, tuple(range(in_word)), transposed=False)
 
     def words(rows: int, depth: int) -> tuple[Shape, ...]:
         return ((rows, depth // in_word),)
@@ -163,7 +163,7 @@ def gptq(bits: int, group: int | None, *, above: int) -> Scheme:
     above: what the stored zero points lack, one in files of its first version.
     """
     in_word = 32 // bits
-    packing = Packing(bits, 0, 1, tuple(range(in_word)), transposed=True, zero=0, above=above)
+    packing = Packing(bits, 0, 1, tuple(range(in_word)), transposed=True, above=above)
     return _transposed(
         f"GPTQ int{bits}", packing, group, lambda rows, depth: ((depth // in_word, rows),), indexed=True
     )
@@ -171,7 +171,7 @@ def gptq(bits: int, group: int | None, *, above: int) -> Scheme:
 
 def awq(group: int | None) -> Scheme:
     """AWQ (gemm): [K, N] with eight codes along N in a word, in an order of their own."""
-    packing = Packing(4, 1, 1, (0, 4, 1, 5, 2, 6, 3, 7), transposed=True, zero=0)
+    packing = Packing(4, 1, 1, (0, 4, 1, 5, 2, 6, 3, 7), transposed=True)
     return _transposed("AWQ int4", packing, group, lambda rows, depth: ((depth, rows // 8),), indexed=False)
 
 

@@ -14,11 +14,12 @@ from iree.compiler import ir
 
 from patterns import torch_ir
 from patterns.contracts import Spec
+from patterns.named_call import nearest
 from patterns.operation import Operation
 
 from ..errors import UsageError
 from ..targets import Target
-from . import grouped_topk, linear, row, selection
+from . import grouped_topk, linear, packed, row, selection
 from .base import Family, Reference
 from .instance import KernelInstance
 from .matmul import family as matmul
@@ -29,6 +30,7 @@ FAMILIES: tuple[Family, ...] = (
     grouped_topk.FAMILY,
     row.FAMILY,
     matmul.FAMILY,
+    packed.FAMILY,
     linear.FAMILY,
     selection.FAMILY,
 )
@@ -110,6 +112,13 @@ def reference_of(op: ir.Operation) -> Callable[[ir.Operation], Reference] | None
     name = torch_ir.op_name(op)
     found = _operations().get(name)
     return None if found is None else found[0].references.get(name)
+
+
+def why_not_named(op: ir.Operation) -> str | None:
+    """Say why the call ``op`` of another library's operation stands for none here; None for any other."""
+    name = torch_ir.op_name(op)
+    rows = [row for family in families() for row in family.patterns.named if name in row.roots]
+    return f"{rows[0].name} cannot be compiled: {nearest(rows, op).why_not(op)}" if rows else None
 
 
 def family_of(spec: Spec) -> Family:

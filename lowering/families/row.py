@@ -34,12 +34,14 @@ from .row_mapping import Mapping, choose_mapping, group_of, has_row_scale
 from .row_support import (
     ACTIVATIONS,
     CODES,
+    GIVEN,
     LAYOUTS,
     MAX_QUANTIZATIONS,
     QUANT_CODES,
     RESIDUALS,
     ROUNDINGS,
     SCALE_SHORT,
+    reciprocal_code,
     why_unsupported,
 )
 
@@ -71,7 +73,10 @@ def instance(spec: RowSpec, target: Target, mapping: Mapping | None = None) -> K
 
 
 def bindings(spec: RowSpec) -> tuple[Binding, ...]:
-    """List the tensors of ``spec`` in dispatch order: x, up, residual, weight; sum, y, every q and scale."""
+    """List the tensors of ``spec`` in dispatch order.
+
+    x, up, residual, weight, the scales that are given; sum, y, every q, and its scale unless it is given.
+    """
     row: tuple[Dimension, ...] = ("T", spec.hidden)
     out = [_input_binding("x", spec)]
     if spec.gate and not spec.gate.packed:
@@ -80,13 +85,19 @@ def bindings(spec: RowSpec) -> tuple[Binding, ...]:
         out.append(_input_binding("residual", spec))
     if spec.weight_dtype:
         out.append(Binding("weight", spec.weight_dtype, (spec.hidden,), "read"))
+    out += [
+        Binding(f"scale{i}", "float32", (1,), "read", quantization)
+        for i, quantization in enumerate(spec.quantizations)
+        if quantization.static
+    ]
     if spec.writes_sum:
         out.append(Binding("sum", spec.dtype, row, "write"))
     if spec.writes_y:
         out.append(Binding("y", spec.dtype, row, "write"))
     for i, quantization in enumerate(spec.quantizations):
         out.append(Binding(f"q{i}", quantization.dtype, row, "write", quantization))
-        out.append(_scale_binding(f"scale{i}", quantization, spec.hidden))
+        if not quantization.static:
+            out.append(_scale_binding(f"scale{i}", quantization, spec.hidden))
     return tuple(out)
 
 
@@ -146,8 +157,11 @@ def _scheme(quantization: Quantization, spec: RowSpec) -> dict[str, int | str]:
     """The constants of one quantization; those that are floats as their bits.
 
     GROUP 0 is the whole row.  POWER: scales are powers of two, where it is 2 perhaps infinite.  RECIPROCAL: y
-    is multiplied by 1/scale.  INVERSE is what amax is multiplied by for the scale, 0 where LIMIT divides it.
+    is multiplied by 1/scale; ``reciprocal_code`` says the other ways.  INVERSE is what amax is multiplied by
+    for the scale, 0 where LIMIT divides it.
     """
+    if quantization.static:
+        return _static_scheme(quantization)
     ceiling = math.inf if quantization.amax_ceiling is None else quantization.amax_ceiling
     inverse = 1.0 / quantization.qmax if quantization.scale_division == "reciprocal" else 0.0
     return {
@@ -156,12 +170,28 @@ def _scheme(quantization: Quantization, spec: RowSpec) -> dict[str, int | str]:
         "CODES": QUANT_CODES[quantization.dtype],
         "LIMIT": int(quantization.qmax),
         "POWER": int(quantization.scale == "ue8m0") * (2 if quantization.infinite else 1),
-        "RECIPROCAL": int(quantization.quotient == "reciprocal"),
+        "RECIPROCAL": reciprocal_code(quantization),
         "FLOOR": bits32(quantization.amax_floor),
         "CEILING": bits32(ceiling),
         "SCALE_FLOOR": bits32(quantization.scale_floor),
         "INVERSE": bits32(inverse),
         "QUOTIENT": _quotient(quantization, spec),
+    }
+
+
+def _static_scheme(quantization: Quantization) -> dict[str, int | str]:
+    """The constants of a quantization by a given scale, of which QUOTIENT says so.
+
+    RECIPROCAL 2: what is given is 1/scale.  LEAST is the lower bound; what says how scales are computed is 0.
+    """
+    unused = ("GROUP", "LAYOUT", "POWER", "FLOOR", "CEILING", "SCALE_FLOOR", "INVERSE")
+    return {
+        **dict.fromkeys(unused, 0),
+        "CODES": QUANT_CODES[quantization.dtype],
+        "LIMIT": int(quantization.qmax),
+        "LEAST": int(quantization.least),
+        "RECIPROCAL": reciprocal_code(quantization),
+        "QUOTIENT": GIVEN,
     }
 
 
@@ -195,11 +225,14 @@ def _promoted(dtype: str, weight_dtype: str | None) -> str:
 def _quotient(quantization: Quantization, spec: RowSpec) -> int:
     """Choose how y/scale is computed: 0 divides, 1 uses 1/scale and the remainder, 2 a twofold 1/scale.
 
-    0 (and a clamp) where the scale can be so small that 1/scale leaves float32's normal range; where y can
-    exceed the limit (a ceiling on amax, or a limit that rounding to the type can pass); and where a scale
-    that does not come from 11 bits of amax is the one the kernel's reciprocal gets wrong.  2, the shortest,
+    0 (and a clamp) where an inverse is computed from amax; where the scale can be so small that 1/scale
+    leaves float32's normal range; where y can exceed the limit (a ceiling on amax, or a limit that rounding
+    to the type can pass); and where a scale that does not come from 11 bits of amax is the one the kernel's
+    reciprocal gets wrong.  2, the shortest,
     where y has 8 bits and no y/scale is too near to where float32 rounds the other way.
     """
+    if quantization.inverts:
+        return 0
     floor, scale_floor = rounded32(quantization.amax_floor), rounded32(quantization.scale_floor)
     qmax = quantization.qmax
     if max(floor, scale_floor) < _SAFE_FLOOR or quantization.amax_ceiling is not None:
@@ -267,6 +300,8 @@ def _stem(spec: RowSpec) -> str:
 
 def _quant_stem(quantization: Quantization) -> str:
     """``quant128`` is the usual scheme; what differs is named: ``int8quant_row``, ``quant128_packed``."""
+    if quantization.static:
+        return f"{_QUANT_SHORT[quantization.dtype]}quant_static"
     group = "_row" if quantization.group is None else str(quantization.group)
     scale = SCALE_SHORT[quantization.scale] if quantization.layout != "ue8m0_packed" else ""
     return f"{_QUANT_SHORT[quantization.dtype]}quant{group}{scale}{_LAYOUT_SHORT[quantization.layout]}"
@@ -298,6 +333,8 @@ def _gate_reference(op: ir.Operation) -> Reference:
 
 def _quantization_reference(op: ir.Operation) -> Reference:
     quantization = canonical.quantization(op)
+    if quantization.static:
+        return quantization, lambda x, scale: ops.static_quant_reference(x, scale, quantization)
     return quantization, lambda x: ops.group_quant_contiguous_reference(x, quantization)
 
 
@@ -308,9 +345,9 @@ FAMILY = Family(
     instance=instance,
     why_unsupported=why_unsupported,
     sources={
-        "row.c": ("cpu.h", "vectors.h", "quantize_cpu.h", "activation.h"),
-        "row.cu": ("row.h", "tile.h", "quantize.h", "activation.h"),
-        "row.hip": ("row.h", "tile.h", "quantize.h", "activation.h"),
+        "row.c": ("cpu.h", "vectors.h", "given.h", "quantize_cpu.h", "activation.h"),
+        "row.cu": ("row.h", "given.h", "tile.h", "quantize.h", "activation.h"),
+        "row.hip": ("row.h", "given.h", "tile.h", "quantize.h", "activation.h"),
     },
     references={
         canonical.RMS_NORM: _norm_reference,

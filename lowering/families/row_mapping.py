@@ -181,7 +181,9 @@ def needs_whole_row(spec: RowSpec) -> bool:
 
 def has_row_scale(spec: RowSpec) -> bool:
     """Tell whether a group is a whole row, of no length the kernel knows as a group."""
-    return any(group_of(quantization, spec) == 0 for quantization in spec.quantizations)
+    return any(
+        group_of(quantization, spec) == 0 for quantization in spec.quantizations if not quantization.static
+    )
 
 
 def group_of(quantization: Quantization, spec: RowSpec) -> int:
@@ -200,4 +202,5 @@ def _lanes_within_wave(count: int, wave: int, fewest: int) -> tuple[int, int]:
 
 def _fewest_lanes(spec: RowSpec, vector: int) -> int:
     """Lanes over which the widest group of ``spec`` is spread: a row cannot have fewer."""
-    return max([1, *(group_of(quantization, spec) // vector for quantization in spec.quantizations)])
+    grouped = (quantization for quantization in spec.quantizations if not quantization.static)
+    return max([1, *(group_of(quantization, spec) // vector for quantization in grouped)])

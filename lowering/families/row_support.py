@@ -21,7 +21,17 @@ RESIDUALS = {None: 0, "exact": 1, "rounded": 2}
 ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3}
 LAYOUTS = {"row": 0, "column_tma": 1, "column": 2, "ue8m0_packed": 3}
 QUANT_CODES = {"float8_e4m3fn": 0, "float8_e4m3fnuz": 1, "float8_e5m2": 2, "int8": 3}
+RECIPROCALS = {"true": 0, "reciprocal": 1, "inverse": 2}
+INVERTED_TWICE, SCALE_IS_INVERTED = 4, 8  # added to these: qmax * (1/amax), and a scale of 1 over that
+GIVEN = 3  # as a quotient: by a scale that is given
 SCALE_SHORT = {"float32": "", "ue8m0": "_ue8m0"}
+
+
+def reciprocal_code(quantization: Quantization) -> int:
+    """Say in a number what y is divided by, or multiplied with."""
+    twice = quantization.inverts and quantization.inverse == "reciprocal"
+    inverted = not quantization.static and quantization.scale_division == "inverse"
+    return RECIPROCALS[quantization.quotient] + INVERTED_TWICE * twice + SCALE_IS_INVERTED * inverted
 
 
 def why_unsupported(spec: RowSpec, target: Target) -> str | None:
@@ -98,7 +108,7 @@ def _why_not_quants(spec: RowSpec, target: Target) -> list[str | None]:
     for quantization in spec.quantizations:
         reasons.append(_why_not_codes(quantization, target))
         reasons.append(_why_not_group(quantization, spec.hidden))
-        reasons.append(_why_not_scale(quantization))
+        reasons.append(_why_not_given(quantization) if quantization.static else _why_not_scale(quantization))
     if len(spec.quantizations) > MAX_QUANTIZATIONS:
         most = f"at most {MAX_QUANTIZATIONS} different quantizations"
         reasons.append(f"The row kernel writes {most}, not {len(spec.quantizations)}.")
@@ -136,6 +146,17 @@ def _why_not_group(quantization: Quantization, hidden: int) -> str | None:
     return None
 
 
+def _why_not_given(quantization: Quantization) -> str | None:
+    if quantization.group is not None or quantization.layout != "row" or quantization.scale != "float32":
+        return "A scale that is given is one float32 for all rows."
+    if quantization.quotient not in RECIPROCALS:
+        return f"The row kernel takes a quotient that is {listed(RECIPROCALS)}, not {quantization.quotient}."
+    smallest = -128.0 if quantization.dtype == "int8" else -LARGEST_FINITE[quantization.dtype]
+    if not (smallest <= quantization.least < 0 and quantization.least == int(quantization.least)):
+        return f"Values of {quantization.dtype} are bounded by a whole number from {smallest:g}."
+    return None
+
+
 def _why_not_scale(quantization: Quantization) -> str | None:
     if quantization.scale not in SCALE_SHORT:
         return f"The row kernel writes {listed(SCALE_SHORT)} scales, not {quantization.scale}."
@@ -144,8 +165,10 @@ def _why_not_scale(quantization: Quantization) -> str | None:
     if quantization.layout == "ue8m0_packed" and quantization.scale != "ue8m0":
         return f"The layout ue8m0_packed holds ue8m0 scales, not {quantization.scale}."
     divisions = (quantization.scale_division, quantization.quotient)
-    if not set(divisions) <= {"true", "reciprocal"}:
-        return f"The row kernel divides truly or by a reciprocal, not as {' and '.join(divisions)}."
+    if not set(divisions) <= set(RECIPROCALS):
+        return f"The row kernel divides as {listed(RECIPROCALS)} says, not as {' and '.join(divisions)}."
+    if quantization.inverts and (quantization.scale != "float32" or quantization.scale_floor):
+        return "The row kernel computes an inverse before its scale where that is float32 and has no floor."
     for name, floor in (("amax", quantization.amax_floor), ("the scale", quantization.scale_floor)):
         if not 0.0 <= floor < math.inf:
             return f"The floor on {name} must be finite and not negative, not {floor}."

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -33,17 +33,20 @@ _fp8 = torch.float8_e4m3fn
 # --- declaring -------------------------------------------------------------------------------------
 
 
-def declare_ops(fp8: torch.dtype = torch.float8_e4m3fn) -> None:
-    """Declare to PyTorch every operation of the table that no imported library has registered.
+def declare_ops(fp8: torch.dtype = torch.float8_e4m3fn, names: Collection[str] = ()) -> None:
+    """Declare to PyTorch the operations of the table that no imported library has registered.
 
     Models that call them can then be exported and compiled, though not run eagerly.  ``fp8``: the element
     type of quantizations that leave it to their platform.  A library that registers the same names has to
     be imported before this is called.  Calling again declares nothing twice.
+
+    Those that models tend to register themselves, vLLM's fused quantizations among them, are recognised but
+    not declared, unless ``names`` has them (``_C::rms_norm_static_fp8_quant``).
     """
     global _fp8
     _fp8 = fp8
-    for row in _rows().values():
-        if not _is_registered(row.name):
+    for row, *_ in _rows().values():
+        if not _is_registered(row.name) and (row.is_declared or row.name in names):
             _define(row.name, row.schema, _fake(row))
 
 
@@ -84,10 +87,13 @@ def _shapes(row: NamedOp, given: Mapping[str, Any]) -> dict[str, tuple[tuple[Any
 
 
 @cache
-def _rows() -> dict[str, NamedOp]:
-    """Every row of every family by the name of its operation: rows of one name share its schema."""
-    rows = [row for family in families() for row in family.patterns.named]
-    return {row.name: row for row in reversed(rows)}
+def _rows() -> dict[str, list[NamedOp]]:
+    """The rows of every family by the name of their operation, whose schema they share."""
+    rows: dict[str, list[NamedOp]] = {}
+    for family in families():
+        for row in family.patterns.named:
+            rows.setdefault(row.name, []).append(row)
+    return rows
 
 
 def _returned(results: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
@@ -130,7 +136,7 @@ def _spell_bytes(exported: ExportedProgram) -> None:
     graph = exported.graph
     for node in list(graph.nodes):
         name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
-        row = _rows().get(name)
+        row = next(iter(_rows().get(name, ())), None)
         if not (isinstance(row, NamedProduct) and row.by_bytes):
             continue
         number = row.arguments.index(row.a_scale)
@@ -159,8 +165,17 @@ def _written_by(node: fx.Node) -> NamedOp | None:
     target = node.args[0] if _is_wrapper(node) else node.target
     if not isinstance(target, torch._ops.OpOverload):
         return None
-    row = _rows().get(target._schema.name)
-    return row if row is not None and row.mutated else None
+    rows = [row for row in _rows().get(target._schema.name, ()) if row.mutated]
+    given = _given(node, target)
+    return next((row for row in rows if row.is_called(given)), next(iter(rows), None))
+
+
+def _given(node: fx.Node, target: torch._ops.OpOverload) -> dict[str, Any]:
+    """The arguments of a call by name; in PyTorch's wrapper those written are numbers of tensors."""
+    if not _is_wrapper(node):
+        return _bound(target, node)
+    names = [argument.name for argument in target._schema.arguments]
+    return {name: node.kwargs.get(name, node.kwargs.get(f"_{name}_base_index")) for name in names}
 
 
 def _refuse_rest(exported: ExportedProgram) -> None:
@@ -284,6 +299,7 @@ def _unwrapped(node: fx.Node, target: torch._ops.OpOverload, row: NamedOp) -> li
     if "_all_bases" in node.kwargs:
         bases: Any = node.kwargs["_all_bases"]
         clones = [_clone(node.graph, base) for base in bases]
+        given.update(dict.fromkeys(row.unwritten))
         for name in row.mutated:
             given[name] = _view_of(node, name, clones)
     else:

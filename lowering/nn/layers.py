@@ -140,8 +140,8 @@ class ScaledLinear(nn.Module):
 
     x: [..., in_features] float32, bfloat16 or float16; y: [..., out_features] in x's dtype.  The activation
     is quantized in whole rows by ``group_quant`` (scale = amax / qmax), or, where there is an
-    ``input_scale``, with that: q = round(clamp(x / input_scale)) in float32.  The product is
-    ``block_scaled_matmul``, rounded to x's dtype before the bias is added.
+    ``input_scale``, with that, by ``static_quant``.  The product is ``block_scaled_matmul``,
+    rounded to x's dtype before the bias is added.
 
     weight: float8_e4m3fn or int8 [out_features, in_features]; weight_scale: float32 [out_features, 1] or
     [1, 1]; input_scale: float32 [1] or None; all are buffers, and keep their dtype when the model is cast.
@@ -167,11 +167,16 @@ class ScaledLinear(nn.Module):
         self.register_buffer("input_scale", input_scale)
         self.bias = bias
 
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantize the activation ``x``: its codes, in the weight's dtype, and their scales."""
+        dtype, scale = self.weight.dtype, self.input_scale
+        if scale is None:
+            return torch.ops.lowering.group_quant(x, _WHOLE_ROW, dtype=dtype)
+        lowest = -128.0 if dtype == torch.int8 else None
+        return torch.ops.lowering.static_quant(x, scale, dtype=dtype, lowest=lowest), scale
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.input_scale is None:
-            q, scale = torch.ops.lowering.group_quant(x, _WHOLE_ROW, dtype=self.weight.dtype)
-        else:
-            q, scale = given_scale_quant(x, self.input_scale, self.weight.dtype), self.input_scale
+        q, scale = self.codes(x)
         y = torch.ops.lowering.block_scaled_matmul(q, self.weight, scale, self.weight_scale, x.dtype)
         return y if self.bias is None else y + self.bias
 
@@ -193,22 +198,6 @@ class ScaledLinear(nn.Module):
             if moved is not None and moved.dtype != tensor.dtype:
                 self._buffers[name] = tensor.to(moved.device)
         return self
-
-
-def given_scale_quant(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Quantize ``x`` with a scale that is given: round(clamp(x / scale)) in float32.
-
-    A NaN stays one; an int8 of NaN is 0.
-    """
-    y = x.to(torch.float32) / scale
-    if dtype == torch.int8:
-        low, high = -128.0, 127.0
-        y = torch.where(y.isnan(), 0.0, torch.round(y))
-    else:
-        low, high = -_QMAX, _QMAX
-    # Not clamp: compiled, it takes the bound for a NaN.
-    y = torch.where(y < low, low, y)
-    return torch.where(y > high, high, y).to(dtype)
 
 
 def quantize_weight(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:

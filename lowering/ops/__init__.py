@@ -21,8 +21,10 @@ from .group_quant import (
     group_quant_contiguous_reference,
     group_quant_physical_reference,
     group_quant_reference,
+    static_quant_reference,
 )
 from .grouped_topk import grouped_topk, grouped_topk_reference
+from .packed_matmul import packed_matmul, packed_matmul_reference, repack, unpacked_weight
 from .rms_norm import add_rms_norm, rms_norm, rms_norm_reference
 from .scale_layouts import SCALE_LAYOUTS, from_physical, physical_shape, to_physical
 from .shuffle_weight import (
@@ -31,6 +33,7 @@ from .shuffle_weight import (
     unshuffle_weight,
     unshuffle_weight_reference,
 )
+from .static_quant import static_quant
 
 __all__ = [
     "SCALE_LAYOUTS",
@@ -45,14 +48,20 @@ __all__ = [
     "group_quant_reference",
     "grouped_topk",
     "grouped_topk_reference",
+    "packed_matmul",
+    "packed_matmul_reference",
     "physical_shape",
+    "repack",
     "rms_norm",
     "rms_norm_reference",
     "shuffle_weight",
     "shuffle_weight_reference",
     "silu_mul",
     "split_gate_up",
+    "static_quant",
+    "static_quant_reference",
     "to_physical",
+    "unpacked_weight",
     "unshuffle_weight",
     "unshuffle_weight_reference",
 ]

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from patterns.contracts import LARGEST_FINITE, Division, Quantization, ScaleEncoding
+from patterns.contracts import LARGEST_FINITE, Division, Quantization, Quotient, ScaleEncoding
 
 from .checks import (
     FLOAT_DTYPES,
@@ -35,6 +35,7 @@ from .scale_layouts import (
 
 SCALE_ENCODINGS: tuple[ScaleEncoding, ...] = get_args(ScaleEncoding)
 DIVISIONS: tuple[Division, ...] = get_args(Division)
+QUOTIENTS: tuple[Quotient, ...] = get_args(Quotient)
 WHOLE_ROW = 0
 
 
@@ -72,28 +73,65 @@ def group_quant_contiguous_reference(y: Tensor, quantization: Quantization) -> t
     hidden, qmax = y.shape[-1], quantization.qmax
     group = hidden if quantization.group is None else quantization.group
     blocks = y.to(torch.float32).unflatten(-1, (quantization.groups(hidden), group))
-    scale = _scale(blocks.abs().amax(dim=-1), quantization)
+    amax = _bounded(blocks.abs().amax(dim=-1), quantization)
+    scale = _scale(amax, quantization)
     if quantization.scale == "ue8m0":
         scale = _power_of_two_above(scale, infinite=quantization.infinite)
-    q = _convert(_clip(_quotient(blocks, scale.unsqueeze(-1), quantization), qmax), quantization.dtype)
+    divisor = amax if quantization.quotient == "inverse" else scale
+    values = _quotient(blocks, divisor.unsqueeze(-1), quantization)
+    q = _convert(_clip(values, -qmax, qmax), quantization.dtype)
     stored = pack_exponents(scale) if quantization.layout == "ue8m0_packed" else scale
     return q.flatten(-2).contiguous(), stored.contiguous()
 
 
+def static_quant_reference(y: Tensor, scale: Tensor, quantization: Quantization) -> Tensor:
+    """Quantize by a scale that is given, as ``quantization``, which is static, says.
+
+    y: [..., K]; scale: one float32.  Returns q [..., K] in ``quantization.dtype``.  An int8 of NaN is 0.
+
+    Source: compressed-tensors (true), vLLM's static_scaled_fp8_quant (reciprocal), Transformer Engine
+    (inverse).
+    """
+    x, scale = y.to(torch.float32), scale.reshape(())
+    if quantization.quotient == "true":
+        values = x / scale
+    else:
+        values = x * (scale if quantization.quotient == "inverse" else torch.reciprocal(scale))
+    return _convert(_clip(values, quantization.least, quantization.qmax), quantization.dtype).contiguous()
+
+
+def _bounded(amax: Tensor, quantization: Quantization) -> Tensor:
+    amax = _at_least(amax, quantization.amax_floor)
+    return amax if quantization.amax_ceiling is None else _at_most(amax, quantization.amax_ceiling)
+
+
 def _scale(amax: Tensor, quantization: Quantization) -> Tensor:
     """float32 scales, before they are rounded to powers of two if they are."""
-    amax = _at_least(amax, quantization.amax_floor)
-    if quantization.amax_ceiling is not None:
-        amax = _at_most(amax, quantization.amax_ceiling)
     if quantization.scale_division == "true":
-        # A tensor, not a Python number: CUDA turns division by a number into a product with 1/number.
-        scale = amax / torch.full((), quantization.qmax, dtype=torch.float32, device=amax.device)
+        scale = amax / _qmax(amax, quantization)
+    elif quantization.scale_division == "inverse":
+        scale = torch.reciprocal(_inverse(amax, quantization))
     else:
         scale = amax * float32(1 / quantization.qmax)
     return _at_least(scale, quantization.scale_floor) if quantization.scale_floor else scale
 
 
+def _qmax(like: Tensor, quantization: Quantization) -> Tensor:
+    # A tensor, not a Python number: CUDA turns division by a number into a product with 1/number.
+    return torch.full((), quantization.qmax, dtype=torch.float32, device=like.device)
+
+
+def _inverse(amax: Tensor, quantization: Quantization) -> Tensor:
+    """The inverse of a scale, from the largest magnitude itself."""
+    if quantization.inverse == "true":
+        return _qmax(amax, quantization) / amax
+    return torch.reciprocal(amax) * float32(quantization.qmax)
+
+
 def _quotient(blocks: Tensor, scale: Tensor, quantization: Quantization) -> Tensor:
+    """Divide ``blocks`` by ``scale``, which is the largest magnitude where the quotient is by its inverse."""
+    if quantization.quotient == "inverse":
+        return blocks * _inverse(scale, quantization)
     # By a power of two the two are equal, but 1/2^127 is a subnormal, zero on some devices.
     if quantization.quotient == "true" or quantization.scale == "ue8m0":
         return blocks / scale
@@ -134,8 +172,8 @@ def _at_most(x: Tensor, bound: float) -> Tensor:
     return torch.where(x > bound, bound, x)
 
 
-def _clip(x: Tensor, bound: float) -> Tensor:
-    return _at_most(_at_least(x, -bound), bound)
+def _clip(x: Tensor, low: float, high: float) -> Tensor:
+    return _at_most(_at_least(x, low), high)
 
 
 @torch.library.custom_op(
@@ -144,8 +182,8 @@ def _clip(x: Tensor, bound: float) -> Tensor:
     schema=(
         "(Tensor x, int group_size, *, ScalarType dtype=float8_e4m3fn, str scale='float32', "
         "str scale_layout='row', float amax_floor=1e-10, float? amax_ceiling=None, float scale_floor=0.0, "
-        "str scale_division='true', str quotient='true', float? limit=None, bool infinite=False) "
-        "-> (Tensor, Tensor)"
+        "str scale_division='true', str quotient='true', float? limit=None, bool infinite=False, "
+        "str inverse='true') -> (Tensor, Tensor)"
     ),
 )
 def group_quant(
@@ -162,6 +200,7 @@ def group_quant(
     quotient: str = "true",
     limit: float | None = None,
     infinite: bool = False,
+    inverse: str = "true",
 ) -> tuple[Tensor, Tensor]:
     """Quantize every ``group_size`` elements of the last axis with one scale; 0: the whole row.
 
@@ -178,7 +217,8 @@ def group_quant(
     ``ue8m0_packed`` (for scale ``ue8m0`` in groups) is int32 [..., ceil(Gn/4)] with strides (1, Mp), four
     biased exponents in each, the first in the lowest byte.  Pad rows and bytes are zero.
     amax_floor, amax_ceiling (fp8 only), scale_floor: bounds of amax and of scale = amax / qmax.
-    scale_division, quotient: ``true``, or ``reciprocal`` for amax * (1/qmax) and x * (1/scale).
+    scale_division, quotient: ``true``, or ``reciprocal`` for amax * (1/qmax) and x * (1/scale), or
+    ``inverse`` for 1/s and x * s of s = qmax/amax, or qmax * (1/amax) where ``inverse`` is ``reciprocal``.
 
     Raises ValueError naming the argument that does not fit, or that contradicts another.
     Source: vLLM per_token_group_quant_fp8; DeepGEMM for column_tma and ue8m0_packed.
@@ -196,6 +236,7 @@ def group_quant(
         quotient=quotient,
         limit=limit,
         infinite=infinite,
+        inverse=inverse,
     )
     return group_quant_reference(x, contract)
 
@@ -238,8 +279,10 @@ def _quantization(
         **numbers,
     )
     _check_bounds(quantization)
-    check_choice("scale_division", quantization.scale_division, DIVISIONS)
-    check_choice("quotient", quantization.quotient, DIVISIONS)
+    check_choice("scale_division", quantization.scale_division, QUOTIENTS)
+    check_choice("quotient", quantization.quotient, QUOTIENTS)
+    check_choice("inverse", quantization.inverse, DIVISIONS)
+    _check_inverse(quantization)
     if quantization.infinite and (quantization.scale != "ue8m0" or quantization.layout == "ue8m0_packed"):
         raise ValueError("infinite: is for scale 'ue8m0' in float32, of which 2^127 is the largest otherwise")
     if quantization.layout == "ue8m0_packed":
@@ -248,6 +291,18 @@ def _quantization(
         if quantization.group is None:
             raise ValueError("group_size: scale_layout 'ue8m0_packed' holds groups, not whole rows (0)")
     return quantization
+
+
+def _check_inverse(quantization: Quantization) -> None:
+    """Check that an inverse scale goes with what else there is."""
+    if quantization.inverts and quantization.scale != "float32":
+        raise ValueError(f"scale: {quantization.scale!r} has no inverse that is computed before it")
+    if quantization.inverts and quantization.scale_floor:
+        raise ValueError("scale_floor: bounds no scale whose inverse is computed first; bound amax instead")
+    if quantization.inverse != "true" and not quantization.inverts:
+        raise ValueError(
+            "inverse: says how 1/scale is computed where scale_division or quotient is 'inverse'"
+        )
 
 
 def _check_bounds(quantization: Quantization) -> None:

@@ -109,8 +109,9 @@ def _chunks(tiles: Tensor) -> np.ndarray:
 def shuffle_weight(w: Tensor, layout: str) -> Tensor:
     """A weight as a product kernel reads it: the bytes of w [N, K] in ``layout``, as a tensor [N', K].
 
-    w: [N, K] of an 8-bit dtype.  layout ``shuffled_16x16``: K a multiple of 32, N' = N rounded up to 16;
-    ``swizzled_128``: K a multiple of 128, N' = N rounded up to 128; ``row``: as it is.  Added rows are zeros.
+    w: [N, K] of an 8-bit dtype, or of bytes that hold several codes each.  layout ``shuffled_16x16``: K a
+    multiple of 32, N' = N rounded up to 16; ``swizzled_128``: K a multiple of 128, N' = N rounded up to 128;
+    ``row``: as it is.  Added rows are zeros.
     ``block_scaled_matmul`` takes the result with ``b_layout``.  Raises ValueError naming the argument that
     does not fit.
     Source: AITER's shuffle_weight(w, (16, 16)); the 128-byte swizzle of Hopper's shared memory.
@@ -166,7 +167,7 @@ def check_stored(name: str, stored: Tensor, layout_name: str, layout: str) -> We
 def _checked(w: Tensor, layout: str, name: str = "w", layout_name: str = "layout") -> WeightLayout:
     """The layout, if there can be a weight like ``w`` in it, up to its padding."""
     check_choice(layout_name, layout, WEIGHT_LAYOUTS)
-    check_dtype(name, w, QUANTIZED_DTYPES)
+    check_dtype(name, w, (*QUANTIZED_DTYPES, torch.uint8))
     if w.dim() != 2:
         raise ValueError(f"{name}: expected a weight [N, K], got {shape_text(w)}")
     multiple = DEPTH_MULTIPLE[layout]  # pyright: ignore[reportArgumentType]

@@ -16,7 +16,14 @@ from ..errors import CompileError
 from ..importing.importer import Program
 from ..weights.recipes import Recipe
 
-_WEIGHT, _SCALE = 1, 3  # which operands of a product they are
+_WEIGHT = 1  # which operand of a product it is
+# The scale's, by the product's name.
+_SCALES = {
+    canonical.MATMUL: 3,
+    canonical.BLOCK_SCALED_MATMUL: 3,
+    canonical.PACKED: 2,
+    canonical.PACKED_MATMUL: 2,
+}
 _AT_ONCE = 1 << 24  # codes that are looked at together
 
 
@@ -28,9 +35,10 @@ def check_scales(program: Program) -> None:
     """
     seen: set[str] = set()
     for op in [op.operation for op in torch_ir.block_of(program.main()).operations]:
-        if torch_ir.op_name(op) not in (canonical.MATMUL, canonical.BLOCK_SCALED_MATMUL):
+        number = _SCALES.get(torch_ir.op_name(op))
+        if number is None:
             continue
-        name = _name(op.operands[_SCALE])
+        name = _name(op.operands[number])
         if name in program.parameters and name not in seen:
             seen.add(name)
             scale, where = _value(program, name), torch_ir.location(op)

@@ -112,6 +112,8 @@ def _reference(op: ir.Operation) -> tuple[Any, Callable[..., Any]] | None:
         return to, lambda weight: move(weight, to)
     if name.startswith("torch.lowering."):
         raise _not_raised(op, name)
+    if not name.startswith("torch.aten.") and (why := registry.why_not_named(op)) is not None:
+        raise CompileError(f"{torch_ir.location(op)}: {why}")
     return None
 
 

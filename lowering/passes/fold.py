@@ -260,7 +260,7 @@ def _groups(candidates: Iterable[Recipe], kept: Collection[Source]) -> list[list
 
 def _excess(group: Iterable[Recipe], kept: Collection[Source]) -> Recipe | None:
     """The largest of the values that together take more room than the parameters dropped for them."""
-    large = [recipe for recipe in group if not _is_small(recipe) and _layout(recipe) == "row"]
+    large = [recipe for recipe in group if not _is_small(recipe) and not _is_for_kernel(recipe)]
     dropped = {source for recipe in large for source in recipe.sources()}.difference(kept)
     if sum(recipe.nbytes for recipe in large) <= sum(source.tensor.nbytes for source in dropped):
         return None
@@ -276,10 +276,19 @@ def _is_small(recipe: Recipe) -> bool:
 
 
 def _layout(recipe: Recipe) -> str:
-    """The layout of a value's bytes: what is shuffled is what a kernel reads."""
+    """The layout of a value's bytes."""
     call = recipe.origin
     shuffled = isinstance(call, Call) and call.op == torch.ops.lowering.shuffle_weight.default
     return call.args[1] if shuffled else "row"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _is_for_kernel(recipe: Recipe) -> bool:
+    """Tell whether the value is what a kernel reads: shuffled, or packed integers as products take them."""
+    call = recipe.origin
+    if isinstance(call, Call) and call.op == torch.ops.aten.transpose.int:
+        return _is_for_kernel(call.operands[0])
+    repacked = isinstance(call, Call) and call.op == torch.ops.lowering.repack.default
+    return repacked or _layout(recipe) != "row"
 
 
 def _can_be_stored(recipe: Recipe) -> bool:
@@ -289,7 +298,7 @@ def _can_be_stored(recipe: Recipe) -> bool:
     sources = recipe.sources()
     if not parameters.is_storable(recipe.dtype) or _is_free(call, recipe.meta):
         return False
-    if _layout(recipe) != "row":
+    if _is_for_kernel(recipe):
         return True
     if recipe.meta.numel() <= 1 and not any(source.name for source in sources):
         return False  # IREE folds scalars itself, and embeds them in the code

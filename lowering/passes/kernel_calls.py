@@ -64,7 +64,9 @@ def _argument(binding: Binding, operand: ir.Value, physical: Sequence[PhysicalSc
             return cast(torch_ir.to_builtin(columns), binding_type(binding))
         return next(s.buffer for s in physical if (s.logical, s.layout) == (source, binding.layout))
     value = torch_ir.to_builtin(operand)
-    return _collapse(value) if binding.has_rows else value
+    if binding.has_rows:
+        return _collapse(value)
+    return _one(value) if binding.shape == (1,) else value
 
 
 def return_physical_scales(function: ir.Operation, scales: Sequence[PhysicalScale]) -> dict[int, ScaleLayout]:
@@ -103,10 +105,21 @@ def return_physical_scales(function: ir.Operation, scales: Sequence[PhysicalScal
 def _layout_without_kernel(scale: ir.Value) -> ScaleLayout | None:
     """The layout of the scale of a quantization that no kernel computes, where that is not ``row``."""
     op = torch_ir.producer(scale)
-    if op is None or torch_ir.op_name(op) != canonical.GROUP_QUANT or scale != op.results[1]:
+    if op is None or torch_ir.op_name(op) != canonical.GROUP_QUANT or scale == op.results[0]:
         return None
     layout = canonical.quantization(op).layout
     return layout if layout != "row" else None
+
+
+def _one(value: ir.Value) -> ir.Value:
+    """A tensor of one element, of any rank, as a vector."""
+    type_ = ir.RankedTensorType(value.type)
+    vector = ir.RankedTensorType.get([1], type_.element_type)
+    if type_.rank == 0:
+        return tensor.ExpandShapeOp(vector, value, reassociation([]), [], [1]).result
+    if type_.rank > 1:
+        return tensor.CollapseShapeOp(vector, value, reassociation([list(range(type_.rank))])).result
+    return value
 
 
 def _collapse(value: ir.Value) -> ir.Value:

@@ -7,11 +7,14 @@ says, before anything is dispatched, that every weight is in the layout its prod
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from iree.compiler import ir
 
 from patterns import canonical, torch_ir, weight_layouts
 from patterns.contracts import MatmulSpec
 from patterns.matmul_fusion import Reads, fuse_product, why_misfit
+from patterns.packed_matmul import PackedSpec
 from patterns.sites import Ledger
 
 from ..errors import CompileError
@@ -21,6 +24,7 @@ from ..families.registry import supported
 from ..targets import Target
 
 _OWN = (canonical.MATMUL, canonical.BLOCK_SCALED_MATMUL)
+_PACKED = (canonical.PACKED, canonical.PACKED_MATMUL)
 
 
 def reads_of(target: Target) -> Reads:
@@ -36,7 +40,7 @@ def lay_out(function: ir.Operation, ledger: Ledger, reads: Reads) -> None:
     target has not, that what makes the weight does not give it, or that another product says it has not.
     """
     block = torch_ir.block_of(function)
-    products = _products(block)
+    products = _products(block, _OWN)
     for product in products:
         if misfit := why_misfit(product):
             raise CompileError(
@@ -56,7 +60,7 @@ def lay_out(function: ir.Operation, ledger: Ledger, reads: Reads) -> None:
 
 def check(function: ir.Operation) -> None:
     """Raise CompileError unless the layout every weight carries is the one that its product reads."""
-    for product in _products(torch_ir.block_of(function)):
+    for product in _products(torch_ir.block_of(function), (*_OWN, *_PACKED)):
         layout, weight = _read(product), product.operands[1]
         carried = weight_layouts.carried(weight)
         mixed = weight_layouts.computed_from(weight) if carried == layout == "row" else None
@@ -98,11 +102,15 @@ def _read(product: ir.Operation) -> str:
     """The layout in which ``product`` reads its weight."""
     if torch_ir.op_name(product) == canonical.MATMUL:
         return canonical.from_attribute(MatmulSpec, product.attributes["spec"]).b_layout
+    if torch_ir.op_name(product) == canonical.PACKED:
+        return canonical.from_attribute(PackedSpec, product.attributes["spec"]).b_layout
+    if torch_ir.op_name(product) == canonical.PACKED_MATMUL:
+        return "row"
     return canonical.product_contract(product).b_layout
 
 
-def _products(block: ir.Block) -> list[ir.Operation]:
-    return [op.operation for op in block.operations if torch_ir.op_name(op.operation) in _OWN]
+def _products(block: ir.Block, names: Sequence[str]) -> list[ir.Operation]:
+    return [op.operation for op in block.operations if torch_ir.op_name(op.operation) in names]
 
 
 def _place(product: ir.Operation) -> str:

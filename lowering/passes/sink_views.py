@@ -5,6 +5,7 @@ from __future__ import annotations
 from iree.compiler import ir
 
 from patterns import canonical, torch_ir, views
+from patterns.hoist import hoist
 
 from ..families.registry import operation_of
 
@@ -27,7 +28,12 @@ def _sink_one(quant: ir.Operation) -> ir.Operation | None:
     view = torch_ir.producer(quant.operands[0])
     if view is None or not views.is_view(view) or not _starts_at_producer(view):
         return None
-    blocked = views.why_blocked(view, canonical.quantization(quant), returned=_is_returned(quant.results[1]))
+    given = canonical.given_scale(quant)
+    if given is None or hoist(given, view):
+        returned = any(map(_is_returned, list(quant.results)[1:]))
+        blocked = views.why_blocked(view, canonical.quantization(quant), returned=returned)
+    else:
+        blocked = views.SCALE_COMES_LATER
     if blocked is not None:
         quant.attributes[canonical.BLOCKED] = ir.StringAttr.get(blocked)
         return None
@@ -38,19 +44,18 @@ def _quantize_first(view: ir.Operation, quant: ir.Operation) -> ir.Operation:
     quantization = canonical.quantization(quant)
     before, after = torch_ir.tensor_type(view.operands[0]), torch_ir.tensor_type(view.result)
     assert before is not None and after is not None
-    q_type, scale_type = canonical.quantized_types(after, quantization)
+    types = canonical.quantized_types(after, quantization)
     with ir.InsertionPoint(view), quant.location:
         new = canonical.create(
             canonical.GROUP_QUANT,
-            [view.operands[0]],
+            [view.operands[0], *list(quant.operands)[1:]],
             canonical.quantized_types(before, quantization),
             contract=quant.attributes["contract"],
             site=quant.attributes[canonical.SITE],
         )
-        q = views.replay(view, new.results[0], q_type)
-        scale = views.replay(view, new.results[1], scale_type)
-    quant.results[0].replace_all_uses_with(q)
-    quant.results[1].replace_all_uses_with(scale)
+        viewed = [views.replay(view, made, type_) for made, type_ in zip(new.results, types, strict=True)]
+    for old, value in zip(quant.results, viewed, strict=True):
+        old.replace_all_uses_with(value)
     quant.erase()
     return new
 

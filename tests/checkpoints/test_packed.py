@@ -192,7 +192,29 @@ def test_an_order_of_features(tmp_path):
     # Half a step, and the rounding of the scale to float16.
     assert ((layer.values().float() - weight).abs() <= scale * 0.51).all()
     x = torch.randn(3, 128)
-    assert torch.equal(layer(x), nn.functional.linear(x, layer.values().float()))
+    expected = nn.functional.linear(x, layer.values().float())
+    # x is gathered group by group: a float32 sum of 128 products in another order.
+    assert (layer(x) - expected).abs().max() <= 128 * 2**-24 * (
+        x.abs() @ layer.values().float().abs().t()
+    ).max()
+
+
+def test_groups_of_different_sizes(tmp_path):
+    """Then each feature has a scale of its own, which no kernel takes."""
+    weight = torch.randn(48, 128, generator=torch.Generator().manual_seed(0))
+    parts = gptq(weight, bits=4, above=1, order=True)
+    parts[".g_idx"][5] = (parts[".g_idx"][5] + 1) % 4
+    layer = lowering.checkpoints.schemes.gptq(4, GROUP, above=1).layer(parts, None)
+    index = parts[".g_idx"].long()
+    codes = (parts[".qweight"].unsqueeze(1) >> torch.arange(0, 32, 4).view(1, -1, 1)) & 15
+    zeros = (parts[".qzeros"].unsqueeze(-1) >> torch.arange(0, 32, 4)) & 15
+    scales = parts[".scales"][index]
+    expected = (codes.flatten(0, 1) - (zeros.flatten(1) + 1)[index]).half() * scales
+    assert torch.equal(layer.values(), expected.t())
+    x = torch.randn(3, 128).half()
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.values()))
+    (site,) = lowering.explain(layer, (x,), target="cpu").sites
+    assert "groups of multiples of 32, not of 1." in site.reason
 
 
 @pytest.mark.parametrize("zeros", [False, True])

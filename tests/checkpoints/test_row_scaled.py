@@ -177,7 +177,8 @@ def test_special_values_of_a_given_scale():
     """A NaN stays, infinities saturate; an int8 of NaN is 0."""
     x = torch.tensor([[float("nan"), float("inf"), float("-inf"), 1e-9]])
     for dtype, expected in ((E4M3, [448.0, -448.0, 0.0]), (INT8, [127.0, -128.0, 0.0])):
-        codes = lowering.nn.given_scale_quant(x, torch.ones(1), dtype).float()[0]
+        layer = lowering.nn.ScaledLinear(torch.ones(1, 4).to(dtype), torch.ones(1, 1), torch.ones(1))
+        codes = layer.codes(x)[0].float()[0]
         assert codes[1:].tolist() == expected
         assert codes[0].isnan() if dtype == E4M3 else codes[0] == 0
 
@@ -203,6 +204,7 @@ def test_a_program_computes_what_the_layers_do(tmp_path):
     model = Several(lowering.from_pretrained(path, dtype=F32).model.layers[0] for path in folder)
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     compiled = lowering.compile(model, (x,), dynamic_shapes=({0: torch.export.Dim("n")},))
+    assert compiled.report.summary()["unfused"] == 0
     program = lowering.load(compiled.vmfb)
     for rows in (x, x[:1]):
         for name, found, expected in zip(names, program(rows), model(rows), strict=True):

@@ -2,92 +2,14 @@
 // a fiber.  Instead of kernels/mma.h it gets what is here, which does the same: HAS_WGMMA says with which of the two
 // ways to multiply.  Copies happen late and in an order of chance, as far as the machine may do that too, and shared
 // memory starts as NaN, so what is read too early shows.
+#define EMULATED_THREADS 384
+#define INTEGERS (A_CODES == 3)
+#include "cuda_emulation.h"
 
-#define STACK_BYTES (64 * 1024)
-#include "fibers.h"
-
-#include <cmath>
-#include <cstdlib>
-#include <cstring>
 #include <deque>
 #include <functional>
-#include <map>
 #include <random>
 #include <utility>
-
-#define MMA_H
-typedef uint8_t u8;
-typedef uint16_t u16;
-typedef uint32_t u32;
-typedef unsigned long long u64;
-
-#define DEVICE static inline
-#define METHOD inline
-#define UNROLL
-#define ROLLED
-#define KERNEL(name) static void name
-
-constexpr int WAVE = 32;
-constexpr u32 ANY_THREADS = 384;
-
-static void check(bool holds) {
-  if (!holds) abort();
-}
-
-DEVICE u32 thread() { return current_thread % ANY_THREADS; }
-DEVICE u32 in_cluster() { return current_thread / ANY_THREADS; }
-DEVICE u32 block() { return current_block * CLUSTER + in_cluster(); }
-static u32 block_count;
-DEVICE u32 blocks() { return block_count; }
-
-static u8 *memories;  // of the workgroups of the cluster, one after another
-DEVICE u8 *shared_memory() { return memories + (u64)in_cluster() * SHARED; }
-DEVICE u32 address_of(const void *shared) {
-  const u64 address = (const u8 *)shared - shared_memory();
-  check(address < SHARED);
-  return address;
-}
-// Where that is in another workgroup.
-template <typename T> static T *there(T *shared, u32 rank) {
-  check(rank < CLUSTER);
-  return (T *)(memories + (u64)rank * SHARED + address_of(shared));
-}
-
-DEVICE u32 as_bits(float value) { u32 bits; memcpy(&bits, &value, 4); return bits; }
-DEVICE float kept(float a) { return a; }
-DEVICE float fma_of(float a, float b, float c) { return std::fmaf(a, b, c); }
-#define fma fma_of
-
-// -- meeting others --------------------------------------------------------------------------------------------------
-
-struct Meeting {
-  u32 arrived = 0, generation = 0;
-  void arrive(u32 count) {
-    if (++arrived == count) arrived = 0, ++generation;
-  }
-  void wait(u32 since) const {
-    while (generation == since) meet();
-  }
-};
-
-static std::map<u32, Meeting> meetings;
-static std::map<u32, u32> cluster_since;
-
-static void meet_others(u32 place, u32 count) {
-  Meeting &meeting = meetings[place];
-  const u32 since = meeting.generation;
-  meeting.arrive(count);
-  meeting.wait(since);
-}
-
-DEVICE void wave_barrier() { meet_others(current_thread / WAVE, WAVE); }
-DEVICE void group_barrier(u32 name) { meet_others(10000 + 16 * in_cluster() + name, 128); }
-DEVICE void barrier() { meet_others(20000 + in_cluster(), ANY_THREADS); }
-DEVICE void cluster_arrive() {
-  cluster_since[current_thread] = meetings[30000].generation;
-  meetings[30000].arrive(CLUSTER * ANY_THREADS);
-}
-DEVICE void cluster_wait() { meetings[30000].wait(cluster_since[current_thread]); }
 
 // -- copies, each thread's in order, and barriers that count them ----------------------------------------------------
 
@@ -145,8 +67,6 @@ DEVICE void wait(Barrier *at, u32 parity) {
 DEVICE void publish_at_rank(Barrier *at, u32 rank) { arrive_at_rank(at, rank); }
 DEVICE void wait_for_cluster(Barrier *at, u32 parity) { wait(at, parity); }
 
-DEVICE const float *at_rank(const float *shared, u32 rank) { return there(shared, rank); }
-
 DEVICE void copy_bulk_to(u32 mask, u8 *to, const u8 *from, u32 bytes, Barrier *done) {
   check((u64)to % 16 == 0 && (u64)from % 16 == 0 && bytes % 16 == 0 && mask >> CLUSTER == 0);
   for (u32 rank = 0; rank < CLUSTER; ++rank)
@@ -186,21 +106,10 @@ DEVICE void store16(u8 *to, const u32 *words) {
 template <int COUNT> DEVICE void give_registers() {}
 template <int COUNT> DEVICE void take_registers() {}
 
-// -- 16-bit floats -----------------------------------------------------------------------------------------------------
-
-DEVICE u32 bf16_bits(float a) {
-  const u32 bits = as_bits(a);
-  return std::isnan(a) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-DEVICE u32 f16_bits(float a) { _Float16 half = (_Float16)a; u16 bits; memcpy(&bits, &half, 2); return bits; }
-DEVICE u32 pack_bf16(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
-DEVICE u32 pack_f16(float low, float high) { return f16_bits(low) | f16_bits(high) << 16; }
-DEVICE float bf16_value(u16 bits) { u32 word = (u32)bits << 16; float value; memcpy(&value, &word, 4); return value; }
-DEVICE float f16_value(u16 bits) { _Float16 half; memcpy(&half, &bits, 2); return (float)half; }
-
-// -- products of e4m3fn ------------------------------------------------------------------------------------------------
+// -- products of codes ------------------------------------------------------------------------------------------------
 
 static float value_of(u8 code) {
+  if (INTEGERS) return (int8_t)code;
   const int exponent = code >> 3 & 15, mantissa = code & 7;
   if ((code & 127) == 127) return NAN;
   const float magnitude = exponent ? std::ldexp(8 + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
@@ -219,20 +128,20 @@ static float element(u64 start, u32 row, u32 k) {
   return values[shared_memory()[address ^ (address >> 7 & 7) << 4]];
 }
 // A descriptor counts in units of 16 bytes.
-template <int COLUMNS> DEVICE void wgmma(float *d, u64 a, u64 b, bool adds) {
+template <int COLUMNS> DEVICE void wgmma(Sum *d, u64 a, u64 b, bool adds) {
   const u64 a_steps = a % 1024, b_steps = b % 1024;
   const u64 a_start = a - a_steps + 16 * a_steps, b_start = b - b_steps + 16 * b_steps;
   const u32 lane = thread() % WAVE, wave = thread() % 128 / WAVE;
   for (int i = 0; i < COLUMNS / 2; ++i) {
     const u32 row = 16 * wave + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-    float sum = adds ? d[i] : 0;
+    Sum sum = adds ? d[i] : 0;
     for (u32 k = 0; k < 32; ++k) sum += element(a_start, row, k) * element(b_start, column, k);
     d[i] = sum;
   }
 }
 DEVICE void wgmma_begin() {}
 DEVICE void wgmma_commit() {}
-template <int COUNT> DEVICE void wgmma_wait(float *, int) {}
+template <int COUNT> DEVICE void wgmma_wait(Sum *, int) {}
 #else
 static std::vector<u32> registers;  // eight of each thread, for the others to read
 static u32 *registers_of(u32 lane) { return &registers[(current_thread / WAVE * WAVE + lane) * 8]; }
@@ -247,7 +156,7 @@ DEVICE void load_matrices(const u8 *row, u32 *words) {
 }
 static float code_at(const u32 *words, u32 which, u32 k) { return values[words[which] >> 8 * (k % 4) & 255]; }
 
-DEVICE void multiply_add(float *d, const u32 *a, const u32 *b) {
+DEVICE void multiply_add(Sum *d, const u32 *a, const u32 *b) {
   const u32 lane = thread() % WAVE;
   memcpy(registers_of(lane), a, 16), memcpy(registers_of(lane) + 4, b, 8);
   wave_barrier();
@@ -281,17 +190,14 @@ static void one_thread() {
 
 // `blocks` is a multiple of CLUSTER; any such grid computes the same.
 extern "C" void launch(void *const *pointers, int rows, int blocks) {
-  arguments = pointers, row_count = rows, block_count = blocks;
+  arguments = pointers, row_count = rows;
   for (u32 code = 0; values.size() < 256; ++code) values.push_back(value_of(code));
 #if !HAS_WGMMA
   registers.resize(8 * CLUSTER * THREADS);
 #endif
   queues.resize(CLUSTER * THREADS);
-  memories = (u8 *)std::aligned_alloc(1024, (u64)CLUSTER * SHARED);
-  memset(memories, 0xff, (u64)CLUSTER * SHARED);
-  run_blocks(blocks / CLUSTER, CLUSTER * THREADS, one_thread);
+  run_clusters(blocks, one_thread);
   for (auto &queue : queues) check(queue.empty());
   for (auto &each : counts) check(each.second.bytes == 0);
-  counts.clear(), meetings.clear();
-  std::free(memories);
+  counts.clear();
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from lowering.targets import resolve
-from patterns.contracts import GatedActivation, Quantization, RmsNorm, RowSpec
+from patterns.contracts import GatedActivation, Quantization, RmsNorm, RowSpec, static_quantization
 
 CPU, SM90, SM100 = resolve("cpu"), resolve("sm_90"), resolve("sm_100")
 GFX950, GFX942 = resolve("gfx950"), resolve("gfx942")
@@ -91,6 +91,26 @@ SCHEMES = {
         Quantization(None, amax_ceiling=20.0, layout="column"),
         Quantization(64, limit=203.0, scale="ue8m0", layout="column_tma", scale_division="reciprocal"),
     ],
+    "static": [
+        static_quantization(),
+        static_quantization("int8", lowest=-128.0),
+        static_quantization("float8_e5m2", "reciprocal"),
+        Quantization(64, layout="column_tma"),
+    ],
+    "inverse": [
+        Quantization(None, "int8", amax_floor=0.0, quotient="inverse"),
+        Quantization(128, quotient="inverse", scale_division="inverse"),
+        Quantization(
+            64, layout="column_tma", quotient="inverse", inverse="reciprocal", scale_division="inverse"
+        ),
+        Quantization(32, "float8_e5m2", scale_division="inverse", amax_ceiling=20.0),
+    ],
+    "static_inverse": [
+        static_quantization("int8", "inverse", limit=100.0),
+        static_quantization(quotient="inverse"),
+        Quantization(None, "int8"),
+        static_quantization(limit=240.0, lowest=-7.0),
+    ],
     "fnuz": [
         Quantization(128, "float8_e4m3fnuz"),
         Quantization(64, "float8_e4m3fnuz", limit=224.0, scale_division="reciprocal"),
@@ -132,6 +152,12 @@ SCHEME_CASES = [
     ("silu", "layouts", 3200),
     ("gelu", "rows", 384),
     ("gelu_tanh", "bounds", 640),
+    ("once", "static", 3200),
+    ("add", "static_inverse", 384),
+    ("plain_f32", "static", 640),
+    ("silu", "static", 18432),
+    ("twice", "inverse", 640),
+    ("plain_f32", "inverse", 384),
 ]
 
 
@@ -158,4 +184,6 @@ def integer_inputs(spec: RowSpec, rows: int, seed: int = 0) -> list[torch.Tensor
     if spec.weight_dtype:
         weight = torch.randn(spec.hidden, generator=generator) * 3
         inputs.append(weight.to(getattr(torch, spec.weight_dtype)))
+    for _ in range(spec.given_scales):
+        inputs.append(torch.rand(1, generator=generator) + 2.0**-5)
     return inputs

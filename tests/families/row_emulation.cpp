@@ -143,11 +143,39 @@ static void one_thread() {
 #if WEIGHT_DTYPE
   const u8 *weight = INPUT;
 #endif
+#if QUANTS > 0
+  IF_GIVEN(0, const u8 *scale0 = INPUT;)
+#endif
+#if QUANTS > 1
+  IF_GIVEN(1, const u8 *scale1 = INPUT;)
+#endif
+#if QUANTS > 2
+  IF_GIVEN(2, const u8 *scale2 = INPUT;)
+#endif
+#if QUANTS > 3
+  IF_GIVEN(3, const u8 *scale3 = INPUT;)
+#endif
 #if WRITES_SUM
   u8 *sum = OUTPUT;
 #endif
 #if WRITES_Y
   u8 *y = OUTPUT;
+#endif
+#if QUANTS > 0
+  u8 *q0 = OUTPUT;
+  IF_MADE(0, u8 *scale0 = OUTPUT;)
+#endif
+#if QUANTS > 1
+  u8 *q1 = OUTPUT;
+  IF_MADE(1, u8 *scale1 = OUTPUT;)
+#endif
+#if QUANTS > 2
+  u8 *q2 = OUTPUT;
+  IF_MADE(2, u8 *scale2 = OUTPUT;)
+#endif
+#if QUANTS > 3
+  u8 *q3 = OUTPUT;
+  IF_MADE(3, u8 *scale3 = OUTPUT;)
 #endif
   ENTRY(x
 #if ACT && !GATE_PACKED
@@ -159,13 +187,25 @@ static void one_thread() {
 #if WEIGHT_DTYPE
         , weight
 #endif
+#if QUANTS > 0
+        IF_GIVEN(0, , scale0)
+#endif
+#if QUANTS > 1
+        IF_GIVEN(1, , scale1)
+#endif
+#if QUANTS > 2
+        IF_GIVEN(2, , scale2)
+#endif
+#if QUANTS > 3
+        IF_GIVEN(3, , scale3)
+#endif
 #if WRITES_SUM
         , sum
 #endif
 #if WRITES_Y
         , y
 #endif
-#define QUANT(i) , (u8 *)next[2 * i], (u8 *)next[2 * i + 1]
+#define QUANT(i) , q##i IF_MADE(i, , scale##i)
 #if QUANTS > 0
         QUANT(0)
 #endif

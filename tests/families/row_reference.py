@@ -48,7 +48,10 @@ def reference(spec: RowSpec, tensors: Sequence[torch.Tensor]) -> list[torch.Tens
     if spec.writes_y:
         outputs.append(y.to(dtype))
     for quantization in spec.quantizations:
-        outputs += _quantized(y.float(), quantization)
+        if quantization.static:
+            outputs.append(_by_given_scale(y.float(), given.pop(0), quantization))
+        else:
+            outputs += _quantized(y.float(), quantization)
     return outputs
 
 
@@ -84,21 +87,38 @@ ACTIVATIONS = {
 }
 
 
+def _by_given_scale(y: torch.Tensor, scale: torch.Tensor, quantization: Quantization) -> torch.Tensor:
+    factor = scale if quantization.quotient == "inverse" else 1.0 / scale
+    q = y / scale if quantization.quotient == "true" else y * factor
+    q = q.clamp(quantization.least, quantization.qmax)
+    return _converted(q, quantization.dtype)
+
+
+def _converted(q: torch.Tensor, dtype: str) -> torch.Tensor:
+    return (q.nan_to_num(0.0).round() if dtype == "int8" else q).to(getattr(torch, dtype))
+
+
 def _quantized(y: torch.Tensor, quantization: Quantization) -> list[torch.Tensor]:
     rows, hidden = y.shape
     groups = y.unflatten(-1, (quantization.groups(hidden), hidden // quantization.groups(hidden)))
-    scale = _scale(groups.abs().amax(-1), quantization)
-    divisor = scale.unsqueeze(-1)
-    q = groups / divisor if quantization.quotient == "true" else groups * (1.0 / divisor)
+    amax = groups.abs().amax(-1).clamp(min=quantization.amax_floor, max=quantization.amax_ceiling)
+    scale = _scale(amax, quantization)
+    divisor, factor = scale.unsqueeze(-1), _inverse(amax, quantization).unsqueeze(-1)
+    ways = {"true": groups / divisor, "reciprocal": groups * (1.0 / divisor), "inverse": groups * factor}
+    q = ways[quantization.quotient]
     q = q.clamp(-quantization.qmax, quantization.qmax).reshape(rows, hidden)
-    if quantization.dtype == "int8":
-        q = q.nan_to_num(0.0).round()
-    return [q.to(getattr(torch, quantization.dtype)), _laid_out(scale, quantization.layout)]
+    return [_converted(q, quantization.dtype), _laid_out(scale, quantization.layout)]
+
+
+def _inverse(amax: torch.Tensor, quantization: Quantization) -> torch.Tensor:
+    qmax = torch.tensor(quantization.qmax, dtype=torch.float32)
+    return qmax / amax if quantization.inverse == "true" else qmax * (1.0 / amax)
 
 
 def _scale(amax: torch.Tensor, quantization: Quantization) -> torch.Tensor:
-    amax = amax.clamp(min=quantization.amax_floor, max=quantization.amax_ceiling)
     qmax = torch.tensor(quantization.qmax, dtype=torch.float32)
+    if quantization.scale_division == "inverse":
+        return 1.0 / _inverse(amax, quantization)
     scale = amax / qmax if quantization.scale_division == "true" else amax * (1.0 / qmax)
     scale = scale.clamp(min=quantization.scale_floor)
     if quantization.scale == "ue8m0":

@@ -72,7 +72,7 @@ def test_packed_scales(target: Target, launcher) -> None:
 
 
 @pytest.mark.parametrize("target", [CPU, SM90, GFX950], ids=lambda t: t.name)
-@pytest.mark.parametrize("schemes", ["layouts", "rows", "bounds"])
+@pytest.mark.parametrize("schemes", ["layouts", "rows", "bounds", "inverse"])
 def test_special_values_of_schemes(schemes: str, target: Target, launcher) -> None:
     case = scheme_case("plain", schemes, 128)
     finfo = torch.finfo(torch.bfloat16)
@@ -118,6 +118,21 @@ def test_quotients_of_float32(target: Target, launcher) -> None:
     x = torch.nextafter(x, torch.randint(-1, 2, x.shape, generator=generator) * torch.inf)
     x[:, :1] = amax
     assert_same(run(kernel, launcher(kernel), [x], rows), reference(case, [x]))
+
+
+@pytest.mark.parametrize("target", [CPU, SM90, GFX950], ids=lambda t: t.name)
+def test_given_scales_of_every_magnitude(target: Target, launcher) -> None:
+    """Floats of all bits by ordinary, tiny, huge, zero, negative and infinite scales, and by no number."""
+    case = spec(64, "float32", None, quants=SCHEMES["static"])
+    kernel = instance(case, target)
+    launch = launcher(kernel)
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randint(-(1 << 31), 1 << 31, (256, 64), generator=generator).to(torch.int32).view(torch.float32)
+    x = torch.cat([x, torch.randn(256, 64, generator=generator) * 30])
+    x[0, :4] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf])
+    for value in (0.037, 1.0, 2.0**-80, 1e-35, 3e-39, 1e35, 3e38, 0.0, -0.5, torch.inf, torch.nan):
+        inputs = [x, *[torch.tensor([value])] * 3]
+        assert_same(run(kernel, launch, inputs, len(x)), reference(case, inputs), value)
 
 
 def test_twofold_quotients_are_correctly_rounded() -> None:

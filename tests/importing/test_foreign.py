@@ -277,11 +277,6 @@ FUSED = {
 }
 
 
-def test_every_row_has_a_test() -> None:
-    tested = {name.split(" ")[0] for table in (NORMS, ADD_NORMS, GATES, QUANTS, FUSED) for name in table}
-    assert tested == {row.name for row in named_ops.NAMED_OPS}
-
-
 @pytest.mark.parametrize("name", NORMS)
 def test_a_norm_is_raised_to_its_contract(name: str) -> None:
     function, contract = NORMS[name]

@@ -171,13 +171,16 @@ SCHEMES = [
     Quantization(64, "int8", scale="ue8m0", limit=1.0, amax_floor=0.0),
     Quantization(32, scale="ue8m0", amax_floor=0.0, amax_ceiling=100.0, scale_division="reciprocal"),
     Quantization(32, scale="ue8m0", infinite=True),
+    Quantization(None, "int8", amax_floor=0.0, quotient="inverse"),
+    Quantization(64, quotient="inverse", inverse="reciprocal", scale_division="inverse"),
 ]
 
 
 def arguments(quantization: Quantization) -> dict[str, Any]:
     """What ``torch.ops.lowering.group_quant`` is called with for a scheme."""
     fields = dict(vars(quantization), scale_layout=quantization.layout)
-    del fields["layout"], fields["group"]
+    for name in ("layout", "group", "static", "lowest"):
+        del fields[name]
     fields["dtype"] = getattr(torch, quantization.dtype)
     return {"group_size": quantization.group or 0, **fields}
 
@@ -192,14 +195,17 @@ def quant_by_numpy(x: torch.Tensor, scheme: Quantization) -> tuple[np.ndarray, n
         amax = np.maximum(np.abs(blocks).max(-1), f32(scheme.amax_floor))
         if scheme.amax_ceiling is not None:
             amax = np.minimum(amax, f32(scheme.amax_ceiling))
-        scale = amax / qmax if scheme.scale_division == "true" else amax * f32(1 / scheme.qmax)
+        inverse = qmax / amax if scheme.inverse == "true" else f32(1) / amax * qmax
+        scales = {"true": amax / qmax, "reciprocal": amax * f32(1 / scheme.qmax), "inverse": f32(1) / inverse}
+        scale = scales[scheme.scale_division]
         scale = np.maximum(scale, f32(scheme.scale_floor))
         if scheme.scale == "ue8m0":
             scale = np.where(np.isnan(scale), scale, np.ldexp(f32(1), exponents(scale) - 127))
             if scheme.infinite:
                 scale = np.where(np.isinf(amax), amax, scale)
         divisor = scale[..., None]
-        values = blocks / divisor if scheme.quotient == "true" else blocks * (f32(1) / divisor)
+        factor = inverse[..., None] if scheme.quotient == "inverse" else f32(1) / divisor
+        values = blocks / divisor if scheme.quotient == "true" else blocks * factor
         values = np.clip(values, -qmax, qmax)
         if scheme.dtype == "int8":
             q = np.rint(np.nan_to_num(values)).astype(np.int8)
@@ -256,9 +262,9 @@ def test_defaults_are_a_public_contract():
     assert [(argument.name, argument.default_value) for argument in declared if argument.name != "dtype"] == [
         ("x", None), ("group_size", None), ("scale", "float32"), ("scale_layout", "row"),
         ("amax_floor", 1e-10), ("amax_ceiling", None), ("scale_floor", 0.0), ("scale_division", "true"),
-        ("quotient", "true"), ("limit", None), ("infinite", False),
+        ("quotient", "true"), ("limit", None), ("infinite", False), ("inverse", "true"),
     ]  # fmt: skip
-    assert declared[2].name == "dtype" and [a.kwarg_only for a in declared] == [False] * 2 + [True] * 10
+    assert declared[2].name == "dtype" and [a.kwarg_only for a in declared] == [False] * 2 + [True] * 11
     x = strange_values(torch.bfloat16)
     for got, expected in zip(
         LOW.group_quant(x, 64), LOW.group_quant(x, **arguments(Quantization(64))), strict=True
@@ -686,3 +692,21 @@ B, BS = Q[:1].expand(130, 256), torch.ones(2, 2)
 def test_errors_name_the_argument(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"scale": torch.ones(2)}, r"scale: expected one number for all of x, got \[2\]"),
+        ({"scale": torch.ones(1, dtype=torch.bfloat16)}, "scale: expected float32, got bfloat16"),
+        ({"x": torch.ones(3, dtype=torch.int32)}, "x: expected float32 or bfloat16"),
+        ({"dtype": torch.int16}, "dtype: int16 is not available"),
+        ({"quotient": "exact"}, "quotient: 'exact' is not available"),
+        ({"limit": 500.0}, "limit: expected a number above 0, at most the 448"),
+        ({"lowest": 1.0}, "lowest: expected a number below 0, at least the -448"),
+    ],
+)
+def test_static_quant_refuses_what_does_not_fit(given: dict[str, Any], words: str) -> None:
+    arguments = {"x": torch.ones(4, 32), "scale": torch.ones(1), **given}
+    with pytest.raises(ValueError, match=words):
+        LOW.static_quant(arguments.pop("x"), arguments.pop("scale"), **arguments)

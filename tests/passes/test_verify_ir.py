@@ -24,6 +24,7 @@ from patterns.contracts import (
     SelectionSpec,
     TopkSpec,
 )
+from patterns.packed_matmul import PackedMatmul, PackedSpec
 from patterns.torch_ir import TensorType
 
 X = TensorType((None, 256), "bfloat16")
@@ -35,6 +36,8 @@ EXPERTS, BIAS = TensorType((None, 64), "float32"), TensorType((64,), "float32")
 CHOSEN, IDS = TensorType((None, 8), "float32"), TensorType((None, 8), "int32")
 WEIGHT, BLOCKS = TensorType((128, 256), "float8_e4m3fn"), TensorType((1, 2), "float32")
 OUT = TensorType((None, 128), "bfloat16")
+BYTES = TensorType((128, 128), "uint8")
+GROUPS, ZEROS = TensorType((128, 2), "float16"), TensorType((128, 2), "uint8")
 ROUTING = GroupedTopk(8, 8, 4)
 
 # What is valid: name, what it carries, operands, results.
@@ -60,13 +63,19 @@ VALID = {
         [X, TensorType((128, 256), "bfloat16")],
         [OUT],
     ),
+    "vmfuse.packed_matmul": (PackedMatmul(4, zeros=True), [X, BYTES, GROUPS, ZEROS], [OUT]),
+    "vmfuse.packed": (
+        PackedSpec(128, 256, 128, 4, "bfloat16", "float16", zeros=True),
+        [X, BYTES, TensorType((2, 128), "float16"), TensorType((2, 128), "uint8")],
+        [OUT],
+    ),
     "vmfuse.selection": (
         SelectionSpec(64, 8, "float32", True, True),
         [EXPERTS],
         [CHOSEN, TensorType((None, 8), "int64")],
     ),
 }
-OF_KERNELS = {"vmfuse.row", "vmfuse.topk", "vmfuse.matmul", "vmfuse.linear", "vmfuse.selection"}
+OF_KERNELS = {f"vmfuse.{name}" for name in ("row", "topk", "matmul", "linear", "packed", "selection")}
 
 Made = tuple[object, list[TensorType], list[TensorType]]
 

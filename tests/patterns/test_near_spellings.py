@@ -109,7 +109,6 @@ QUANTIZATIONS: dict[str, SPELLING] = {
     "columns for rows": lambda x, y, w, z: quantized(x, lambda a: a.amax(0).unsqueeze(-1)),
     "max of columns": lambda x, y, w, z: quantized(x, lambda a: a.max(0, keepdim=True).values),
     "max, dropped": lambda x, y, w, z: quantized(x, lambda a: a.max(-1).values),
-    "both axes": lambda x, y, w, z: quantized(x, lambda a: a.amax((0, 1), keepdim=True)),
     "its transpose": lambda x, y, w, z: quantized(x, lambda a: by_row(a.T)),
     "dropped of three": lambda x, y, w, z: quantized(z[..., :8], lambda a: a.amax(-1)),
     "put in the middle": lambda x, y, w, z: quantized(z[..., :8], lambda a: a.amax(-1).unsqueeze(1)),

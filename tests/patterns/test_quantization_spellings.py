@@ -54,12 +54,25 @@ def per_token_cast_to_fp8(x: Tensor) -> Any:
     return (view * (1.0 / sf.unsqueeze(2))).to(FP8).view(m, n).contiguous(), sf
 
 
+def inverted(
+    x: Tensor, inverse: Callable[[Tensor], Tensor], scale: Callable[[Tensor, Tensor], Tensor]
+) -> Any:
+    """Values times qmax over the largest magnitude, and what is kept of it."""
+    blocks = x.reshape(*x.shape[:-1], -1, 128).float()
+    amax = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-10)
+    by = inverse(amax)
+    q = (blocks * by).clamp(-448.0, 448.0).to(FP8)
+    return q.reshape(x.shape), scale(amax, by)
+
+
 def power(log: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda a: log(torch.ceil(torch.log2(a / 448.0)))
 
 
 TRUE = Quantization(128)
 RECIPROCAL = Quantization(128, quotient="reciprocal")
+INVERSE = Quantization(128, quotient="inverse")
+TWICE = Quantization(128, quotient="inverse", inverse="reciprocal")
 INT8 = Quantization(128, dtype="int8")
 UE8M0 = Quantization(128, scale="ue8m0", amax_floor=1e-4)
 POWER = replace(UE8M0, infinite=True)
@@ -124,6 +137,26 @@ SPELLINGS: dict[str, tuple[Callable[[Tensor], Any], Quantization]] = {
     "unsqueezed": (
         lambda x: divided(x, amax=lambda g: g.abs().amax(-1), quotient=lambda g, s: g / s.unsqueeze(-1)),
         TRUE,
+    ),
+    "the scale turned over": (
+        lambda x: divided(x, scale=lambda a: 448.0 / a, quotient=lambda g, s: g * s),
+        TWICE,
+    ),
+    "an inverse, and the scale": (
+        lambda x: inverted(x, lambda a: torch.tensor(448.0) / a, lambda a, by: a / 448.0),
+        INVERSE,
+    ),
+    "an inverse, and 1 over it": (
+        lambda x: inverted(x, lambda a: torch.full((), 448.0) / a, lambda a, by: 1.0 / by),
+        replace(INVERSE, scale_division="inverse"),
+    ),
+    "an inverse in two steps": (
+        lambda x: inverted(x, lambda a: 448.0 / a, lambda a, by: torch.reciprocal(by).squeeze(-1)),
+        replace(TWICE, scale_division="inverse"),
+    ),
+    "an inverse, and a product": (
+        lambda x: inverted(x, lambda a: 448.0 * (1.0 / a), lambda a, by: a.squeeze(-1) * (1 / 448.0)),
+        replace(TWICE, scale_division="reciprocal"),
     ),
     "indexed with None": (
         lambda x: divided(x, amax=lambda g: g.abs().amax(-1)[..., None]),
@@ -343,10 +376,6 @@ NEAR_MISSES: dict[str, tuple[Callable[[Tensor], Any], str]] = {
         ),
         "taken over axes [1, 3]",
     ),
-    "one scale for the tensor": (
-        lambda x: divided(x, groups=lambda x: x.float(), amax=lambda g: g.abs().max()),
-        "one scale for the whole tensor",
-    ),
     "a constant scale": (
         lambda x: ((x.float() / 3.5).clamp(-448, 448).to(FP8), x),
         "not computed from the largest magnitude",
@@ -368,10 +397,6 @@ NEAR_MISSES: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "another tensor's scale": (
         lambda x: divided(x, amax=lambda g: (g * 2).abs().amax(-1, keepdim=True)),
         "the largest magnitude of another tensor",
-    ),
-    "the scale turned over": (
-        lambda x: divided(x, scale=lambda a: 448.0 / a, quotient=lambda g, s: g * s),
-        "its scale is not the largest magnitude over one constant",
     ),
 }
 

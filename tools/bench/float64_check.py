@@ -39,6 +39,9 @@ def problems(spec: RowSpec, tensors: Mapping[str, Tensor]) -> list[str]:
     if spec.writes_y and not _within(tensors["y"].double() - y, _BF16 * y.abs() + slack):
         found.append("y: further from float64 than rounding explains")
     for index, quantization in enumerate(spec.quantizations):
+        if quantization.static:
+            found += _static_problem(y, slack, tensors[f"q{index}"], tensors[f"scale{index}"], quantization)
+            continue
         scale = _logical(tensors[f"scale{index}"], quantization, spec, y.shape[0])
         if scale is None:
             found.append(f"scale{index}: pads that are not zero")
@@ -102,6 +105,19 @@ def _quantized_problem(
     if not _within(error, (relative + _BF16) * groups.abs() + 1.01 * absolute * step + slack):
         return "q", "further from y than rounding explains"
     return None
+
+
+def _static_problem(
+    y: Tensor, slack: Tensor, q: Tensor, given: Tensor, quantization: Quantization
+) -> list[str]:
+    """What is wrong with codes by a given scale: that they are not near y, as far as they reach."""
+    step = given.double() ** (-1 if quantization.quotient == "inverse" else 1)
+    wanted = y.clamp(quantization.least * step, quantization.qmax * step)
+    relative, absolute = _HALF_STEPS[quantization.dtype]
+    bound = (relative + _BF16) * y.abs() + 1.01 * absolute * step + slack
+    if _within(q.double() * step - wanted, bound):
+        return []
+    return [f"q: further from y by a scale of {float(given)} than rounding explains"]
 
 
 def _within(error: Tensor, bound: Tensor) -> bool:

@@ -3,6 +3,7 @@
     python -m tools.bench.gemm_gpu pack DIR --target h200   # where the compiler is; no GPU needed
     python -m tools.bench.gemm_gpu run DIR --json FILE      # where the GPU is: PyTorch and cuda-bindings
     python -m tools.bench.gemm_gpu run DIR --scales rows    # packed so too: a scale of each token and channel
+    python -m tools.bench.gemm_gpu run DIR --weights int4   # packed so too: see tools/bench/packed_gpu.py
     compute-sanitizer --tool memcheck python -m tools.bench.gemm_gpu check DIR   # there
 
 ``check`` compares what kernels of every dtype, layout and plan write over poisoned memory, with operands at
@@ -37,6 +38,7 @@ from lowering.families.matmul.family import instance
 from lowering.ops import to_physical
 from lowering.targets import resolve
 from patterns.contracts import MatmulSpec, ScaleLayout, ScaleRows, stored_rows
+from tools.bench import packed_gpu
 from tools.command_line import PackAndRun, add_target, write_json
 from tools.gpu.launch import CudaKernel, Launch, launch_of
 from tools.gpu.timing import copy_bandwidth, time_calls
@@ -103,7 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        return _COMMANDS[options.command](options)
+        commands = _COMMANDS if options.weights == "fp8" else _PACKED_COMMANDS
+        return commands[options.command](options)
     except (LoweringError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -117,6 +120,10 @@ def _parser() -> argparse.ArgumentParser:
     for command in (checking, line.pack, line.run):
         command.add_argument(
             "--scales", choices=("blocks", "rows"), default="blocks", help="of 128, or of rows"
+        )
+        command.add_argument("--weights", choices=("fp8", "int4", "int8"), default="fp8")
+        command.add_argument(
+            "--tiles", type=int, default=1, metavar="N", help="of packed weights: ways tried"
         )
     for command in (line.pack, line.run):
         command.add_argument("--shape", type=_shape, nargs="+", default=SHAPES, metavar="NxK")
@@ -182,6 +189,30 @@ def pack(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_packed(options: argparse.Namespace) -> int:
+    """Check and time the products with packed weights in DIR; print the table and write it."""
+    failed, bandwidth = packed_gpu.check(options), copy_bandwidth()
+    name = torch.cuda.get_device_name()
+    print(f"{name}, torch {torch.__version__}, copy {bandwidth / 1e9:.0f} GB/s; microseconds")
+    print(packed_gpu.HEADER)
+    table = []
+    for columns, depth in options.shape:
+        for rows in options.rows:
+            table.append(packed_gpu.measure(options, columns, depth, rows, bandwidth))
+            print(table[-1], flush=True)
+    _write(options, bandwidth, [item.to_dict() for item in table])
+    return failed or int(not all(item.right for item in table))
+
+
+def _write(options: argparse.Namespace, bandwidth: float, table: list[dict[str, object]]) -> None:
+    """Leave what was found, and where, in the file that is asked for."""
+    gpu, today = torch.cuda.get_device_name(), datetime.date.today().isoformat()
+    command = shlex.join(["python", "tools/bench/gemm_gpu.py", *sys.argv[1:]])
+    record = {"date": today, "gpu": gpu, "torch": torch.__version__, "command": command}
+    record |= {"copy_bandwidth": bandwidth, "peak": PEAK[resolve(options.target).arch], "table": table}
+    write_json(options.json, record)
+
+
 def run(options: argparse.Namespace) -> int:
     """Check and time everything in DIR; print the table and write it."""
     failed = check(options)
@@ -195,13 +226,8 @@ def run(options: argparse.Namespace) -> int:
         for rows in options.rows:
             table.append(measure(kernel, _object(options.directory, kernel), rows, bandwidth))
             print(table[-1], flush=True)
-    if options.json:
-        record = {"date": datetime.date.today().isoformat(), "gpu": name, "torch": torch.__version__}
-        record |= {"command": shlex.join(["python", "tools/bench/gemm_gpu.py", *sys.argv[1:]])}
-        record |= {"copy_bandwidth": bandwidth, "peak": PEAK[resolve(options.target).arch]}
-        extras = [{"ratio": item.ratio, "teraflops": item.teraflops} for item in table]
-        record["table"] = [{**asdict(item), **extra} for item, extra in zip(table, extras, strict=True)]
-        write_json(options.json, record)
+    extras = [{"ratio": item.ratio, "teraflops": item.teraflops} for item in table]
+    _write(options, bandwidth, [{**asdict(i), **extra} for i, extra in zip(table, extras, strict=True)])
     return failed or int(not all(item.right for item in table))
 
 
@@ -385,6 +411,7 @@ def _padded(scale: Tensor, multiple: int) -> Tensor:
 
 
 _COMMANDS = {"pack": pack, "check": check, "run": run}
+_PACKED_COMMANDS = {"pack": packed_gpu.pack, "check": packed_gpu.check, "run": run_packed}
 
 
 if __name__ == "__main__":

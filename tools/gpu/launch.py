@@ -25,7 +25,13 @@ from torch import Tensor
 from lowering.errors import RunError
 from lowering.families.instance import KernelInstance
 from lowering.families.instance import GridRule
-from lowering.ops import gated_activation_reference, group_quant_physical_reference, rms_norm_reference, split_gate_up
+from lowering.ops import (
+    gated_activation_reference,
+    group_quant_physical_reference,
+    rms_norm_reference,
+    split_gate_up,
+    static_quant_reference,
+)
 from patterns.contracts import GatedActivation, Quantization, RmsNorm, RowSpec, Window
 
 # What a launch may use of shared memory without asking the driver for more.
@@ -196,8 +202,11 @@ def reference(spec: RowSpec, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if spec.writes_y:
         written["y"] = y.to(getattr(torch, spec.dtype))
     for index, quantization in enumerate(spec.quantizations):
-        q, scale = group_quant_physical_reference(y, quantization)
-        written |= {f"q{index}": q, f"scale{index}": scale}
+        if quantization.static:
+            written[f"q{index}"] = static_quant_reference(y, inputs[f"scale{index}"], quantization)
+        else:
+            q, scale = group_quant_physical_reference(y, quantization)
+            written |= {f"q{index}": q, f"scale{index}": scale}
     return written
 
 
