@@ -1,7 +1,7 @@
 """Quantized layers, and the one call that puts them into a loaded model."""
 
 from .experts import QuantizedExperts
-from .layers import BlockScaledLinear, ScaledLinear, given_scale_quant, quantize_weight
+from .layers import BlockScaledLinear, ScaledLinear, quantize_weight
 from .quantizing import LM_HEAD, Quantization, quantization, quantize
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "Quantization",
     "QuantizedExperts",
     "ScaledLinear",
-    "given_scale_quant",
     "quantization",
     "quantize",
     "quantize_weight",
