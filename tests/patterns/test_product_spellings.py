@@ -177,13 +177,14 @@ WRITTEN = {
     "rounding": (lambda *t: wide(*t[:4]).bfloat16(), None),
     "bias of 16 bits, rounding": (lambda *t: (wide(*t[:4]) + t[4]).bfloat16(), BIAS16),
     "bias widened, rounding": (lambda *t: (wide(*t[:4]) + t[4].float()).bfloat16(), BIAS16),
+    "rounding, bias": (lambda *t: LOW.block_scaled_matmul(*t[:4], torch.bfloat16) + t[4], BIAS16),
     "bias first, rounding to float16": (lambda *t: (t[4] + wide(*t[:4])).half(), BIAS.half()),
 }
 # Other roundings, or values that somebody else needs.
 KEPT = {
-    "rounded before its bias": (
+    "rounded, a float32 bias": (
         lambda *t: LOW.block_scaled_matmul(*t[:4], torch.bfloat16) + t[4],
-        BIAS16,
+        BIAS,
         0,
     ),
     "a float32 bias, rounding": (lambda *t: (wide(*t[:4]) + t[4]).bfloat16(), BIAS, 1),
@@ -197,7 +198,7 @@ KEPT = {
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_what_is_rounded_once_is_one_product(name: str) -> None:
+def test_a_bias_and_its_roundings_are_one_product(name: str) -> None:
     function, bias = WRITTEN[name]
     args = OPERANDS if bias is None else (*OPERANDS, bias)
     (found,) = products(function, *args)
