@@ -3,7 +3,7 @@
 //   PLAIN undefined   8-bit floats with scales: the sum over the groups g of K of a_scale[m, g] *
 //                     b_scale[n / B_ROWS, g] times the product of group g.  The scales of a are [rows, GROUPS] or, in
 //                     columns, [GROUPS, rows or rows rounded up to 4].  WHOLE: K is one group, and the sum is scaled;
-//                     ONE_A: by one scale for all rows of a.
+//                     ONE_A: by one scale for all rows of a.  Integers of 8 bits with whole rows of them: sums are exact.
 //   PLAIN defined     floats of that dtype, without scales; K is one group
 //   BITS defined too  b is packed integers of so many bits, whose scales are part of what they stand for
 //
@@ -41,6 +41,7 @@
 #endif
 
 enum { ROW = 0, COLUMN_TMA = 1, COLUMN = 2 };
+#define INTEGERS (A_CODES == 3)  // INT8
 
 #define MIN2(a, b) ((a) < (b) ? (a) : (b))
 // Elements along K of a decoded tile.
@@ -59,7 +60,11 @@ enum { ROW = 0, COLUMN_TMA = 1, COLUMN = 2 };
 #endif
 #define GROUPED 0
 #else
+#if INTEGERS
+#include "int8.h"
+#else
 #include "float8.h"
+#endif
 #define GROUPED !WHOLE
 #endif
 
@@ -190,10 +195,30 @@ INLINE void decode_row(const Next *next, int i) {
   }
 }
 
+// sum + more * scale, or sum + more of integers.
+INLINE Floats added(Floats sum, Floats more, Floats scale) {
+#if INTEGERS
+  return add_integers(sum, more);
+#else
+  return add_product(sum, more, scale);
+#endif
+}
+
+INLINE float sum_of_lanes(Floats a) {
+#if INTEGERS
+  const Words words = bits_of(a);
+  u32 sum = 0;
+  for (int i = 0; i < LANES; ++i) sum += words[i];
+  return float_of(sum);
+#else
+  return lane_sum(a);
+#endif
+}
+
 // sums[v] += scale[v] * sum[v]
 INLINE void add_scaled(const Floats *sum, Eight scale, int width, Floats *sums) {
 #pragma GCC unroll 8
-  for (int v = 0; v < width; ++v) sums[v] = floats_of(once(bits_of(add_product(sums[v], sum[v], all(scale[v])))));
+  for (int v = 0; v < width; ++v) sums[v] = floats_of(once(bits_of(added(sums[v], sum[v], all(scale[v])))));
   in_order();
 }
 
@@ -291,6 +316,9 @@ INLINE void load_columns(const Product *p, i64 first, int columns, Columns *to) 
 
 // The results of vector v of row `row` from their sums.
 INLINE Floats finished(const Product *p, i64 row, Floats sums, const Columns *columns, int v) {
+#if INTEGERS
+  sums = __builtin_convertvector((Signed)sums, Floats);
+#endif
 #if WHOLE
   sums = sums * all(p->a_scale[ONE_A ? 0 : row]) * columns->scales[v];
 #endif
@@ -424,9 +452,9 @@ INLINE void one_row_batch(const Product *p, i64 row, i64 n, const Decoder *a_dec
     }
     const Floats scale = all(GROUPED ? *scale_of(p, row, group) * *b_scale_of(p, n < N ? n : N - 1, group) : 1.0f);
 #pragma GCC unroll 8
-    for (int i = 0; i < BATCH; ++i) sums[i] = add_product(sums[i], partial[i], scale);
+    for (int i = 0; i < BATCH; ++i) sums[i] = added(sums[i], partial[i], scale);
   }
-  for (int i = 0; i < BATCH; ++i) results[i] = lane_sum(sums[i]);
+  for (int i = 0; i < BATCH; ++i) results[i] = sum_of_lanes(sums[i]);
 #endif
 }
 

@@ -1,6 +1,7 @@
 // The scaled product on NVIDIA GPUs: out[m, n] = bias[n] + the sum over the blocks g of 128 codes along K of
 // a_scale[m, g] * b_scale[n / 128, g] times the product of block g of row m of a and row n of b.  WHOLE: the sum over
-// all of K is scaled instead, by a_scale[m] (ONE_A: by one scale for all m) and b_scale[n / B_ROWS].
+// all of K is scaled instead, by a_scale[m] (ONE_A: by one scale for all m) and b_scale[n / B_ROWS]; of INTEGERS, whose
+// sums are exact, it is that alone.
 //
 // Weights come in tiles of 128 rows x 128 codes, each contiguous and swizzled, so one bulk copy brings a tile that a
 // matrix product can read.
@@ -19,6 +20,7 @@
 // share); like all other macros that specialise this file it comes from lowering/families/matmul/cuda.py.
 
 #define THREADS 384
+#define INTEGERS (A_CODES == 3)
 #include "mma.h"
 
 #define BF16 1
@@ -91,8 +93,8 @@ template <int STAGES> struct Slot {
 
 template <class PLAN> using RingSlot = Slot<Ring<PLAN::TOKENS>::STAGES>;
 
-struct alignas(16) Four {
-  float x, y, z, w;
+template <typename T> struct alignas(16) Four {
+  T x, y, z, w;
 };
 
 struct Unit {
@@ -202,7 +204,7 @@ template <class PLAN> DEVICE void produce(const Product &p, const Team<PLAN> &te
 
 // partial = this thread's part of 64 rows times WIDTH columns, both of one block.
 #if HAS_WGMMA
-template <int WIDTH> DEVICE void begin_multiply(float *partial, const u8 *rows, const u8 *columns) {
+template <int WIDTH> DEVICE void begin_multiply(Sum *partial, const u8 *rows, const u8 *columns) {
   const u64 a = descriptor(rows), b = descriptor(columns);
   order_for_wgmma();
   wgmma_begin();
@@ -210,11 +212,11 @@ template <int WIDTH> DEVICE void begin_multiply(float *partial, const u8 *rows, 
   wgmma_commit();
 }
 // Until that is done; `after` more have begun.
-template <int WIDTH> DEVICE void end_multiply(float *partial, int after) { wgmma_wait<WIDTH / 2>(partial, after); }
+template <int WIDTH> DEVICE void end_multiply(Sum *partial, int after) { wgmma_wait<WIDTH / 2>(partial, after); }
 #else
 DEVICE const u8 *chunk_of(const u8 *tile, int row, int chunk) { return tile + row * BLOCK + (chunk ^ row % 8) * 16; }
 
-template <int WIDTH> DEVICE void begin_multiply(float *partial, const u8 *rows, const u8 *columns) {
+template <int WIDTH> DEVICE void begin_multiply(Sum *partial, const u8 *rows, const u8 *columns) {
   const int lane = thread() % WAVE, wave = thread() % CREW / WAVE;
   UNROLL for (int i = 0; i < WIDTH / 2; ++i) partial[i] = 0;
   UNROLL for (int k = 0; k < BLOCK / 16; k += 4) {
@@ -229,7 +231,7 @@ template <int WIDTH> DEVICE void begin_multiply(float *partial, const u8 *rows, 
     }
   }
 }
-template <int WIDTH> DEVICE void end_multiply(float *, int) {}
+template <int WIDTH> DEVICE void end_multiply(Sum *, int) {}
 #endif
 
 DEVICE float bias_at(const Product &p, int n) {
@@ -249,7 +251,7 @@ DEVICE void load_column_scales(const Product &p, int n, int count, float *scales
   const float *from = p.b_scale + n;
   if (B_ROWS == 1 && count == 8 && (u64)from % 16 == 0) {
     UNROLL for (int i = 0; i < 8; i += 4) {
-      const Four four = *(const Four *)(from + i);
+      const auto four = *(const Four<float> *)(from + i);
       scales[i] = four.x, scales[i + 1] = four.y, scales[i + 2] = four.z, scales[i + 3] = four.w;
     }
   } else {
@@ -287,15 +289,21 @@ DEVICE void store8(const Product &p, u64 token, int n, float *values) {
   }
 }
 
+DEVICE void store8(const Product &p, u64 token, int n, const int *sums) {
+  float values[8];
+  UNROLL for (int i = 0; i < 8; ++i) values[i] = sums[i];
+  store8(p, token, n, values);
+}
+
 // The sums of PASS tokens and 64 columns from those of `unit` on, through shared memory, since neighbours in a row of the
 // result lie in different lanes.  A team that split K meets before it reads each other's, and again before these may be
 // overwritten.
 template <class PLAN>
 DEVICE void finish(const Product &p, const Team<PLAN> &team, const Ring<PLAN::TOKENS> &ring, Unit unit, u32 parity,
-                   const float *sums) {
+                   const Sum *sums) {
   constexpr int PASS = Ring<PLAN::TOKENS>::PASS, SPLIT = PLAN::SPLIT;
   const u32 half = thread() / CREW - 1, lane = thread() % WAVE, wave = thread() % CREW / WAVE;
-  float *mine = ring.sums(half);
+  Sum *mine = (Sum *)ring.sums(half);
   if constexpr (SPLIT > 1) wait(ring.read(half), parity ^ 1);
   else group_barrier(1 + half);
   UNROLL for (int i = 0; i < PASS / 2; ++i) {
@@ -311,11 +319,11 @@ DEVICE void finish(const Product &p, const Team<PLAN> &team, const Ring<PLAN::TO
   ROLLED for (u32 item = thread() % CREW * SPLIT + rank; item < PASS * HALF / 8; item += CREW * SPLIT) {
     const int token = item / 8, n = item % 8 * 8, column = unit.column + n;
     if (unit.token + token >= p.rows || column >= N) continue;
-    float values[8] = {};
+    Sum values[8] = {};
     for (int r = 0; r < SPLIT; ++r) {
-      const float *from = SPLIT > 1 ? at_rank(mine, team.base + r) : mine;
+      const Sum *from = SPLIT > 1 ? at_rank(mine, team.base + r) : mine;
       UNROLL for (int i = 0; i < 8; i += 4) {
-        const Four four = *(const Four *)(from + token * PITCH + n + i);
+        const auto four = *(const Four<Sum> *)(from + token * PITCH + n + i);
         values[i] += four.x, values[i + 1] += four.y, values[i + 2] += four.z, values[i + 3] += four.w;
       }
     }
@@ -339,7 +347,7 @@ template <class PLAN> DEVICE void release(Barrier *empty, const Team<PLAN> &team
 }
 
 template <int TOKENS>
-DEVICE void begin_block(const Ring<TOKENS> &ring, Slot<Ring<TOKENS>::STAGES> slot, float *partial) {
+DEVICE void begin_block(const Ring<TOKENS> &ring, Slot<Ring<TOKENS>::STAGES> slot, Sum *partial) {
   const u32 rows = (thread() / CREW - 1) * HALF * BLOCK;
   const u8 *weights = ring.weights(slot.stage), *tokens = ring.tokens(slot.stage);
   wait(ring.full(slot.stage), slot.parity);
@@ -361,23 +369,32 @@ template <int TOKENS> DEVICE void load_scales(const float *scales, float *scale)
   }
 }
 
+// partial * scale + sum; of integers, which have no scales of blocks, partial + sum.
+DEVICE Sum added(Sum partial, float scale, Sum sum) {
+#if INTEGERS
+  return partial + sum;
+#else
+  return fma(partial, scale, sum);
+#endif
+}
+
 // Scale what a block sums up to and add it; `after` blocks more are being multiplied.
 template <class PLAN>
-DEVICE void end_block(const Team<PLAN> &team, const Ring<PLAN::TOKENS> &ring, u32 stage, int after, float *partial,
-                      float *sums) {
+DEVICE void end_block(const Team<PLAN> &team, const Ring<PLAN::TOKENS> &ring, u32 stage, int after, Sum *partial,
+                      Sum *sums) {
   constexpr int TOKENS = PLAN::TOKENS, WIDTH = Ring<TOKENS>::WIDTH;
   float scale[Ring<TOKENS>::MANY ? 2 : TOKENS / 4];
   load_scales<TOKENS>(ring.scales(stage), scale);
   end_multiply<WIDTH>(partial, after);
   release(ring.empty(stage), team);
   UNROLL for (int i = 0; i < WIDTH / 2; ++i)
-    sums[i] = fma(partial[i], scale[Ring<TOKENS>::MANY ? i / 2 % 2 : i / 4 * 2 + i % 2], sums[i]);
+    sums[i] = added(partial[i], scale[Ring<TOKENS>::MANY ? i / 2 % 2 : i / 4 * 2 + i % 2], sums[i]);
 }
 
 // The next COUNT blocks; all are multiplied while the first is scaled.
 template <int COUNT, class PLAN>
-DEVICE void add_blocks(const Team<PLAN> &team, const Ring<PLAN::TOKENS> &ring, RingSlot<PLAN> &slot, float *sums) {
-  float partial[COUNT][Ring<PLAN::TOKENS>::WIDTH / 2];
+DEVICE void add_blocks(const Team<PLAN> &team, const Ring<PLAN::TOKENS> &ring, RingSlot<PLAN> &slot, Sum *sums) {
+  Sum partial[COUNT][Ring<PLAN::TOKENS>::WIDTH / 2];
   u32 stage[COUNT];
   UNROLL for (int i = 0; i < COUNT; ++i, slot.next()) {
     stage[i] = slot.stage;
@@ -389,8 +406,8 @@ DEVICE void add_blocks(const Team<PLAN> &team, const Ring<PLAN::TOKENS> &ring, R
 #if HAS_WGMMA
 // Begin the block after, and scale and add this one in between, once it is multiplied.
 template <class PLAN>
-DEVICE void add_and_begin(const Team<PLAN> &team, const Ring<PLAN::TOKENS> &ring, RingSlot<PLAN> &slot, float *partial,
-                          float *next, float *sums) {
+DEVICE void add_and_begin(const Team<PLAN> &team, const Ring<PLAN::TOKENS> &ring, RingSlot<PLAN> &slot, Sum *partial,
+                          Sum *next, Sum *sums) {
   const u32 rows = (thread() / CREW - 1) * HALF * BLOCK, stage = slot.stage;
   float scale[2];
   load_scales<PLAN::TOKENS>(ring.scales(stage), scale);
@@ -403,7 +420,7 @@ DEVICE void add_and_begin(const Team<PLAN> &team, const Ring<PLAN::TOKENS> &ring
   wgmma_begin();
   UNROLL for (int k = 0; k < BLOCK / 32; ++k) {
     wgmma<BLOCK>(next, a + 2 * k, b + 2 * k, k > 0);
-    UNROLL for (int i = 16 * k; i < 16 * (k + 1); ++i) sums[i] = kept(fma(partial[i], scale[i / 2 % 2], sums[i]));
+    UNROLL for (int i = 16 * k; i < 16 * (k + 1); ++i) sums[i] = kept(added(partial[i], scale[i / 2 % 2], sums[i]));
   }
   wgmma_commit();
 }
@@ -411,8 +428,8 @@ DEVICE void add_and_begin(const Team<PLAN> &team, const Ring<PLAN::TOKENS> &ring
 // `count` blocks, each added while the next is multiplied.
 template <class PLAN>
 DEVICE void add_overlapped(const Team<PLAN> &team, const Ring<PLAN::TOKENS> &ring, int count, RingSlot<PLAN> &slot,
-                           float *sums) {
-  float even[BLOCK / 2], odd[BLOCK / 2];
+                           Sum *sums) {
+  Sum even[BLOCK / 2], odd[BLOCK / 2];
   begin_block(ring, slot, even);
   ROLLED for (; count > 2; count -= 2) {
     add_and_begin(team, ring, slot, even, odd, sums);
@@ -435,7 +452,7 @@ template <class PLAN> DEVICE void consume(const Product &p, const Team<PLAN> &te
   RingSlot<PLAN> slot;
   u32 parity = 0;  // of the meetings of a team
   ROLLED for (int index = team.first; index < team.units; index += team.step) {
-    float sums[Ring<TOKENS>::WIDTH / 2] = {};
+    Sum sums[Ring<TOKENS>::WIDTH / 2] = {};
     int left = team.last_block() - team.first_block();
 #if HAS_WGMMA
     if constexpr (Ring<TOKENS>::MANY) add_overlapped(team, ring, left, slot, sums), left = 0;

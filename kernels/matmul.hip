@@ -1,7 +1,8 @@
 // The scaled product on AMD GPUs of the CDNA line, wave64: out[m, n] = the sum over the blocks g of 128 along K
 // of a_scale[m, g] * b_scale[n / 128, g] times the product of block g of row m of a and row n of b (+ bias[n]);
 // a [rows, K] of 8-bit floats, b as shuffle_weight(w, (16, 16)) lays it out.  WHOLE: the sum over all of K is scaled
-// instead, by a_scale[m] (ONE_A: by one scale for all m) and b_scale[n / B_ROWS].
+// instead, by a_scale[m] (ONE_A: by one scale for all m) and b_scale[n / B_ROWS]; of INTEGERS, whose sums are exact, it is
+// that alone.
 //
 //   few rows    a wave multiplies up to 64 rows by FEW_COLUMNS columns and takes every WAVES-th block of K; both
 //               operands come from global memory in the very registers they are multiplied in; the waves' sums meet
@@ -25,6 +26,12 @@ typedef float f2 __attribute__((ext_vector_type(2)));
 typedef float f4 __attribute__((ext_vector_type(4)));
 typedef int i4 __attribute__((ext_vector_type(4)));
 typedef int i8 __attribute__((ext_vector_type(8)));
+#define INTEGERS (A_CODES == 3)
+#if INTEGERS
+typedef i4 Sums;
+#else
+typedef f4 Sums;
+#endif
 typedef u32 u2 __attribute__((ext_vector_type(2)));
 typedef u32 u4 __attribute__((ext_vector_type(4)));
 typedef u32 loose_u2 __attribute__((ext_vector_type(2), aligned(1)));
@@ -140,15 +147,24 @@ DEVICE u32 load_b_scale(const Operands &from, u32 tile, u32 block) {
 }
 
 // The products of a block: sums[i] belongs to row `place()` of a and row 4 * quarter() + i of b.
-DEVICE f4 multiply(const Fragment &b, const Fragment &a) {
-  const f4 zero = {0, 0, 0, 0};
-#ifdef __gfx950__
+DEVICE Sums multiply(const Fragment &b, const Fragment &a) {
+  const Sums zero = {0, 0, 0, 0};
+#if INTEGERS && defined(__gfx950__)
+  Sums sums = zero;
+  UNROLL for (u32 i = 0; i < 2; ++i)
+    sums = __builtin_amdgcn_mfma_i32_16x16x64_i8((i4)b.half[i], (i4)a.half[i], sums, 0, 0, 0);
+  return sums;
+#elif defined(__gfx950__)
   return __builtin_amdgcn_mfma_scale_f32_16x16x128_f8f6f4(words(b), words(a), zero, 0, 0, 0, 0, 0, 0);
 #else
   typedef long i64x4 __attribute__((ext_vector_type(4)));
   const i64x4 x = __builtin_bit_cast(i64x4, words(b)), y = __builtin_bit_cast(i64x4, words(a));
-  f4 sums = zero;
+  Sums sums = zero;
+#if INTEGERS
+  UNROLL for (u32 i = 0; i < 4; ++i) sums = __builtin_amdgcn_mfma_i32_16x16x32_i8(x[i], y[i], sums, 0, 0, 0);
+#else
   UNROLL for (u32 i = 0; i < 4; ++i) sums = __builtin_amdgcn_mfma_f32_16x16x32_fp8_fp8(x[i], y[i], sums, 0, 0, 0);
+#endif
   return sums;
 #endif
 }
@@ -163,8 +179,12 @@ DEVICE f2 pair_of(float scale) {
 
 // Done where it is written: not put off until the sums are stored, and before the loads that follow, which take the
 // registers of the operands.
-DEVICE f4 add_scaled(f4 sums, f4 products, f2 scale) {
-  f4 more = __builtin_elementwise_fma(products, __builtin_shufflevector(scale, scale, 0, 1, 0, 1), sums);
+DEVICE Sums add_scaled(Sums sums, Sums products, f2 scale) {
+#if INTEGERS  // they have no scales of blocks, but for the 0 of one that does not count
+  Sums more = sums + (scale.x == 0 ? Sums{0, 0, 0, 0} : products);
+#else
+  Sums more = __builtin_elementwise_fma(products, __builtin_shufflevector(scale, scale, 0, 1, 0, 1), sums);
+#endif
   __asm__ volatile("" : "+v"(more));
   return more;
 }
@@ -198,7 +218,8 @@ DEVICE void store_one(u8 *to, u32 index, float x) {
 }
 
 // 4 neighbours of a row; those beyond the last column are dropped.
-DEVICE void store(const Product &p, u32 row, u32 column, f4 sums) {
+DEVICE void store(const Product &p, u32 row, u32 column, Sums exact) {
+  f4 sums = __builtin_convertvector(exact, f4);
   constexpr u32 BYTES = OUT_DTYPE == F32 ? 4 : 2;
   if (row >= p.rows || column >= N) return;
   if constexpr (WHOLE) {
@@ -239,10 +260,10 @@ template <u32 TILES> DEVICE Part<TILES> load_part(const Operands &from, u32 bloc
 
 // TILES * 16 rows from `first` on by FEW_COLUMNS columns from tile `tile` of b on.  RING blocks of a wave are on their
 // way at once.
-template <u32 TILES, u32 RING> DEVICE void few_rows(const Product &p, u32 first, u32 tile, f4 *lds) {
+template <u32 TILES, u32 RING> DEVICE void few_rows(const Product &p, u32 first, u32 tile, Sums *lds) {
   constexpr u32 COUNT = (BLOCKS + WAVES - 1) / WAVES;
   const Operands from = operands(p, first, tile);
-  f4 sums[TILES][FEW_WIDTH] = {};
+  Sums sums[TILES][FEW_WIDTH] = {};
   Part<TILES> parts[RING];
   // Where a wave has one block less, the last one counts nothing.
   const auto block_of = [](u32 i) { return least(i * WAVES + wave(), BLOCKS - 1); };
@@ -262,7 +283,7 @@ template <u32 TILES, u32 RING> DEVICE void few_rows(const Product &p, u32 first,
     lds[(wave() * EACH + i) * WAVE + lane()] = sums[i / FEW_WIDTH][i % FEW_WIDTH];
   barrier();
   for (u32 i = wave(); i < EACH; i += WAVES) {
-    f4 total = lds[i * WAVE + lane()];
+    Sums total = lds[i * WAVE + lane()];
     UNROLL for (u32 w = 1; w < WAVES; ++w) total += lds[(w * EACH + i) * WAVE + lane()];
     store(p, first + i / FEW_WIDTH * SIDE + place(), (tile + i % FEW_WIDTH) * SIDE + quarter() * 4, total);
   }
@@ -316,9 +337,9 @@ DEVICE Fragment get_a(const Stage &stage, u32 t) {
 
 // sums += the products of a block in LDS and b.  Step by step: while a tile of rows is multiplied, the one before it is
 // scaled and the one after it comes from LDS.
-DEVICE void multiply_stage(const Stage &stage, const Fragment *b, u32 column_block, f4 (*sums)[WAVE_TILES]) {
+DEVICE void multiply_stage(const Stage &stage, const Fragment *b, u32 column_block, Sums (*sums)[WAVE_TILES]) {
   Fragment a[2] = {get_a(stage, 0)};
-  f4 products[2][WAVE_TILES];
+  Sums products[2][WAVE_TILES];
   UNROLL for (u32 t = 0; t <= ROW_TILES; ++t) {
     if (t + 1 < ROW_TILES) a[(t + 1) % 2] = get_a(stage, t + 1);
     if (t < ROW_TILES)
@@ -338,7 +359,7 @@ DEVICE void many_rows(const Product &p, u32 first, u32 tile, Stage *stages) {
   constexpr u32 RING = 4;
   const Operands from = operands(p, first, tile);
   const u32 mine = wave() * WAVE_TILES, column_block = mine / (BLOCK / SIDE);
-  f4 sums[ROW_TILES][WAVE_TILES] = {};
+  Sums sums[ROW_TILES][WAVE_TILES] = {};
   Fragment b[RING][WAVE_TILES];
   const auto send_for_b = [&](u32 block, u32 slot) {
     UNROLL for (u32 n = 0; n < WAVE_TILES; ++n) b[slot][n] = load_b(from, mine + n, block);
@@ -367,7 +388,7 @@ DEVICE void many_rows(const Product &p, u32 first, u32 tile, Stage *stages) {
 DEVICE void product(const Product &p) {
   union Lds {
     Stage stages[2];
-    f4 sums[WAVES * FEW_TILES * FEW_WIDTH * WAVE];
+    Sums sums[WAVES * FEW_TILES * FEW_WIDTH * WAVE];
   };
   SHARED Lds lds;
   const bool few = p.rows <= FEW_ROWS;

@@ -43,9 +43,17 @@ DEVICE u8 *shared_memory() {
 DEVICE u32 address_of(const void *shared) { return (u32)__cvta_generic_to_shared(shared); }
 
 DEVICE u32 as_bits(float value) { return __float_as_uint(value); }
+// What products of 8-bit codes are summed up in.
+#if INTEGERS
+typedef int Sum;
+#define SUM "+r"
+#else
+typedef float Sum;
+#define SUM "+f"
+#endif
 // In its place among what is volatile.
-DEVICE float kept(float a) {
-  asm volatile("" : "+f"(a));
+DEVICE Sum kept(Sum a) {
+  asm volatile("" : SUM(a));
   return a;
 }
 DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
@@ -147,10 +155,10 @@ DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.alig
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // The same place in the shared memory of another workgroup of the cluster.
-DEVICE const float *at_rank(const float *shared, u32 rank) {
+template <typename T> DEVICE const T *at_rank(const T *shared, u32 rank) {
   u64 there;
   asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(shared), "r"(rank));
-  return (const float *)there;
+  return (const T *)there;
 }
 #define ARRIVE_AT_RANK(order)                                                                                       \
   asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;"                                          \
@@ -220,19 +228,26 @@ DEVICE u64 descriptor(const u8 *tile) {
 #define NUMBERS32 NUMBERS16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define NUMBERS64 NUMBERS32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47," \
                             " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define RESULTS4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define RESULTS4(i) SUM(d[i]), SUM(d[i + 1]), SUM(d[i + 2]), SUM(d[i + 3])
 #define RESULTS8(i) RESULTS4(i), RESULTS4(i + 4)
 #define RESULTS16(i) RESULTS8(i), RESULTS8(i + 8)
 #define RESULTS32(i) RESULTS16(i), RESULTS16(i + 16)
 #define RESULTS64(i) RESULTS32(i), RESULTS32(i + 32)
+#if INTEGERS
+#define TYPES "s32.s8.s8"
+#define SIGNS
+#else
+#define TYPES "f32.e4m3.e4m3"
+#define SIGNS ", 1, 1"
+#endif
 #define WGMMA(columns, count, a_at, b_at, adds_at)                                                                  \
   asm volatile("{.reg .pred p; setp.ne.b32 p, %" #adds_at ", 0;"                                                    \
-               " wgmma.mma_async.sync.aligned.m64n" #columns "k32.f32.e4m3.e4m3 {" NUMBERS##count "},"              \
-               " %" #a_at ", %" #b_at ", p, 1, 1;}"                                                                 \
+               " wgmma.mma_async.sync.aligned.m64n" #columns "k32." TYPES " {" NUMBERS##count "},"                  \
+               " %" #a_at ", %" #b_at ", p" SIGNS ";}"                                                              \
                : RESULTS##count(0) : "l"(a), "l"(b), "r"((u32)adds))
 
 // d = a b^T, or d + a b^T where it adds: 64 rows of a, COLUMNS of b, 32 codes along K.
-template <int COLUMNS> DEVICE void wgmma(float *d, u64 a, u64 b, bool adds) {
+template <int COLUMNS> DEVICE void wgmma(Sum *d, u64 a, u64 b, bool adds) {
   if constexpr (COLUMNS == 8) WGMMA(8, 4, 4, 5, 6);
   else if constexpr (COLUMNS == 16) WGMMA(16, 8, 8, 9, 10);
   else if constexpr (COLUMNS == 32) WGMMA(32, 16, 16, 17, 18);
@@ -242,12 +257,12 @@ template <int COLUMNS> DEVICE void wgmma(float *d, u64 a, u64 b, bool adds) {
 DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Until all are done that were committed but for the last `after`, at most 3; d, of COUNT, is theirs.
-template <int COUNT> DEVICE void wgmma_wait(float *d, int after) {
+template <int COUNT> DEVICE void wgmma_wait(Sum *d, int after) {
   if (after == 0) asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
   else if (after == 1) asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
   else if (after == 2) asm volatile("wgmma.wait_group.sync.aligned 2;" ::: "memory");
   else asm volatile("wgmma.wait_group.sync.aligned 3;" ::: "memory");
-  UNROLL for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
+  UNROLL for (int i = 0; i < COUNT; ++i) asm volatile("" : SUM(d[i])::"memory");
 }
 #else
 // Four matrices of 8 rows of 16 bytes: lane l gives row l%8 of matrix l/8, and gets of each the 4 bytes l%4 of row l/4.
@@ -256,10 +271,15 @@ DEVICE void load_matrices(const u8 *row, u32 *words) {
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "r"(address_of(row)) : "memory");
 }
 // d += a b^T: 16 rows of a, 8 of b, 32 codes along K.  a: rows 0-7 and 8-15 of the first 16 codes, then of the others.
-DEVICE void multiply_add(float *d, const u32 *a, const u32 *b) {
-  asm volatile("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9},"
+#if INTEGERS
+#define TYPES "s32.s8.s8.s32"
+#else
+#define TYPES "f32.e4m3.e4m3.f32"
+#endif
+DEVICE void multiply_add(Sum *d, const u32 *a, const u32 *b) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col." TYPES " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9},"
                " {%0, %1, %2, %3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : SUM(d[0]), SUM(d[1]), SUM(d[2]), SUM(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 #endif

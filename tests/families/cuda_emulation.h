@@ -48,10 +48,15 @@ template <typename T> static T *there(T *shared, u32 rank) {
   return (T *)(memories + (u64)rank * SHARED + address_of(shared));
 }
 
-DEVICE const float *at_rank(const float *shared, u32 rank) { return there(shared, rank); }
+template <typename T> DEVICE const T *at_rank(const T *shared, u32 rank) { return there(shared, rank); }
 
 DEVICE u32 as_bits(float value) { u32 bits; memcpy(&bits, &value, 4); return bits; }
-DEVICE float kept(float a) { return a; }
+#if INTEGERS
+typedef int Sum;
+#else
+typedef float Sum;
+#endif
+DEVICE Sum kept(Sum a) { return a; }
 DEVICE float fma_of(float a, float b, float c) { return std::fmaf(a, b, c); }
 #define fma fma_of
 

@@ -3,6 +3,7 @@
 // ways to multiply.  Copies happen late and in an order of chance, as far as the machine may do that too, and shared
 // memory starts as NaN, so what is read too early shows.
 #define EMULATED_THREADS 384
+#define INTEGERS (A_CODES == 3)
 #include "cuda_emulation.h"
 
 #include <deque>
@@ -105,9 +106,10 @@ DEVICE void store16(u8 *to, const u32 *words) {
 template <int COUNT> DEVICE void give_registers() {}
 template <int COUNT> DEVICE void take_registers() {}
 
-// -- products of e4m3fn ------------------------------------------------------------------------------------------------
+// -- products of codes ------------------------------------------------------------------------------------------------
 
 static float value_of(u8 code) {
+  if (INTEGERS) return (int8_t)code;
   const int exponent = code >> 3 & 15, mantissa = code & 7;
   if ((code & 127) == 127) return NAN;
   const float magnitude = exponent ? std::ldexp(8 + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
@@ -126,20 +128,20 @@ static float element(u64 start, u32 row, u32 k) {
   return values[shared_memory()[address ^ (address >> 7 & 7) << 4]];
 }
 // A descriptor counts in units of 16 bytes.
-template <int COLUMNS> DEVICE void wgmma(float *d, u64 a, u64 b, bool adds) {
+template <int COLUMNS> DEVICE void wgmma(Sum *d, u64 a, u64 b, bool adds) {
   const u64 a_steps = a % 1024, b_steps = b % 1024;
   const u64 a_start = a - a_steps + 16 * a_steps, b_start = b - b_steps + 16 * b_steps;
   const u32 lane = thread() % WAVE, wave = thread() % 128 / WAVE;
   for (int i = 0; i < COLUMNS / 2; ++i) {
     const u32 row = 16 * wave + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-    float sum = adds ? d[i] : 0;
+    Sum sum = adds ? d[i] : 0;
     for (u32 k = 0; k < 32; ++k) sum += element(a_start, row, k) * element(b_start, column, k);
     d[i] = sum;
   }
 }
 DEVICE void wgmma_begin() {}
 DEVICE void wgmma_commit() {}
-template <int COUNT> DEVICE void wgmma_wait(float *, int) {}
+template <int COUNT> DEVICE void wgmma_wait(Sum *, int) {}
 #else
 static std::vector<u32> registers;  // eight of each thread, for the others to read
 static u32 *registers_of(u32 lane) { return &registers[(current_thread / WAVE * WAVE + lane) * 8]; }
@@ -154,7 +156,7 @@ DEVICE void load_matrices(const u8 *row, u32 *words) {
 }
 static float code_at(const u32 *words, u32 which, u32 k) { return values[words[which] >> 8 * (k % 4) & 255]; }
 
-DEVICE void multiply_add(float *d, const u32 *a, const u32 *b) {
+DEVICE void multiply_add(Sum *d, const u32 *a, const u32 *b) {
   const u32 lane = thread() % WAVE;
   memcpy(registers_of(lane), a, 16), memcpy(registers_of(lane) + 4, b, 8);
   wave_barrier();

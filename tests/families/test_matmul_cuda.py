@@ -43,7 +43,7 @@ SCALE_LAYOUTS: tuple[ScaleLayout, ...] = ("row", "column", "column_tma")
 
 
 def spec(columns: int, depth: int, dtype: str = "bfloat16", **fields) -> MatmulSpec:
-    codes, group = "float8_e4m3fn", fields.pop("group", 128)
+    codes, group = fields.pop("codes", "float8_e4m3fn"), fields.pop("group", 128)
     return MatmulSpec(columns, depth, group, codes, codes, dtype, b_layout="swizzled_128", **fields)
 
 
@@ -121,6 +121,18 @@ CASES: dict[str, tuple[MatmulSpec, Plans, int, tuple[int, ...]]] = {
         1,
         (5, 33),
     ),
+    "integers": (
+        per_channel(204, 640, bias=True, codes="int8"),
+        (Plan(8, 8, 2), Plan(16, 16, 5), Plan(ANY_ROWS, 32, share=2)),
+        1,
+        (5, 9, 33),
+    ),
+    "many_integers": (
+        per_channel(140, 256, "float16", codes="int8", a_scales="one"),
+        (Plan(ANY_ROWS, 128),),
+        1,
+        (140,),
+    ),
     "many_per_channel": (per_channel(300, 256, "float16"), (Plan(ANY_ROWS, 128),), 1, (140,)),
     "per_tensor": (
         per_channel(131, 256, "float32", a_scales="one", b_scales="one"),
@@ -136,7 +148,7 @@ WAYS = [
     (name, wgmma)
     for name, (case, *_) in CASES.items()
     for wgmma in (True, False)
-    if wgmma or case.b_scales == "blocks"
+    if wgmma or case.b_scales == "blocks" or name == "integers"
 ]
 
 
@@ -275,8 +287,9 @@ def test_tuning_keeps_a_plan_until_another_is_clearly_faster() -> None:
         ),
         (
             dataclasses.replace(spec(128, 128), a_dtype="float8_e4m3fnuz", b_dtype="float8_e4m3fnuz"),
-            "multiplies float8_e4m3fn, not float8_e4m3fnuz and float8_e4m3fnuz",
+            "multiplies float8_e4m3fn or int8, not float8_e4m3fnuz and float8_e4m3fnuz",
         ),
+        (spec(128, 256, codes="int8"), "int8 with whole scales of up to 131071 codes"),
         (spec(128, 192), "rows of whole 128 elements, not of 192"),
         (spec(128, 128, a_scale_layout="ue8m0_packed"), "reads a_scale in"),
     ],

@@ -34,7 +34,7 @@ Multiply = Callable[..., torch.Tensor]
 
 
 def spec(columns: int, depth: int, dtype: str = "bfloat16", target: Target = GFX950, **fields) -> MatmulSpec:
-    codes = CODES[target.name]
+    codes = fields.pop("codes", CODES[target.name])
     fields = {"group": BLOCK, "b_layout": "shuffled_16x16", "a_scale_layout": "column", **fields}
     return MatmulSpec(columns, depth, a_dtype=codes, b_dtype=codes, dtype=dtype, **fields)
 
@@ -168,6 +168,17 @@ def test_many_rows(name: str, multiply: Multiply) -> None:
         check(case, target, MANY, rows, multiply, shift)
 
 
+@pytest.mark.parametrize("target", [GFX950, GFX942], ids=lambda t: t.name)
+@pytest.mark.parametrize("tile", [None, MANY], ids=["few", "many"])
+def test_integers(target: Target, tile: ProductTile | None, multiply: Multiply) -> None:
+    """Exact sums, as eager PyTorch has them, and one rounding of each scale and of the result."""
+    whole = {"group": 640, "b_scales": "rows", "a_scale_layout": "row", "codes": "int8"}
+    case = spec(150, 640, "float32", target, bias=True, **whole)
+    for shift, rows in enumerate((1, 21, 67)):
+        tensors = operands(case, rows, seed=rows)
+        assert_product(case, multiply(instance(case, target, tile), tensors, shift), tensors)
+
+
 def test_other_tiles(multiply: Multiply) -> None:
     """Two blocks of columns, each with scales of its own, and fewer rows."""
     check(spec(400, 256), GFX950, ProductTile(0, rows=64, columns=256), 70, multiply)
@@ -294,8 +305,8 @@ def test_what_is_executed(rows: int, tile: ProductTile | None) -> None:
             GFX950,
             "knows groups of 128 and rows of whole ones, not 64",
         ),
-        (spec(64, 128, target=GFX942), GFX950, "multiplies float8_e4m3fn, not float8_e4m3fnuz and"),
-        (spec(64, 128), GFX942, "multiplies float8_e4m3fnuz, not float8_e4m3fn and"),
+        (spec(64, 128, target=GFX942), GFX950, "multiplies float8_e4m3fn or int8, not float8_e4m3fnuz and"),
+        (spec(64, 128), GFX942, "multiplies float8_e4m3fnuz or int8, not float8_e4m3fn and"),
         (spec(64, 128, b_layout="row"), GFX950, "of gfx950 reads b in shuffled_16x16, not row"),
     ],
 )

@@ -28,7 +28,7 @@ class ProductTile:
 
 DEPTH_MULTIPLE = 64  # of what is decoded along K at once, for every dtype and vector width
 
-MATMUL_C = {"matmul.c": ("cpu.h", "vectors.h", "lanes.h", "float8.h", "plain.h")}
+MATMUL_C = {"matmul.c": ("cpu.h", "vectors.h", "lanes.h", "float8.h", "int8.h", "plain.h")}
 
 # From so many workgroups for each worker on, IREE's task system hands out as many at a time.
 _AT_ONCE = 8

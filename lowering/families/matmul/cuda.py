@@ -90,9 +90,9 @@ def _why_unsupported(spec: MatmulSpec, target: Target) -> str | None:
         return (
             f"The product kernel of {target.name} knows groups of {_BLOCK} and rows of whole ones, not {of}."
         )
-    if {spec.a_dtype, spec.b_dtype} != {"float8_e4m3fn"}:
+    if {spec.a_dtype, spec.b_dtype} not in ({"float8_e4m3fn"}, {"int8"}):
         dtypes = f"{spec.a_dtype} and {spec.b_dtype}"
-        return f"The product kernel of {target.name} multiplies float8_e4m3fn, not {dtypes}."
+        return f"The product kernel of {target.name} multiplies float8_e4m3fn or int8, not {dtypes}."
     return None
 
 

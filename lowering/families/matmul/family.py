@@ -28,6 +28,7 @@ _VARIANTS: dict[Backend, Variant] = {
     "cuda": matmul_cuda.VARIANT,
     "hip": matmul_hip.VARIANT,
 }
+_MOST_INTEGERS = (2**31 - 1) // 128**2  # products of int8 that an int32 holds the sum of
 _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
@@ -43,9 +44,13 @@ def why_unsupported(spec: MatmulSpec, target: Target) -> str | None:
 
 
 def _why_not_types(spec: MatmulSpec) -> str | None:
-    for name, dtype in (("a", spec.a_dtype), ("b", spec.b_dtype)):
-        if dtype not in FLOAT8_CODES:
-            return f"The product kernel takes {name} of {' or '.join(FLOAT8_CODES)}, not {dtype}."
+    if spec.a_dtype == spec.b_dtype == "int8":
+        if not spec.whole or spec.depth > _MOST_INTEGERS:
+            return f"The product kernel takes int8 with whole scales of up to {_MOST_INTEGERS} codes."
+    else:
+        for name, dtype in (("a", spec.a_dtype), ("b", spec.b_dtype)):
+            if dtype not in FLOAT8_CODES:
+                return f"The product kernel takes {name} of {' or '.join(FLOAT8_CODES)}, not {dtype}."
     if spec.dtype not in DTYPE_CODES:
         return f"The product kernel writes {', '.join(DTYPE_CODES)}, not {spec.dtype}."
     if spec.columns < 1:

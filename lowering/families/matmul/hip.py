@@ -49,9 +49,9 @@ def _why_unsupported(spec: MatmulSpec, target: Target) -> str | None:
         return (
             f"The product kernel of {target.name} knows groups of {_BLOCK} and rows of whole ones, not {of}."
         )
-    if {spec.a_dtype, spec.b_dtype} != {codes}:
+    if {spec.a_dtype, spec.b_dtype} not in ({codes}, {"int8"}):
         given = f"{spec.a_dtype} and {spec.b_dtype}"
-        return f"The product kernel of {target.name} multiplies {codes}, not {given}."
+        return f"The product kernel of {target.name} multiplies {codes} or int8, not {given}."
     return None
 
 

@@ -14,7 +14,8 @@ from ...targets import Target
 from ..instance import GridRule
 
 DTYPE_CODES = {"bfloat16": 1, "float16": 2, "float32": 3}
-FLOAT8_CODES = {"float8_e4m3fn": 0, "float8_e4m3fnuz": 1}
+CODE_KINDS = {"float8_e4m3fn": 0, "float8_e4m3fnuz": 1, "int8": 3}
+FLOAT8_CODES = tuple(name for name in CODE_KINDS if name.startswith("float8"))
 SCALE_LAYOUT_CODES: dict[ScaleLayout, int] = {"row": 0, "column_tma": 1, "column": 2}
 
 
@@ -55,8 +56,8 @@ def common_defines(spec: MatmulSpec) -> dict[str, int]:
         "N": spec.columns,
         "K": spec.depth,
         "GROUP": spec.group,
-        "A_CODES": FLOAT8_CODES[spec.a_dtype],
-        "B_CODES": FLOAT8_CODES[spec.b_dtype],
+        "A_CODES": CODE_KINDS[spec.a_dtype],
+        "B_CODES": CODE_KINDS[spec.b_dtype],
         "OUT_DTYPE": DTYPE_CODES[spec.dtype],
         "HAS_BIAS": int(spec.bias),
         "A_SCALE_LAYOUT": SCALE_LAYOUT_CODES[spec.a_scale_layout],
