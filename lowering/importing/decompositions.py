@@ -16,6 +16,8 @@ from torch._decomp import get_decompositions
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.utils._pytree import tree_map
 
+from . import indexed, pictures
+
 _ATEN = torch.ops.aten
 Number = int | float | bool
 
@@ -30,6 +32,12 @@ _BROKEN_UP = (
     _ATEN.upsample_bilinear2d,
     _ATEN.upsample_trilinear3d,
     _ATEN.upsample_bicubic2d,
+    _ATEN._adaptive_avg_pool2d,
+    _ATEN.addmv,
+    _ATEN.dist,
+    _ATEN.narrow_copy,
+    _ATEN.permute_copy,
+    _ATEN.view_copy,
 )
 
 
@@ -112,33 +120,6 @@ def _histc(x: Tensor, bins: int = 100, min: Number = 0, max: Number = 0) -> Tens
     return ((place.unsqueeze(-1) == parts) & inside.unsqueeze(-1)).sum(0).to(x.dtype)
 
 
-def _searchsorted(
-    ordered: Tensor,
-    values: Tensor | Number,
-    *,
-    out_int32: bool = False,
-    right: bool = False,
-    side: str | None = None,
-    sorter: Tensor | None = None,
-) -> Tensor:
-    """Count the elements that a value stands behind, of an ordered row, which each row of values may have."""
-    if not isinstance(values, Tensor):
-        values = torch.full((), values, dtype=ordered.dtype, device=ordered.device)
-    if sorter is not None:
-        ordered = ordered.gather(-1, sorter)
-    if ordered.dim() > 1:
-        ordered = ordered.unsqueeze(-2)
-    values = values.unsqueeze(-1)
-    behind = ordered > values if right or side == "right" else ordered >= values
-    return behind.logical_not().sum(-1, dtype=torch.int32 if out_int32 else torch.int64)
-
-
-def _bucketize(
-    values: Tensor | Number, ordered: Tensor, *, out_int32: bool = False, right: bool = False
-) -> Tensor:
-    return _searchsorted(ordered, values, out_int32=out_int32, right=right)
-
-
 def _with_tensor(op: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Number], Tensor]:
     """``op`` of a tensor and a number, which takes the tensor's dtype."""
     return lambda x, number: op(
@@ -154,46 +135,6 @@ def _mul(x: Tensor, y: Tensor | Number) -> Tensor:
         return NotImplemented
     factor = y.unsqueeze(-1) if isinstance(y, Tensor) else y
     return torch.view_as_complex((torch.view_as_real(x) * factor).contiguous())
-
-
-def _index(x: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
-    """Elements of a complex tensor: both parts of each."""
-    if not x.is_complex():
-        return NotImplemented
-    return torch.view_as_complex(_ATEN.index.Tensor(torch.view_as_real(x), indices).contiguous())
-
-
-def _index_put(
-    x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False
-) -> Tensor:
-    """Put the values, in order, where a mask is set; one value everywhere, if they have no such axis."""
-    mask = indices[0] if len(indices) == 1 else None
-    if mask is None or mask.dtype != torch.bool:
-        return NotImplemented
-    rest = x.dim() - mask.dim()
-    if values.dim() > rest and not guard_or_false(values.shape[0] == 1):
-        place = mask.flatten().to(torch.int64).cumsum(0).sub(1).clamp(min=0)
-        values = values[place].reshape(*mask.shape, *values.shape[1:])
-    elif values.dim() > rest:
-        values = values[0]
-    put = x + values if accumulate else values
-    return torch.where(mask.reshape(*mask.shape, *[1] * rest), put, x)
-
-
-def _index_fill(x: Tensor, dim: int, index: Tensor, value: Tensor | Number) -> Tensor:
-    """As an ``index_put``: PyTorch's own form asks for the strides of ``x``."""
-    if not x.dim():
-        return _index_fill(x.reshape(1), 0, index, value).reshape(())
-    filled = value if isinstance(value, Tensor) else torch.full((), value, device=x.device)
-    before = (None,) * (dim % x.dim())
-    return _ATEN.index_put.default(x, (*before, index.reshape(-1)), filled.to(x.dtype))
-
-
-def _masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
-    """Put the elements of ``source``, in their order, where a mask is set."""
-    x, mask = torch.broadcast_tensors(x, mask)
-    place = mask.flatten().to(torch.int64).cumsum(0).sub(1).clamp(min=0)
-    return torch.where(mask, source.flatten()[place].reshape(mask.shape), x)
 
 
 def _pad(x: Tensor, pad: Sequence[int], value: Number = 0) -> Tensor:
@@ -222,17 +163,6 @@ def _std(
         return NotImplemented
     variance = _ATEN.var.correction(x.double(), dim, correction=correction, keepdim=keepdim)
     return variance.sqrt().to(x.dtype)
-
-
-# PyTorch's own form.
-_ADDED = get_decompositions([_ATEN.index_add])[_ATEN.index_add.default]
-
-
-def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: Number = 1) -> Tensor:
-    """An update of 16 bits with multiples, of which PyTorch rounds the sum alone."""
-    if alpha == 1 or x.dtype not in (torch.bfloat16, torch.float16):
-        return _ADDED(x, dim, index, source, alpha=alpha)
-    return _ADDED(x.float(), dim, index, source.float() * alpha).to(x.dtype)
 
 
 def _running(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -291,6 +221,75 @@ def _place_of(op: Callable[..., Any]) -> Callable[..., Tensor]:
     return place
 
 
+def _signbit(x: Tensor) -> Tensor:
+    """Tell where the sign is set, of a zero and of a NaN too."""
+    if not x.is_floating_point():
+        return x < 0
+    as_integer = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[x.dtype.itemsize]
+    return x.view(as_integer) < 0
+
+
+def _copysign(x: Tensor, y: Tensor) -> Tensor:
+    """The magnitude of ``x`` with the sign of ``y``."""
+    dtype = torch.result_type(x, y)
+    dtype = dtype if dtype.is_floating_point else torch.get_default_dtype()
+    magnitude = x.to(dtype).abs()
+    return torch.where(_signbit(y), -magnitude, magnitude)
+
+
+def _angle(x: Tensor) -> Tensor:
+    """Zero or pi, of a real number."""
+    if x.is_complex() or not x.is_floating_point():
+        return NotImplemented
+    made = torch.where(x < 0, torch.full_like(x, math.pi), torch.zeros_like(x))
+    return torch.where(x.isnan(), x, made)
+
+
+def _median(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    """The lower of the two in the middle, or a NaN if there is one, and where it is."""
+    if not x.dim():
+        return x.clone(), torch.zeros((), dtype=torch.int64, device=x.device)
+    found = _ATEN.kthvalue.default(x, (x.shape[dim] + 1) // 2, dim, keepdim)
+    if not x.is_floating_point():
+        return found
+    largest, first = x.max(dim, keepdim)  # a NaN, if there is one
+    return torch.where(largest.isnan(), largest, found[0]), torch.where(largest.isnan(), first, found[1])
+
+
+def _median_of_numbers(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    """The lower of the two in the middle of those that are no NaN, and where it is."""
+    if not x.is_floating_point() or not x.dim():
+        return _median(x, dim, keepdim)
+    ordered, places = x.sort(dim)  # NaN behind all others
+    middle = ((~x.isnan()).sum(dim, keepdim=True) - 1).clamp(min=0) // 2
+    value, place = ordered.gather(dim, middle), places.gather(dim, middle)
+    return (value, place) if keepdim else (value.squeeze(dim), place.squeeze(dim))
+
+
+def _of_all(op: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Tensor], Tensor]:
+    """The value that ``op`` gives of all elements in a row."""
+    return lambda x: op(x.reshape(-1), 0)[0]
+
+
+def _logcumsumexp(x: Tensor, dim: int) -> Tensor:
+    """A logarithm of a sum for each number of elements: one running sum would overflow."""
+    if x.is_complex():
+        return NotImplemented
+    if not x.dim():
+        return x.clone()
+    x = x.movedim(dim, -1)
+    size = x.shape[-1]
+    so_far = torch.ones(size, size, dtype=torch.bool, device=x.device).tril()
+    made = torch.where(so_far, x.unsqueeze(-2), float("-inf")).logsumexp(-1)
+    return made.movedim(-1, dim)
+
+
+def _hypot(x: Tensor, y: Tensor) -> Tensor:
+    """The root of two squares, which may be too large for the type that it is of."""
+    dtype = torch.result_type(x, y)
+    return (x.double().square() + y.double().square()).sqrt().to(dtype)
+
+
 def _larger(x: Tensor, y: Tensor) -> Tensor:
     """The larger element, a number where the other is NaN."""
     return torch.where(torch.isnan(y), x, torch.where(torch.isnan(x), y, torch.maximum(x, y)))
@@ -318,26 +317,24 @@ _WITH_NUMBER = {
 
 _OF_AN_AXIS = (
     *(_ATEN.amax.default, _ATEN.amin.default, _ATEN.max.dim, _ATEN.min.dim, _ATEN.any.dim),
-    *(_ATEN.prod.dim_int, _ATEN.var.correction, _ATEN._softmax.default, _ATEN._log_softmax.default),
+    *(
+        _ATEN.view.dtype,
+        _ATEN.prod.dim_int,
+        _ATEN.var.correction,
+        _ATEN._softmax.default,
+        _ATEN._log_softmax.default,
+    ),
 )
 
 _RULES: dict[Any, Callable[..., Any]] = {
+    **indexed.RULES,
+    **pictures.RULES,
     _ATEN.histc.default: _histc,
-    _ATEN.searchsorted.Tensor: _searchsorted,
-    _ATEN.searchsorted.Scalar: _searchsorted,
-    _ATEN.bucketize.Tensor: _bucketize,
-    _ATEN.bucketize.Scalar: _bucketize,
     _ATEN.empty_permuted.default: _empty_permuted,
     _ATEN._grouped_mm.default: _grouped_product,
     _ATEN._scaled_mm.default: _scaled_product,
     _ATEN.mul.Tensor: _mul,
     _ATEN.mul.Scalar: _mul,
-    _ATEN.index.Tensor: _index,
-    _ATEN.index_put.default: _index_put,
-    _ATEN.index_add.default: _index_add,
-    _ATEN.index_fill.int_Scalar: _index_fill,
-    _ATEN.index_fill.int_Tensor: _index_fill,
-    _ATEN.masked_scatter.default: _masked_scatter,
     _ATEN.constant_pad_nd.default: _pad,
     _ATEN.abs.default: _abs,
     _ATEN.std.correction: _std,
@@ -345,6 +342,16 @@ _RULES: dict[Any, Callable[..., Any]] = {
     _ATEN.argmax.default: _place_of(_ATEN.max.dim),
     _ATEN.argmin.default: _place_of(_ATEN.min.dim),
     **{op: _of_a_vector(op) for op in _OF_AN_AXIS},
+    _ATEN.signbit.default: _signbit,
+    _ATEN.copysign.Tensor: _copysign,
+    _ATEN.copysign.Scalar: _with_tensor(_copysign),
+    _ATEN.angle.default: _angle,
+    _ATEN.median.dim: _median,
+    _ATEN.median.default: _of_all(_median),
+    _ATEN.nanmedian.dim: _median_of_numbers,
+    _ATEN.nanmedian.default: _of_all(_median_of_numbers),
+    _ATEN.logcumsumexp.default: _logcumsumexp,
+    _ATEN.hypot.default: _hypot,
     _ATEN.fmax.default: _larger,
     _ATEN.fmin.default: _smaller,
     **{getattr(_ATEN, name).Tensor: op for name, op in _SHIFTS_AND_BITS.items()},

@@ -12,6 +12,7 @@ import torch
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
 
 from ..errors import CompileError
 from .parameters import is_storable
@@ -29,6 +30,7 @@ _ADVICE = (
         "model so that the cache's tensors are arguments and results",
     ),
 )
+_NO_TYPE = (torch.uint16, torch.uint32, torch.uint64)
 _INSTEAD = {
     "cond": "compute both branches and choose with torch.where",
     "scan": "write the loop in Python, which unrolls it, or as torch.while_loop",
@@ -136,6 +138,21 @@ def check(exported: torch.export.ExportedProgram, importable: Callable[[str], bo
                 instead = _INSTEAD.get(name, "write it with plain operations")
                 raise CompileError(f"{model_line(node)}torch's {name} cannot be compiled: {instead}")
     _check_inputs(exported)
+    _check_types(exported)
+
+
+def _check_types(exported: torch.export.ExportedProgram) -> None:
+    """Refuse tensors that the torch dialect has no type for."""
+    for node in exported.graph.nodes:
+        for value in pytree.tree_leaves(node.meta.get("val")):
+            if not isinstance(value, torch.Tensor):
+                continue
+            what = value.dtype if value.dtype in _NO_TYPE else value.layout
+            if what is not torch.strided:
+                raise CompileError(
+                    f"{model_line(node)}{node.target} makes a tensor of {what}, which cannot be compiled; "
+                    "compute with a dense tensor of another dtype"
+                )
 
 
 def _check_effects(exported: torch.export.ExportedProgram) -> None:

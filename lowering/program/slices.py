@@ -101,6 +101,8 @@ def _places_in_source(cut: ir.Operation, places: Sequence[ir.Value]) -> list[ir.
 def _places_in_collapsed(view: ir.Operation, places: Sequence[ir.Value]) -> list[ir.Value]:
     """Find where an element of joined axes is along each of them."""
     sizes, found = tensors.sizes(view.operands[0]), []
+    if not places:  # a number, of axes of one element each
+        return [tensors.index(0)] * len(sizes)
     for axes, place in zip(_groups(view), places, strict=True):
         inner, rest = [], place
         for axis in reversed(axes[1:]):

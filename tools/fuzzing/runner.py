@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
-import selectors
-import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from tools.child import Child, Silence
 
 from .graph import Graph
 
@@ -54,8 +50,7 @@ class Workers:
 
     def __init__(self, target: str = "cpu", seconds: float = 120.0) -> None:
         self.target, self.seconds = target, seconds
-        self._process: subprocess.Popen[str] | None = None
-        self._said: IO[str] | None = None  # by the process, on its error stream
+        self._child = Child(_WORKER)
 
     def judge(self, graphs: Sequence[Graph]) -> Outcome:
         """The outcome of the module of all ``graphs``."""
@@ -67,62 +62,20 @@ class Workers:
 
     def graph(self, seed: int, special: bool) -> Graph:
         """The graph of ``seed``."""
-        found = self._ask({"seeds": [seed], "special": special, "generate": True}, _GENERATING)
-        if isinstance(found, Outcome):
+        found = self._child.ask({"seeds": [seed], "special": special, "generate": True}, _GENERATING)
+        if isinstance(found, Silence):
             raise RuntimeError(f"the graph of seed {seed} cannot be made: {found.why}")
         return Graph.from_dict(found["graphs"][0])
 
     def close(self) -> None:
         """Stop the worker."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+        self._child.close()
 
     def _outcome(self, job: dict[str, Any]) -> Outcome:
-        found = self._ask(job, self.seconds)
-        if isinstance(found, Outcome):
-            return found
+        found = self._child.ask(job, self.seconds)
+        if isinstance(found, Silence):
+            return Outcome(found.verdict, found.why)
         if found["memory"] > _MEMORY:
             self.close()
         verdict, why = found["verdict"]
         return Outcome(verdict, why, tuple(found["about"]), found["settled"])
-
-    def _ask(self, job: dict[str, Any], seconds: float) -> dict[str, Any] | Outcome:
-        process = self._running()
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            process.stdin.write(json.dumps(job) + "\n")
-            process.stdin.flush()
-            with selectors.DefaultSelector() as selector:
-                selector.register(process.stdout, selectors.EVENT_READ)
-                if not selector.select(seconds):
-                    self.close()
-                    return Outcome("hang", f"no answer in {seconds:.0f} s")
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if line:
-            return json.loads(line)
-        code = process.wait()
-        self._process = None
-        said = self._last_words()
-        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return Outcome("crash", f"{name} {said[:300]}")
-
-    def _last_words(self) -> str:
-        assert self._said is not None
-        self._said.seek(0)
-        return " ".join(self._said.read().strip().splitlines()[-1:])
-
-    def _running(self) -> subprocess.Popen[str]:
-        if self._process is None:
-            self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115
-            self._process = subprocess.Popen(
-                [sys.executable, str(_WORKER)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._said,
-                text=True,
-            )
-        return self._process
