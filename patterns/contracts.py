@@ -228,7 +228,8 @@ class Window:
 class RowSpec:
     """One fused site: what a kernel reads, computes and writes for each row of [T, hidden].
 
-    The producer of y is ``norm``, ``gate`` or, with neither, x itself.
+    The producer of y is ``norm``, ``gate`` or, with neither, x itself.  With both y = act(gate) * norm(x),
+    where the gate is the second input.
     Reads x (gate and up in one tensor [T, 2*hidden] if the gate is packed), then up if it is not, then
     residual if the norm has one, then weight (``weight_dtype`` not None), then the scale of every
     quantization that is static.  With a window an input's rows are part of those of a wider tensor, which is

@@ -30,7 +30,7 @@ _SECONDS = 300.0  # for one operation on one target
 # They give other numbers each time, or memory that nobody has written.
 _RANDOM = re.compile(
     r"rand|normal|dropout|bernoulli|multinomial|uniform|cauchy|exponential$|geometric|rrelu|fractional_max"
-    r"|empty|resize|jiterator|lowrank"
+    r"|empty|resize|jiterator|lowrank|multi_head_attention_forward"
 )
 Found = dict[str, Any]
 

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 import lowering
 
 SAMPLES = 4  # of an operation and dtype; the first ones are the ordinary uses
+_STEP = 2.0**-20  # of the largest element: sums in another order
 _LOOKED_AT = 40  # until there are so many that are not empty
 
 # The order of equal elements is not defined, and among few bfloat16 numbers many are equal.
@@ -62,7 +63,7 @@ class Samples(torch.nn.Module):
 
 
 def samples_of(name: str, dtype: torch.dtype) -> list[Sample]:
-    """Those that eager PyTorch runs and that have a tensor among their arguments and results."""
+    """Those that eager PyTorch runs, twice alike, with a tensor among their arguments and results."""
     info = _operations()[name]
     torch.manual_seed(0)
     found: list[Sample] = []
@@ -71,10 +72,11 @@ def samples_of(name: str, dtype: torch.dtype) -> list[Sample]:
         leaves = [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         sample = Sample(name, info.op, leaves, tree)
         try:
-            results = sample.call([t.clone() for t in sample.tensors])
+            results, again = (sample.call([t.clone() for t in sample.tensors]) for _ in range(2))
         except Exception:  # whatever eager PyTorch raises: it has no kernel for this sample
             continue
-        if sample.tensors and sum(result.numel() for result in results):
+        is_random = not all(map(_equal, results, again))
+        if sample.tensors and sum(result.numel() for result in results) and not is_random:
             found.append(sample)
         if len(found) == SAMPLES:
             break
@@ -160,6 +162,11 @@ def _compared(ours: torch.Tensor, eager: torch.Tensor) -> tuple[str, str]:
         return "exact", ""
     try:
         torch.testing.assert_close(ours, eager, equal_nan=True)
+        return "close", ""
+    except AssertionError:  # of an element that comes of larger ones
+        largest = eager.abs().nan_to_num(0, 0, 0).max().item() if eager.dtype == torch.float32 else 0.0
+    try:
+        torch.testing.assert_close(ours, eager, equal_nan=True, rtol=1.3e-6, atol=max(1e-5, largest * _STEP))
     except AssertionError as error:
         return "differs", " ".join(str(error).split())
     return "close", ""
