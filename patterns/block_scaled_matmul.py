@@ -185,7 +185,7 @@ class RoundedProduct:
             if bias is None:
                 return None
         product = _ROWS[torch_ir.op_name(source)].recognise(source) if _is_product(source) else None
-        if source is None or product is None or len(product.operands) != 4 or _read_besides(op, source):
+        if source is None or product is None or len(product.operands) != 4 or read_besides(op, source):
             return None
         operands = [*product.operands, bias] if bias is not None else product.operands
         return Raised(product.op, product.contract, operands, [op.result])
@@ -207,7 +207,7 @@ class BiasedProduct:
             if torch_ir.op_name(source) not in _ROWS or torch_ir.tensor_type(source.results[0]) != out:
                 continue
             product = _ROWS[torch_ir.op_name(source)].recognise(source)
-            if product is None or len(product.operands) != 4 or _read_besides(op, source):
+            if product is None or len(product.operands) != 4 or read_besides(op, source):
                 continue
             assert isinstance(product.contract, BlockScaledMatmul)
             contract = replace(product.contract, bias_rounding="twice")
@@ -233,7 +233,7 @@ def _biased(add: ir.Operation, dtype: str) -> tuple[ir.Operation | None, ir.Valu
     return None, None
 
 
-def _read_besides(end: ir.Operation, product: ir.Operation) -> bool:
+def read_besides(end: ir.Operation, product: ir.Operation) -> bool:
     """Tell whether something reads a value between ``product`` and ``end``, which would be computed twice."""
     op = product
     while op != end:

@@ -163,6 +163,32 @@ def test_packed_scales_are_another_operation() -> None:
         lowering.compile(Calls(deep_gemm), packed)
 
 
+# -- torch._int_mm, scaled -----------------------------------------------------------------------------
+
+INT_A, INT_W = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((32, 128), (48, 128)))
+TOKENS, CHANNELS = torch.rand(32, 1), torch.rand(48)
+INTEGERS = {
+    "float32": (lambda a, w, s, c: torch._int_mm(a, w.t()) * s * c, 1),
+    "bfloat16": (lambda a, w, s, c: (c.view(1, -1) * (s * torch._int_mm(a, w.t()))).bfloat16(), 1),
+    "channels first": (lambda a, w, s, c: torch._int_mm(a, w.t()) * c * s, 0),
+    "rounded in between": (lambda a, w, s, c: (torch._int_mm(a, w.t()) * s).half() * c, 0),
+    "read too": (lambda a, w, s, c: ((y := torch._int_mm(a, w.t())) * s * c, y), 0),
+    "an odd sum": (lambda a, w, s, c: torch._int_mm(a, w.t()) * s[0] * c, 0),
+}
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_a_scaled_product_of_integers(name: str) -> None:
+    """Equal to eager PyTorch bit for bit, by the kernel where the order of the scales is the kernel's."""
+    function, count = INTEGERS[name]
+    args = (INT_A, INT_W, TOKENS, CHANNELS)
+    compiled = lowering.compile(Calls(function), args)
+    assert [launch.kernel.source for launch in compiled.dispatched.launches] == ["matmul.c"] * count
+    found, expected = lowering.load(compiled.vmfb)(*args), function(*args)
+    for a, b in zip(*(v if isinstance(v, tuple) else (v,) for v in (found, expected)), strict=True):
+        assert torch.equal(a, b)
+
+
 # -- a bias and a rounding behind the product ---------------------------------------------------------
 
 
