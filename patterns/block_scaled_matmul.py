@@ -78,6 +78,12 @@ class NamedProduct(NamedOp):
             return None
         return Raised(canonical.BLOCK_SCALED_MATMUL, BlockScaledMatmul(layout), operands, list(op.results))
 
+    def why_not(self, op: ir.Operation) -> str | None:
+        if self.recognise(op) is not None:
+            return None
+        blocks = f", of the blocks that its {self.block} says" if self.block else ""
+        return f"it takes 8-bit codes with float32 scales that divide their rows{blocks}; these are others"
+
     def _fits(self, operands: list[ir.Value], values: dict[str, object]) -> bool:
         """Tell whether the operands are a product's, and its block the one that their shapes give."""
         a, b, a_scale, b_scale = (torch_ir.tensor_type(value) for value in operands[:4])
