@@ -322,6 +322,11 @@ INLINE Floats finished(const Product *p, i64 row, Floats sums, const Columns *co
 #if WHOLE
   sums = sums * all(p->a_scale[ONE_A ? 0 : row]) * columns->scales[v];
 #endif
+#if BIAS_TWICE && OUT_DTYPE == BF16
+  sums = floats_of(bf16_of(sums, 1) & 0xffff0000u);
+#elif BIAS_TWICE && OUT_DTYPE == F16
+  sums = f16_to_floats(f16_of(sums));
+#endif
   return HAS_BIAS ? sums + columns->biases[v] : sums;
 }
 

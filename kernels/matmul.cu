@@ -271,6 +271,11 @@ DEVICE void store8(const Product &p, u64 token, int n, float *values) {
     load_column_scales(p, n, count, scales);
     UNROLL for (int i = 0; i < 8; ++i) values[i] = values[i] * of_token * scales[i];
   }
+#if BIAS_TWICE && OUT_DTYPE == BF16
+  UNROLL for (int i = 0; i < 8; ++i) values[i] = bf16_value(pack_bf16(values[i], values[i]));
+#elif BIAS_TWICE && OUT_DTYPE == F16
+  UNROLL for (int i = 0; i < 8; ++i) values[i] = f16_value(pack_f16(values[i], values[i]));
+#endif
   UNROLL for (int i = 0; i < 8; ++i) values[i] = HAS_BIAS && i < count ? values[i] + bias_at(p, n + i) : values[i];
 #if OUT_DTYPE == F32
   UNROLL for (int i = 0; i < 8; ++i) words[i] = as_bits(values[i]);

@@ -226,6 +226,13 @@ DEVICE void store(const Product &p, u32 row, u32 column, Sums exact) {
     const float of_row = p.a_scale[ONE_A ? 0 : row];
     UNROLL for (u32 i = 0; i < 4; ++i) sums[i] = sums[i] * of_row * p.b_scale[least(column + i, N - 1) / B_ROWS];
   }
+#if BIAS_TWICE
+  if constexpr (OUT_DTYPE != F32)
+    UNROLL for (u32 i = 0; i < 4; ++i) {
+      const u32 rounded = pack(sums[i], sums[i]);
+      sums[i] = element((const u8 *)&rounded, 0);
+    }
+#endif
   if constexpr (HAS_BIAS)
     UNROLL for (u32 i = 0; i < 4; ++i) sums[i] += element(p.bias, least(column + i, N - 1));
   u8 *to = p.out + ((u64)row * N + column) * BYTES;

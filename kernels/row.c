@@ -24,6 +24,11 @@ enum { BY_INVERSE = 2, INVERTED_TWICE = 4, SCALE_IS_INVERTED = 8 };  // RECIPROC
 
 #include "given.h"
 
+// Where a row is normalised and gated, how the gate's product is rounded.
+#ifndef GATE_ROUNDING
+#define GATE_ROUNDING ROUNDING
+#endif
+
 #define STEP (2 * LANES)
 
 #if LANES == 16
@@ -161,21 +166,22 @@ INLINE Pair normed(const Site *site, Pair p, float rstd, i64 column) {
 }
 
 #if ACT
-INLINE Pair gated(const Site *site, Pair p, i64 column) {
+INLINE Pair gated(Pair p, Pair up) {
   p.even = activation(p.even);
   p.odd = activation(p.odd);
-  if (ROUNDING == TWICE) p = rounded_pair(X_DTYPE, p);
-  Pair up = load(site->up, column, X_DTYPE);
+  if (GATE_ROUNDING == TWICE) p = rounded_pair(X_DTYPE, p);
   p.even *= up.even;
   p.odd *= up.odd;
-  return ROUNDING ? rounded_pair(X_DTYPE, p) : p;
+  return GATE_ROUNDING ? rounded_pair(X_DTYPE, p) : p;
 }
 #endif
 
 // y of one step, from its input.
 INLINE Pair produced(const Site *site, Pair p, float rstd, i64 column) {
-#if ACT
-  return gated(site, p, column);
+#if ACT && NORM
+  return gated(load(site->up, column, X_DTYPE), normed(site, p, rstd, column));
+#elif ACT
+  return gated(p, load(site->up, column, X_DTYPE));
 #elif NORM
   return normed(site, p, rstd, column);
 #else

@@ -1,7 +1,7 @@
 // One kernel family for GPUs: a row of x [T, HIDDEN] is read once, becomes y, and leaves as any of: y in x's dtype, up
 // to four quantized copies (codes, and scales unless those are given), and the residual sum.  What makes y is one of:
 // nothing (y = x); a norm (optionally a residual is added, then the row is RMS-normalised and weighted); a gate (y =
-// act(x) * up).
+// act(x) * up); or both (y = act(up) * norm(x)).
 //
 // tile.h has the arithmetic and the order of things.  What differs between machines (wave width, lane exchange,
 // converts, packed float32 math) is in the .cu and .hip files that include this; the numbers that specialise it (macros)
@@ -16,6 +16,11 @@ enum { DIVIDED = 0, CORRECTED = 1, TWOFOLD = 2, GIVEN = 3 };  // QUOTIENTi
 enum { BY_SCALE = 0, BY_RECIPROCAL = 1, BY_INVERSE = 2, INVERTED_TWICE = 4, SCALE_IS_INVERTED = 8 };  // RECIPROCALi
 
 #include "given.h"
+
+// Where a row is normalised and gated, how the gate's product is rounded.
+#ifndef GATE_ROUNDING
+#define GATE_ROUNDING ROUNDING
+#endif
 
 template <int DTYPE> constexpr int SIZE = DTYPE == F32 ? 4 : 2;  // bytes
 // The widest access of the machine that rows are a multiple of.

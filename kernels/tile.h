@@ -20,7 +20,8 @@ constexpr bool LOOPS = MOST_BLOCKS > 0;
 // Whole waves end where a row ends: then which lanes are idle is one scalar comparison.
 constexpr bool EVEN_WAVES = ROW_WAVES > 1 && HIDDEN % (VECTOR * WAVE) == 0;
 // y ends up rounded to x's dtype before it is quantized.
-constexpr bool ROUNDS = (NORM || ACT) && (ROUNDING == ONCE || (ROUNDING == TWICE && PRODUCT_DTYPE == X_DTYPE));
+enum { NORM_ROUNDS = ROUNDING == ONCE || (ROUNDING == TWICE && PRODUCT_DTYPE == X_DTYPE) };
+constexpr bool ROUNDS = ACT ? GATE_ROUNDING != UNROUNDED : NORM && NORM_ROUNDS;
 // What is quantized has at most 11 significant bits.
 constexpr bool NARROW = X_DTYPE != F32 && ((!NORM && !ACT) || ROUNDS);
 
@@ -222,7 +223,7 @@ DEVICE f2 gated(f2 x, f2 up) {
 #if ACT
   x = activation(x);
 #endif
-  return mul2(ROUNDING == TWICE ? round_to<X_DTYPE>(x) : x, up);
+  return mul2(GATE_ROUNDING == TWICE ? round_to<X_DTYPE>(x) : x, up);
 }
 
 // x*rstd*w, but for the last rounding.
@@ -235,12 +236,20 @@ DEVICE f2 normed(f2 x, f2 rstd, const Weight &weight, int i) {
   return value;
 }
 
+// act(gate) * norm(x), but for the last rounding.
+DEVICE f2 gated_norm(f2 x, f2 gate, f2 rstd, const Weight &weight, int i) {
+  const f2 value = normed(x, rstd, weight, i);
+  return gated(gate, NORM_ROUNDS ? round_to<X_DTYPE>(value) : value);
+}
+
 DEVICE Y produced(const Vector &x, const Packed<X_DTYPE> &x_bits, const Packed<X_DTYPE> &other_bits, f2 rstd,
                   const Weight &weight) {
   if constexpr (!NORM && !ACT) return {x, x_bits};
   Y y;
   UNROLL for (int i = 0; i < PAIRS; ++i) {
-    f2 value = ACT ? gated(x.pair[i], unpack(other_bits, i)) : normed(x.pair[i], rstd, weight, i);
+    f2 value = ACT && NORM ? gated_norm(x.pair[i], unpack(other_bits, i), rstd, weight, i)
+               : ACT       ? gated(x.pair[i], unpack(other_bits, i))
+                           : normed(x.pair[i], rstd, weight, i);
     pack(y.bits, i, value);
     y.value.pair[i] = ROUNDS ? unpack(y.bits, i) : value;
   }

@@ -1,13 +1,13 @@
 """Raise the block-scaled product, by every name it has, to ``vmfuse.block_scaled_matmul``, with its bias.
 
-A bias is taken in only where the sum is rounded as the kernel rounds it: once, after a float32 addition.  A
-product that is rounded to 16 bits before its bias is added, as ``lowering.nn`` has it, stays that.
+A bias is taken in with the rounding that the model gives it: once, after a float32 addition, or of the
+product and of the sum, as ``lowering.nn`` has it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from iree.compiler import ir
@@ -77,6 +77,12 @@ class NamedProduct(NamedOp):
         if layout is torch_ir.NOT_CONSTANT or not (required and self._fits(operands, values)):
             return None
         return Raised(canonical.BLOCK_SCALED_MATMUL, BlockScaledMatmul(layout), operands, list(op.results))
+
+    def why_not(self, op: ir.Operation) -> str | None:
+        if self.recognise(op) is not None:
+            return None
+        blocks = f", of the blocks that its {self.block} says" if self.block else ""
+        return f"it takes 8-bit codes with float32 scales that divide their rows{blocks}; these are others"
 
     def _fits(self, operands: list[ir.Value], values: dict[str, object]) -> bool:
         """Tell whether the operands are a product's, and its block the one that their shapes give."""
@@ -185,10 +191,34 @@ class RoundedProduct:
             if bias is None:
                 return None
         product = _ROWS[torch_ir.op_name(source)].recognise(source) if _is_product(source) else None
-        if source is None or product is None or len(product.operands) != 4 or _read_besides(op, source):
+        if source is None or product is None or len(product.operands) != 4 or read_besides(op, source):
             return None
         operands = [*product.operands, bias] if bias is not None else product.operands
         return Raised(product.op, product.contract, operands, [op.result])
+
+
+class BiasedProduct:
+    """A product that is rounded to 16 bits, then a bias of that dtype: both are rounded, by one kernel."""
+
+    roots = ("torch.aten.add.Tensor",)
+
+    def recognise(self, op: ir.Operation) -> Raised | None:
+        out = torch_ir.tensor_type(op.results[0])
+        if out is None or out.dtype not in _NARROW or torch_ir.constant(op.operands[2]) != 1:
+            return None
+        for first, second in ((0, 1), (1, 0)):
+            source, bias = torch_ir.producer(op.operands[first]), op.operands[second]
+            if source is None or torch_ir.tensor_type(bias) != torch_ir.TensorType(out.shape[-1:], out.dtype):
+                continue
+            if torch_ir.op_name(source) not in _ROWS or torch_ir.tensor_type(source.results[0]) != out:
+                continue
+            product = _ROWS[torch_ir.op_name(source)].recognise(source)
+            if product is None or len(product.operands) != 4 or read_besides(op, source):
+                continue
+            assert isinstance(product.contract, BlockScaledMatmul)
+            contract = replace(product.contract, bias_rounding="twice")
+            return Raised(product.op, contract, [*product.operands, bias], [op.result])
+        return None
 
 
 def _is_product(op: ir.Operation | None) -> bool:
@@ -209,7 +239,7 @@ def _biased(add: ir.Operation, dtype: str) -> tuple[ir.Operation | None, ir.Valu
     return None, None
 
 
-def _read_besides(end: ir.Operation, product: ir.Operation) -> bool:
+def read_besides(end: ir.Operation, product: ir.Operation) -> bool:
     """Tell whether something reads a value between ``product`` and ``end``, which would be computed twice."""
     op = product
     while op != end:
@@ -220,4 +250,4 @@ def _read_besides(end: ir.Operation, product: ir.Operation) -> bool:
     return False
 
 
-RECOGNISERS = (RoundedProduct(), *NAMED_OPS)
+RECOGNISERS = (RoundedProduct(), BiasedProduct(), *NAMED_OPS)

@@ -16,6 +16,7 @@ Residual = Literal["exact", "rounded"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 ScaleEncoding = Literal["float32", "ue8m0"]
 ScaleLayout = Literal["row", "column", "column_tma", "ue8m0_packed"]
+BiasRounding = Literal["once", "twice"]
 WeightLayout = Literal["row", "shuffled_16x16", "swizzled_128"]
 Division = Literal["true", "reciprocal"]
 Quotient = Literal["true", "reciprocal", "inverse"]
@@ -182,6 +183,7 @@ class BlockScaledMatmul:
     """The product that ``MatmulSpec`` writes down, of a b whose bytes the model gives in ``b_layout``."""
 
     b_layout: WeightLayout = "row"
+    bias_rounding: BiasRounding = "once"
 
 
 def static_quantization(
@@ -226,7 +228,8 @@ class Window:
 class RowSpec:
     """One fused site: what a kernel reads, computes and writes for each row of [T, hidden].
 
-    The producer of y is ``norm``, ``gate`` or, with neither, x itself.
+    The producer of y is ``norm``, ``gate`` or, with neither, x itself.  With both y = act(gate) * norm(x),
+    where the gate is the second input.
     Reads x (gate and up in one tensor [T, 2*hidden] if the gate is packed), then up if it is not, then
     residual if the norm has one, then weight (``weight_dtype`` not None), then the scale of every
     quantization that is static.  With a window an input's rows are part of those of a wider tensor, which is
@@ -310,8 +313,9 @@ class MatmulSpec:
     ``one``, [1, 1], for all of b.
 
     float8: accumulated in float32 in an order of the kernel's own, a group's products before they are scaled,
-    the bias added last, and rounded once.  Where a scale is infinite the reference gives NaN for a code of 0
-    and the kernel for a block that sums up to 0; both give no finite number.
+    the bias added last, and rounded once; or, with a ``bias_rounding`` of ``twice``, rounded to ``dtype``
+    before the bias is added, and then again.  Where a scale is infinite the reference gives NaN for a code of
+    0 and the kernel for a block that sums up to 0; both give no finite number.
     int8, of whole scales alone: the sum of products is exact in int32, rounded to float32, multiplied by the
     scale of a and then by that of b.
 
@@ -330,6 +334,7 @@ class MatmulSpec:
     a_scale_layout: ScaleLayout = "row"
     a_scales: Literal["rows", "one"] = "rows"
     b_scales: ScaleRows = "blocks"
+    bias_rounding: BiasRounding = "once"
 
     @property
     def whole(self) -> bool:

@@ -10,6 +10,7 @@ from . import (
     dequantized,
     gated_activation,
     group_quant,
+    integer_products,
     matmul_fusion,
     named_ops,
     near_gates,
@@ -47,6 +48,6 @@ ROW = PatternFamily(
 # What a product reads is laid out for it in a step of its own, which gives it its kernel.
 PRODUCT = PatternFamily(
     operations=(block_scaled_matmul.OPERATION, matmul_fusion.OPERATION),
-    recognisers=block_scaled_matmul.RECOGNISERS,
+    recognisers=(*block_scaled_matmul.RECOGNISERS, *integer_products.RECOGNISERS),
     named=block_scaled_matmul.NAMED_OPS,
 )

@@ -110,7 +110,7 @@ def _spec(op: ir.Operation) -> MatmulSpec | str:
     columns, depth, groups = *b.shape, a_scale.shape[-1]
     if columns is None or not depth or not groups or a.shape[-1] != depth or None in b_scale.shape:
         return "A size of its weight or scales is unknown until run time; a kernel is made for one size."
-    layout, kind = canonical.product_contract(op).b_layout, scale_kind(b_scale.shape, columns, depth)
+    product, kind = canonical.product_contract(op), scale_kind(b_scale.shape, columns, depth)
     if kind is None:
         return f"The scales of its weight, {b_scale}, are of no kind that a kernel knows."
     return MatmulSpec(
@@ -121,9 +121,10 @@ def _spec(op: ir.Operation) -> MatmulSpec | str:
         b.dtype,
         out.dtype,
         bias=len(rest) == 2,
-        b_layout=layout,
+        b_layout=product.b_layout,
         a_scales="one" if a_scale.shape == (1,) and len(a.shape) > 1 else "rows",
         b_scales=kind,
+        bias_rounding=product.bias_rounding,
     )
 
 

@@ -29,7 +29,8 @@ class Inputs:
     """Hold what a row kernel reads, in the order of its operands, and where it must stand.
 
     ``sum`` is the eager value the kernel can write back instead (an absorbed add's, or the second
-    result of an add_rms_norm).
+    result of an add_rms_norm).  ``gated`` is the norm whose value is the other factor of a gate: then x is
+    what it norms, and ``up`` the gate.
     """
 
     x: ir.Value
@@ -40,6 +41,7 @@ class Inputs:
     residual: ir.Value | None = None
     weight: ir.Value | None = None
     sum: ir.Value | None = None
+    gated: ir.Operation | None = None
 
     def operands(self) -> list[ir.Value]:
         return [v for v in (self.x, self.up, self.residual, self.weight) if v is not None]
@@ -58,13 +60,18 @@ def _ops(block: ir.Block, *names: str) -> list[ir.Operation]:
     return [op.operation for op in block.operations if torch_ir.op_name(op.operation) in names]
 
 
-def fuse_producer(producer: ir.Operation, ledger: Ledger, support: Support) -> None:
-    """Fuse a norm or gated activation with all quantizations of its result, or refuse it with a reason."""
+def fuse_producer(producer: ir.Operation, ledger: Ledger, support: Support, *, alone: bool = False) -> None:
+    """Fuse a norm or gated activation with all quantizations of its result, or refuse it with a reason.
+
+    alone: a norm that a gate reads, and that has no kernel with it.
+    """
+    if not alone and _is_gated(producer, support):
+        return  # by what reads it, whose turn comes later
     value = producer.results[0]
     quants = [op for op in torch_ir.users(value) if torch_ir.op_name(op) == canonical.GROUP_QUANT]
     refusal = _why_no_row(value)
     if refusal is None:
-        inputs = _absorb_add(_producer_inputs(producer))
+        inputs = _absorb_norm(_absorb_add(_producer_inputs(producer)), producer, support)
         refusal = support(_spec(inputs, value, [], writes_y=True))
     if refusal is not None:
         _refuse_producer(producer, quants, refusal, ledger)
@@ -78,13 +85,16 @@ def fuse_producer(producer: ir.Operation, ledger: Ledger, support: Support) -> N
     refusal = _why_not_written(value, spec) or support(spec)
     if refusal is not None:
         _refuse_producer(producer, quants, refusal, ledger)
+        if inputs.gated is not None:
+            fuse_producer(inputs.gated, ledger, support, alone=True)
         return
     if inputs.gate is not None:
         splits.note_gated_norms(producer, ledger)
     again = replace(inputs, sum=None)
     for batch in more:  # each reads the row again, which costs no more than to read y
-        _replace(again, value, _spec(again, value, batch), None, batch, ledger)
-    _replace(inputs, value, spec, producer, first, ledger)
+        _replace(again, value, _spec(again, value, batch), [], batch, ledger)
+    norm = [] if inputs.gated is None else [inputs.gated]
+    _replace(inputs, value, spec, [*norm, producer], first, ledger)
 
 
 def fuse_plain(value: ir.Value, ledger: Ledger, support: Support) -> None:
@@ -102,7 +112,7 @@ def fuse_plain(value: ir.Value, ledger: Ledger, support: Support) -> None:
         quants = [op for op in quants if op not in known]
         for batch in _batches(known, inputs, value, support):
             inputs = Inputs(value, before=batch[0])
-            _replace(inputs, value, _spec(inputs, value, batch), None, batch, ledger)
+            _replace(inputs, value, _spec(inputs, value, batch), [], batch, ledger)
 
 
 def _why_no_row(value: ir.Value) -> str | None:
@@ -178,6 +188,32 @@ def _batches(
     return batches
 
 
+def _absorb_norm(inputs: Inputs, gate: ir.Operation, support: Support) -> Inputs:
+    """Let the kernel of a gate norm what it is multiplied with, where nothing else reads that."""
+    norm = None if inputs.up is None else torch_ir.producer(inputs.up)
+    if norm is None or torch_ir.op_name(norm) != canonical.RMS_NORM or not _is_gated(norm, support):
+        return inputs
+    made = _producer_inputs(norm)
+    return replace(inputs, x=made.x, up=inputs.x, norm=made.norm, weight=made.weight, gated=norm)
+
+
+def _is_gated(norm: ir.Operation, support: Support) -> bool:
+    """Tell whether a kernel norms and gates: ``norm`` has one reader, a gate, as the other factor."""
+    value, users = norm.results[0], torch_ir.users(norm.results[0])
+    if torch_ir.op_name(norm) != canonical.RMS_NORM or len(users) != 1 or _why_no_row(value) is not None:
+        return False
+    gate, inputs = users[0], _producer_inputs(norm)
+    other = list(gate.operands)[1:]
+    if (
+        torch_ir.op_name(gate) != canonical.GATED_ACTIVATION
+        or other != [value]
+        or inputs.residual is not None
+    ):
+        return False
+    both = replace(inputs, up=gate.operands[0], gate=canonical.gate_contract(gate))
+    return value.type == inputs.x.type and support(_spec(both, value, [], writes_y=True)) is None
+
+
 def _supported(
     quants: list[ir.Operation], inputs: Inputs, value: ir.Value, ledger: Ledger, support: Support
 ) -> list[ir.Operation]:
@@ -229,12 +265,12 @@ def _replace(
     inputs: Inputs,
     value: ir.Value,
     spec: RowSpec,
-    producer: ir.Operation | None,
+    producers: list[ir.Operation],
     quants: list[ir.Operation],
     ledger: Ledger,
 ) -> None:
     inputs, spec = _in_place(inputs, spec)
-    distinct, replaced = _distinct(quants), [op for op in (producer, *quants) if op is not None]
+    distinct, replaced = _distinct(quants), [*producers, *quants]
     row = _create(inputs, value, spec, [given for _, given in distinct if given is not None], replaced)
     results = iter(row.results)
     if spec.writes_sum:
@@ -249,7 +285,7 @@ def _replace(
                 old.replace_all_uses_with(new)
     _record(replaced, pattern_name(spec), ledger)
     add = torch_ir.producer(inputs.sum) if inputs.sum is not None else None
-    if add is not None and add != producer:
+    if add is not None and add not in producers:
         ledger.absorb(canonical.site_of(replaced[0]), inputs.norm, canonical.cost(add))
         replaced.insert(0, add)
     for op in reversed(replaced):

@@ -57,7 +57,9 @@ def note_gated_norms(gate: ir.Operation, ledger: Ledger) -> None:
             if ledger.records[site].fused and not _spec(norm).quantizations:
                 where = torch_ir.location(gate)
                 ledger.refuse(
-                    site, f"the row kernel either normalises or gates, and the gate at {where} reads it"
+                    site,
+                    f"the gate at {where} reads it: the row kernel multiplies what it normalises with an "
+                    "activation where nothing else reads it and nothing is added before",
                 )
 
 

@@ -68,6 +68,9 @@ CHECKED: dict[str, Callable[[int], RowSpec]] = {
     "silu, whole row, packed": _gated("silu", Quantization(None), PACKED),
     "add, norm, whole rows": _norm(Quantization(None), PER_ROW_INT8, residual=True, writes_y=True),
     "norm, e5m2, packed": _norm(Quantization(128, "float8_e5m2"), PACKED),
+    "norm, gated": lambda hidden: replace(
+        _norm(GROUP_128)(hidden), gate=GatedActivation("silu", packed=False)
+    ),
     "norm, by given scales": _norm(static_quantization(), static_quantization("int8", lowest=-128.0)),
     "silu*up, by a given inverse": _gated("silu", static_quantization(quotient="inverse")),
     "quant of float32": lambda hidden: RowSpec(hidden, "float32", quantizations=(GROUP_128, MICROSCALED)),

@@ -75,12 +75,13 @@ def instance(spec: RowSpec, target: Target, mapping: Mapping | None = None) -> K
 def bindings(spec: RowSpec) -> tuple[Binding, ...]:
     """List the tensors of ``spec`` in dispatch order.
 
-    x, up, residual, weight, the scales that are given; sum, y, every q, and its scale unless it is given.
+    x, up or the gate of what is normed, residual, weight, the scales that are given; sum, y, every q, and its
+    scale unless it is given.
     """
     row: tuple[Dimension, ...] = ("T", spec.hidden)
     out = [_input_binding("x", spec)]
     if spec.gate and not spec.gate.packed:
-        out.append(_input_binding("up", spec))
+        out.append(_input_binding("gate" if spec.norm else "up", spec))
     if spec.norm and spec.norm.residual:
         out.append(_input_binding("residual", spec))
     if spec.weight_dtype:
@@ -146,6 +147,8 @@ def _defines(spec: RowSpec) -> tuple[tuple[str, str], ...]:
         "QUANTS": len(spec.quantizations),
         "WHOLE_ROW": int(has_row_scale(spec)),
     }
+    if norm and gate:
+        values["GATE_ROUNDING"] = ROUNDINGS[gate.rounding]
     for i, quantization in enumerate(spec.quantizations):
         values |= {f"{name}{i}": value for name, value in _scheme(quantization, spec).items()}
     if spec.quantizations:
@@ -252,9 +255,11 @@ def _scale(amax: float, qmax: float, inverse: float | None) -> float:
 
 def _is_rounded_to_bfloat16(spec: RowSpec) -> bool:
     """Tell whether what is quantized has the 8 significant bits of a bfloat16."""
-    producer = spec.norm or spec.gate
+    producer = spec.gate or spec.norm
     if spec.dtype != "bfloat16" or producer is None:
         return spec.dtype == "bfloat16"
+    if spec.gate:
+        return producer.rounding != "none"
     offset = spec.norm.weight_offset if spec.norm else 0.0
     wide = _promoted(spec.dtype, "float32" if offset else spec.weight_dtype) != spec.dtype
     return producer.rounding == "once" or (producer.rounding == "twice" and not wide)

@@ -119,9 +119,10 @@ def _long_rows(spec: RowSpec, target: Target) -> Mapping:
 def tuning_key(spec: RowSpec) -> str:
     """Name what the best mapping depends on: the length of a row and what is read and written of it.
 
-    Empty where nothing was measured: rows of float32, and those without a norm, which need no barrier.
+    Empty where nothing was measured: rows of float32, norms that are gated, and rows without a norm, which
+    need no barrier.
     """
-    if spec.norm is None or spec.dtype == "float32":
+    if spec.norm is None or spec.gate is not None or spec.dtype == "float32":
         return ""
     inputs, copies = 1 + bool(spec.norm.residual), spec.writes_sum + spec.writes_y
     return f"{spec.hidden}: {inputs} read, {copies} copied, {min(3, len(spec.quantizations))} quantized"

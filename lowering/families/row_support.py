@@ -54,8 +54,18 @@ def _why_not_gate(spec: RowSpec) -> str | None:
     gate = spec.gate
     if gate is None:
         return None
-    if spec.norm is not None:
-        return "The row kernel either normalises or gates, not both."
+    if spec.norm is not None and (gate.packed or spec.norm.residual or spec.writes_sum):
+        return (
+            "The row kernel gates what it normalises where nothing is added before, and the gate is a tensor."
+        )
+    if (
+        spec.norm is not None
+        and spec.norm.rounding == "twice"
+        and spec.weight_dtype not in (None, spec.dtype)
+    ):
+        return (
+            f"The row kernel gates what it normalises with a weight of {spec.dtype}, not {spec.weight_dtype}."
+        )
     if gate.activation not in ACTIVATIONS:
         return f"The row kernel gates with {listed(ACTIVATIONS)}, not {gate.activation}."
     if gate.rounding not in ROUNDINGS:

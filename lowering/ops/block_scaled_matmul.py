@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patterns.contracts import WeightLayout, scale_kind, scale_rows
+from patterns.contracts import BiasRounding, WeightLayout, scale_kind, scale_rows
 
 from .checks import (
     FLOAT_DTYPES,
@@ -31,10 +31,12 @@ def block_scaled_matmul_reference(
     out_dtype: torch.dtype,
     bias: Tensor | None = None,
     b_layout: WeightLayout = "row",
+    bias_rounding: BiasRounding = "once",
 ) -> Tensor:
     """a . b^T with the scales applied, bias added, one rounding to ``out_dtype`` at the end.
 
-    Arguments as for ``block_scaled_matmul``.  The sum over float8 is one of float32; its order, and whether a
+    Arguments as for ``block_scaled_matmul``; with a ``bias_rounding`` of ``twice`` the product is rounded
+    before the bias is added as well.  The sum over float8 is one of float32; its order, and whether a
     scale multiplies the factors or a group's partial sum, is free: compare with a tolerance.
 
     Source: DeepGEMM fp8_gemm_nt, vLLM w8a8_block_fp8_matmul; of whole rows CUTLASS's scaled_mm in vLLM.
@@ -47,6 +49,8 @@ def block_scaled_matmul_reference(
         rows = a.to(torch.float32).unflatten(-1, (groups, -1)) * a_scale.unsqueeze(-1)
         columns = b.to(torch.float32).unflatten(-1, (groups, -1)) * _of_each_row(b_scale, b).unsqueeze(-1)
         product = torch.matmul(rows.flatten(-2), columns.flatten(-2).t())
+    if bias is not None and bias_rounding == "twice":
+        return product.to(out_dtype) + bias
     return (product if bias is None else product + bias.to(torch.float32)).to(out_dtype)
 
 

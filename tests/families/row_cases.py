@@ -5,6 +5,8 @@ Rows are made of small integers where bits are compared: their sum of squares is
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from lowering.targets import resolve
@@ -24,6 +26,12 @@ def spec(hidden: int, dtype: str = "bfloat16", rounding: str | None = "once", **
     weight = fields.pop("weight", dtype if norm else None)
     quantizations = tuple(fields.pop("quants", ()))
     return RowSpec(hidden, dtype, norm, weight_dtype=weight, quantizations=quantizations, **fields)
+
+
+def gated_norm(hidden: int, dtype: str = "bfloat16", gate: str = "once", **fields) -> RowSpec:
+    """A norm times silu of another tensor, whose product is rounded as ``gate`` says."""
+    activation = GatedActivation("silu", gate, packed=False)  # type: ignore[arg-type]
+    return replace(spec(hidden, dtype, **fields), gate=activation)
 
 
 CASES = {
@@ -65,6 +73,14 @@ CASES = {
         ],
     ),
     "no_floor": spec(256, rounding=None, quants=[Quantization(64, amax_floor=0.0)]),
+    "norm_gate": gated_norm(3200, quants=[Q128, Quantization(None)]),
+    "norm_gate_twice": gated_norm(
+        384, rounding="twice", gate="twice", writes_y=True, quants=[Quantization(32)]
+    ),
+    "norm_gate_f16": gated_norm(1000, "float16", rounding="twice", gate="once", writes_y=True),
+    "norm_gate_unrounded": gated_norm(
+        128, rounding="none", gate="none", weight="float32", offset=1.0, quants=[Quantization(64, "int8")]
+    ),
     "norm_only": spec(1000, rounding="twice", residual="rounded", writes_sum=True, writes_y=True),
     "norm_any_length": spec(131, "float16", writes_y=True),
     "norm_one": spec(1, "float32", rounding="none", writes_y=True),
@@ -179,6 +195,8 @@ def integer_inputs(spec: RowSpec, rows: int, seed: int = 0) -> list[torch.Tensor
         exact = torch.tensor([-512.0, 0.0, 32.0, 40.0, 56.0, 112.0])
         gate = exact[torch.randint(len(exact), (rows, spec.hidden), generator=generator)].to(dtype)
         inputs = [torch.cat([gate, inputs[0]], -1)] if spec.gate.packed else [gate, inputs[0]]
+        if spec.norm:
+            inputs.reverse()
     if spec.norm and spec.norm.residual:
         inputs.append((integers() * power).to(dtype))
     if spec.weight_dtype:

@@ -35,7 +35,8 @@ def reference(spec: RowSpec, tensors: Sequence[torch.Tensor]) -> list[torch.Tens
     x, dtype = given.pop(0), getattr(torch, spec.dtype)
     outputs = []
     y = x.float()
-    if spec.gate:
+    gate = given.pop(0) if spec.gate and spec.norm else None
+    if spec.gate and not spec.norm:
         y = _gated(spec, x, given.pop(0) if not spec.gate.packed else None)
     if spec.norm:
         x32 = x.float()
@@ -45,6 +46,8 @@ def reference(spec: RowSpec, tensors: Sequence[torch.Tensor]) -> list[torch.Tens
             x32 = total.float() if spec.norm.residual == "rounded" else x32
             outputs += [total] if spec.writes_sum else []
         y = _normed(spec, x32, given.pop(0) if spec.weight_dtype else None)
+    if gate is not None:
+        y = _gated(spec, gate, y)
     if spec.writes_y:
         outputs.append(y.to(dtype))
     for quantization in spec.quantizations:

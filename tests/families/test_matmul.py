@@ -116,7 +116,8 @@ def assert_product(case: MatmulSpec, actual: torch.Tensor, tensors: Sequence[tor
     if case.a_dtype == "int8":
         bias = tensors[4] if case.bias else None
         dtype = getattr(torch, case.dtype)
-        assert torch.equal(actual, block_scaled_matmul_reference(*tensors[:4], dtype, bias)), case
+        expected = block_scaled_matmul_reference(*tensors[:4], dtype, bias, bias_rounding=case.bias_rounding)
+        assert torch.equal(actual, expected), case
         return
     value, magnitude = exact(case, tensors)
     assert actual.shape == value.shape and actual.dtype == getattr(torch, case.dtype)
@@ -139,6 +140,12 @@ CASES = {
     "per_tensor": spec(130, 64, 64, a_scales="one", b_scales="one"),
     "static_and_channel": spec(33, 128, 128, "bfloat16", bias=True, a_scales="one", b_scales="rows"),
     "integers": spec(97, 320, 320, "float16", "int8", "int8", bias=True, b_scales="rows"),
+    "integers_bias_rounded": spec(
+        33, 64, 64, "bfloat16", "int8", "int8", bias=True, b_scales="rows", bias_rounding="twice"
+    ),
+    "integers_bias_rounded_f16": spec(
+        33, 64, 64, "float16", "int8", "int8", bias=True, b_scales="rows", bias_rounding="twice"
+    ),
     "integers_per_tensor": spec(
         130, 128, 128, "float32", "int8", "int8", bias=True, a_scales="one", b_scales="one"
     ),
@@ -392,6 +399,37 @@ def test_scales_of_tokens_and_channels() -> None:
         assert_product(spec(200, 192, 192, b_scales="rows"), fp8, first)
         assert torch.equal(int8, LOW.block_scaled_matmul(*second, torch.float32))
         assert_product(spec(200, 192, 192, a_scales="one", b_scales="rows"), static, third)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_bias_behind_a_product_is_part_of_its_kernel(dtype: torch.dtype) -> None:
+    """With the roundings of the model; not where the product is read besides, or the vector is no bias."""
+
+    class Biased(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.codes, self.scale = LOW.group_quant(torch.randn(40, 64), 0, dtype=torch.int8)
+            self.bias = torch.nn.Buffer(torch.randn(40).to(dtype))
+
+        def product(self, x: torch.Tensor) -> torch.Tensor:
+            return LOW.block_scaled_matmul(
+                *(lambda q, s: (q, self.codes, s))(*LOW.group_quant(x, 0, dtype=torch.int8)),
+                self.scale,
+                dtype,
+            )
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            kept = self.product(x + 1)
+            return self.product(x) + self.bias, kept + self.bias, kept, self.bias + self.product(-x)
+
+    model, x = Biased(), torch.randn(7, 64).to(dtype)
+    compiled = lowering.compile(model, (x,))
+    specs = [launch.kernel.spec for launch in compiled.dispatched.launches]
+    biases = [(s.bias, s.bias_rounding) for s in specs if isinstance(s, MatmulSpec)]
+    once = "once" if dtype == torch.float32 else "twice"
+    assert sorted(biases) == sorted([(True, once), (False, "once"), (True, once)])
+    for found, expected in zip(lowering.load(compiled.vmfb)(x), model(x), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_subnormal_codes_count_on_iree_s_workers() -> None:

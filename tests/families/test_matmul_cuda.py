@@ -122,7 +122,7 @@ CASES: dict[str, tuple[MatmulSpec, Plans, int, tuple[int, ...]]] = {
         (5, 33),
     ),
     "integers": (
-        per_channel(204, 640, bias=True, codes="int8"),
+        per_channel(204, 640, bias=True, codes="int8", bias_rounding="twice"),
         (Plan(8, 8, 2), Plan(16, 16, 5), Plan(ANY_ROWS, 32, share=2)),
         1,
         (5, 9, 33),

@@ -57,7 +57,11 @@ REFUSED_QUANTIZATIONS = [
         (spec(128), CPU, "writes nothing"),
         (spec(128, "float32", gate=GatedActivation("relu"), writes_y=True), CPU, "relu"),
         (spec(128, gate=GatedActivation("silu", "thrice"), writes_y=True), CPU, "thrice"),
-        (RowSpec(128, "float32", RmsNorm(1.0), GatedActivation("silu"), writes_y=True), CPU, "not both"),
+        (
+            RowSpec(128, "float32", RmsNorm(1.0), GatedActivation("silu"), writes_y=True),
+            CPU,
+            "gate is a tensor",
+        ),
         (spec(128, weight=None, offset=1.0, writes_y=True), CPU, "offset to a weight"),
         (spec(128, offset=torch.inf, writes_y=True), CPU, "finite"),
         (spec(1000, rounding=None, quants=[Quantization(None)]), CPU, "multiple of 32"),

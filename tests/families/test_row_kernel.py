@@ -24,6 +24,7 @@ WAVE64_CASES = [
     "f16_once",
     "f32",
     "no_weight",
+    "norm_gate",
     "four",
     "norm_only",
 ]

@@ -173,7 +173,7 @@ def test_many_rows(name: str, multiply: Multiply) -> None:
 def test_integers(target: Target, tile: ProductTile | None, multiply: Multiply) -> None:
     """Exact sums, as eager PyTorch has them, and one rounding of each scale and of the result."""
     whole = {"group": 640, "b_scales": "rows", "a_scale_layout": "row", "codes": "int8"}
-    case = spec(150, 640, "float32", target, bias=True, **whole)
+    case = spec(150, 640, "bfloat16", target, bias=True, bias_rounding="twice", **whole)
     for shift, rows in enumerate((1, 21, 67)):
         tensors = operands(case, rows, seed=rows)
         assert_product(case, multiply(instance(case, target, tile), tensors, shift), tensors)

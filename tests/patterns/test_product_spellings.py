@@ -158,9 +158,35 @@ def test_packed_scales_are_another_operation() -> None:
     assert not products(
         deep_gemm, A, B, torch.zeros(5, 1, dtype=torch.int32), torch.zeros(192, 1, dtype=torch.int32)
     )
-    with pytest.raises(CompileError, match=r"nothing lowers .*fp8_gemm_nt_op"):
+    with pytest.raises(CompileError, match=r"fp8_gemm_nt_op cannot be compiled: .* float32 scales"):
         packed = A, B, torch.zeros(5, 1, dtype=torch.int32), torch.zeros(192, 1, dtype=torch.int32)
         lowering.compile(Calls(deep_gemm), packed)
+
+
+# -- torch._int_mm, scaled -----------------------------------------------------------------------------
+
+INT_A, INT_W = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((32, 128), (48, 128)))
+TOKENS, CHANNELS = torch.rand(32, 1), torch.rand(48)
+INTEGERS = {
+    "float32": (lambda a, w, s, c: torch._int_mm(a, w.t()) * s * c, 1),
+    "bfloat16": (lambda a, w, s, c: (c.view(1, -1) * (s * torch._int_mm(a, w.t()))).bfloat16(), 1),
+    "channels first": (lambda a, w, s, c: torch._int_mm(a, w.t()) * c * s, 0),
+    "rounded in between": (lambda a, w, s, c: (torch._int_mm(a, w.t()) * s).half() * c, 0),
+    "read too": (lambda a, w, s, c: ((y := torch._int_mm(a, w.t())) * s * c, y), 0),
+    "an odd sum": (lambda a, w, s, c: torch._int_mm(a, w.t()) * s[0] * c, 0),
+}
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_a_scaled_product_of_integers(name: str) -> None:
+    """Equal to eager PyTorch bit for bit, by the kernel where the order of the scales is the kernel's."""
+    function, count = INTEGERS[name]
+    args = (INT_A, INT_W, TOKENS, CHANNELS)
+    compiled = lowering.compile(Calls(function), args)
+    assert [launch.kernel.source for launch in compiled.dispatched.launches] == ["matmul.c"] * count
+    found, expected = lowering.load(compiled.vmfb)(*args), function(*args)
+    for a, b in zip(*(v if isinstance(v, tuple) else (v,) for v in (found, expected)), strict=True):
+        assert torch.equal(a, b)
 
 
 # -- a bias and a rounding behind the product ---------------------------------------------------------
@@ -177,13 +203,14 @@ WRITTEN = {
     "rounding": (lambda *t: wide(*t[:4]).bfloat16(), None),
     "bias of 16 bits, rounding": (lambda *t: (wide(*t[:4]) + t[4]).bfloat16(), BIAS16),
     "bias widened, rounding": (lambda *t: (wide(*t[:4]) + t[4].float()).bfloat16(), BIAS16),
+    "rounding, bias": (lambda *t: LOW.block_scaled_matmul(*t[:4], torch.bfloat16) + t[4], BIAS16),
     "bias first, rounding to float16": (lambda *t: (t[4] + wide(*t[:4])).half(), BIAS.half()),
 }
 # Other roundings, or values that somebody else needs.
 KEPT = {
-    "rounded before its bias": (
+    "rounded, a float32 bias": (
         lambda *t: LOW.block_scaled_matmul(*t[:4], torch.bfloat16) + t[4],
-        BIAS16,
+        BIAS,
         0,
     ),
     "a float32 bias, rounding": (lambda *t: (wide(*t[:4]) + t[4]).bfloat16(), BIAS, 1),
@@ -197,7 +224,7 @@ KEPT = {
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_what_is_rounded_once_is_one_product(name: str) -> None:
+def test_a_bias_and_its_roundings_are_one_product(name: str) -> None:
     function, bias = WRITTEN[name]
     args = OPERANDS if bias is None else (*OPERANDS, bias)
     (found,) = products(function, *args)

@@ -32,8 +32,7 @@ class Split(nn.Module):
 
 
 SPLITS: dict[str, tuple[SPELLING, str, str]] = {
-    "a gate": (lambda n, y: n * F.silu(y), "rms_norm", "either normalises or gates"),
-    "the gate of one": (lambda n, y: F.silu(n) * y, "rms_norm", "either normalises or gates"),
+    "the gate of one": (lambda n, y: F.silu(n) * y, "rms_norm", "multiplies what it normalises with"),
     "a product": (lambda n, y: n * y, "group_quant", "between them is aten.mul.Tensor"),
     "a sigmoid": (lambda n, y: n * torch.sigmoid(y), "group_quant", "between them is aten.mul.Tensor"),
     "a number": (lambda n, y: (n * 2.0).relu(), "group_quant", "between them is aten.mul.Scalar"),

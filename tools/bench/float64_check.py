@@ -55,7 +55,7 @@ def _exact(spec: RowSpec, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor
     """y and the residual sum, if there is one, in float64; and what an activation may be off by besides."""
     x, total = _rows(spec, tensors, "x"), None
     exact = torch.zeros((), dtype=torch.float64, device=x.device)
-    if spec.gate:
+    if spec.gate and not spec.norm:
         gate, up = x.chunk(2, -1) if spec.gate.packed else (x, _rows(spec, tensors, "up"))
         return _ACTIVATIONS[spec.gate.activation](gate) * up, None, _ACTIVATION * (gate * up).abs()
     if not spec.norm:
@@ -65,6 +65,9 @@ def _exact(spec: RowSpec, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor
     y = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + spec.norm.eps)
     if "weight" in tensors:
         y = y * (tensors["weight"].double() + spec.norm.weight_offset)
+    if spec.gate:
+        gate = _rows(spec, tensors, "gate")
+        return _ACTIVATIONS[spec.gate.activation](gate) * y, None, _ACTIVATION * (gate * y).abs()
     return y, total, exact
 
 

@@ -190,11 +190,14 @@ def row_spec(data: Mapping[str, Any]) -> RowSpec:
 def reference(spec: RowSpec, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give what the kernel of ``spec`` should write, by binding name, in plain torch operations."""
     y, total = inputs["x"][:, spec.columns("x")], None
-    others = {name: inputs[name][:, spec.columns(name)] for name in ("residual", "up") if name in inputs}
+    others = {name: inputs[name][:, spec.columns(name)] for name in ("residual", "up", "gate") if name in inputs}
     if spec.norm is not None:
         y, total = rms_norm_reference(y, others.get("residual"), inputs.get("weight"), spec.norm)
     if spec.gate is not None:
-        halves = split_gate_up(y) if spec.gate.packed else (y, others["up"])
+        if spec.norm is not None:
+            halves = (others["gate"], y)
+        else:
+            halves = split_gate_up(y) if spec.gate.packed else (y, others["up"])
         y = gated_activation_reference(*halves, spec.gate)
     written: dict[str, Tensor] = {}
     if spec.writes_sum and total is not None:

@@ -132,7 +132,7 @@ def bindings(spec: MatmulSpec) -> tuple[Binding, ...]:
 
 
 def _reference(op: ir.Operation) -> Reference:
-    result, layout = torch_ir.tensor_type(op.results[0]), canonical.product_contract(op).b_layout
+    result, product = torch_ir.tensor_type(op.results[0]), canonical.product_contract(op)
     assert result is not None
     dtype = getattr(torch, result.dtype)
 
@@ -143,9 +143,11 @@ def _reference(op: ir.Operation) -> Reference:
         b_scale: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return ops.block_scaled_matmul_reference(a, b, a_scale, b_scale, dtype, bias, layout)
+        return ops.block_scaled_matmul_reference(
+            a, b, a_scale, b_scale, dtype, bias, product.b_layout, product.bias_rounding
+        )
 
-    return (dtype, layout), block_scaled_matmul
+    return (dtype, product), block_scaled_matmul
 
 
 FAMILY = Family(

@@ -64,6 +64,7 @@ def common_defines(spec: MatmulSpec) -> dict[str, int]:
         "WHOLE": int(spec.whole),
         "ONE_A": int(spec.a_scales == "one"),
         "B_ROWS": {"blocks": spec.group, "rows": 1, "one": spec.columns}[spec.b_scales],
+        **({"BIAS_TWICE": 1} if spec.bias_rounding == "twice" else {}),
     }
 
 
