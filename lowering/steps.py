@@ -74,7 +74,9 @@ def _dispatch(state: State) -> None:
         lambda entry: state.progress("kernels", entry),
     )
     if state.program is not None:
-        strides = return_physical_scales(state.function, state.dispatched.physical_scales)
+        strides = return_physical_scales(
+            state.function, state.dispatched.physical_scales, state.program.row_major
+        )
         state.program.mark_strides(strides)
 
 

@@ -268,6 +268,19 @@ def test_column_tma_scales(rows: tuple[int, ...]) -> None:
         assert got[1].stride() == expected[1].stride() or 0 in size
 
 
+class MadeContiguous(nn.Module):
+    def forward(self, x):
+        scale = group_quant(x, 64, scale_layout="column_tma")[1]
+        return scale.contiguous(), scale.contiguous().view(-1, 2), scale.reshape(-1, 2)
+
+
+def test_scales_that_the_model_makes_contiguous_are() -> None:
+    x = torch.randn(3, 5, 128)
+    results = lowering.load(lowering.compile(MadeContiguous(), (x,)).vmfb)(x)
+    for ours, eager in zip(results, MadeContiguous()(x), strict=True):
+        assert torch.equal(ours, eager) and ours.stride() == eager.stride()
+
+
 def test_column_tma_scale_read_inside_the_program() -> None:
     model = ColumnScalesBetween()
     compiled = lowering.compile(model, (quarters(5, 256),), dynamic_shapes=({0: ROWS},))

@@ -47,7 +47,7 @@ from . import checkpoints, refusals
 from .conditions import conditions, forget_multiples
 from .decompositions import decompositions
 from .foreign import functionalize
-from .results import chosen, returning, without_containers
+from .results import chosen, returning, row_major, without_containers
 
 # The release whose torch dialect IREE 3.13 reads; pyproject.toml has the same.
 TORCH_MLIR = "20261001"
@@ -74,6 +74,7 @@ class Program:
     input_tree: str | None = None
     output_tree: str | None = None
     conditions: tuple[str, ...] = ()
+    row_major: frozenset[int] = frozenset()  # the numbers of results that are returned so
     folded: tuple[Folded, ...] = ()
     remarks: tuple[Remark, ...] = ()
 
@@ -181,6 +182,7 @@ def _import(
         outputs=outputs,
         input_tree=_dumped(as_exported.call_spec.in_spec),
         output_tree=_dumped(tree),
+        row_major=row_major(exported),
         conditions=conditions(as_exported, inputs),
     )
 

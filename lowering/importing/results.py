@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
 from .. import containers
@@ -37,6 +40,27 @@ def returning(exported: ExportedProgram, numbers: Sequence[int]) -> ExportedProg
     module.recompile()
     kept = [*others, *(specs[number] for number in numbers)]
     return exported._update(module, replace(signature, output_specs=kept))
+
+
+def row_major(exported: ExportedProgram) -> frozenset[int]:
+    """The numbers of the results that the model returns row after row, whatever layout they come of."""
+    returned: Any = exported.graph.output_node().args[0]
+    specs = zip(returned, exported.graph_signature.output_specs, strict=True)
+    nodes = [node for node, spec in specs if spec.kind == OutputKind.USER_OUTPUT]
+    values = [node.meta.get("val") if isinstance(node, Node) else None for node in nodes]
+    return frozenset(
+        number for number, value in enumerate(values) if isinstance(value, Tensor) and _is_row_major(value)
+    )
+
+
+def _is_row_major(value: Tensor) -> bool:
+    """Tell whether the strides are those of rows behind each other, also where an axis has one element."""
+    step: Any = 1
+    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if not statically_known_true(stride == step):
+            return False
+        step = step * size
+    return True
 
 
 def without_containers(exported: ExportedProgram) -> ExportedProgram:

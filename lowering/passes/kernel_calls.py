@@ -7,7 +7,7 @@ A scale in columns is the kernel's buffer for the next kernel, and a logical ten
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from iree.compiler import ir
@@ -69,8 +69,10 @@ def _argument(binding: Binding, operand: ir.Value, physical: Sequence[PhysicalSc
     return _one(value) if binding.shape == (1,) else value
 
 
-def return_physical_scales(function: ir.Operation, scales: Sequence[PhysicalScale]) -> dict[int, ScaleLayout]:
-    """Return the kernel's buffer where the program returns a logical scale as it is.
+def return_physical_scales(
+    function: ir.Operation, scales: Sequence[PhysicalScale], row_major: Collection[int]
+) -> dict[int, ScaleLayout]:
+    """Return the kernel's buffer where the program returns a logical scale as it is, and not row after row.
 
     The runtime gives it the strides torch would; so no transpose is computed to be undone.  What no kernel
     computes is brought into its layout, to be returned alike.
@@ -80,6 +82,8 @@ def return_physical_scales(function: ir.Operation, scales: Sequence[PhysicalScal
     terminator = list(torch_ir.block_of(function).operations)[-1].operation
     changed: dict[int, ScaleLayout] = {}
     for number, value in enumerate(terminator.operands):
+        if number in row_major:  # the model made it contiguous
+            continue
         source = views.same_rows(value)
         scale, left = by_value.get(source), _layout_without_kernel(source)
         logical = torch_ir.tensor_type(source)
