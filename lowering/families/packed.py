@@ -5,9 +5,12 @@ On the CPU it is the product of ``kernels/matmul.c``; on GPUs ``kernels/packed.*
 
 from __future__ import annotations
 
+import functools
 import itertools
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from iree.compiler import ir
@@ -131,8 +134,22 @@ def _on_gpu(spec: PackedSpec, target: Target, tile: PackedTile | None) -> Specia
 
 
 def default_tile(spec: PackedSpec, target: Target) -> PackedTile:
-    """Choose how the product of few rows is divided: a rule, where nothing was measured."""
-    return ranked_tiles(spec, target)[0]
+    """Choose how the product of few rows is divided: as was measured to be best, or by a rule."""
+    measured = _measured(target.name).get((spec.columns, spec.depth, spec.bits))
+    return measured or ranked_tiles(spec, target)[0]
+
+
+@functools.cache
+def _measured(target: str) -> dict[tuple[int, int, int], PackedTile]:
+    """Read what was fastest up to 8 rows on ``target``, by columns, depth and bits.
+
+    Written down from ``python -m tools.bench.gemm_gpu run DIR --weights int4 --tiles 8``.
+    """
+    path = Path(__file__).with_name("tuning") / f"{target}_packed.json"
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))["products"]
+    return {(item["columns"], item["depth"], item["bits"]): PackedTile(*item["tile"]) for item in found}
 
 
 def ranked_tiles(spec: PackedSpec, target: Target) -> list[PackedTile]:

@@ -221,6 +221,11 @@ def _place_of(op: Callable[..., Any]) -> Callable[..., Tensor]:
     return place
 
 
+def _leaky_relu(x: Tensor, slope: Number = 0.01) -> Tensor:
+    """A choice, which keeps the sign of a zero; a sum of both halves does not."""
+    return torch.where(x > 0, x, x * slope)
+
+
 def _signbit(x: Tensor) -> Tensor:
     """Tell where the sign is set, of a zero and of a NaN too."""
     if not x.is_floating_point():
@@ -342,6 +347,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     _ATEN.argmax.default: _place_of(_ATEN.max.dim),
     _ATEN.argmin.default: _place_of(_ATEN.min.dim),
     **{op: _of_a_vector(op) for op in _OF_AN_AXIS},
+    _ATEN.leaky_relu.default: _leaky_relu,
     _ATEN.signbit.default: _signbit,
     _ATEN.copysign.Tensor: _copysign,
     _ATEN.copysign.Scalar: _with_tensor(_copysign),

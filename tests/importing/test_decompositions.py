@@ -36,6 +36,7 @@ def test_signs_medians_and_running_logarithms() -> None:
     x[0, 0], x[1, 2], y[2] = -0.0, torch.nan, -0.0
     functions = [
         lambda x, y: torch.signbit(x),
+        lambda x, y: torch.signbit(F.leaky_relu(x, 0.1)),
         torch.copysign,
         lambda x, y: torch.copysign(x, -2.0),
         lambda x, y: torch.copysign(x, y[0, 0]),
