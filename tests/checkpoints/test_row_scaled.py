@@ -60,13 +60,14 @@ FORMATS = {
     "FP8 per tensor": (E4M3, False, "_scale", None, F32, compressed("float", "tensor", "token")),
     "INT8 W8A8": (INT8, True, "_scale", None, BF16, compressed("int", "channel", "token")),
     "INT8 static": (INT8, True, "_scale", ".input_scale", F32, compressed("int", "channel", "tensor")),
-    "ModelOpt FP8": (
+    "ModelOpt FP8": (E4M3, False, "_scale", ".input_scale", F32, MODELOPT),
+    "ModelOpt rows": (
         E4M3,
-        False,
+        True,
         "_scale",
-        ".input_scale",
+        None,
         F32,
-        {"quant_method": "modelopt", "quant_algo": "FP8"},
+        MODELOPT | {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
     ),
     "transformers": (E4M3, False, "_scale_inv", None, F32, FP8),
     "Mistral": (E4M3, False, "_scale_inv", ".activation_scale", BF16, {**FP8, "activation_scheme": "static"}),
