@@ -16,7 +16,7 @@ from torch._decomp import get_decompositions
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.utils._pytree import tree_map
 
-from . import indexed, pictures
+from . import fake_quantized, indexed, pictures
 
 _ATEN = torch.ops.aten
 Number = int | float | bool
@@ -334,6 +334,7 @@ _OF_AN_AXIS = (
 _RULES: dict[Any, Callable[..., Any]] = {
     **indexed.RULES,
     **pictures.RULES,
+    **fake_quantized.RULES,
     _ATEN.histc.default: _histc,
     _ATEN.empty_permuted.default: _empty_permuted,
     _ATEN._grouped_mm.default: _grouped_product,

@@ -54,7 +54,17 @@ def _index(x: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
 def _index_put(
     x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False
 ) -> Tensor:
-    """Put the values, in order, where a mask is set; one value everywhere, if they have no such axis."""
+    """Put the values, in order, where a mask is set; one value everywhere, if they have no such axis.
+
+    Axes of indices that others are between come first, as they do in the values.
+    """
+    used = [axis for axis, index in enumerate(indices) if index is not None]
+    masked = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
+    if used and not masked and used != list(range(used[0], used[-1] + 1)):
+        order = [*used, *(axis for axis in range(x.dim()) if axis not in used)]
+        chosen = [indices[axis] for axis in used]
+        put = _ATEN.index_put.default(x.permute(order), chosen, values, accumulate)
+        return put.permute([order.index(axis) for axis in range(x.dim())])
     mask = indices[0] if len(indices) == 1 else None
     if mask is None or mask.dtype != torch.bool:
         return NotImplemented

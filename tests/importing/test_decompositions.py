@@ -91,6 +91,27 @@ def test_pools_samples_of_grids_and_transposed_convolutions() -> None:
     check(functions, x, weight)
 
 
+def with_elements(x: Tensor, key: tuple[object, ...], values: Tensor | float) -> Tensor:
+    x = x.clone()
+    x[key] = values  # pyright: ignore[reportArgumentType]
+    return x
+
+
+def test_fake_quantizations_and_updates_at_separated_axes() -> None:
+    x, scale, zero = torch.randn(4, 6, 5) * 3, torch.rand(6) / 8 + 0.02, torch.randint(-3, 4, (6,))
+    i, j = torch.tensor([3, 0, 1]), torch.tensor([4, 2, 0])
+    functions: list[Callable[..., object]] = [
+        lambda x, s, z, i, j: torch.fake_quantize_per_tensor_affine(x, 0.05, 3, -128, 127),
+        lambda x, s, z, i, j: torch.fake_quantize_per_tensor_affine(x, s[0], z[0], 0, 255),
+        lambda x, s, z, i, j: torch.fake_quantize_per_channel_affine(x, s, z, 1, -8, 7),
+        lambda x, s, z, i, j: with_elements(x, (i, slice(None), j), x[:3, :, 0]),
+        lambda x, s, z, i, j: with_elements(x, (i[:, None], slice(None), j), 2.0),
+        lambda x, s, z, i, j: with_elements(x[None], (0, i, slice(1, 4), j), x[:3, :3, 0]),
+        lambda x, s, z, i, j: with_elements(x[None], (i * 0, slice(None), i, j), x[:3, :4, 0]),
+    ]
+    check(functions, x, scale, zero.to(torch.int32), i, j)
+
+
 class Split(nn.Module):
     def forward(self, x: Tensor, at: Tensor) -> tuple[Tensor, ...]:
         return torch.tensor_split(x, at)
