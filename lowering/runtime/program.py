@@ -17,6 +17,7 @@ Order on a GPU: a call waits for torch's current stream, runs, and returns when 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .. import containers, ops
-from ..errors import RunError
+from ..errors import RunError, UsageError
 from ..signature import (
     INTO,
     SCRATCH_SIZE,
@@ -79,8 +80,13 @@ def load(
     Raises RunError with one sentence when the file is missing, truncated, not ours or compiled for
     another device or architecture, when it or its parameters are damaged, when these are missing or not the
     ones it was compiled with, or when the device's driver is not available; UsageError for an unknown device
-    name.
+    name and for what is neither a path nor bytes.
     """
+    if not isinstance(source, (str, os.PathLike, bytes)):
+        raise UsageError(
+            f"load takes the path of a .vmfb or its bytes, not a {type(source).__name__}; what compile "
+            "returns holds them: load(compiled.vmfb)"
+        )
     name = "the program" if isinstance(source, bytes) else str(source)
     with reported(f"{name} cannot be loaded"):
         check_archive(source, name, check)

@@ -326,6 +326,11 @@ def test_a_forked_process_is_told_so(program, double):
     assert torch.equal(program(x), x + x)
 
 
+def test_what_compile_returns_is_no_file() -> None:
+    with pytest.raises(UsageError, match=r"not a dict; .* load\(compiled.vmfb\)"):
+        runtime.load({})  # pyright: ignore[reportArgumentType]
+
+
 def test_missing_and_foreign_files(tmp_path, double):
     with pytest.raises(RunError, match=r"nowhere.vmfb cannot be read: No such file"):
         runtime.load(tmp_path / "nowhere.vmfb")
