@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -74,3 +76,12 @@ class Child:
                 text=True,
             )
         return self._process
+
+
+def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Answer jobs until there are no more, in the child; what compilers print meanwhile is no answer."""
+    warnings.filterwarnings("ignore")
+    out, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        out.write(json.dumps(answer(json.loads(line))) + "\n")
+        out.flush()

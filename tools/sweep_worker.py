@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import lowering
+from tools.child import serve
 
 SAMPLES = 4  # of an operation and dtype; the first ones are the ordinary uses
 _STEP = 2.0**-20  # of the largest element: sums in another order
@@ -189,15 +187,6 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     return {"found": found}
 
 
-def main() -> None:
-    """Answer jobs until there are no more."""
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    out, sys.stdout = sys.stdout, sys.stderr  # what compilers print is no answer
-    for line in sys.stdin:
-        out.write(json.dumps(answer(json.loads(line))) + "\n")
-        out.flush()
-
-
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    serve(answer)

@@ -5,7 +5,8 @@ to, whether one of them is contiguous, which of two equal results is computed.  
 were to stay open, and it then refuses.  Here such a model is exported again, with larger example sizes and
 every decision kept as an assertion.  The exported program is evaluated at sizes that violate the assertions:
 where it agrees with the model, an assertion was needless and is dropped, and where it does not, the model is
-refused.  Assertions that no evaluated size violates remain conditions of a call.
+refused.  Assertions that no evaluated size violates remain conditions of a call, and so do those that only
+sizes violate which the model itself refuses.
 """
 
 from __future__ import annotations
@@ -124,7 +125,10 @@ def _general(
     tried = [resizing.then(lambda _, order, size=size: size) for size in (1, 2, largest, largest + 1)]
     for sizes in (resizing.now, *tried):
         other = resizing.call(sizes)
-        if not _agree(exported, module, other):
+        wanted = _given_by(module, other)
+        if wanted is None:
+            continue  # nothing is known of an assertion where the model refuses the size as well
+        if not _agree(exported, other, wanted):
             return None
         values = _symbols(exported, other)
         if any(evaluate(text, values) is None for text in asserted):
@@ -182,15 +186,21 @@ def _symbols(exported: ExportedProgram, call: Call) -> dict[str, int]:
     return found
 
 
-def _agree(exported: ExportedProgram, module: torch.nn.Module, call: Call) -> bool:
-    """Tell whether the exported program gives what the model gives, sizes that the model refuses aside."""
+def _given_by(module: torch.nn.Module, call: Call) -> list[Any] | None:
+    """What the model gives for ``call``; None where it raises, as for sizes it was not written for."""
+    copies = _copies(call)
     with torch.no_grad():
         try:
-            wanted = pytree.tree_leaves(module(*_copies(call).args, **_copies(call).kwargs))
-        except Exception:  # whatever the model says to arguments it was not written for
-            return True
+            return pytree.tree_leaves(module(*copies.args, **copies.kwargs))
+        except Exception:  # whatever the model says to such arguments
+            return None
+
+
+def _agree(exported: ExportedProgram, call: Call, wanted: list[Any]) -> bool:
+    """Tell whether the exported program gives what the model gives, which is ``wanted``."""
+    copies = _copies(call)
+    with torch.no_grad():
         try:
-            copies = _copies(call)
             found = pytree.tree_leaves(exported.module(check_guards=False)(*copies.args, **copies.kwargs))
         except Exception:  # the graph fits other sizes only
             return False

@@ -96,9 +96,10 @@ class Program:
     def mark_strides(self, layouts: Mapping[int, ScaleLayout]) -> None:
         """Results that are returned as physical buffers, by number; the runtime makes them logical."""
         outputs = list(self.outputs or ())
-        returned = [place for place, leaf in enumerate(outputs) if isinstance(leaf, TensorSpec)]
+        returned = [(place, leaf) for place, leaf in enumerate(outputs) if isinstance(leaf, TensorSpec)]
         for number, layout in layouts.items() if outputs else ():
-            outputs[returned[number]] = replace(outputs[returned[number]], strides=layout)  # type: ignore[call-arg]
+            place, leaf = returned[number]
+            outputs[place] = replace(leaf, strides=layout)
         self.outputs = tuple(outputs) if self.outputs is not None else None
 
     def signature(self, target: Target, parameters: Parameters | None) -> Signature:

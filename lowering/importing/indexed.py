@@ -151,7 +151,8 @@ def _embedding_bag(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sum, mean or largest of the rows of each bag, zeros where it is empty.
 
-    Of the other three results, which training reads, the last is never written by eager PyTorch either.
+    Of the other three results, which ``F.embedding_bag`` does not return, the last is zeros: places of the
+    largest, which training reads.
     """
     bags = offsets.shape[0] - include_last_offset
     place = torch.arange(indices.shape[0], device=indices.device)
@@ -172,7 +173,7 @@ def _embedding_bag(
     else:
         made = empty.index_add(0, to, torch.where(filled, rows, 0.0))
         made = made / count.clamp(min=1).unsqueeze(-1) if mode == 1 else made
-    return made.to(weight.dtype), bag, count, torch.empty_like(count)
+    return made.to(weight.dtype), bag, count, torch.zeros_like(count)
 
 
 RULES: dict[Any, Callable[..., Any]] = {

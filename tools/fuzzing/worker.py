@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import json
 import re
 import resource
-import sys
 import tempfile
 import traceback
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +19,7 @@ from typing import Any
 import torch
 
 import lowering
+from tools.child import serve
 from tools.fuzzing import judge
 from tools.fuzzing.grammar import graph_of
 from tools.fuzzing.graph import Graph, source
@@ -235,15 +233,6 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     return {**asdict(found), "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
 
 
-def main() -> None:
-    """Answer jobs until there are no more."""
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    out, sys.stdout = sys.stdout, sys.stderr  # what compilers print is no answer
-    for line in sys.stdin:
-        out.write(json.dumps(answer(json.loads(line))) + "\n")
-        out.flush()
-
-
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    serve(answer)
