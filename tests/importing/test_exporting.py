@@ -63,6 +63,20 @@ def test_an_assertion_that_no_evaluated_size_violates_is_a_condition() -> None:
     assert any("500" in text for text in conditions), conditions
 
 
+class Refuses(nn.Module):
+    """Few elements are an error of the model."""
+
+    def forward(self, x):
+        if x.shape[0] * x.shape[1] < 5:
+            raise ValueError("too few")
+        return Chunks()(x)
+
+
+def test_an_assertion_is_kept_that_only_sizes_violate_which_the_model_refuses() -> None:
+    _, conditions = export(Refuses(), Call((torch.randn(2, 13, 4),), {}), TIME)
+    assert any(text.endswith(">= 5") for text in conditions), conditions
+
+
 class Loops(nn.Module):
     def forward(self, x):
         state = torch.zeros_like(x[:, 0])
