@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lowering
-from patterns.contracts import GatedActivation, Quantization, RmsNorm
+from patterns.contracts import GatedActivation, Norm, Quantization
 from tests.raised import Function, contracts, integers, sites
 
 group_quant = torch.ops.lowering.group_quant
@@ -61,7 +61,7 @@ def test_gemma_multiplies_by_one_plus_the_weight() -> None:
         return (h * (1.0 + w.float())).type_as(x)
 
     found = contracts(Function(function), torch.randn(4, 256, dtype=torch.bfloat16))
-    assert found == [RmsNorm(1e-5, weight_offset=1.0)]
+    assert found == [Norm(1e-5, weight_offset=1.0)]
 
 
 # -- views ----------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def test_a_recogniser_from_a_file(tmp_path: Path) -> None:
     file.write_text(
         textwrap.dedent("""
         from patterns import canonical
-        from patterns.contracts import RmsNorm
+        from patterns.contracts import Norm
         from patterns.match import ANY, Const, Is, Op, Var, first_match
         from patterns.recogniser import Raised
 
@@ -234,8 +234,8 @@ def test_a_recogniser_from_a_file(tmp_path: Path) -> None:
                 found = first_match(NORM, op.result)
                 if found is None:
                     return None
-                contract = RmsNorm(found["eps"])
-                return Raised(canonical.RMS_NORM, contract, [found["x"], found["weight"]], [op.result])
+                contract = Norm(found["eps"])
+                return Raised(canonical.NORM, contract, [found["x"], found["weight"]], [op.result])
 
         RECOGNISERS = (DividedNorm(),)
         """)
