@@ -45,7 +45,7 @@ LARGEST_FINITE = {
 
 
 @dataclass(frozen=True)
-class RmsNorm:
+class Norm:
     """``y = x32 * rstd * w`` over the last axis, ``rstd = 1/sqrt(sum(x32^2)/H + eps)``.
 
     rounding
@@ -256,7 +256,7 @@ class RowSpec:
 
     hidden: int
     dtype: str
-    norm: RmsNorm | None = None
+    norm: Norm | None = None
     gate: GatedActivation | None = None
     weight_dtype: str | None = None
     writes_sum: bool = False
