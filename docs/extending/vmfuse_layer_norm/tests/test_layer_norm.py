@@ -138,7 +138,7 @@ def test_the_report_is_written_and_read_back(compiled) -> None:
 def test_a_target_without_the_instruction(exported: torch.export.ExportedProgram) -> None:
     report = lowering.explain(exported, target="gfx942")
     norms = [site for site in report.sites if site.op == "layer_norm"]
-    assert [site.fused for site in norms] == [False] * 6
+    assert [site.fused for site in norms] == [False] * 5 + [True]
     assert (norms[0].reason or "").startswith("gfx942 has no instruction that converts to float8_e4m3fn")
 
 
@@ -161,8 +161,8 @@ def test_the_program_computes_the_contract(compiled, model: Model, tmp_path: Pat
             )
             *_, eager_int8, eager_scale, eager_alone = model(x, z, h)
         host_kernels.assert_same(outputs, expected)
-        # IREE's LayerNorm in float32 rounds otherwise than eager's: float16 shows it in the last place, and a
-        # value then quantizes to one of two neighbours.
+        # vmfuse's LayerNorm, and one without a kernel, find their statistics in another order than eager's:
+        # float16 shows it in the last place, and a value then quantizes to one of two neighbours.
         torch.testing.assert_close(alone, eager_alone, rtol=2**-10, atol=2**-14)
         torch.testing.assert_close(scale, eager_scale, rtol=2**-10, atol=0.0)
         assert (int8.int() - eager_int8.int()).abs().max() <= 1
