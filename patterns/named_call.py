@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 from iree.compiler import ir
 
-from . import canonical, torch_ir
+from . import canonical, gated_activation, torch_ir
 from .contracts import LARGEST_FINITE, GatedActivation, Norm, Quantization, static_quantization
 from .recogniser import Raised
 from .torch_ir import TensorType
@@ -215,8 +215,13 @@ class NamedOp:
         _require(
             "y" not in self.results or y == wanted, f"its result is {y}, where the contract has {wanted}"
         )
-        names = ("x", "residual", "weight", "bias")
-        operands = [call.tensors[name] for name in names if name in call.tensors]
+        tensors = dict(call.tensors)
+        gated = None if contract.residual else gated_activation.product(call.source)
+        if gated is not None and gated.up.type == call.source.type:
+            contract = replace(contract, gate=gated.contract)
+            tensors |= {"x": gated.up, "gate": gated.gate}
+        names = ("x", "gate", "residual", "weight", "bias")
+        operands = [tensors[name] for name in names if name in tensors]
         results = [call.tensors.get("y", wanted)]
         if contract.residual is not None:
             results.append(call.tensors.get("sum", call.x))
