@@ -63,14 +63,10 @@ def _why_not_gate(spec: RowSpec) -> str | None:
         return (
             "The row kernel gates what it normalises where nothing is added before, and the gate is a tensor."
         )
-    if (
-        spec.norm is not None
-        and not spec.gate_first
-        and spec.norm.rounding == "twice"
-        and not {spec.weight_dtype, spec.bias_dtype} <= {None, spec.dtype}
-    ):
-        others = listed({spec.weight_dtype, spec.bias_dtype} - {None, spec.dtype})
-        return f"The row kernel gates what it normalises with vectors of {spec.dtype}, not {others}."
+    vectors = [dtype for dtype in (spec.weight_dtype, spec.bias_dtype) if dtype is not None]
+    others = [dtype for dtype in vectors if dtype != spec.dtype]
+    if spec.norm is not None and not spec.gate_first and spec.norm.rounding == "twice" and others:
+        return f"The row kernel gates what it normalises with vectors of {spec.dtype}, not {others[0]}."
     if gate.activation not in ACTIVATIONS:
         return f"The row kernel gates with {listed(ACTIVATIONS)}, not {gate.activation}."
     if gate.rounding not in ROUNDINGS:

@@ -77,7 +77,7 @@ def _normed(
         value = value.to(dtype)
         value = value if weight is None else value * weight
         return value if bias is None else value + bias
-    if spec.norm.bias == "once":
+    if spec.norm.bias == "once" and bias is not None:
         last = (groups, rstd) if weight is None else (value, weight)
         product = (last[0].double() * last[1].double()).reshape(x32.shape)
         value = (product + bias.double()).float()
