@@ -21,7 +21,7 @@ enum { BY_SCALE = 0, BY_RECIPROCAL = 1, BY_INVERSE = 2, INVERTED_TWICE = 4, SCAL
 
 template <int DTYPE> constexpr int SIZE = DTYPE == F32 ? 4 : 2;  // bytes
 // The widest access of the machine that rows are a multiple of.
-constexpr int ROW_UNIT = HIDDEN * (SIZE<Y_DTYPE> < SIZE<X_DTYPE> ? SIZE<Y_DTYPE> : SIZE<X_DTYPE>);
+enum { ROW_UNIT = HIDDEN * (SIZE<Y_DTYPE> < SIZE<X_DTYPE> ? SIZE<Y_DTYPE> : SIZE<X_DTYPE>) };
 constexpr int WIDE_BYTES = ROW_UNIT % WIDEST == 0 ? WIDEST : 16;
 // The widest that every row of an input is aligned to, if its tensor is: the lowest bit of where they start.
 template <int STARTS> constexpr int ROW_BYTES =

@@ -253,7 +253,7 @@ template <bool WIDE> DEVICE Part load_part(const Site &site, u32 row, u32 first)
   const u8 *other = site.other + (u64)row * (OTHER_PITCH * SIZE<OTHER_DTYPE>);
   Part part;
   UNROLL for (int v = 0; v < VECTORS; ++v) {
-    if constexpr (!COVERED && !EVEN_WAVES) part.x[v] = {}, part.other[v] = {};  // an idle lane adds zeros
+    if constexpr (!COVERED && !EVEN_WAVES) part.other[v] = {}, part.x[v] = {};  // an idle lane adds zeros
     if (lane_has(first, v)) {
       part.x[v] = load<X_DTYPE, WIDE ? X_BYTES : 0>(x, column_of(first, v));
       if constexpr (RESIDUAL || ACT)
