@@ -30,6 +30,7 @@ from .passes import verify
 from .passes.dispatch import Dispatched, choose_kernels
 from .passes.raise_ops import recognisers
 from .program import floats
+from .program.in_place import update_in_place
 from .program.ownership import keep_arguments, part_updates
 from .program.places import part_searches
 from .program.scalar_ops import correct
@@ -223,6 +224,7 @@ class _Pipeline:
         devices.declare_device(program.module, self.target)
         flags = (*devices.flags(self.target, source_paths=self.source_paths), *archive.flags())
         module = self._lower(self.iree, program.module)
+        signature = replace(signature, written=update_in_place(module, name, signature.written))
         signature = replace(signature, placed=add_entry(module, name, known_sizes(signature)))
         part_updates(module)
         part_searches(module)
