@@ -184,7 +184,9 @@ def _leaf(item: dict[str, Any]) -> Leaf:
 def returned_tensors(signature: Signature) -> tuple[TensorSpec, ...]:
     """The tensors that a function returns: of its result, and behind them new values of what it is passed."""
     results = tuple(leaf for leaf in signature.outputs or () if isinstance(leaf, TensorSpec))
-    passed = [leaf for leaf in (*(signature.inputs or ()), *signature.state) if not isinstance(leaf, Constant)]
+    passed = [
+        leaf for leaf in (*(signature.inputs or ()), *signature.state) if not isinstance(leaf, Constant)
+    ]
     new = [passed[item.argument] for item in signature.written if item.result is not None]
     return (*results, *(leaf for leaf in new if isinstance(leaf, TensorSpec)))
 

@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -78,7 +78,7 @@ class Program:
     output_tree: str | None = None
     conditions: tuple[str, ...] = ()
     row_major: frozenset[int] = frozenset()  # the numbers of results that are returned so
-    mutations: Mutations = Mutations({})
+    mutations: Mutations = field(default_factory=Mutations)
     folded: tuple[Folded, ...] = ()
     remarks: tuple[Remark, ...] = ()
 

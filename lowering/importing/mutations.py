@@ -9,7 +9,7 @@ new values take the memory of the old is decided in ``lowering.program.in_place`
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
 
-from ..errors import CompileError
 from ..signature import TensorSpec, Written
 
 _ATEN = torch.ops.aten
@@ -33,7 +32,7 @@ class Mutations:
     became.  written: the tensors that are passed and have new values, and the results that these are.
     """
 
-    state: Mapping[str, Tensor]
+    state: Mapping[str, Tensor] = field(default_factory=dict)
     written: tuple[Written, ...] = ()
 
 
@@ -42,12 +41,11 @@ def explicit(exported: ExportedProgram) -> tuple[ExportedProgram, Mutations]:
     before = exported.graph_signature
     changes = [spec for spec in before.output_specs if spec.kind in _MUTATIONS]
     if not changes:
-        return exported, Mutations({})
+        return exported, Mutations()
     kept = {spec.target: spec for spec in changes if spec.kind in _KEPT}
     buffers = [spec for spec in before.input_specs if _is_of(spec, kept)]
     others = [spec for spec in before.input_specs if not _is_of(spec, kept)]
     state = {str(spec.target): _value(exported, spec) for spec in buffers}
-    _check_apart(state)
     inputs = [*others, *(replace(spec, kind=InputKind.USER_INPUT, target=None) for spec in buffers)]
     graph = exported.graph_module.graph
     _pass_last(graph, [spec.arg.name for spec in buffers])
@@ -74,17 +72,6 @@ def _value(exported: ExportedProgram, spec: InputSpec) -> Tensor:
     found = exported.state_dict.get(str(spec.target), exported.constants.get(str(spec.target)))
     assert isinstance(found, Tensor), spec.target
     return found.detach()
-
-
-def _check_apart(state: Mapping[str, Tensor]) -> None:
-    """Refuse buffers that share memory: each would be kept by itself."""
-    seen: dict[int, str] = {}
-    for name, tensor in state.items():
-        if tensor.numel() and (other := seen.setdefault(tensor.untyped_storage().data_ptr(), name)) != name:
-            raise CompileError(
-                f"the model writes to {other} and {name}, which share their memory: a program keeps each by "
-                "itself; write to one buffer, and view it where the other is read"
-            )
 
 
 def _numbers(inputs: list[InputSpec], buffers: Mapping[str, str]) -> dict[str, int]:
@@ -119,40 +106,50 @@ def _return_last(graph: fx.Graph, specs: list[OutputSpec]) -> list[fx.Node]:
 
 
 def _updated_whole(graph: fx.Graph, new: fx.Node) -> fx.Node:
-    """Put elements into what is written itself, on the way to its ``new`` value, where that was permuted first.
+    """Put elements into what is written itself, on the way to its ``new`` value, where it was permuted first.
 
     Axes of indices that others are between come to the front in other programs (``indexed``).  Gives the new
     value.
     """
-    value = new
-    while value.op == "call_function" and value.args and isinstance(value.args[0], fx.Node):
-        put = value.args[0]
-        if value.target is _ATEN.permute.default and put.target is _ATEN.index_put.default:
-            permuted: Any = put.args[0]
-            if permuted.target is _ATEN.permute.default and len(put.users) == len(permuted.users) == 1:
-                whole = _put_whole(graph, value, put, permuted)
-                new = whole if new is value else new
-                value = whole
-        value = value.args[0]  # pyright: ignore[reportAssignmentType]
+    value: Any = new
+    while isinstance(value, fx.Node) and value.op == "call_function" and value.args:
+        whole = _put_whole(graph, value)
+        if whole is not None:
+            new = whole if value is new else new
+            value = whole
+        value = value.args[0]
     return new
 
 
-def _put_whole(graph: fx.Graph, value: fx.Node, put: fx.Node, permuted: fx.Node) -> fx.Node:
-    """Replace ``value``, a permutation of ``put``, which is of a permutation; what it is replaced by."""
+def _put_whole(graph: fx.Graph, value: fx.Node) -> fx.Node | None:
+    """Put elements into a tensor itself, where ``value`` is that, permuted, put into, and permuted back.
+
+    Gives what stands for ``value``; None where it is something else.
+    """
+    put = _read_once(value.args[0], _ATEN.index_put.default)
+    permuted = _read_once(put.args[0], _ATEN.permute.default) if put is not None else None
+    if value.target is not _ATEN.permute.default or put is None or permuted is None:
+        return None
     source, order = permuted.args
-    chosen: Any = put.args[1]
-    indices: list[Any] = [None] * len(order)  # pyright: ignore[reportArgumentType]
-    for axis, index in zip(order, chosen, strict=False):  # pyright: ignore[reportArgumentType]
+    chosen, axes = put.args[1], list(order)  # type: ignore[arg-type]
+    if list(value.args[1]) != [axes.index(axis) for axis in range(len(axes))]:  # type: ignore[arg-type]
+        return None
+    indices: list[Any] = [None] * len(axes)
+    for axis, index in zip(axes, chosen, strict=False):  # type: ignore[arg-type]
         indices[axis] = index
-    if list(value.args[1]) != [list(order).index(axis) for axis in range(len(order))]:  # type: ignore
-        return value
     with graph.inserting_before(value):
-        whole = graph.call_function(put.target, (source, indices, *put.args[2:]), dict(put.kwargs))  # type: ignore
+        whole = graph.create_node("call_function", put.target, (source, indices, *put.args[2:]), put.kwargs)
     whole.meta = {**value.meta, "stack_trace": put.meta.get("stack_trace")}
     value.replace_all_uses_with(whole)
     for node in (value, put, permuted):
         graph.erase_node(node)
     return whole
+
+
+def _read_once(node: Any, target: Any) -> fx.Node | None:
+    """``node``, if it is a call of ``target`` whose result is read once."""
+    is_it = isinstance(node, fx.Node) and node.target is target and len(node.users) == 1
+    return node if is_it else None
 
 
 def state_specs(state: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:

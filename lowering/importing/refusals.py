@@ -29,6 +29,11 @@ _ADVICE = (
         'keep what you need of its result (output="logits"), set model.config.use_cache = False, or wrap the '
         "model so that the cache's tensors are arguments and results",
     ),
+    (
+        r"expected compiled_fn to be GraphModule",
+        "the model writes to a buffer whose memory is also another buffer's or parameter's, and PyTorch "
+        "cannot take that apart: register one of them, and view it where the other is used",
+    ),
 )
 _FIXED = (
     "the model's own code decides by these sizes, or loops over them: compile it with them fixed, a program "

@@ -1,13 +1,14 @@
 """Respell updates of what a model writes to, so that IREE writes the new elements alone.
 
-An update at indices is IREE's scatter, of the memory as rows: a row for each place that the indices name, and
-what stands behind the last of these axes in it.  What is elsewhere is not touched, however much it is.  Places
+An update at indices is IREE's scatter: a place for each combination of indices, along all axes up to the last
+that has one, and what stands behind it.  What is elsewhere is not touched, however much it is.  Places
 outside of the tensor, which PyTorch refuses, are left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from iree.compiler import ir
 from iree.compiler.dialects import arith, linalg
@@ -59,27 +60,22 @@ def index_put(op: ir.Operation) -> list[ir.Value] | None:
     target = torch_ir.to_builtin(op.operands[0])
     sizes, count = tensors.sizes(target), max(places) + 1
     kept = [axis for axis in range(count) if axis not in places]
-    # A row for each place along the axes in front that have no index, and along those of the indices.
+    # A place for each along the axes in front that have no index, and for those of the indices.
     batch = [*(sizes[axis] for axis in kept), *shape]
-    loops = range(len(kept), len(batch))
     maps = [respell_index.aligned(index, len(kept), len(shape), len(batch)) for index in places.values()]
+    numbers = dict(zip(places, range(len(places)), strict=True))
 
-    def row(*elements: ir.Value) -> ir.Value:
-        named = dict(zip(places, elements, strict=False))
-        parts = [
-            (respell_index.wrapped(named[axis], sizes[axis]), sizes[axis])
-            if axis in named
-            else (linalg.IndexOp(kept.index(axis)).result, sizes[axis])
-            for axis in range(count)
-        ]
-        return _row(parts, set(places))
+    def along(axis: int, elements: Sequence[ir.Value]) -> ir.Value:
+        if axis in numbers:
+            return respell_index.wrapped(elements[numbers[axis]], sizes[axis])
+        return linalg.IndexOp(kept.index(axis)).result
 
-    rows = _computed(list(places.values()), batch, maps, row)
+    rows = _Rows(list(places.values()), maps, batch, [*places], along)
     first = 0 if max(places) - min(places) >= len(places) else min(places)
     behind = range(len(batch), len(batch) + len(sizes) - count)
-    order = [*range(first), *loops, *range(first, len(kept)), *behind]
+    order = [*range(first), *range(len(kept), len(batch)), *range(first, len(kept)), *behind]
     elements = _in_order(torch_ir.to_builtin(op.operands[2]), order, [*batch, *sizes[count:]])
-    return _scattered(op, target, rows, elements, count)
+    return _scattered(op, target, rows, elements, sizes[:count])
 
 
 def scatter(op: ir.Operation) -> list[ir.Value] | None:
@@ -93,39 +89,71 @@ def scatter(op: ir.Operation) -> list[ir.Value] | None:
     target, places = torch_ir.to_builtin(op.operands[0]), torch_ir.to_builtin(op.operands[2])
     sizes, batch, rank = tensors.sizes(target), tensors.sizes(places), len(type_.shape)
 
-    def row(element: ir.Value, *_: ir.Value) -> ir.Value:
-        parts = [(linalg.IndexOp(number).result, sizes[number]) for number in range(rank)]
-        parts[axis % rank] = (respell_index.wrapped(element, sizes[axis % rank]), sizes[axis % rank])
-        return _row(parts, {axis % rank})
+    def along(number: int, elements: Sequence[ir.Value]) -> ir.Value:
+        if number == axis % rank:
+            return respell_index.wrapped(elements[0], sizes[number])
+        return linalg.IndexOp(number).result
 
-    rows = _computed([places], batch, [ir.AffineMap.get_identity(rank)], row)
-    return _scattered(op, target, rows, torch_ir.to_builtin(op.operands[3]), rank)
+    rows = _Rows([places], [ir.AffineMap.get_identity(rank)], batch, [axis % rank], along)
+    return _scattered(op, target, rows, torch_ir.to_builtin(op.operands[3]), sizes)
 
 
-def _row(parts: Sequence[tuple[ir.Value, tensors.Size]], named: set[int]) -> ir.Value:
-    """The number of a row, of a place along each axis and the axis's size; -1 outside of the tensor."""
-    number, inside = tensors.index(0), arith.ConstantOp(ir.IntegerType.get_signless(1), 1).result
-    for axis, (place, size) in enumerate(parts):
-        if axis in named:  # of unsigned numbers those before the tensor are large
-            hit = arith.CmpIOp(_P.ult, place, tensors.index(size)).result
-            inside = arith.AndIOp(inside, hit).result
-        scaled = arith.MulIOp(number, tensors.index(size)).result
-        number = arith.AddIOp(scaled, place).result
-    i64 = ir.IntegerType.get_signless(64)
-    outside = arith.ConstantOp(i64, -1).result
-    return arith.SelectOp(inside, arith.IndexCastOp(i64, number).result, outside).result
+@dataclass(frozen=True)
+class _Rows:
+    """Places in a tensor, one for each in a loop over ``shape``.
+
+    inputs, maps: the indices, and where the loop reads them.  named: the axes that these are along.  along:
+    the place along an axis, given an element of each index.
+    """
+
+    inputs: list[ir.Value]
+    maps: list[ir.AffineMap]
+    shape: list[tensors.Size]
+    named: list[int]
+    along: Callable[[int, Sequence[ir.Value]], ir.Value]
+
+    def places(self, axes: int) -> ir.Value:
+        """The places, [N, axes]."""
+        rank, i64 = len(self.shape), ir.IntegerType.get_signless(64)
+        wider = [ir.AffineMap.get(rank + 1, 0, list(map_.results)) for map_ in self.maps]
+
+        def place(*elements: ir.Value) -> ir.Value:
+            chosen = self.along(axes - 1, elements)
+            for axis in reversed(range(axes - 1)):
+                is_it = arith.CmpIOp(_P.eq, linalg.IndexOp(rank).result, tensors.index(axis)).result
+                chosen = arith.SelectOp(is_it, self.along(axis, elements), chosen).result
+            return arith.IndexCastOp(i64, chosen).result
+
+        made = _computed(self.inputs, [*self.shape, axes], wider, i64, place)
+        return tensors.collapse(made, [list(range(rank)), [rank]])
+
+    def inside(self, sizes: Sequence[tensors.Size]) -> ir.Value:
+        """Tell which places are in a tensor of these sizes, [N]."""
+        i1 = ir.IntegerType.get_signless(1)
+
+        def is_inside(*elements: ir.Value) -> ir.Value:
+            inside = arith.ConstantOp(i1, 1).result
+            for axis in self.named:  # of unsigned numbers those before the tensor are large
+                place = self.along(axis, elements)
+                hit = arith.CmpIOp(_P.ult, place, tensors.index(sizes[axis])).result
+                inside = arith.AndIOp(inside, hit).result
+            return inside
+
+        made = _computed(self.inputs, self.shape, self.maps, i1, is_inside)
+        return tensors.collapse(made, [list(range(len(self.shape)))])
 
 
 def _computed(
     inputs: Sequence[ir.Value],
     shape: Sequence[tensors.Size],
     maps: Sequence[ir.AffineMap],
+    element: ir.Type,
     body: Callable[..., ir.Value],
 ) -> ir.Value:
-    """A tensor of int64, each element computed."""
-    init = tensors.empty(shape, ir.IntegerType.get_signless(64))
-    identity = ir.AffineMap.get_identity(len(shape))
-    return tensors.generic(inputs, init, [*maps, identity], [tensors.PARALLEL] * len(shape), body)
+    """A tensor of which each element is computed from those of ``inputs``."""
+    places = [*maps, ir.AffineMap.get_identity(len(shape))]
+    kinds = [tensors.PARALLEL] * len(shape)
+    return tensors.generic(inputs, tensors.empty(shape, element), places, kinds, body)
 
 
 def _in_order(values: ir.Value, order: Sequence[int], shape: Sequence[tensors.Size]) -> ir.Value:
@@ -139,30 +167,26 @@ def _in_order(values: ir.Value, order: Sequence[int], shape: Sequence[tensors.Si
         ir.AffineExpr.get_constant(0) if size == 1 != shape[axis] else ir.AffineExpr.get_dim(axis)
         for size, axis in zip(type_.shape, last, strict=True)
     ]
-    maps = [ir.AffineMap.get(len(shape), 0, places), ir.AffineMap.get_identity(len(shape))]
-    init = tensors.empty(shape, type_.element_type)
-    return tensors.generic([values], init, maps, [tensors.PARALLEL] * len(shape), lambda x, _: x)
+    return _computed(
+        [values], shape, [ir.AffineMap.get(len(shape), 0, places)], type_.element_type, lambda x, _: x
+    )
 
 
 def _scattered(
-    op: ir.Operation, target: ir.Value, rows: ir.Value, elements: ir.Value, count: int
+    op: ir.Operation, target: ir.Value, rows: _Rows, elements: ir.Value, sizes: Sequence[tensors.Size]
 ) -> list[ir.Value]:
-    """``target`` with ``elements`` in these of its rows, which are what ``count`` leading axes name."""
+    """``target`` with ``elements`` in these of its places; ``sizes``: of the axes that they are along."""
     result = torch_ir.tensor_type(op.result)
     assert result is not None
-    whole, batch = ir.RankedTensorType(target.type), ir.RankedTensorType(rows.type).rank
-    sizes = tensors.sizes(target)
+    whole = ir.RankedTensorType(target.type).element_type
     if result.dtype in _AS_BYTES:
         byte = ir.IntegerType.get_signless(8)
         target, elements = (_bitcast(value, byte) for value in (target, elements))
-    behind = [list(range(count, whole.rank))] if count < whole.rank else []
-    groups = [list(range(count)), *behind]
-    flat = tensors.collapse(target, groups)
-    indices = tensors.collapse(rows, [list(range(batch))])
-    updates = tensors.collapse(elements, [list(range(batch)), *[[a - count + batch for a in g] for g in behind]])
-    made = tensors.expand(_scatter(flat, indices, updates), groups, sizes)
+    batch, rank = len(rows.shape), ir.RankedTensorType(elements.type).rank
+    updates = tensors.collapse(elements, [list(range(batch)), *([axis] for axis in range(batch, rank))])
+    made = _scatter(target, rows.places(len(sizes)), rows.inside(sizes), updates)
     if result.dtype in _AS_BYTES:
-        made = _bitcast(made, whole.element_type)
+        made = _bitcast(made, whole)
     return [torch_ir.from_builtin(tensors.cast(made, result.builtin()), result)]
 
 
@@ -172,29 +196,21 @@ def _bitcast(value: ir.Value, element: ir.Type) -> ir.Value:
     return ir.Operation.create("tensor.bitcast", results=[type_], operands=[value]).result
 
 
-def _scatter(flat: ir.Value, rows: ir.Value, updates: ir.Value) -> ir.Value:
-    """IREE's scatter of rows, without those whose number is negative."""
-    shape, element = tensors.sizes(rows), ir.RankedTensorType(flat.type).element_type
-    i1 = ir.IntegerType.get_signless(1)
-    identity = ir.AffineMap.get_identity(1)
-
-    def is_inside(number: ir.Value, _: ir.Value) -> ir.Value:
-        return arith.CmpIOp(_P.sge, number, arith.ConstantOp(number.type, 0).result).result
-
-    kept = tensors.generic(
-        [rows], tensors.empty(shape, i1), [identity, identity], [tensors.PARALLEL], is_inside
-    )
+def _scatter(target: ir.Value, places: ir.Value, kept: ir.Value, updates: ir.Value) -> ir.Value:
+    """IREE's scatter of those updates that are ``kept``."""
+    type_ = ir.RankedTensorType(target.type)
+    axes = ir.RankedTensorType(places.type).shape[-1]
     op = ir.Operation.create(
         "iree_linalg_ext.scatter",
-        results=[flat.type],
-        operands=[updates, rows, kept, flat],
+        results=[type_],
+        operands=[updates, places, kept, target],
         attributes={
-            "dimension_map": ir.DenseI64ArrayAttr.get([0]),
+            "dimension_map": ir.DenseI64ArrayAttr.get(list(range(axes))),
             "unique_indices": ir.BoolAttr.get(True),
         },
         regions=1,
     )
-    block = op.regions[0].blocks.append(element, element)
+    block = op.regions[0].blocks.append(type_.element_type, type_.element_type)
     with ir.InsertionPoint(block):
         ir.Operation.create("iree_linalg_ext.yield", operands=[block.arguments[0]])
     return op.result

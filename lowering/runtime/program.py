@@ -58,8 +58,8 @@ from .arguments import (
     without_constants,
 )
 from .files import Check, check_archive, function_of, open_module, parameter_modules, signatures_of
-from .session import Place, Session, Storage, reported
-from .state import Memory, State, StateTensor
+from .session import Memory, Place, Session, Storage, reported
+from .state import State, StateTensor
 from .writing import Writing
 
 __all__ = ["Function", "Program", "load"]
@@ -140,7 +140,7 @@ class Program:
         }
 
     def session(self) -> Program:
-        """The same program with a state of its own, as new; weights and code are shared, and so is ``close``."""
+        """The same program with a state of its own, as new; weights, code and ``close`` are shared."""
         other = copy.copy(self)
         other._state = self._state.another()
         other._functions = {name: each.with_state(other._state) for name, each in self._functions.items()}
@@ -149,6 +149,10 @@ class Program:
     def state(self) -> tuple[StateTensor, ...]:
         """What the program remembers: name, dtype, shape and bytes of each tensor."""
         return self._state.describe()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The values of the state, by name: copies, on the CPU."""
+        return self._state.values()
 
     def reset(self) -> None:
         """Give the state the values that the module's buffers had when it was compiled."""
@@ -271,9 +275,7 @@ class Function:
         state.exchange([name for number, name in writing.state.items() if results[number] is None])
         return results[: writing.first]
 
-    def _run(
-        self, values: Sequence[Any], passed: Sequence[Any], spare: Mapping[int, Memory]
-    ) -> list[Any]:
+    def _run(self, values: Sequence[Any], passed: Sequence[Any], spare: Mapping[int, Memory]) -> list[Any]:
         """Call with what is ``passed`` for ``values``; all tensors that are returned.
 
         spare: where new values of the state are put, by number; where that was done there is None.

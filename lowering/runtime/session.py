@@ -197,6 +197,10 @@ class Storage:
     """In bytes."""
 
 
+Memory = tuple[Tensor, iree.HalBufferView]
+"""A tensor, and the same memory as a program is passed it."""
+
+
 class Session:
     """One IREE context on one device; calls take turns."""
 
@@ -333,11 +337,31 @@ class Session:
         view = self._import(tensor.view(torch.uint8))
         return iree.HalBufferView(view.get_buffer(), list(tensor.shape), element)
 
-    def _empty(self, tensor: Tensor) -> iree.HalBufferView:
+    def passable(self, tensor: Tensor, memory: iree.HalBufferView) -> iree.HalBufferView:
+        """The ``memory`` of ``tensor`` as a program is passed it, with its shape and dtype."""
         element = _AS_BYTES.get(tensor.dtype)
         if element is None:
             element = self._import(self._somewhere.view(tensor.dtype)).element_type
-        return iree.HalBufferView(self._import(self._somewhere).get_buffer(), list(tensor.shape), element)
+        return iree.HalBufferView(memory.get_buffer(), list(tensor.shape), element)
+
+    def set(self, memory: Memory, value: Tensor | None) -> Memory:
+        """Give memory that is passed to programs a value, None for zeros.
+
+        That of an emulated GPU is filled by copies to the device alone: it is other memory then.
+        """
+        tensor, view = memory
+        if self.place.emulated is not None and tensor.numel():
+            value = torch.zeros_like(tensor) if value is None else value
+            view = self._upload(value.contiguous(), view)
+            return self.to_torch(view, tensor.dtype), view
+        if value is not None:
+            tensor.copy_(value)
+        elif tensor.numel():
+            tensor.view(-1).view(torch.uint8).zero_()
+        return memory
+
+    def _empty(self, tensor: Tensor) -> iree.HalBufferView:
+        return self.passable(tensor, self._import(self._somewhere))
 
     def _import(self, tensor: Tensor) -> iree.HalBufferView:
         view = self._hal.from_dlpack_capsule(to_dlpack(tensor))

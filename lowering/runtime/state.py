@@ -1,8 +1,8 @@
 """Keep what a program remembers from call to call: named tensors, apart for each session.
 
-They are memory of the runtime's own, passed to a program behind the arguments of a call, which updates them in
-place.  A tensor that a call computes as a whole has a second memory, where the new value is put; then the
-two change places.
+They are memory of the runtime's own, passed to a program behind the arguments of a call, which updates them
+in place.  A tensor that a call computes as a whole has a second memory, where the new value is put; then
+the two change places.
 """
 
 from __future__ import annotations
@@ -23,12 +23,10 @@ from torch import Tensor
 from .. import temporary
 from ..errors import RunError, UsageError
 from ..signature import TensorSpec
-from .session import Session, dtype_name
+from .session import Memory, Session, dtype_name
 
 # In the metadata of a file.
 _KEY = "vmfuse.state"
-
-Memory = tuple[Tensor, iree.HalBufferView]
 
 
 @dataclass(frozen=True)
@@ -95,12 +93,17 @@ class State:
 
     def put(self, name: str, value: Tensor) -> None:
         """Give a tensor a new value; the state is held."""
-        self._memory[name][0].copy_(value)
+        self._memory[name] = self._session.set(self._memory[name], value)
 
     def describe(self) -> tuple[StateTensor, ...]:
         """The tensors, in the order of the program."""
         specs = self._specs.values()
         return tuple(StateTensor(spec.name, _dtype(spec), _shape(spec), _bytes(spec)) for spec in specs)
+
+    def values(self) -> dict[str, Tensor]:
+        """Copies of the tensors, on the CPU."""
+        with self.held():
+            return {name: tensor.to("cpu", copy=True) for name, (tensor, _) in self._memory.items()}
 
     def reset(self) -> None:
         """Give all tensors the values they began with."""
@@ -112,27 +115,24 @@ class State:
         self._begin()
 
     def _new(self, spec: TensorSpec) -> Memory:
-        return self._session.allocate(self._session.storage(_shape(spec), _dtype(spec)))
+        tensor, memory = self._session.allocate(self._session.storage(_shape(spec), _dtype(spec)))
+        return tensor, self._session.passable(tensor, memory)
 
     def _begin(self) -> None:
         initial = self._initial()
-        for name, (tensor, _) in self._memory.items():
-            if name in initial:
-                tensor.copy_(initial[name])
-            elif tensor.numel():
-                tensor.view(-1).view(torch.uint8).zero_()
+        for name, memory in self._memory.items():
+            self._memory[name] = self._session.set(memory, initial.get(name))
 
     # -- files -------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to ``path``, a safetensors file, all of it or nothing."""
         self._refuse_none()
-        with self.held():
-            tensors = {name: tensor.cpu() for name, (tensor, _) in self._memory.items()}
-            try:
-                temporary.replace(Path(path), lambda file: save_file(tensors, file, {_KEY: "1"}))
-            except OSError as error:
-                raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+        tensors = self.values()
+        try:
+            temporary.replace(Path(path), lambda file: save_file(tensors, file, {_KEY: "1"}))
+        except OSError as error:
+            raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Read the state from ``path``, which ``save`` has written; of a file that does not fit, nothing.
