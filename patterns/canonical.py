@@ -3,7 +3,7 @@
 They are ``torch.operator`` ops whose names start with ``vmfuse.`` and whose attributes hold one of
 the frozen values of ``patterns.contracts``:
 
-``vmfuse.rms_norm``              x, [residual], [weight] -> y, [sum]        contract: RmsNorm
+``vmfuse.norm``                  x, [residual], [weight] -> y, [sum]        contract: Norm
 ``vmfuse.gated_activation``      gate_up (packed) or gate, up -> y          contract: GatedActivation
 ``vmfuse.group_quant``           x, [scale] -> q, [scale]                  contract: Quantization
 ``vmfuse.block_scaled_matmul``   a, b, a_scale, b_scale, [bias] -> out      contract: BlockScaledMatmul
@@ -39,19 +39,19 @@ from .contracts import (
     BlockScaledMatmul,
     GatedActivation,
     GroupedTopk,
+    Norm,
     Quantization,
-    RmsNorm,
     ScaleLayout,
 )
 from .sites import Cost
 from .torch_ir import TensorType
 
-RMS_NORM = "vmfuse.rms_norm"
+NORM = "vmfuse.norm"
 GATED_ACTIVATION = "vmfuse.gated_activation"
 GROUP_QUANT = "vmfuse.group_quant"
 BLOCK_SCALED_MATMUL = "vmfuse.block_scaled_matmul"
 # What makes the value a row kernel quantizes.
-PRODUCERS = (RMS_NORM, GATED_ACTIVATION)
+PRODUCERS = (NORM, GATED_ACTIVATION)
 GROUPED_TOPK = "vmfuse.grouped_topk"
 ROW = "vmfuse.row"
 TOPK = "vmfuse.topk"
@@ -149,9 +149,9 @@ def physical_scale(scale: ir.Value, result: TensorType, layout: ScaleLayout) -> 
     return create(PHYSICAL_SCALE, [scale, torch_ir.make_str(layout)], [result]).result
 
 
-def norm_contract(op: ir.Operation) -> RmsNorm:
-    """Read what a ``vmfuse.rms_norm`` computes."""
-    return from_attribute(RmsNorm, op.attributes["contract"])
+def norm_contract(op: ir.Operation) -> Norm:
+    """Read what a ``vmfuse.norm`` computes."""
+    return from_attribute(Norm, op.attributes["contract"])
 
 
 def gate_contract(op: ir.Operation) -> GatedActivation:

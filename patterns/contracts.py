@@ -40,7 +40,7 @@ LARGEST_FINITE = {
 
 
 @dataclass(frozen=True)
-class RmsNorm:
+class Norm:
     """``y = x32 * rstd * w`` over the last axis, ``rstd = 1/sqrt(sum(x32^2)/H + eps)``.
 
     rounding
@@ -240,7 +240,7 @@ class RowSpec:
 
     hidden: int
     dtype: str
-    norm: RmsNorm | None = None
+    norm: Norm | None = None
     gate: GatedActivation | None = None
     weight_dtype: str | None = None
     writes_sum: bool = False

@@ -16,7 +16,7 @@ from . import (
     near_gates,
     near_norms,
     near_quantizations,
-    rms_norm,
+    norms,
     row_fusion,
 )
 from .operation import PatternFamily
@@ -24,14 +24,14 @@ from .operation import PatternFamily
 # Norms, gates and quantizations: one kernel family computes all that is done to a row.
 ROW = PatternFamily(
     operations=(
-        rms_norm.OPERATION,
+        norms.OPERATION,
         gated_activation.OPERATION,
         group_quant.OPERATION,
         row_fusion.OPERATION,
     ),
     recognisers=(
         *named_ops.RECOGNISERS,
-        *rms_norm.RECOGNISERS,
+        *norms.RECOGNISERS,
         *gated_activation.RECOGNISERS,
         *group_quant.RECOGNISERS,
     ),

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from iree.compiler import ir
 
 from . import canonical, torch_ir
-from .contracts import LARGEST_FINITE, GatedActivation, Quantization, RmsNorm, static_quantization
+from .contracts import LARGEST_FINITE, GatedActivation, Norm, Quantization, static_quantization
 from .recogniser import Raised
 from .torch_ir import TensorType
 from .well_typed import is_given_scale, norm_dtype
@@ -204,7 +204,7 @@ class NamedOp:
         weight = call.types.get("weight")
         y = call.types.get("y") or _with_dtype(call.x, "float32")
         values["rounding"] = _rounding(values.get("rounding", "once"), call.x, weight, y)
-        contract = RmsNorm(**values)
+        contract = Norm(**values)
         wanted = _with_dtype(call.x, norm_dtype(contract, call.x, weight))
         _require(
             "y" not in self.results or y == wanted, f"its result is {y}, where the contract has {wanted}"
@@ -213,7 +213,7 @@ class NamedOp:
         results = [call.tensors.get("y", wanted)]
         if contract.residual is not None:
             results.append(call.tensors.get("sum", call.x))
-        return Raised(canonical.RMS_NORM, contract, operands, results)
+        return Raised(canonical.NORM, contract, operands, results)
 
     def _check_norm(self, call: _Call) -> None:
         """Check that the tensors are those of a norm over the last axis."""

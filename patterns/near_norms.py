@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from iree.compiler import ir
 
-from . import rms_norm, torch_ir, views
+from . import norms, torch_ir, views
 from .match import Bindings, Is, OneOf, Op, Var, first_match, past_unit_axis, reduced_axes
 from .recogniser import NearMiss
 
@@ -159,7 +159,7 @@ SPREAD = "is spread along another axis than it was taken over: keep that axis wi
 def _why_not_raised(h: ir.Value, product: ir.Operation, way: _Way) -> str:
     """Say why the product of ``h`` and what looks like its reciprocal root was not raised."""
     factor = next((value for value in product.operands if torch_ir.widened_from(value) != h), h)
-    found = first_match(rms_norm.RSTD, factor)
+    found = first_match(norms.RSTD, factor)
     narrow = (dtype for op in way.passed if (dtype := torch_ir.dtype_of(op.result)) != "float32")
     if dtype := next(narrow, None):
         return f"its statistic is rounded to {dtype}; keep it in float32 until the product with it is taken"
@@ -167,10 +167,10 @@ def _why_not_raised(h: ir.Value, product: ir.Operation, way: _Way) -> str:
         return f"its statistic {SPREAD}"
     if found is None:
         return "between the mean of squares and torch.rsqrt is more than the addition of a constant epsilon"
-    no_mean = rms_norm.why_not_mean(found)
+    no_mean = norms.why_not_mean(found)
     if no_mean is not None:
         return no_mean
-    if first_match(rms_norm.NORMED, product.result) is None:
+    if first_match(norms.NORMED, product.result) is None:
         return f"its statistic {SPREAD}"
     y = product.result
     readers = ", ".join(dict.fromkeys(short(op) for op in torch_ir.users(y))) or "nothing"

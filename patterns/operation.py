@@ -34,7 +34,7 @@ class Operation:
     """The IR form of one operation.
 
     name
-        ``vmfuse.rms_norm``; one of an outsider's family begins with a word of its own.
+        ``vmfuse.norm``; one of an outsider's family begins with a word of its own.
     carries
         The frozen dataclass that says what it computes: a contract, or, of what a kernel computes, a spec.
     why_not

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from iree.compiler import ir
 
 from . import canonical, splits, torch_ir, views
-from .contracts import GatedActivation, Quantization, RmsNorm, RowSpec
+from .contracts import GatedActivation, Norm, Quantization, RowSpec
 from .hoist import hoist
 from .operation import Operation, Support, Types
 from .sites import Ledger
@@ -35,7 +35,7 @@ class Inputs:
 
     x: ir.Value
     before: ir.Operation
-    norm: RmsNorm | None = None
+    norm: Norm | None = None
     gate: GatedActivation | None = None
     up: ir.Value | None = None
     residual: ir.Value | None = None
@@ -191,7 +191,7 @@ def _batches(
 def _absorb_norm(inputs: Inputs, gate: ir.Operation, support: Support) -> Inputs:
     """Let the kernel of a gate norm what it is multiplied with, where nothing else reads that."""
     norm = None if inputs.up is None else torch_ir.producer(inputs.up)
-    if norm is None or torch_ir.op_name(norm) != canonical.RMS_NORM or not _is_gated(norm, support):
+    if norm is None or torch_ir.op_name(norm) != canonical.NORM or not _is_gated(norm, support):
         return inputs
     made = _producer_inputs(norm)
     return replace(inputs, x=made.x, up=inputs.x, norm=made.norm, weight=made.weight, gated=norm)
@@ -200,7 +200,7 @@ def _absorb_norm(inputs: Inputs, gate: ir.Operation, support: Support) -> Inputs
 def _is_gated(norm: ir.Operation, support: Support) -> bool:
     """Tell whether a kernel norms and gates: ``norm`` has one reader, a gate, as the other factor."""
     value, users = norm.results[0], torch_ir.users(norm.results[0])
-    if torch_ir.op_name(norm) != canonical.RMS_NORM or len(users) != 1 or _why_no_row(value) is not None:
+    if torch_ir.op_name(norm) != canonical.NORM or len(users) != 1 or _why_no_row(value) is not None:
         return False
     gate, inputs = users[0], _producer_inputs(norm)
     other = list(gate.operands)[1:]
@@ -247,7 +247,7 @@ def _spec(inputs: Inputs, value: ir.Value, quants: list[ir.Operation], *, writes
 def _read_besides_norm(inputs: Inputs) -> bool:
     assert inputs.sum is not None
     uses = len(torch_ir.users(inputs.sum))
-    absorbed = torch_ir.op_name(torch_ir.producer(inputs.sum)) != canonical.RMS_NORM  # type: ignore[arg-type]
+    absorbed = torch_ir.op_name(torch_ir.producer(inputs.sum)) != canonical.NORM  # type: ignore[arg-type]
     return uses > (1 if absorbed else 0)
 
 

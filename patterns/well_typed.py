@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .canonical import quantized_types
-from .contracts import BlockScaledMatmul, GatedActivation, GroupedTopk, Quantization, RmsNorm
+from .contracts import BlockScaledMatmul, GatedActivation, GroupedTopk, Norm, Quantization
 from .torch_ir import TensorType
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -17,7 +17,7 @@ FLOATS = ("float32", "bfloat16", "float16")
 Types = Sequence["TensorType | None"]
 
 
-def why_no_norm(norm: RmsNorm, operands: Types, results: Types) -> str | None:
+def why_no_norm(norm: Norm, operands: Types, results: Types) -> str | None:
     """x, [residual], [weight] -> y, [sum]."""
     x, *rest = operands or (None,)
     if x is None or not x.shape or x.dtype not in (*FLOATS, "float64"):
@@ -33,7 +33,7 @@ def why_no_norm(norm: RmsNorm, operands: Types, results: Types) -> str | None:
     return None if results[0] == y else f"its y is {results[0]}, and not {y}"
 
 
-def norm_dtype(norm: RmsNorm, x: TensorType, weight: TensorType | None) -> str:
+def norm_dtype(norm: Norm, x: TensorType, weight: TensorType | None) -> str:
     """The dtype of y."""
     if norm.rounding == "none":
         return "float32"

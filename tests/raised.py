@@ -36,7 +36,7 @@ def contracts(module: nn.Module, *args: torch.Tensor) -> list[Any]:
     context = ir.Context()
     program = import_module(module, args, context)
     readers = {
-        canonical.RMS_NORM: canonical.norm_contract,
+        canonical.NORM: canonical.norm_contract,
         canonical.GATED_ACTIVATION: canonical.gate_contract,
         canonical.GROUP_QUANT: canonical.quantization,
     }

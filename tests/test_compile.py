@@ -559,7 +559,7 @@ def test_dumped_phases_show_each_step(tmp_path: Path) -> None:
     ]
     text = {name: (tmp_path / "phases" / name).read_text() for name in files}
     assert '"torch.lowering.rms_norm"' in text["0-import.mlir"]
-    assert '"vmfuse.rms_norm"' in text["2-raise.mlir"] and '"vmfuse.row"' not in text["3-sink.mlir"]
+    assert '"vmfuse.norm"' in text["2-raise.mlir"] and '"vmfuse.row"' not in text["3-sink.mlir"]
     assert text["4-fuse.mlir"].count('"vmfuse.row"') == 1
     assert "vmfuse." not in text["8-expand.mlir"]
     assert "torch." not in re.sub(r"#.*|loc\(.*", "", text["9-linalg.mlir"]).replace("vmfuse", "")

@@ -8,8 +8,8 @@ from dataclasses import replace
 from patterns.contracts import (
     Activation,
     GatedActivation,
+    Norm,
     Quantization,
-    RmsNorm,
     RowSpec,
     Window,
     static_quantization,
@@ -35,7 +35,7 @@ def _gated(
 def _norm(
     *quantizations: Quantization, residual: bool = False, writes_y: bool = False
 ) -> Callable[[int], RowSpec]:
-    norm = RmsNorm(1e-6, "once", "exact" if residual else None)
+    norm = Norm(1e-6, "once", "exact" if residual else None)
     return lambda hidden: RowSpec(
         hidden,
         "bfloat16",
@@ -77,7 +77,7 @@ CHECKED: dict[str, Callable[[int], RowSpec]] = {
     "twice, float16, float32 weight": lambda hidden: RowSpec(
         hidden,
         "float16",
-        RmsNorm(1e-6, "twice", "rounded"),
+        Norm(1e-6, "twice", "rounded"),
         weight_dtype="float32",
         writes_sum=True,
         quantizations=(GROUP_128,),
@@ -85,7 +85,7 @@ CHECKED: dict[str, Callable[[int], RowSpec]] = {
     "float32 throughout": lambda hidden: RowSpec(
         hidden,
         "float32",
-        RmsNorm(1e-6, "none", "exact"),
+        Norm(1e-6, "none", "exact"),
         weight_dtype="float32",
         writes_sum=True,
         writes_y=True,

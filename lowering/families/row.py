@@ -320,7 +320,7 @@ def _norm_reference(op: ir.Operation) -> Reference:
 
     def rms_norm(x: torch.Tensor, *rest: torch.Tensor) -> Any:
         residual, weight = (rest[0], rest[1:]) if norm.residual else (None, rest)
-        y, total = ops.rms_norm_reference(x, residual, weight[0] if weight else None, norm)
+        y, total = ops.norm_reference(x, residual, weight[0] if weight else None, norm)
         return (y, total) if norm.residual else y
 
     return norm, rms_norm
@@ -355,7 +355,7 @@ FAMILY = Family(
         "row.hip": ("row.h", "given.h", "tile.h", "quantize.h", "activation.h"),
     },
     references={
-        canonical.RMS_NORM: _norm_reference,
+        canonical.NORM: _norm_reference,
         canonical.GATED_ACTIVATION: _gate_reference,
         canonical.GROUP_QUANT: _quantization_reference,
     },

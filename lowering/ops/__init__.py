@@ -25,7 +25,7 @@ from .group_quant import (
 )
 from .grouped_topk import grouped_topk, grouped_topk_reference
 from .packed_matmul import packed_matmul, packed_matmul_reference, repack, unpacked_weight
-from .rms_norm import add_rms_norm, rms_norm, rms_norm_reference
+from .rms_norm import add_rms_norm, norm_reference, rms_norm
 from .scale_layouts import SCALE_LAYOUTS, from_physical, physical_shape, to_physical
 from .shuffle_weight import (
     shuffle_weight,
@@ -48,12 +48,12 @@ __all__ = [
     "group_quant_reference",
     "grouped_topk",
     "grouped_topk_reference",
+    "norm_reference",
     "packed_matmul",
     "packed_matmul_reference",
     "physical_shape",
     "repack",
     "rms_norm",
-    "rms_norm_reference",
     "shuffle_weight",
     "shuffle_weight_reference",
     "silu_mul",

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from patterns.contracts import RmsNorm
+from patterns.contracts import Norm
 
 from .checks import FLOAT_DTYPES, check_dtype, check_rank, check_shape
 from .scalars import float32
 
 
-def rms_norm_reference(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, norm: RmsNorm
+def norm_reference(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, norm: Norm
 ) -> tuple[Tensor, Tensor | None]:
     """RMSNorm over the last axis, as ``norm`` says, and the residual sum.
 
@@ -41,7 +41,7 @@ def rms_norm_reference(
     return (y if norm.rounding == "none" else y.to(x.dtype)), total
 
 
-def _statistic_input(x: Tensor, residual: Tensor | None, norm: RmsNorm) -> tuple[Tensor, Tensor | None]:
+def _statistic_input(x: Tensor, residual: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor | None]:
     """float32 [..., H] that the norm works on, and round(x + residual) or None."""
     if (residual is None) != (norm.residual is None):
         raise ValueError(f"residual: the contract says {norm.residual!r}")
@@ -54,7 +54,7 @@ def _statistic_input(x: Tensor, residual: Tensor | None, norm: RmsNorm) -> tuple
     return (x32 if norm.residual == "exact" else total.to(wide)), total
 
 
-def _offset(weight: Tensor | None, norm: RmsNorm) -> Tensor | None:
+def _offset(weight: Tensor | None, norm: Norm) -> Tensor | None:
     """Give what the normed row is multiplied by."""
     if norm.weight_offset == 0:
         return weight
@@ -74,7 +74,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     Source: torch.nn.RMSNorm, FlashInfer.
     """
     _check(x, None, weight)
-    return rms_norm_reference(x, None, weight, RmsNorm(eps))[0].contiguous()
+    return norm_reference(x, None, weight, Norm(eps))[0].contiguous()
 
 
 @rms_norm.register_fake
@@ -98,7 +98,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float)
     Source: fused_add_rms_norm of FlashInfer and vLLM, without the mutation.
     """
     _check(x, residual, weight)
-    y, total = rms_norm_reference(x, residual, weight, RmsNorm(eps, residual="exact"))
+    y, total = norm_reference(x, residual, weight, Norm(eps, residual="exact"))
     assert total is not None
     return y.contiguous(), total.contiguous()
 

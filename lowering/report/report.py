@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from patterns.contracts import GatedActivation, GroupedTopk, Quantization, RmsNorm
+from patterns.contracts import GatedActivation, GroupedTopk, Norm, Quantization
 from patterns.sites import Remark, Timing
 
 from ..errors import UsageError
@@ -114,7 +114,7 @@ class Report:
 
 # JSON -------------------------------------------------------------------------------------------
 
-_CONTRACTS = {kind.__name__: kind for kind in (RmsNorm, GatedActivation, Quantization, GroupedTopk)}
+_CONTRACTS = {kind.__name__: kind for kind in (Norm, GatedActivation, Quantization, GroupedTopk)}
 
 
 def _contract(site: Site) -> dict[str, Any] | None:

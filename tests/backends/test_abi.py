@@ -13,13 +13,13 @@ from lowering.errors import CompileError, ToolchainError
 from lowering.families.instance import Binding, KernelInstance
 from lowering.families.row import instance
 from lowering.targets import Target, resolve
-from patterns.contracts import GatedActivation, Quantization, RmsNorm, RowSpec
+from patterns.contracts import GatedActivation, Norm, Quantization, RowSpec
 
 CPU, GPUS = resolve("cpu"), [resolve(name) for name in ("sm_90", "sm_100", "gfx950")]
 SPEC = RowSpec(
     512,
     "bfloat16",
-    RmsNorm(1e-6, "once", "exact"),
+    Norm(1e-6, "once", "exact"),
     weight_dtype="float32",
     writes_sum=True,
     writes_y=True,

@@ -4,11 +4,6 @@
 #define STACK_BYTES (64 * 1024)
 #include "fibers.h"
 
-#include <cmath>
-#include <cstdlib>
-#include <cstring>
-#include <map>
-
 #define MMA_H
 typedef uint8_t u8;
 typedef uint16_t u16;

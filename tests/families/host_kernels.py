@@ -6,10 +6,13 @@ of 64 lanes, so its numerics, lane mapping and stores are tested on a machine wi
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -56,12 +59,9 @@ def _native(kernel: KernelInstance, directory: Path) -> Launch:
 def emulated(kernel: KernelInstance, directory: Path, beside: Path = Path(__file__)) -> Launch:
     """The GPU source compiled for the host, with fibers for lanes: by the emulation ``beside`` that file."""
     library = directory / "emulation.so"
-    defines = [f"-D{name}={value}" for name, value in kernel.defines]
     source = beside.with_name(f"{Path(kernel.source).stem}_emulation.cpp")
     headers = family_of(kernel.spec).directory or commands.kernel_source_dir()
-    include = [f"-I{directory}" for directory in (headers, Path(__file__).parent)]
-    flags = ["-std=c++17", "-O0", "-ffp-contract=off", "-shared", "-fPIC", f"-DWAVE={kernel.target.wave}"]
-    subprocess.run([cxx_compiler(), *flags, *defines, *include, source, "-o", library], check=True)
+    build_emulation(source, library, {**dict(kernel.defines), "WAVE": kernel.target.wave}, headers)
     entry = ctypes.CDLL(str(library)).launch
 
     def launch(pointers: Sequence[int], rows: int) -> None:
@@ -69,6 +69,30 @@ def emulated(kernel: KernelInstance, directory: Path, beside: Path = Path(__file
         entry(array, ctypes.c_int(rows), ctypes.c_int(kernel.grid(rows)[0]))
 
     return launch
+
+
+def build_emulation(
+    source: Path, library: Path, defines: Mapping[str, object], headers: Path, level: str = "-O0"
+) -> None:
+    """Compile the emulation ``source`` of a kernel whose own source is in ``headers``."""
+    flags = [*_flags(level), "-shared", "-w", *(f"-D{name}={value}" for name, value in defines.items())]
+    include = [f"-I{path}" for path in (_precompiled(level), headers, Path(__file__).parent)]
+    subprocess.run([cxx_compiler(), *flags, *include, source, "-o", library], check=True)
+
+
+def _flags(level: str) -> list[str]:
+    return ["-std=c++17", level, "-ffp-contract=off", "-fPIC"]
+
+
+@cache
+def _precompiled(level: str) -> Path:
+    """A directory with standard.h, and with it precompiled for a compiler that can use it."""
+    directory = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, directory)
+    header = Path(shutil.copy(Path(__file__).with_name("standard.h"), directory))
+    made = header.with_suffix(".h.gch")
+    subprocess.run([cxx_compiler(), *_flags(level), "-x", "c++-header", header, "-o", made], check=True)
+    return directory
 
 
 def c_compiler() -> str:

@@ -2,14 +2,11 @@
 // a fiber.  Instead of kernels/mma.h it gets what is here, which does the same: HAS_WGMMA says with which of the two
 // ways to multiply.  Copies happen late and in an order of chance, as far as the machine may do that too, and shared
 // memory starts as NaN, so what is read too early shows.
+#include <standard.h>
+
 #define EMULATED_THREADS 384
 #define INTEGERS (A_CODES == 3)
 #include "cuda_emulation.h"
-
-#include <deque>
-#include <functional>
-#include <random>
-#include <utility>
 
 // -- copies, each thread's in order, and barriers that count them ----------------------------------------------------
 

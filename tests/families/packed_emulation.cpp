@@ -1,6 +1,8 @@
 // Runs the product with packed weights of NVIDIA GPUs (kernels/packed.cu) on the host: a cluster of workgroups at once,
 // every thread a fiber.
 
+#include <standard.h>
+
 #define EMULATED_THREADS (32 * ACROSS * ALONG)
 #include "cuda_emulation.h"
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from lowering.targets import resolve
-from patterns.contracts import GatedActivation, Quantization, RmsNorm, RowSpec, static_quantization
+from patterns.contracts import GatedActivation, Norm, Quantization, RowSpec, static_quantization
 
 CPU, SM90, SM100 = resolve("cpu"), resolve("sm_90"), resolve("sm_100")
 GFX950, GFX942 = resolve("gfx950"), resolve("gfx942")
@@ -22,7 +22,7 @@ def spec(hidden: int, dtype: str = "bfloat16", rounding: str | None = "once", **
     norm = None
     if rounding and "gate" not in fields:
         residual, offset = fields.pop("residual", None), fields.pop("offset", 0.0)
-        norm = RmsNorm(fields.pop("eps", 1e-6), rounding, residual, offset)
+        norm = Norm(fields.pop("eps", 1e-6), rounding, residual, offset)
     weight = fields.pop("weight", dtype if norm else None)
     quantizations = tuple(fields.pop("quants", ()))
     return RowSpec(hidden, dtype, norm, weight_dtype=weight, quantizations=quantizations, **fields)

@@ -2,12 +2,9 @@
 // for bit without a GPU.  A wave is WAVE wide, 32 and 64 both work.  Only the machine primitives differ from row.cu and
 // row.hip.
 
-#include "fibers.h"
+#include <standard.h>
 
-#include <algorithm>
-#include <cmath>
-#include <cstdlib>
-#include <cstring>
+#include "fibers.h"
 
 typedef uint8_t u8;
 typedef uint16_t u16;

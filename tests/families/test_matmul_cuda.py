@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import math
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -33,7 +32,7 @@ from lowering.families.matmul.family import instance, why_unsupported
 from lowering.ops import block_scaled_matmul_reference
 from lowering.targets import Target, resolve
 from patterns.contracts import MatmulSpec, ScaleLayout, stored_rows
-from tests.families.host_kernels import Launch, cxx_compiler, run
+from tests.families.host_kernels import Launch, build_emulation, run
 from tests.families.test_matmul import assert_product, in_memory, operands
 
 sass = pytest.importorskip("tools.gpu.sass")
@@ -86,13 +85,8 @@ def emulated(
             "HAS_WGMMA": int(wgmma),
             "MOST_STAGES": 4,
         }  # so that the ring closes
-        defines = [f"-D{name}={value}" for name, value in values.items()]
-        sources = [
-            f"-I{commands.kernel_source_dir()}",
-            str(Path(__file__).with_name("matmul_emulation.cpp")),
-        ]
-        flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-w"]
-        subprocess.run([cxx_compiler(), *flags, *defines, *sources, "-o", str(library)], check=True)
+        source = Path(__file__).with_name("matmul_emulation.cpp")
+        build_emulation(source, library, values, commands.kernel_source_dir(), "-O2")
         entry = ctypes.CDLL(str(library)).launch
         cluster = int(dict(kernel.defines)["CLUSTER"])
 

@@ -15,7 +15,7 @@ from lowering.errors import CompileError
 from lowering.families.row import instance
 from lowering.families.row_support import why_unsupported
 from lowering.targets import Target
-from patterns.contracts import GatedActivation, Quantization, RmsNorm, RowSpec
+from patterns.contracts import GatedActivation, Norm, Quantization, RowSpec
 from tests.families.row_cases import CASES, CPU, GFX942, GFX950, Q128, SM90, SM100, scheme_case, spec
 
 
@@ -58,7 +58,7 @@ REFUSED_QUANTIZATIONS = [
         (spec(128, "float32", gate=GatedActivation("relu"), writes_y=True), CPU, "relu"),
         (spec(128, gate=GatedActivation("silu", "thrice"), writes_y=True), CPU, "thrice"),
         (
-            RowSpec(128, "float32", RmsNorm(1.0), GatedActivation("silu"), writes_y=True),
+            RowSpec(128, "float32", Norm(1.0), GatedActivation("silu"), writes_y=True),
             CPU,
             "gate is a tensor",
         ),

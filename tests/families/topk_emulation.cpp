@@ -1,11 +1,9 @@
 // Runs the GPU routing kernel (kernels/topk.h) on the host, so that its arithmetic and its lane mapping can be tested
 // without a GPU.  A wave is WAVE wide, 32 and 64 both work.  Only the machine primitives differ from topk.cu, topk.hip.
 
-#include "fibers.h"
+#include <standard.h>
 
-#include <cmath>
-#include <cstdlib>
-#include <cstring>
+#include "fibers.h"
 
 typedef uint8_t u8;
 typedef uint16_t u16;

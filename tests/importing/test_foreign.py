@@ -18,7 +18,7 @@ from lowering.importing import foreign, importer
 from lowering.passes import raise_ops as raising
 from lowering.passes.normalize import normalize
 from patterns import canonical, named_ops, torch_ir
-from patterns.contracts import GatedActivation, Quantization, RmsNorm
+from patterns.contracts import GatedActivation, Norm, Quantization
 from patterns.sites import Ledger
 
 foreign.declare_ops()
@@ -72,7 +72,7 @@ def operations(program: importer.Program, *names: str) -> list[ir.Operation]:
 
 
 READERS = {
-    canonical.RMS_NORM: canonical.norm_contract,
+    canonical.NORM: canonical.norm_contract,
     canonical.GATED_ACTIVATION: canonical.gate_contract,
     canonical.GROUP_QUANT: canonical.quantization,
 }
@@ -161,16 +161,16 @@ def quant_into(name: str, *rest: Any, layout: str = "row", limit: float = 448.0)
     return function
 
 
-TWICE = RmsNorm(1e-6, "twice")
-ONCE = RmsNorm(1e-6, "once")
-GEMMA = RmsNorm(1e-6, "once", weight_offset=1.0)
+TWICE = Norm(1e-6, "twice")
+ONCE = Norm(1e-6, "once")
+GEMMA = Norm(1e-6, "once", weight_offset=1.0)
 UE8M0 = Quantization(128, scale="ue8m0", scale_floor=1e-10)
 PACKED = Quantization(128, scale="ue8m0", scale_floor=1e-10, layout="ue8m0_packed")
 AITER = Quantization(128, scale_division="reciprocal", quotient="reciprocal")
 
 
-def added(norm: RmsNorm) -> RmsNorm:
-    return RmsNorm(norm.eps, norm.rounding, "exact", norm.weight_offset)
+def added(norm: Norm) -> Norm:
+    return Norm(norm.eps, norm.rounding, "exact", norm.weight_offset)
 
 
 NORMS = {
@@ -262,7 +262,7 @@ QUANTS = {
 }
 
 _WITH_ADD = "vllm::rocm_aiter_rmsnorm_with_add_fp8_group_quant"
-UNROUNDED = RmsNorm(1e-6, "none")
+UNROUNDED = Norm(1e-6, "none")
 
 FUSED = {
     "vllm::rocm_aiter_rmsnorm_fp8_group_quant": (
@@ -287,7 +287,7 @@ def test_a_norm_is_raised_to_its_contract(name: str) -> None:
 def test_a_norm_with_its_residual_is_raised_to_its_contract(name: str) -> None:
     function, contract = ADD_NORMS[name]
     program = raised(exported(function, X, WEIGHT, RESIDUAL))
-    norm, returned = operations(program, canonical.RMS_NORM, "func.return")
+    norm, returned = operations(program, canonical.NORM, "func.return")
     assert canonical.norm_contract(norm) == contract
     x, weight, residual = torch_ir.block_of(program.main()).arguments
     assert [_through_clones(v) for v in norm.operands] == [x, residual, weight]
@@ -332,7 +332,7 @@ def test_three_results_in_either_order(monkeypatch: pytest.MonkeyPatch, order: t
     monkeypatch.setattr(__name__ + ".RECOGNISERS", table)
 
     program = raised(exported(lambda x, w, r: named(x, r, w, 1e-6, 128), X, WEIGHT, RESIDUAL))
-    norm, quant, returned = operations(program, canonical.RMS_NORM, canonical.GROUP_QUANT, "func.return")
+    norm, quant, returned = operations(program, canonical.NORM, canonical.GROUP_QUANT, "func.return")
     assert quant.operands[0] == norm.results[0]
     made = {"q": quant.results[0], "scale": quant.results[1], "sum": norm.results[1]}
     assert list(returned.operands) == [made[role] for role in order]
@@ -434,7 +434,7 @@ def test_a_program_that_is_functional_already(name: str) -> None:
     program = torch.export.export(Calls(function), args).run_decompositions(importer._decompositions())
     assert "auto_functionalized" in str(program.graph)
     imported = raised(foreign.functionalize(program, importer._decompositions()))
-    norms = operations(imported, canonical.RMS_NORM)
+    norms = operations(imported, canonical.NORM)
     assert [canonical.norm_contract(norm) for norm in norms] == [contract]
 
 
@@ -493,7 +493,7 @@ def test_one_norm_and_two_quantizations_of_it() -> None:
         return tuple(outputs)
 
     results = run(exported(function, X, WEIGHT), X, WEIGHT, dispatches=1)
-    y = ops.rms_norm_reference(X, None, WEIGHT, TWICE)[0]
+    y = ops.norm_reference(X, None, WEIGHT, TWICE)[0]
     expected = [ops.group_quant_reference(y, Quantization(128, layout=at)) for at in ("row", "column")]
     same(results, [tensor for pair in expected for tensor in pair])
     assert results[3].stride() == (1, 5)
@@ -507,8 +507,8 @@ def test_a_residual_that_is_read_later() -> None:
         torch.ops._C.fused_add_rms_norm(x, residual, weight, 1e-6)
         return first, x, residual
 
-    y, total = ops.rms_norm_reference(X * 2, RESIDUAL * 2, WEIGHT, added(TWICE))
-    z, last = ops.rms_norm_reference(y, total, WEIGHT, added(TWICE))
+    y, total = ops.norm_reference(X * 2, RESIDUAL * 2, WEIGHT, added(TWICE))
+    z, last = ops.norm_reference(y, total, WEIGHT, added(TWICE))
     same(run(exported(function, X, RESIDUAL, WEIGHT), X, RESIDUAL, WEIGHT), [y, z, last])
 
 
@@ -517,7 +517,7 @@ def test_aiters_norm_and_quantization_are_one_dispatch() -> None:
         return torch.ops.vllm.rocm_aiter_rmsnorm_fp8_group_quant(x, weight, 1e-6, 128)
 
     results = run(exported(function, X, WEIGHT), X, WEIGHT, dispatches=1)
-    y = ops.rms_norm_reference(X, None, WEIGHT, UNROUNDED)[0]
+    y = ops.norm_reference(X, None, WEIGHT, UNROUNDED)[0]
     same(results, ops.group_quant_reference(y, AITER))
 
 
@@ -526,7 +526,7 @@ def test_aiters_add_norm_and_quantization_are_one_dispatch() -> None:
         q, _, scale = op(_WITH_ADD)(x, residual, weight, 1e-6, 128)
         return q, scale
 
-    y, _ = ops.rms_norm_reference(X, RESIDUAL, WEIGHT, added(UNROUNDED))
+    y, _ = ops.norm_reference(X, RESIDUAL, WEIGHT, added(UNROUNDED))
     results = run(exported(function, X, RESIDUAL, WEIGHT), X, RESIDUAL, WEIGHT, dispatches=1)
     same(results, ops.group_quant_reference(y, AITER))
 
@@ -545,8 +545,8 @@ def test_any_number_of_rows(layout: str) -> None:
     )
     for count in (1, 5, 8):
         x = randn(count, HIDDEN, seed=count)
-        y = ops.rms_norm_reference(x, None, WEIGHT, TWICE)[0]
-        unrounded = ops.rms_norm_reference(x, None, WEIGHT, UNROUNDED)[0]
+        y = ops.norm_reference(x, None, WEIGHT, TWICE)[0]
+        unrounded = ops.norm_reference(x, None, WEIGHT, UNROUNDED)[0]
         same(
             program(x, WEIGHT),
             [

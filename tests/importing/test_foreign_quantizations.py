@@ -14,7 +14,7 @@ import lowering
 from lowering.errors import CompileError
 from lowering.importing import foreign
 from patterns import named_ops
-from patterns.contracts import GatedActivation, Quantization, RmsNorm, static_quantization
+from patterns.contracts import GatedActivation, Norm, Quantization, static_quantization
 from tests.importing import test_foreign as others
 from tests.importing.test_foreign import Calls, contracts, op, randn
 from tests.raised import bits
@@ -27,8 +27,8 @@ FP8, INT8, HIDDEN = torch.float8_e4m3fn, torch.int8, 256
 X, RESIDUAL = (torch.randint(-8, 9, (5, HIDDEN)).bfloat16() for _ in range(2))
 WEIGHT, GATE_UP, SCALE = randn(HIDDEN, seed=1), randn(5, 2 * HIDDEN, seed=2), torch.tensor([0.037])
 
-TWICE, ADDED = RmsNorm(1e-6, "twice"), RmsNorm(1e-6, "twice", "exact")
-NONE, NONE_ADDED = RmsNorm(1e-6, "none"), RmsNorm(1e-6, "none", "exact")
+TWICE, ADDED = Norm(1e-6, "twice"), Norm(1e-6, "twice", "exact")
+NONE, NONE_ADDED = Norm(1e-6, "none"), Norm(1e-6, "none", "exact")
 SILU = GatedActivation("silu", "none")
 ROW_FP8 = Quantization(None, amax_floor=0.0, scale_floor=1 / (448 * 512))
 ROW_INT8 = Quantization(None, "int8", amax_floor=0.0, scale_floor=2.0**-23, quotient="reciprocal")
@@ -94,11 +94,11 @@ CALLS: dict[str, tuple[Function, tuple[Tensor, ...], list[Any]]] = {
         (X, SCALE),
         [static_quantization()],
     ),
-    "_C::rms_norm_weightless": (into("_C::rms_norm_weightless", 1), (X,), [RmsNorm(1e-6)]),
+    "_C::rms_norm_weightless": (into("_C::rms_norm_weightless", 1), (X,), [Norm(1e-6)]),
     "_C::fused_add_rms_norm_weightless": (
         into("_C::fused_add_rms_norm_weightless", 2),
         (X, RESIDUAL),
-        [RmsNorm(1e-6, residual="exact")],
+        [Norm(1e-6, residual="exact")],
     ),
     "_C::dynamic_per_token_scaled_fp8_quant": (
         quantized("_C::dynamic_per_token_scaled_fp8_quant", None, scale=True),
@@ -177,10 +177,10 @@ def reference(contracts: list[Any], tensors: tuple[Tensor, ...]) -> list[Tensor]
     x, *rest = tensors
     made: list[Tensor] = []
     for contract in contracts:
-        if isinstance(contract, RmsNorm):
+        if isinstance(contract, Norm):
             vectors = [t for t in rest if t.dim() == 1 and t.numel() == HIDDEN]
             added = [t for t in rest if t.shape == tensors[0].shape]
-            x, total = lowering.ops.rms_norm_reference(x, *(added or [None]), *(vectors or [None]), contract)  # type: ignore[arg-type]
+            x, total = lowering.ops.norm_reference(x, *(added or [None]), *(vectors or [None]), contract)  # type: ignore[arg-type]
             made = [total] if total is not None else []
         elif isinstance(contract, GatedActivation):
             x = lowering.ops.gated_activation_reference(*lowering.ops.split_gate_up(x), contract)

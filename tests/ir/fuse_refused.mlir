@@ -8,7 +8,7 @@
 !s = !torch.vtensor<[?,2],f32>
 
 // CHECK-LABEL: func.func @dtype
-// CHECK:         torch.operator "vmfuse.rms_norm"
+// CHECK:         torch.operator "vmfuse.norm"
 // CHECK-NOT:     vmfuse.row
 // CHECK:       // site 0: rms_norm at line {{[0-9]+}} unfused: float64 rows have no kernel; bfloat16, float16, float32 have
 func.func @dtype(%x: !torch.vtensor<[?,256],f64>) -> !torch.vtensor<[?,256],f64> {
@@ -19,7 +19,7 @@ func.func @dtype(%x: !torch.vtensor<[?,256],f64>) -> !torch.vtensor<[?,256],f64>
 }
 
 // CHECK-LABEL: func.func @unknown_row_size
-// CHECK:         torch.operator "vmfuse.rms_norm"
+// CHECK:         torch.operator "vmfuse.norm"
 // CHECK:       // site 0: rms_norm at line {{[0-9]+}} unfused: the size of the last axis is unknown until run time; a kernel is made for one size
 func.func @unknown_row_size(%x: !torch.vtensor<[?,?],bf16>) -> !torch.vtensor<[?,?],bf16> {
   %eps = torch.constant.float 1.0e-06

@@ -6,7 +6,7 @@
 !w = !torch.vtensor<[256],bf16>
 
 // CHECK-LABEL: func.func @last_axis
-// CHECK:         torch.operator "vmfuse.rms_norm"(%arg0, %arg1) {contract = {eps = 1.000000e-05 : f64}
+// CHECK:         torch.operator "vmfuse.norm"(%arg0, %arg1) {contract = {eps = 1.000000e-05 : f64}
 // CHECK:       // site 0: rms_norm
 func.func @last_axis(%x: !x, %w: !w) -> !x {
   %eps = torch.constant.float 1.0e-05
@@ -18,7 +18,7 @@ func.func @last_axis(%x: !x, %w: !w) -> !x {
 
 // No epsilon means that of the statistic's dtype: float32's 2^-23, although x is bfloat16.
 // CHECK-LABEL: func.func @default_epsilon
-// CHECK:         torch.operator "vmfuse.rms_norm"(%arg0) {contract = {eps = 1.1920928955078125E-7 : f64}
+// CHECK:         torch.operator "vmfuse.norm"(%arg0) {contract = {eps = 1.1920928955078125E-7 : f64}
 func.func @default_epsilon(%x: !x) -> !x {
   %none = torch.constant.none
   %int256 = torch.constant.int 256

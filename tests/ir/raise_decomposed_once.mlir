@@ -8,7 +8,7 @@
 !w = !torch.vtensor<[256],f32>
 
 // CHECK-LABEL: func.func @float32
-// CHECK-NEXT:    torch.operator "vmfuse.rms_norm"(%arg0, %arg1) {contract = {eps = 1.000000e-05 : f64}
+// CHECK-NEXT:    torch.operator "vmfuse.norm"(%arg0, %arg1) {contract = {eps = 1.000000e-05 : f64}
 // CHECK:       // site 0: rms_norm
 // CHECK-NOT:   // site 1
 func.func @float32(%x: !f32, %w: !w) -> !f32 {
@@ -31,7 +31,7 @@ func.func @float32(%x: !f32, %w: !w) -> !f32 {
 // x * x instead of x.pow(2), the last axis counted from the front, factors the other way round, a
 // bfloat16 weight cast up: the same thing.
 // CHECK-LABEL: func.func @rounded_at_the_end
-// CHECK-NEXT:    %[[Y:.*]] = torch.operator "vmfuse.rms_norm"(%arg0, %arg1) {contract = {eps = 1.000000e-05 : f64}, site = 0 : i64} : (!torch.vtensor<[?,256],bf16>, !torch.vtensor<[256],bf16>) -> !torch.vtensor<[?,256],bf16>
+// CHECK-NEXT:    %[[Y:.*]] = torch.operator "vmfuse.norm"(%arg0, %arg1) {contract = {eps = 1.000000e-05 : f64}, site = 0 : i64} : (!torch.vtensor<[?,256],bf16>, !torch.vtensor<[256],bf16>) -> !torch.vtensor<[?,256],bf16>
 // CHECK-NEXT:    return %[[Y]]
 func.func @rounded_at_the_end(%x: !bf16, %w: !torch.vtensor<[256],bf16>) -> !bf16 {
   %none = torch.constant.none
@@ -54,7 +54,7 @@ func.func @rounded_at_the_end(%x: !bf16, %w: !torch.vtensor<[256],bf16>) -> !bf1
 }
 
 // CHECK-LABEL: func.func @without_weight
-// CHECK-NEXT:    torch.operator "vmfuse.rms_norm"(%arg0) {contract = {eps = 1.000000e-05 : f64}
+// CHECK-NEXT:    torch.operator "vmfuse.norm"(%arg0) {contract = {eps = 1.000000e-05 : f64}
 func.func @without_weight(%x: !f32) -> !f32 {
   %none = torch.constant.none
   %true = torch.constant.bool true

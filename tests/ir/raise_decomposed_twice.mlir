@@ -8,7 +8,7 @@
 !row = !torch.vtensor<[1,?,1],f32>
 
 // CHECK-LABEL: func.func @hugging_face
-// CHECK-NEXT:    %[[Y:.*]] = torch.operator "vmfuse.rms_norm"(%arg0, %arg1) {contract = {eps = 1.000000e-05 : f64, rounding = "twice"}, site = 0 : i64}
+// CHECK-NEXT:    %[[Y:.*]] = torch.operator "vmfuse.norm"(%arg0, %arg1) {contract = {eps = 1.000000e-05 : f64, rounding = "twice"}, site = 0 : i64}
 // CHECK-NEXT:    return %[[Y]]
 // CHECK-NEXT:  }
 // CHECK-NEXT:  // site 0: rms_norm at line [[# @LINE + 18]] open
@@ -36,7 +36,7 @@ func.func @hugging_face(%x: !x, %w: !w) -> !x {
 // A float32 weight makes the product float32: y is not of x's dtype, and no kernel computes that.
 // What is recognised instead is the norm without its weight.
 // CHECK-LABEL: func.func @float32_weight
-// CHECK:         %[[Y:.*]] = torch.operator "vmfuse.rms_norm"(%arg0) {contract = {eps = 1.000000e-05 : f64}
+// CHECK:         %[[Y:.*]] = torch.operator "vmfuse.norm"(%arg0) {contract = {eps = 1.000000e-05 : f64}
 // CHECK:         torch.aten.mul.Tensor %arg1, %[[Y]]
 func.func @float32_weight(%x: !x, %w: !torch.vtensor<[256],f32>) -> !f32 {
   %none = torch.constant.none

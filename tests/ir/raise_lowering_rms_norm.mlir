@@ -6,7 +6,7 @@
 !w = !torch.vtensor<[256],f32>
 
 // CHECK-LABEL: func.func @with_weight
-// CHECK-NEXT:    torch.operator "vmfuse.rms_norm"(%arg0, %arg1) {contract = {eps = 9.9999999999999995E-7 : f64}, site = 0 : i64} : (!torch.vtensor<[?,256],bf16>, !torch.vtensor<[256],f32>) -> !torch.vtensor<[?,256],bf16>
+// CHECK-NEXT:    torch.operator "vmfuse.norm"(%arg0, %arg1) {contract = {eps = 9.9999999999999995E-7 : f64}, site = 0 : i64} : (!torch.vtensor<[?,256],bf16>, !torch.vtensor<[256],f32>) -> !torch.vtensor<[?,256],bf16>
 // CHECK-NOT:     lowering.rms_norm
 // CHECK:       // site 0: rms_norm at line [[# @LINE + 3]] open
 func.func @with_weight(%x: !x, %w: !w) -> !x {
@@ -16,7 +16,7 @@ func.func @with_weight(%x: !x, %w: !w) -> !x {
 }
 
 // CHECK-LABEL: func.func @without_weight
-// CHECK-NEXT:    torch.operator "vmfuse.rms_norm"(%arg0) {contract = {{.*}}} : (!torch.vtensor<[?,256],bf16>) -> !torch.vtensor<[?,256],bf16>
+// CHECK-NEXT:    torch.operator "vmfuse.norm"(%arg0) {contract = {{.*}}} : (!torch.vtensor<[?,256],bf16>) -> !torch.vtensor<[?,256],bf16>
 func.func @without_weight(%x: !x) -> !x {
   %eps = torch.constant.float 1.0e-06
   %none = torch.constant.none
@@ -26,7 +26,7 @@ func.func @without_weight(%x: !x) -> !x {
 
 // The residual sum goes into the statistic unrounded, and is the second result.
 // CHECK-LABEL: func.func @with_residual
-// CHECK-NEXT:    %[[NORM:.*]]:2 = torch.operator "vmfuse.rms_norm"(%arg0, %arg1, %arg2) {contract = {{{.*}}residual = "exact"}
+// CHECK-NEXT:    %[[NORM:.*]]:2 = torch.operator "vmfuse.norm"(%arg0, %arg1, %arg2) {contract = {{{.*}}residual = "exact"}
 // CHECK-NEXT:    return %[[NORM]]#0, %[[NORM]]#1
 func.func @with_residual(%x: !x, %r: !x, %w: !w) -> (!x, !x) {
   %eps = torch.constant.float 1.0e-06

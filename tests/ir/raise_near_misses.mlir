@@ -9,7 +9,7 @@
 
 // The mean is over the first axis.
 // CHECK-LABEL: func.func @over_the_first_axis(
-// CHECK-NOT:     vmfuse.rms_norm
+// CHECK-NOT:     vmfuse.norm
 // CHECK:       // site 0: rms_norm at line {{.*}} unfused: the mean of squares is over axes [0] of 2; a kernel norms the last axis
 func.func @over_the_first_axis(%x: !f32) -> !f32 {
   %none = torch.constant.none
@@ -29,7 +29,7 @@ func.func @over_the_first_axis(%x: !f32) -> !f32 {
 
 // The third power, not the second.
 // CHECK-LABEL: func.func @cubes(
-// CHECK-NOT:     vmfuse.rms_norm
+// CHECK-NOT:     vmfuse.norm
 // CHECK-NOT:   // site
 func.func @cubes(%x: !f32) -> !f32 {
   %none = torch.constant.none
@@ -49,7 +49,7 @@ func.func @cubes(%x: !f32) -> !f32 {
 
 // The statistic is another tensor's.
 // CHECK-LABEL: func.func @of_another_tensor(
-// CHECK-NOT:     vmfuse.rms_norm
+// CHECK-NOT:     vmfuse.norm
 // CHECK:       // site 0: rms_norm at line {{.*}} unfused: its reciprocal root is not multiplied with the tensor that the mean of squares was taken of
 func.func @of_another_tensor(%x: !f32, %other: !f32) -> !f32 {
   %none = torch.constant.none
@@ -69,7 +69,7 @@ func.func @of_another_tensor(%x: !f32, %other: !f32) -> !f32 {
 
 // The statistic is applied to another tensor.
 // CHECK-LABEL: func.func @normalises_another_tensor(
-// CHECK-NOT:     vmfuse.rms_norm
+// CHECK-NOT:     vmfuse.norm
 // CHECK:       // site 0: rms_norm at line {{.*}} unfused: its reciprocal root is not multiplied with the tensor that the mean of squares was taken of
 func.func @normalises_another_tensor(%x: !f32, %other: !f32) -> !f32 {
   %none = torch.constant.none
@@ -89,7 +89,7 @@ func.func @normalises_another_tensor(%x: !f32, %other: !f32) -> !f32 {
 
 // add.Scalar with alpha 2 adds the epsilon twice.
 // CHECK-LABEL: func.func @epsilon_twice(
-// CHECK-NOT:     vmfuse.rms_norm
+// CHECK-NOT:     vmfuse.norm
 // CHECK:       // site 0: rms_norm at line {{.*}} unfused: between the mean of squares and torch.rsqrt is more than the addition of a constant epsilon
 func.func @epsilon_twice(%x: !f32) -> !f32 {
   %none = torch.constant.none
@@ -108,7 +108,7 @@ func.func @epsilon_twice(%x: !f32) -> !f32 {
 
 // The epsilon is computed.
 // CHECK-LABEL: func.func @computed_epsilon(
-// CHECK-NOT:     vmfuse.rms_norm
+// CHECK-NOT:     vmfuse.norm
 // CHECK:       // site 0: rms_norm at line {{.*}} unfused: between the mean of squares and torch.rsqrt is more than the addition of a constant epsilon
 func.func @computed_epsilon(%x: !f32, %computed: !torch.float) -> !f32 {
   %none = torch.constant.none
@@ -127,7 +127,7 @@ func.func @computed_epsilon(%x: !f32, %computed: !torch.float) -> !f32 {
 
 // sqrt, not 1/sqrt.
 // CHECK-LABEL: func.func @square_root(
-// CHECK-NOT:     vmfuse.rms_norm
+// CHECK-NOT:     vmfuse.norm
 // CHECK-NOT:   // site
 func.func @square_root(%x: !f32) -> !f32 {
   %none = torch.constant.none
@@ -147,7 +147,7 @@ func.func @square_root(%x: !f32) -> !f32 {
 
 // A float64 statistic is not one a kernel computes.
 // CHECK-LABEL: func.func @in_float64(
-// CHECK-NOT:     vmfuse.rms_norm
+// CHECK-NOT:     vmfuse.norm
 // CHECK:       // site 0: rms_norm at line {{.*}} unfused: the mean of squares is taken in float64; convert the tensor with .float() before
 func.func @in_float64(%x: !f64) -> !f64 {
   %none = torch.constant.none

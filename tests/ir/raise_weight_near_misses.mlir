@@ -7,7 +7,7 @@
 !row = !torch.vtensor<[?,1],f32>
 
 // CHECK-LABEL: func.func @a_gate_is_no_weight
-// CHECK:         %[[NORM:.*]] = torch.operator "vmfuse.rms_norm"(%arg0) {
+// CHECK:         %[[NORM:.*]] = torch.operator "vmfuse.norm"(%arg0) {
 // CHECK:         torch.aten.mul.Tensor %[[NORM]], %arg1
 func.func @a_gate_is_no_weight(%x: !f32, %gate: !f32) -> !f32 {
   %none = torch.constant.none
@@ -28,7 +28,7 @@ func.func @a_gate_is_no_weight(%x: !f32, %gate: !f32) -> !f32 {
 
 // The float32 value is read before it is rounded: no kernel writes both.
 // CHECK-LABEL: func.func @read_before_rounding
-// CHECK-NOT:     vmfuse.rms_norm
+// CHECK-NOT:     vmfuse.norm
 // CHECK:         torch.aten.rsqrt
 // CHECK:       // site 0: rms_norm at line {{.*}} unfused: its value before rounding, float32[?, 256], is read by prims.convert_element_type, func.return;
 func.func @read_before_rounding(%x: !bf16) -> (!bf16, !f32) {

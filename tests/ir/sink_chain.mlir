@@ -9,7 +9,7 @@
 !x3 = !torch.vtensor<[2,?,256],bf16>
 
 // CHECK-LABEL: func.func @three_views
-// CHECK:         %[[Y:.*]] = torch.operator "vmfuse.rms_norm"
+// CHECK:         %[[Y:.*]] = torch.operator "vmfuse.norm"
 // CHECK:         %[[QUANT:.*]]:2 = torch.operator "vmfuse.group_quant"(%[[Y]])
 // CHECK-NOT:     vmfuse.group_quant
 // CHECK:         return

@@ -11,7 +11,7 @@
 !s2 = !torch.vtensor<[?,2],f32>
 
 // CHECK-LABEL: func.func @flatten_rows
-// CHECK:         %[[Y:.*]] = torch.operator "vmfuse.rms_norm"(%arg0, %arg1)
+// CHECK:         %[[Y:.*]] = torch.operator "vmfuse.norm"(%arg0, %arg1)
 // CHECK:         %[[QUANT:.*]]:2 = torch.operator "vmfuse.group_quant"(%[[Y]]) {{{.*}}} : (!torch.vtensor<[?,4,256],bf16>) -> (!torch.vtensor<[?,4,256],f8E4M3FN>, !torch.vtensor<[?,4,2],f32>)
 // CHECK:         %[[Q:.*]] = torch.aten.view %[[QUANT]]#0, {{.*}} -> !torch.vtensor<[?,256],f8E4M3FN>
 // CHECK:         %[[S:.*]] = torch.aten.view %[[QUANT]]#1, {{.*}} -> !torch.vtensor<[?,2],f32>
@@ -51,7 +51,7 @@ func.func @unsqueeze(%x: !x, %w: !w) -> (!torch.vtensor<[1,?,256],f8E4M3FN>, !to
 
 // The 16-bit view has a reader of its own and stays for it.
 // CHECK-LABEL: func.func @the_view_stays_for_its_other_reader
-// CHECK:         %[[Y:.*]] = torch.operator "vmfuse.rms_norm"
+// CHECK:         %[[Y:.*]] = torch.operator "vmfuse.norm"
 // CHECK:         %[[QUANT:.*]]:2 = torch.operator "vmfuse.group_quant"(%[[Y]])
 // CHECK:         %[[VIEW:.*]] = torch.aten.unsqueeze %[[Y]]
 // CHECK:         torch.aten.relu %[[VIEW]]

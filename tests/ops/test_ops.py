@@ -13,7 +13,7 @@ import torch
 from torch.library import opcheck
 
 from lowering import ops
-from patterns.contracts import GatedActivation, Quantization, RmsNorm, ScaleLayout
+from patterns.contracts import GatedActivation, Norm, Quantization, ScaleLayout
 
 LOW = torch.ops.lowering
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,10 +52,10 @@ def norm_by_numpy(x, residual, weight, norm):
 @pytest.mark.parametrize("residual", [None, "exact", "rounded"])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_every_norm_contract(dtype, weight_dtype, rounding, residual, offset):
-    norm = RmsNorm(1e-5, rounding, residual, offset)
+    norm = Norm(1e-5, rounding, residual, offset)
     x, weight = rand(7, 320, dtype=dtype), rand(320, dtype=weight_dtype, seed=1)
     r = None if residual is None else rand(7, 320, dtype=dtype, seed=2)
-    y, total = ops.rms_norm_reference(x, r, weight, norm)
+    y, total = ops.norm_reference(x, r, weight, norm)
     expected, expected_total = norm_by_numpy(x, r, weight, norm)
     assert y.dtype == expected.dtype
     # The sum's order may move rstd by an ulp or two, and a rounding of y with it.
@@ -68,7 +68,7 @@ def test_twice_is_what_hugging_face_computes():
     x, weight = rand(9, 512), rand(512, seed=1)
     hidden = x.float()
     hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6)
-    y, _ = ops.rms_norm_reference(x, None, weight, RmsNorm(1e-6, "twice"))
+    y, _ = ops.norm_reference(x, None, weight, Norm(1e-6, "twice"))
     assert torch.equal(y, weight * hidden.to(x.dtype))
 
 
@@ -76,10 +76,10 @@ def test_weight_offset_is_what_gemma_computes():
     x, weight = rand(9, 512), rand(512, seed=1)
     hidden = x.float()
     hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6)
-    y, _ = ops.rms_norm_reference(x, None, weight, RmsNorm(1e-6, weight_offset=1.0))
+    y, _ = ops.norm_reference(x, None, weight, Norm(1e-6, weight_offset=1.0))
     assert torch.equal(y, (hidden * (1.0 + weight.float())).type_as(x))
     with pytest.raises(ValueError, match=r"weight: the contract adds 1\.0 to it, and there is none"):
-        ops.rms_norm_reference(x, None, None, RmsNorm(1e-6, weight_offset=1.0))
+        ops.norm_reference(x, None, None, Norm(1e-6, weight_offset=1.0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -519,7 +519,7 @@ PACKED = Quantization(64, scale="ue8m0", layout="ue8m0_packed")
 
 class AllReferences(torch.nn.Module):
     def forward(self, x, residual, weight, b, b_scale):
-        y, total = ops.rms_norm_reference(x, residual, weight, RmsNorm(1e-6, "twice", "rounded", 1.0))
+        y, total = ops.norm_reference(x, residual, weight, Norm(1e-6, "twice", "rounded", 1.0))
         y = ops.gated_activation_reference(y, residual, GatedActivation("gelu_tanh", "none"))
         q, physical = ops.group_quant_physical_reference(y, Quantization(64, layout="column_tma"))
         _, scale = ops.group_quant_reference(y, Quantization(64))

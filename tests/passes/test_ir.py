@@ -73,7 +73,7 @@ def test_opt_reads_standard_input_and_reports() -> None:
     text = (ROOT / "tests" / "ir" / "raise_lowering_rms_norm.mlir").read_text()
     command = [sys.executable, "-m", "tools.opt", "--steps", "raise", "--report"]
     result = subprocess.run(command, cwd=ROOT, input=text, capture_output=True, text=True, check=True)
-    assert "vmfuse.rms_norm" in result.stdout
+    assert "vmfuse.norm" in result.stdout
     assert "// site 0: rms_norm at line" in result.stdout
 
 

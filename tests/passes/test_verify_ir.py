@@ -18,8 +18,8 @@ from patterns.contracts import (
     GroupedTopk,
     LinearSpec,
     MatmulSpec,
+    Norm,
     Quantization,
-    RmsNorm,
     RowSpec,
     SelectionSpec,
     TopkSpec,
@@ -42,13 +42,13 @@ ROUTING = GroupedTopk(8, 8, 4)
 
 # What is valid: name, what it carries, operands, results.
 VALID = {
-    "vmfuse.rms_norm": (RmsNorm(1e-6, residual="exact"), [X, X, VECTOR], [X, X]),
+    "vmfuse.norm": (Norm(1e-6, residual="exact"), [X, X, VECTOR], [X, X]),
     "vmfuse.gated_activation": (GatedActivation("silu"), [WIDE], [X]),
     "vmfuse.group_quant": (Quantization(128), [X], [CODES, SCALES]),
     "vmfuse.block_scaled_matmul": (BlockScaledMatmul(), [CODES, WEIGHT, SCALES, BLOCKS], [OUT]),
     "vmfuse.grouped_topk": (ROUTING, [EXPERTS, BIAS], [CHOSEN, IDS]),
     "vmfuse.row": (
-        RowSpec(256, "bfloat16", RmsNorm(1e-6), weight_dtype="bfloat16", quantizations=(Quantization(128),)),
+        RowSpec(256, "bfloat16", Norm(1e-6), weight_dtype="bfloat16", quantizations=(Quantization(128),)),
         [X, VECTOR],
         [CODES, SCALES],
     ),

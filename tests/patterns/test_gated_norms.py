@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import lowering
-from patterns.contracts import GatedActivation, Quantization, RmsNorm
+from patterns.contracts import GatedActivation, Norm, Quantization
 from tests.raised import Function, contracts, integers, sites
 
 ops = torch.ops.lowering
@@ -28,16 +28,16 @@ def qwen3_next(w: Tensor, x: Tensor, z: Tensor) -> Tensor:
 
 
 X, Z = integers(5, 4, HEAD), torch.randn(5, 4, HEAD).bfloat16()
-SPELLINGS: dict[str, tuple[Callable[..., Tensor], RmsNorm, GatedActivation]] = {
-    "Qwen3-Next": (qwen3_next, RmsNorm(1e-6, "twice"), GatedActivation("silu", "once", packed=False)),
+SPELLINGS: dict[str, tuple[Callable[..., Tensor], Norm, GatedActivation]] = {
+    "Qwen3-Next": (qwen3_next, Norm(1e-6, "twice"), GatedActivation("silu", "once", packed=False)),
     "torch's norm, eager product": (
         lambda w, x, z: F.rms_norm(x, (HEAD,), w[:HEAD], 1e-6) * F.silu(z),
-        RmsNorm(1e-6),
+        Norm(1e-6),
         GatedActivation("silu", "twice", packed=False),
     ),
     "gelu": (
         lambda w, x, z: F.gelu(z, approximate="tanh") * ops.rms_norm(x, w[:HEAD], 1e-6),
-        RmsNorm(1e-6),
+        Norm(1e-6),
         GatedActivation("gelu_tanh", "twice", packed=False),
     ),
 }

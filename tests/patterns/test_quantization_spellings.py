@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import lowering
-from patterns.contracts import Quantization, RmsNorm
+from patterns.contracts import Norm, Quantization
 from tests.raised import Function, bits, contracts, sites
 
 FP8, LARGEST = torch.float8_e4m3fn, torch.finfo(torch.float8_e4m3fn).max
@@ -234,7 +234,7 @@ SPELLINGS: dict[str, tuple[Callable[[Tensor], Any], Quantization]] = {
 def test_what_it_is_raised_to(name: str) -> None:
     function, contract = SPELLINGS[name]
     module = Function(lambda w, x: function(rms_norm(x, w, 1e-6)))
-    assert contracts(module, torch.randn(4, 256, dtype=torch.bfloat16)) == [RmsNorm(1e-6), contract]
+    assert contracts(module, torch.randn(4, 256, dtype=torch.bfloat16)) == [Norm(1e-6), contract]
 
 
 def test_every_spelling_fuses_with_a_norm_before_it() -> None:

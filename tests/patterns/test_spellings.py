@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lowering
-from patterns.contracts import GatedActivation, Quantization, RmsNorm
+from patterns.contracts import GatedActivation, Norm, Quantization
 from tests.raised import Function, contracts, integers, sites
 
 group_quant = torch.ops.lowering.group_quant
@@ -61,7 +61,7 @@ def test_gemma_multiplies_by_one_plus_the_weight() -> None:
         return (h * (1.0 + w.float())).type_as(x)
 
     found = contracts(Function(function), torch.randn(4, 256, dtype=torch.bfloat16))
-    assert found == [RmsNorm(1e-5, weight_offset=1.0)]
+    assert found == [Norm(1e-5, weight_offset=1.0)]
 
 
 # -- views ----------------------------------------------------------------------------------------------
@@ -167,7 +167,8 @@ TIME = ({1: torch.export.Dim("time", max=512)},)
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_norm_and_quantization_of_a_family_is_recognised(name: str) -> None:
-    model, quantized = family(name, torch.bfloat16)
+    layers = FAMILIES[name][1].get("first_k_dense_replace", 0) + 1  # one of each kind
+    model, quantized = family(name, torch.bfloat16, num_hidden_layers=layers)
     records = sites(quantized, torch.randint(0, 1000, (1, 13)), dynamic_shapes=TIME).records
     norms = sum("RMSNorm" in type(module).__name__ for module in model.modules())
     assert sum(site.op == "rms_norm" for site in records) == norms > 0
@@ -217,7 +218,7 @@ def test_a_recogniser_from_a_file(tmp_path: Path) -> None:
     file.write_text(
         textwrap.dedent("""
         from patterns import canonical
-        from patterns.contracts import RmsNorm
+        from patterns.contracts import Norm
         from patterns.match import ANY, Const, Is, Op, Var, first_match
         from patterns.recogniser import Raised
 
@@ -233,8 +234,8 @@ def test_a_recogniser_from_a_file(tmp_path: Path) -> None:
                 found = first_match(NORM, op.result)
                 if found is None:
                     return None
-                contract = RmsNorm(found["eps"])
-                return Raised(canonical.RMS_NORM, contract, [found["x"], found["weight"]], [op.result])
+                contract = Norm(found["eps"])
+                return Raised(canonical.NORM, contract, [found["x"], found["weight"]], [op.result])
 
         RECOGNISERS = (DividedNorm(),)
         """)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import lowering
-from patterns.contracts import Quantization, RmsNorm, static_quantization
+from patterns.contracts import Norm, Quantization, static_quantization
 from tests.raised import Function, bits, contracts, integers, sites
 
 FP8 = torch.float8_e4m3fn
@@ -70,7 +70,7 @@ def test_what_it_is_raised_to(name: str) -> None:
     function, contract = SPELLINGS[name]
     module = Function(lambda w, x, s: function(rms_norm(x, w, 1e-6), s))
     given = (torch.randn(4, 256, dtype=torch.bfloat16), torch.rand(1))
-    assert contracts(module, *given) == [RmsNorm(1e-6), contract]
+    assert contracts(module, *given) == [Norm(1e-6), contract]
     assert [record.pattern for record in sites(module, *given).records] == ["norm_quant"] * 2
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lowering.report.report import Report
 from lowering.report.sites import Change, Folded, Site
-from patterns.contracts import Quantization, RmsNorm
+from patterns.contracts import Norm, Quantization
 from patterns.sites import Remark, Tally, Timing
 
 NORM = Site(
@@ -21,7 +21,7 @@ NORM = Site(
     "fused",
     "norm_quant",
     "row_h576_g64",
-    contract=RmsNorm(1e-5, "twice"),
+    contract=Norm(1e-5, "twice"),
     bytes=Change(4_000_000, 2_000_000),
     dispatches=Change(1, 1),
 )

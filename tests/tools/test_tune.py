@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from lowering.families.row_mapping import Mapping, Tile
-from patterns.contracts import Quantization, RmsNorm, RowSpec
+from patterns.contracts import Norm, Quantization, RowSpec
 
 tune = pytest.importorskip("tools.bench.tune")
 
@@ -64,9 +64,7 @@ def test_both_tiles_have_as_many_threads() -> None:
 
 
 def test_candidates_are_mappings_of_their_rows() -> None:
-    spec = RowSpec(
-        2048, "bfloat16", RmsNorm(1e-6), weight_dtype="bfloat16", quantizations=(Quantization(128),)
-    )
+    spec = RowSpec(2048, "bfloat16", Norm(1e-6), weight_dtype="bfloat16", quantizations=(Quantization(128),))
     found = list(tune.candidates(spec, 132))
     assert any(lanes.many.blocks for lanes in found) and any(lanes.few for lanes in found)
     for lanes in found:

@@ -139,7 +139,7 @@ class Disturbed(TorchDispatchMode):
             return tree_map(self._moved, plain)
         if name == "gelu":
             x = wide[0][0]
-            found = found + x * _ONE_AND_ERF * self._signs(x.shape)
+            found = found + _finite(x) * _ONE_AND_ERF * self._signs(x.shape)
         return tree_map(lambda new, old: _narrowed(self._moved(new), old), found, plain)
 
     def _reordered(self, func: Any, args: Any, kwargs: Any) -> Any:

@@ -23,7 +23,7 @@ from lowering.backends import toolchain
 from lowering.families.instance import KernelInstance
 from lowering.families.row import instance
 from lowering.targets import resolve
-from patterns.contracts import GatedActivation, Quantization, RmsNorm, RowSpec
+from patterns.contracts import GatedActivation, Norm, Quantization, RowSpec
 from tools import gfx950
 
 HIDDEN = (1536, 2048, 3072, 4096, 5120, 7168, 8192, 12288, 16384)
@@ -53,10 +53,10 @@ def specs(hidden: int) -> dict[str, tuple[RowSpec, float | None]]:
     """The instances of interest with the most vector instructions per element they may take."""
     quant = (Quantization(128),)
     norm = {"weight_dtype": "bfloat16", "quantizations": quant}
-    once, add = RmsNorm(1e-6), RmsNorm(1e-6, residual="exact")
+    once, add = Norm(1e-6), Norm(1e-6, residual="exact")
     return {
         "norm + quant": (RowSpec(hidden, "bfloat16", once, **norm), 9.0),
-        "norm (unrounded) + quant": (RowSpec(hidden, "bfloat16", RmsNorm(1e-6, "none"), **norm), 9.0),
+        "norm (unrounded) + quant": (RowSpec(hidden, "bfloat16", Norm(1e-6, "none"), **norm), 9.0),
         "add + norm + quant + bf16": (
             RowSpec(hidden, "bfloat16", add, writes_sum=True, writes_y=True, **norm),
             16.0,

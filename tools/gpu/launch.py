@@ -28,11 +28,11 @@ from lowering.families.instance import GridRule
 from lowering.ops import (
     gated_activation_reference,
     group_quant_physical_reference,
-    rms_norm_reference,
+    norm_reference,
     split_gate_up,
     static_quant_reference,
 )
-from patterns.contracts import GatedActivation, Quantization, RmsNorm, RowSpec, Window
+from patterns.contracts import GatedActivation, Quantization, Norm, RowSpec, Window
 
 # What a launch may use of shared memory without asking the driver for more.
 _PLAIN_SHARED = 48 << 10
@@ -180,7 +180,7 @@ def outputs_for(launch: Launch, device: torch.device) -> dict[str, Tensor]:
 
 def row_spec(data: Mapping[str, Any]) -> RowSpec:
     """A RowSpec from what ``RowSpec.to_dict`` wrote."""
-    norm = RmsNorm(**data["norm"]) if data["norm"] else None
+    norm = Norm(**data["norm"]) if data["norm"] else None
     gate = GatedActivation(**data["gate"]) if data["gate"] else None
     quantizations = tuple(Quantization(**item) for item in data["quantizations"])
     windows = {key: Window(**data[key]) for key in ("x_window", "other_window") if data.get(key)}
@@ -192,7 +192,7 @@ def reference(spec: RowSpec, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     y, total = inputs["x"][:, spec.columns("x")], None
     others = {name: inputs[name][:, spec.columns(name)] for name in ("residual", "up", "gate") if name in inputs}
     if spec.norm is not None:
-        y, total = rms_norm_reference(y, others.get("residual"), inputs.get("weight"), spec.norm)
+        y, total = norm_reference(y, others.get("residual"), inputs.get("weight"), spec.norm)
     if spec.gate is not None:
         if spec.norm is not None:
             halves = (others["gate"], y)

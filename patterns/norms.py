@@ -1,4 +1,4 @@
-"""Raise RMSNorm, where it is written out, to ``vmfuse.rms_norm`` with the rounding it computes."""
+"""Raise RMSNorm, where it is written out, to ``vmfuse.norm`` with the rounding it computes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from iree.compiler import ir
 
 from . import canonical, torch_ir, views
-from .contracts import RmsNorm, Rounding
+from .contracts import Norm, Rounding
 from .match import (
     ANY,
     Aside,
@@ -28,9 +28,7 @@ from .recogniser import Raised
 from .torch_ir import TensorType
 from .well_typed import why_no_norm
 
-OPERATION = Operation(
-    canonical.RMS_NORM, RmsNorm, why_no_norm, site=lambda norm: "rms_norm", is_producer=True
-)
+OPERATION = Operation(canonical.NORM, Norm, why_no_norm, site=lambda norm: "rms_norm", is_producer=True)
 
 _CAST = "torch.prims.convert_element_type"
 # A product of 16-bit and float32 tensors is taken in float32: of what was widened, or as it is.
@@ -115,9 +113,9 @@ class DecomposedNorm:
             stored, offset = _offset_weight(found["weight"])
             operands.append(stored)
         residual = None if inputs.residual is None else "exact"
-        contract = RmsNorm(float(found.get("eps", 0.0)), rounding, residual, offset)
+        contract = Norm(float(found.get("eps", 0.0)), rounding, residual, offset)
         total = None if inputs.residual is None else inputs.rounded_sum or inputs.type
-        return Raised(canonical.RMS_NORM, contract, operands, [result, total])
+        return Raised(canonical.NORM, contract, operands, [result, total])
 
 
 def why_not_mean(found: Bindings) -> str | None:
