@@ -100,7 +100,8 @@ def _return_last(graph: fx.Graph, specs: list[OutputSpec]) -> list[fx.Node]:
     results: Any = node.args[0]
     pairs = list(zip(results, specs, strict=True))
     new = [_updated_whole(graph, value) for value, spec in pairs if spec.kind in _MUTATIONS]
-    pairs = list(zip(node.args[0], specs, strict=True))  # type: ignore
+    results = node.args[0]  # as it is now
+    pairs = list(zip(results, specs, strict=True))
     node.args = ((*(value for value, spec in pairs if spec.kind not in _MUTATIONS), *new),)
     return new
 
@@ -130,12 +131,13 @@ def _put_whole(graph: fx.Graph, value: fx.Node) -> fx.Node | None:
     permuted = _read_once(put.args[0], _ATEN.permute.default) if put is not None else None
     if value.target is not _ATEN.permute.default or put is None or permuted is None:
         return None
-    source, order = permuted.args
-    chosen, axes = put.args[1], list(order)  # type: ignore[arg-type]
-    if list(value.args[1]) != [axes.index(axis) for axis in range(len(axes))]:  # type: ignore[arg-type]
+    given: Any = (*permuted.args, put.args[1])
+    source, axes, chosen = given[0], list(given[1]), given[2]
+    back: Any = value.args[1]
+    if list(back) != [axes.index(axis) for axis in range(len(axes))]:
         return None
     indices: list[Any] = [None] * len(axes)
-    for axis, index in zip(axes, chosen, strict=False):  # type: ignore[arg-type]
+    for axis, index in zip(axes, chosen, strict=False):
         indices[axis] = index
     with graph.inserting_before(value):
         whole = graph.create_node("call_function", put.target, (source, indices, *put.args[2:]), put.kwargs)
