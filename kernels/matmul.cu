@@ -246,66 +246,83 @@ DEVICE float bias_at(const Product &p, int n) {
 #endif
 }
 
-// The scales of `count` neighbours of eight columns.
-DEVICE void load_column_scales(const Product &p, int n, int count, float *scales) {
-  const float *from = p.b_scale + n;
-  if (B_ROWS == 1 && count == 8 && (u64)from % 16 == 0) {
-    UNROLL for (int i = 0; i < 8; i += 4) {
-      const auto four = *(const Four<float> *)(from + i);
-      scales[i] = four.x, scales[i + 1] = four.y, scales[i + 2] = four.z, scales[i + 3] = four.w;
-    }
-  } else {
-    UNROLL for (int i = 0; i < 8; ++i) scales[i] = i < count ? p.b_scale[(n + i) / B_ROWS] : 0;
-  }
-}
+// What a thread multiplies and adds to the sums that it stores: of its eight columns, which are the same in every row,
+// and of its rows.  Loaded all at once, before sums are exchanged, so that nothing is stored late for them.
+template <class PLAN> struct Finish {
+  static constexpr int PASS = Ring<PLAN::TOKENS>::PASS, ITEMS = PASS * HALF / 8, STEP = CREW * PLAN::SPLIT;
+  static constexpr int TURNS = (ITEMS + STEP - 1) / STEP;
+  static_assert(STEP % 8 == 0, "a thread stays in its columns");
 
-// Eight neighbours in a row of the result, of which as many are stored as there are.
-DEVICE void store8(const Product &p, u64 token, int n, float *values) {
-  constexpr int BYTES = OUT_DTYPE == F32 ? 4 : 2;
-  u8 *to = p.out + (token * N + n) * BYTES;
-  const int count = N - n < 8 ? N - n : 8;
-  u32 words[2 * BYTES];
-  if constexpr (WHOLE) {
-    const float of_token = p.a_scale[ONE_A ? 0 : token];
-    float scales[8];
-    load_column_scales(p, n, count, scales);
-    UNROLL for (int i = 0; i < 8; ++i) values[i] = values[i] * of_token * scales[i];
+  float column_scales[8], bias[8], token_scales[TURNS];
+  Unit unit;  // of PASS tokens and 64 columns
+  u32 first;  // the item this thread begins with
+  int column, count;
+
+  METHOD Finish(const Product &p, const Team<PLAN> &team, Unit unit_) {
+    unit = unit_, first = thread() % CREW * PLAN::SPLIT + (PLAN::SPLIT > 1 ? team.rank : 0);
+    column = unit.column + first % 8 * 8, count = N - column < 8 ? N - column : 8;
+    if constexpr (WHOLE) load_scales(p);
+    UNROLL for (int i = 0; i < 8; ++i) bias[i] = HAS_BIAS && i < count ? bias_at(p, column + i) : 0;
   }
-#if BIAS_TWICE && OUT_DTYPE == BF16
-  UNROLL for (int i = 0; i < 8; ++i) values[i] = bf16_value(pack_bf16(values[i], values[i]));
-#elif BIAS_TWICE && OUT_DTYPE == F16
-  UNROLL for (int i = 0; i < 8; ++i) values[i] = f16_value(pack_f16(values[i], values[i]));
-#endif
-  UNROLL for (int i = 0; i < 8; ++i) values[i] = HAS_BIAS && i < count ? values[i] + bias_at(p, n + i) : values[i];
-#if OUT_DTYPE == F32
-  UNROLL for (int i = 0; i < 8; ++i) words[i] = as_bits(values[i]);
-#else
-  UNROLL for (int i = 0; i < 4; ++i)
-    words[i] = (OUT_DTYPE == BF16 ? pack_bf16 : pack_f16)(values[2 * i], values[2 * i + 1]);
-#endif
-  if (count == 8 && (u64)to % 16 == 0) {
-    UNROLL for (int i = 0; i < 2 * BYTES; i += 4) store16(to + 4 * i, words + i);
-  } else {
+  METHOD int token(int turn) const { return (first + turn * STEP) / 8; }
+  METHOD bool there(const Product &p, int turn) const {
+    return first + turn * STEP < ITEMS && unit.token + token(turn) < p.rows && count > 0;
+  }
+
+  METHOD void load_scales(const Product &p) {
+    const float *from = p.b_scale + column;
+    UNROLL for (int i = 0; i < TURNS; ++i)
+      token_scales[i] = ONE_A ? p.a_scale[0] : there(p, i) ? p.a_scale[unit.token + token(i)] : 0;
+    if (B_ROWS == 1 && count == 8 && (u64)from % 16 == 0) {
+      UNROLL for (int i = 0; i < 8; i += 4) {
+        const auto four = *(const Four<float> *)(from + i);
+        column_scales[i] = four.x, column_scales[i + 1] = four.y;
+        column_scales[i + 2] = four.z, column_scales[i + 3] = four.w;
+      }
+    } else {
+      UNROLL for (int i = 0; i < 8; ++i) column_scales[i] = i < count ? p.b_scale[(column + i) / B_ROWS] : 0;
+    }
+  }
+
+  // Eight neighbours in a row of the result, of which as many are stored as there are.
+  METHOD void store8(const Product &p, int turn, const Sum *sums) const {
+    constexpr int BYTES = OUT_DTYPE == F32 ? 4 : 2;
+    u8 *to = p.out + ((u64)(unit.token + token(turn)) * N + column) * BYTES;
+    float values[8];
+    u32 words[2 * BYTES];
     UNROLL for (int i = 0; i < 8; ++i) {
-      if (i >= count) break;
-      if (OUT_DTYPE == F32) ((u32 *)to)[i] = words[i];
-      else ((u16 *)to)[i] = words[i / 2] >> 16 * (i % 2);
+      values[i] = sums[i];
+      if (WHOLE) values[i] = values[i] * token_scales[turn] * column_scales[i];
+#if BIAS_TWICE && OUT_DTYPE == BF16
+      values[i] = bf16_value(pack_bf16(values[i], values[i]));
+#elif BIAS_TWICE && OUT_DTYPE == F16
+      values[i] = f16_value(pack_f16(values[i], values[i]));
+#endif
+      if (HAS_BIAS) values[i] += bias[i];
+    }
+#if OUT_DTYPE == F32
+    UNROLL for (int i = 0; i < 8; ++i) words[i] = as_bits(values[i]);
+#else
+    UNROLL for (int i = 0; i < 4; ++i)
+      words[i] = (OUT_DTYPE == BF16 ? pack_bf16 : pack_f16)(values[2 * i], values[2 * i + 1]);
+#endif
+    if (count == 8 && (u64)to % 16 == 0) {
+      UNROLL for (int i = 0; i < 2 * BYTES; i += 4) store16(to + 4 * i, words + i);
+    } else {
+      UNROLL for (int i = 0; i < 8; ++i) {
+        if (i >= count) break;
+        if (OUT_DTYPE == F32) ((u32 *)to)[i] = words[i];
+        else ((u16 *)to)[i] = words[i / 2] >> 16 * (i % 2);
+      }
     }
   }
-}
+};
 
-DEVICE void store8(const Product &p, u64 token, int n, const int *sums) {
-  float values[8];
-  UNROLL for (int i = 0; i < 8; ++i) values[i] = sums[i];
-  store8(p, token, n, values);
-}
-
-// The sums of PASS tokens and 64 columns from those of `unit` on, through shared memory, since neighbours in a row of the
-// result lie in different lanes.  A team that split K meets before it reads each other's, and again before these may be
-// overwritten.
+// The sums of PASS tokens and 64 columns, through shared memory, since neighbours in a row of the result lie in different
+// lanes.  A team that split K meets before it reads each other's, and again before these may be overwritten.
 template <class PLAN>
-DEVICE void finish(const Product &p, const Team<PLAN> &team, const Ring<PLAN::TOKENS> &ring, Unit unit, u32 parity,
-                   const Sum *sums) {
+DEVICE void finish(const Product &p, const Team<PLAN> &team, const Ring<PLAN::TOKENS> &ring, const Finish<PLAN> &by,
+                   u32 parity, const Sum *sums) {
   constexpr int PASS = Ring<PLAN::TOKENS>::PASS, SPLIT = PLAN::SPLIT;
   const u32 half = thread() / CREW - 1, lane = thread() % WAVE, wave = thread() % CREW / WAVE;
   Sum *mine = (Sum *)ring.sums(half);
@@ -320,19 +337,17 @@ DEVICE void finish(const Product &p, const Team<PLAN> &team, const Ring<PLAN::TO
     if (thread() % CREW < SPLIT) publish_at_rank(ring.summed(half), team.base + thread() % CREW);
     wait_for_cluster(ring.summed(half), parity);
   }
-  const u32 rank = SPLIT > 1 ? team.rank : 0;
-  ROLLED for (u32 item = thread() % CREW * SPLIT + rank; item < PASS * HALF / 8; item += CREW * SPLIT) {
-    const int token = item / 8, n = item % 8 * 8, column = unit.column + n;
-    if (unit.token + token >= p.rows || column >= N) continue;
+  UNROLL for (int turn = 0; turn < Finish<PLAN>::TURNS; ++turn) {
+    if (!by.there(p, turn)) continue;
     Sum values[8] = {};
     for (int r = 0; r < SPLIT; ++r) {
       const Sum *from = SPLIT > 1 ? at_rank(mine, team.base + r) : mine;
       UNROLL for (int i = 0; i < 8; i += 4) {
-        const auto four = *(const Four<Sum> *)(from + token * PITCH + n + i);
+        const auto four = *(const Four<Sum> *)(from + by.token(turn) * PITCH + by.first % 8 * 8 + i);
         values[i] += four.x, values[i + 1] += four.y, values[i + 2] += four.z, values[i + 3] += four.w;
       }
     }
-    store8(p, unit.token + token, column, values);
+    by.store8(p, turn, values);
   }
   if constexpr (SPLIT > 1) {
     group_barrier(1 + half);
@@ -467,10 +482,12 @@ template <class PLAN> DEVICE void consume(const Product &p, const Team<PLAN> &te
     const Unit unit = team.unit(index);
     const int half = (thread() / CREW - 1) * HALF;
     if constexpr (Ring<TOKENS>::MANY) {
-      UNROLL for (int n = 0; n < BLOCK; n += HALF, parity ^= 1)
-        finish(p, team, ring, {unit.column + n, unit.token + half}, parity, sums + n / 2);
+      const Finish<PLAN> left_columns(p, team, {unit.column, unit.token + half});
+      const Finish<PLAN> right_columns(p, team, {unit.column + HALF, unit.token + half});
+      finish(p, team, ring, left_columns, parity, sums);
+      finish(p, team, ring, right_columns, parity ^ 1, sums + HALF / 2);
     } else {
-      finish(p, team, ring, {unit.column + half, unit.token}, parity, sums);
+      finish(p, team, ring, Finish<PLAN>(p, team, {unit.column + half, unit.token}), parity, sums);
       parity ^= 1;
     }
   }

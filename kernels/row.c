@@ -23,11 +23,7 @@ enum { GIVEN = 3 };       // QUOTIENTi
 enum { BY_INVERSE = 2, INVERTED_TWICE = 4, SCALE_IS_INVERTED = 8 };  // RECIPROCALi
 
 #include "given.h"
-
-// Where a row is normalised and gated, how the gate's product is rounded.
-#ifndef GATE_ROUNDING
-#define GATE_ROUNDING ROUNDING
-#endif
+#include "norm.h"
 
 #define STEP (2 * LANES)
 
@@ -91,7 +87,7 @@ INLINE Pair rounded_pair(int dtype, Pair p) {
 
 // x, up and the residual point to their first row, or to the one that is worked on.
 typedef struct {
-  const void *x, *up, *residual, *weight;
+  const void *x, *up, *residual, *weight, *bias;
   void *sum, *y, *scale[4];
   u8 *q[4];
   float given[4];  // the scales that are not made here
@@ -134,37 +130,6 @@ INLINE Reals exponent_from(Reals a) { return floats_of(bits_of(a) << 23); }
 #include "activation.h"
 #endif
 
-// float32 of x, with the residual added, from a column on.
-INLINE Pair input(const Site *site, i64 column) {
-  Pair p = load(site->x, column, X_DTYPE);
-#if RESIDUAL
-  Pair r = load(site->residual, column, X_DTYPE);
-  p.even += r.even;
-  p.odd += r.odd;
-#if RESIDUAL == ROUNDED
-  p = rounded_pair(X_DTYPE, p);
-#endif
-#endif
-  return p;
-}
-
-INLINE Pair normed(const Site *site, Pair p, float rstd, i64 column) {
-  p.even *= rstd;
-  p.odd *= rstd;
-  if (ROUNDING == TWICE) p = rounded_pair(X_DTYPE, p);
-#if WEIGHT_DTYPE
-  Pair w = load(site->weight, column, WEIGHT_DTYPE);
-#if HAS_WEIGHT_OFFSET
-  w.even += WEIGHT_OFFSET;
-  w.odd += WEIGHT_OFFSET;
-#endif
-  p.even *= w.even;
-  p.odd *= w.odd;
-  if (ROUNDING == TWICE) p = rounded_pair(PRODUCT_DTYPE, p);
-#endif
-  return ROUNDING == ONCE ? rounded_pair(X_DTYPE, p) : p;
-}
-
 #if ACT
 INLINE Pair gated(Pair p, Pair up) {
   p.even = activation(p.even);
@@ -176,20 +141,77 @@ INLINE Pair gated(Pair p, Pair up) {
 }
 #endif
 
+// float32 of what is normed, from a column on: x, with the residual added, or act(gate)*x.
+INLINE Pair input(const Site *site, i64 column) {
+  Pair p = load(site->x, column, X_DTYPE);
+#if RESIDUAL
+  Pair r = load(site->residual, column, X_DTYPE);
+  p.even += r.even;
+  p.odd += r.odd;
+#if RESIDUAL == ROUNDED
+  p = rounded_pair(X_DTYPE, p);
+#endif
+#elif GATE_FIRST
+  p = gated(load(site->up, column, X_DTYPE), p);
+#endif
+  return p;
+}
+
+// What a row, or a group of it, is normed by.
+typedef struct { float mean, rstd; } Statistic;
+
+INLINE Pair centred(Pair p, float mean) { return CENTRED ? (Pair){p.even - mean, p.odd - mean} : p; }
+
+INLINE Pair normed(const Site *site, Pair p, Statistic by, i64 column) {
+  p = centred(p, by.mean);
+#if BIAS_DTYPE
+  Pair bias = load(site->bias, column, BIAS_DTYPE);
+#endif
+#if BIAS_FUSED && !WEIGHT_DTYPE
+  p.even = fma(p.even, all(by.rstd), bias.even);
+  p.odd = fma(p.odd, all(by.rstd), bias.odd);
+#else
+  p.even *= by.rstd;
+  p.odd *= by.rstd;
+#endif
+  if (ROUNDING == TWICE) p = rounded_pair(X_DTYPE, p);
+#if WEIGHT_DTYPE
+  Pair w = load(site->weight, column, WEIGHT_DTYPE);
+#if HAS_WEIGHT_OFFSET
+  w.even += WEIGHT_OFFSET;
+  w.odd += WEIGHT_OFFSET;
+#endif
+#if BIAS_FUSED
+  p.even = fma(p.even, w.even, bias.even);
+  p.odd = fma(p.odd, w.odd, bias.odd);
+#else
+  p.even *= w.even;
+  p.odd *= w.odd;
+  if (ROUNDING == TWICE) p = rounded_pair(PRODUCT_DTYPE, p);
+#endif
+#endif
+#if BIAS_DTYPE && !BIAS_FUSED
+  p.even += bias.even;
+  p.odd += bias.odd;
+  if (ROUNDING == TWICE) p = rounded_pair(NORMED_DTYPE, p);
+#endif
+  return ROUNDING == ONCE ? rounded_pair(X_DTYPE, p) : p;
+}
+
 // y of one step, from its input.
-INLINE Pair produced(const Site *site, Pair p, float rstd, i64 column) {
-#if ACT && NORM
-  return gated(load(site->up, column, X_DTYPE), normed(site, p, rstd, column));
+INLINE Pair produced(const Site *site, Pair p, Statistic by, i64 column) {
+#if ACT && NORM && !GATE_FIRST
+  return gated(load(site->up, column, X_DTYPE), normed(site, p, by, column));
+#elif NORM
+  return normed(site, p, by, column);
 #elif ACT
   return gated(p, load(site->up, column, X_DTYPE));
-#elif NORM
-  return normed(site, p, rstd, column);
 #else
   return p;
 #endif
 }
 
-INLINE float inverse_rms(float total) { return 1.0f / __builtin_sqrtf(total / HIDDEN + EPS); }
+INLINE float inverse_rms(float total) { return 1.0f / __builtin_sqrtf(total / STATISTIC_LENGTH + EPS); }
 
 INLINE u32 lane_max(Words a) {
   u32 part[LANES];
@@ -203,25 +225,25 @@ INLINE u32 lane_max(Words a) {
 #include "quantize_cpu.h"
 #endif
 
-INLINE float row_rstd(const Site *site) {
-#if NORM
-  Floats squares[4] = {{0}, {0}, {0}, {0}};
-  for (i64 column = 0; column + 2 * STEP <= HIDDEN; column += 2 * STEP) {
-    Pair a = input(site, column), b = input(site, column + STEP);
-    squares[0] = fma(a.even, a.even, squares[0]);
-    squares[1] = fma(a.odd, a.odd, squares[1]);
-    squares[2] = fma(b.even, b.even, squares[2]);
-    squares[3] = fma(b.odd, b.odd, squares[3]);
+INLINE Floats plus_term(Floats sum, Floats a, int squared) { return squared ? fma(a, a, sum) : sum + a; }
+
+// The sum of x - mean over what shares a statistic from column `first` on, as far as whole steps go, or of its squares.
+INLINE float total_of(const Site *site, i64 first, float mean, int squared) {
+  const i64 end = first + STATISTIC_LENGTH;
+  Floats sums[4] = {{0}, {0}, {0}, {0}};
+  for (i64 column = first; column + 2 * STEP <= end; column += 2 * STEP) {
+    Pair a = centred(input(site, column), mean), b = centred(input(site, column + STEP), mean);
+    sums[0] = plus_term(sums[0], a.even, squared);
+    sums[1] = plus_term(sums[1], a.odd, squared);
+    sums[2] = plus_term(sums[2], b.even, squared);
+    sums[3] = plus_term(sums[3], b.odd, squared);
   }
-#if HIDDEN / STEP % 2
-  Pair last = input(site, HIDDEN / STEP * STEP - STEP);
-  squares[0] = fma(last.even, last.even, squares[0]);
-  squares[1] = fma(last.odd, last.odd, squares[1]);
+#if STATISTIC_LENGTH / STEP % 2
+  Pair last = centred(input(site, first + STATISTIC_LENGTH / STEP * STEP - STEP), mean);
+  sums[0] = plus_term(sums[0], last.even, squared);
+  sums[1] = plus_term(sums[1], last.odd, squared);
 #endif
-  return lane_sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
-#else
-  return 0.0f;
-#endif
+  return lane_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 #define TAIL (HIDDEN % STEP)  // only where nothing is quantized
@@ -232,12 +254,12 @@ INLINE void copy(void *to, const void *from, i64 bytes) {
 }
 
 // The last TAIL elements of a row in buffers of STEP elements, zero beyond the end.
-typedef struct { float x[STEP], up[STEP], residual[STEP], weight[STEP], sum[STEP], y[STEP]; } Tail;
+typedef struct { float x[STEP], up[STEP], residual[STEP], weight[STEP], bias[STEP], sum[STEP], y[STEP]; } Tail;
 
 INLINE Site tail_of(const Site *site, Tail *tail) {
   Site local = {0};
   const i64 at = HIDDEN - TAIL;
-  for (int i = 0; i < STEP; ++i) tail->x[i] = tail->up[i] = tail->residual[i] = tail->weight[i] = 0.0f;
+  for (int i = 0; i < STEP; ++i) tail->x[i] = tail->up[i] = tail->residual[i] = tail->weight[i] = tail->bias[i] = 0.0f;
   copy(tail->x, (const u8 *)site->x + at * SIZE(X_DTYPE), TAIL * SIZE(X_DTYPE));
 #if ACT
   copy(tail->up, (const u8 *)site->up + at * SIZE(X_DTYPE), TAIL * SIZE(X_DTYPE));
@@ -248,32 +270,79 @@ INLINE Site tail_of(const Site *site, Tail *tail) {
 #if WEIGHT_DTYPE
   copy(tail->weight, (const u8 *)site->weight + at * SIZE(WEIGHT_DTYPE), TAIL * SIZE(WEIGHT_DTYPE));
 #endif
-  local.x = tail->x, local.up = tail->up, local.residual = tail->residual, local.weight = tail->weight;
-  local.sum = tail->sum, local.y = tail->y;
+#if BIAS_DTYPE
+  copy(tail->bias, (const u8 *)site->bias + at * SIZE(BIAS_DTYPE), TAIL * SIZE(BIAS_DTYPE));
+#endif
+  local.x = tail->x, local.up = tail->up, local.residual = tail->residual;
+  local.weight = tail->weight, local.bias = tail->bias, local.sum = tail->sum, local.y = tail->y;
   return local;
 }
 #endif
 
+#if TAIL
+// The same sum over the last TAIL columns, which `tail` has at its front.
+INLINE float total_of_tail(const Site *tail, float mean, int squared) {
+  Pair p = centred(input(tail, 0), mean);
+#if CENTRED
+  for (int i = 0; i < LANES; ++i) {  // what lies beyond the end is no longer zero
+    p.even[i] = 2 * i < TAIL ? p.even[i] : 0.0f;
+    p.odd[i] = 2 * i + 1 < TAIL ? p.odd[i] : 0.0f;
+  }
+#endif
+  return lane_sum(squared ? fma(p.even, p.even, p.odd * p.odd) : p.even + p.odd);
+}
+#endif
+
+// The sum over all that shares a statistic.
+INLINE float total_from(const Site *site, const Site *tail, i64 first, float mean, int squared) {
+  float total = total_of(site, first, mean, squared);
+#if TAIL
+  total += total_of_tail(tail, mean, squared);
+#endif
+  return total;
+}
+
+// Of the row, or of the group of it that starts at column `first`.
+INLINE Statistic statistic_of(const Site *site, const Site *tail, i64 first) {
+  Statistic by = {0};
+#if NORM
+#if CENTRED
+  by.mean = total_from(site, tail, first, 0.0f, 0) / STATISTIC_LENGTH;
+#endif
+  by.rstd = inverse_rms(total_from(site, tail, first, by.mean, 1));
+#endif
+  return by;
+}
+
+// What the elements from `column` on are normed by, given what those before are.
+INLINE Statistic statistic_at(const Site *site, i64 column, Statistic before) {
+#if STATISTIC_GROUP
+  if (column % STATISTIC_GROUP == 0) return statistic_of(site, 0, column);
+#endif
+  return before;
+}
+
 // One step of the last pass: the sum (round(x + residual), whichever of the two `input` returns) and y.  `to` is where
 // it starts in the outputs.
-INLINE void step(const Site *site, i64 column, i64 to, float rstd, Pair *y) {
+INLINE void step(const Site *site, i64 column, i64 to, Statistic by, Pair *y) {
   Pair p = input(site, column);
 #if WRITES_SUM
   store(site->sum, to, X_DTYPE, p);
 #endif
-  *y = produced(site, p, rstd, column);
+  *y = produced(site, p, by, column);
 #if WRITES_Y
   store(site->y, to, X_DTYPE, *y);
 #endif
 }
 
 // Bits of max|y| over the row.
-INLINE u32 row_amax(const Site *site, float rstd) {
+INLINE u32 row_amax(const Site *site, Statistic by) {
   u32 amax = 0;
 #if WHOLE_ROW
   Words magnitude = {0};
   for (i64 column = 0; column < HIDDEN; column += STEP) {
-    Pair y = produced(site, input(site, column), rstd, column);
+    by = statistic_at(site, column, by);
+    Pair y = produced(site, input(site, column), by, column);
     magnitude = larger(magnitude, larger(bits_of(y.even) & 0x7fffffffu, bits_of(y.odd) & 0x7fffffffu));
   }
   amax = lane_max(magnitude);
@@ -284,25 +353,22 @@ INLINE u32 row_amax(const Site *site, float rstd) {
 INLINE void one_row(const Site *first, i64 row) {
   const Site moved = at_row(first, row), *site = &moved;
   const i64 to = row * HIDDEN;
-  float rstd = row_rstd(site);
 #if TAIL
   Tail tail;
-  Site local = tail_of(site, &tail);
-#if NORM
-  Pair rest = input(&local, 0);
-  rstd += lane_sum(fma(rest.even, rest.even, rest.odd * rest.odd));
+  const Site last = tail_of(site, &tail), *rest = &last;
+#else
+  const Site *rest = 0;
 #endif
-#endif
-#if NORM
-  rstd = inverse_rms(rstd);
-#endif
+  Statistic by = {0};
+  if (!STATISTIC_GROUP) by = statistic_of(site, rest, 0);
 #if QUANTS
-  const u32 amax = row_amax(site, rstd);
+  const u32 amax = row_amax(site, by);
   for (i64 column = 0; column < HIDDEN; column += BLOCK) {
     Pair y[PAIRS];
     for (int i = 0; i < PAIRS; ++i) {
       const i64 at = column + i * STEP;
-      step(site, at, to + at, rstd, &y[i]);
+      by = statistic_at(site, at, by);
+      step(site, at, to + at, by, &y[i]);
     }
     quantize(site, 0, SCHEME(0), y, amax, row, column);
 #if QUANTS > 1
@@ -317,10 +383,12 @@ INLINE void one_row(const Site *first, i64 row) {
   }
 #else
   Pair y;
-  for (i64 column = 0; column + STEP <= HIDDEN; column += STEP)
-    step(site, column, to + column, rstd, &y);
+  for (i64 column = 0; column + STEP <= HIDDEN; column += STEP) {
+    by = statistic_at(site, column, by);
+    step(site, column, to + column, by, &y);
+  }
 #if TAIL
-  step(&local, 0, 0, rstd, &y);
+  step(rest, 0, 0, by, &y);
 #if WRITES_SUM
   copy((u8 *)site->sum + (to + HIDDEN - TAIL) * SIZE(X_DTYPE), tail.sum, TAIL * SIZE(X_DTYPE));
 #endif
@@ -341,6 +409,11 @@ typedef float Weight;
 #else
 typedef u16 Weight;
 #endif
+#if BIAS_DTYPE == F32
+typedef float Bias;
+#else
+typedef u16 Bias;
+#endif
 
 #define SCALES(i) __typeof__(__builtin_choose_expr(LAYOUT##i == UE8M0_PACKED, (i32)0, 0.0f))
 
@@ -353,6 +426,9 @@ void ENTRY(BINDING(const X, x)
 #endif
 #if WEIGHT_DTYPE
                , BINDING(const Weight, weight)
+#endif
+#if BIAS_DTYPE
+               , BINDING(const Bias, bias)
 #endif
 #if QUANTS > 0
                IF_GIVEN(0, , BINDING(const float, scale0))
@@ -397,6 +473,9 @@ void ENTRY(BINDING(const X, x)
 #endif
 #if WEIGHT_DTYPE
   site.weight = weight + weight_offset;
+#endif
+#if BIAS_DTYPE
+  site.bias = bias + bias_offset;
 #endif
 #if WRITES_SUM
   site.sum = sum + sum_offset;

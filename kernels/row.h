@@ -1,7 +1,8 @@
 // One kernel family for GPUs: a row of x [T, HIDDEN] is read once, becomes y, and leaves as any of: y in x's dtype, up
 // to four quantized copies (codes, and scales unless those are given), and the residual sum.  What makes y is one of:
-// nothing (y = x); a norm (optionally a residual is added, then the row is RMS-normalised and weighted); a gate (y =
-// act(x) * up); or both (y = act(up) * norm(x)).
+// nothing (y = x); a norm (optionally a residual is added, then the row, or each group of it, is normalised by its root
+// mean square or its mean and variance, weighted and a bias is added); a gate (y = act(x) * up); or both (y = act(up) *
+// norm(x), or norm(act(up) * x)).
 //
 // tile.h has the arithmetic and the order of things.  What differs between machines (wave width, lane exchange,
 // converts, packed float32 math) is in the .cu and .hip files that include this; the numbers that specialise it (macros)
@@ -16,11 +17,7 @@ enum { DIVIDED = 0, CORRECTED = 1, TWOFOLD = 2, GIVEN = 3 };  // QUOTIENTi
 enum { BY_SCALE = 0, BY_RECIPROCAL = 1, BY_INVERSE = 2, INVERTED_TWICE = 4, SCALE_IS_INVERTED = 8 };  // RECIPROCALi
 
 #include "given.h"
-
-// Where a row is normalised and gated, how the gate's product is rounded.
-#ifndef GATE_ROUNDING
-#define GATE_ROUNDING ROUNDING
-#endif
+#include "norm.h"
 
 template <int DTYPE> constexpr int SIZE = DTYPE == F32 ? 4 : 2;  // bytes
 // The widest access of the machine that rows are a multiple of.
@@ -35,7 +32,7 @@ constexpr u32 INFINITE_BITS = 0x7f800000u;
 
 // `x` and `other`, the residual or up, point to their first row; the next are X_PITCH and OTHER_PITCH elements on.
 struct Site {
-  const u8 *x, *other, *weight;
+  const u8 *x, *other, *weight, *bias;
   u8 *sum, *y;
   u8 *q[4], *scale[4];  // a scale that is given is only read
   u32 rows;
@@ -85,6 +82,9 @@ KERNEL(ENTRY)(const u8 *x
 #if WEIGHT_DTYPE
               , const u8 *weight
 #endif
+#if BIAS_DTYPE
+              , const u8 *bias
+#endif
 #if QUANTS > 0
               IF_GIVEN(0, , const u8 *scale0)
 #endif
@@ -129,6 +129,9 @@ KERNEL(ENTRY)(const u8 *x
 #endif
 #if WEIGHT_DTYPE
   site.weight = weight, bits |= address(weight);
+#endif
+#if BIAS_DTYPE
+  site.bias = bias, bits |= address(bias);
 #endif
 #if WRITES_SUM
   site.sum = sum, bits |= address(sum);

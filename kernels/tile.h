@@ -20,8 +20,8 @@ constexpr bool LOOPS = MOST_BLOCKS > 0;
 // Whole waves end where a row ends: then which lanes are idle is one scalar comparison.
 constexpr bool EVEN_WAVES = ROW_WAVES > 1 && HIDDEN % (VECTOR * WAVE) == 0;
 // y ends up rounded to x's dtype before it is quantized.
-enum { NORM_ROUNDS = ROUNDING == ONCE || (ROUNDING == TWICE && PRODUCT_DTYPE == X_DTYPE) };
-constexpr bool ROUNDS = ACT ? GATE_ROUNDING != UNROUNDED : NORM && NORM_ROUNDS;
+enum { NORM_ROUNDS = ROUNDING == ONCE || (ROUNDING == TWICE && NORMED_DTYPE == X_DTYPE) };
+constexpr bool ROUNDS = ACT && !GATE_FIRST ? GATE_ROUNDING != UNROUNDED : NORM && NORM_ROUNDS;
 // What is quantized has at most 11 significant bits.
 constexpr bool NARROW = X_DTYPE != F32 && ((!NORM && !ACT) || ROUNDS);
 
@@ -36,9 +36,15 @@ struct Y {
   Packed<X_DTYPE> bits;
 };
 
-// A vector of the weight: as read, or where it serves many rows as the factors.
+// A vector of the weight: as read, or where it serves many rows as the factors; and of the bias.
 constexpr int WEIGHT_AS = WEIGHT_DTYPE == NONE || LOOPS ? F32 : WEIGHT_DTYPE;
+enum { BIAS_AS = BIAS_DTYPE == NONE || LOOPS ? F32 : BIAS_DTYPE };
 using Weight = Packed<WEIGHT_AS>;
+using Bias = Packed<BIAS_AS>;
+
+// A statistic for each STATISTIC_GROUP elements, in which every vector lies whole: a lane has one for each vector.
+enum { GROUPED = STATISTIC_GROUP != 0, STATISTICS = GROUPED ? VECTORS : 1 };
+struct Statistics { f2 of[STATISTICS]; };
 
 // Which outputs of a row a block writes: vector v of wave w where (v*ROW_WAVES + w) % (mask + 1) is `number`.
 struct Slice { u32 mask, number; };
@@ -118,10 +124,10 @@ template <int D> DEVICE float divide_by(float n) {
   return n < INFINITE ? exact : n;
 }
 
-// 1/sqrt(total/HIDDEN + eps) with every operation rounded to nearest, as torch computes it.  Where eps is not tiny a
+// 1/sqrt(total/length + eps) with every operation rounded to nearest, as torch computes it.  Where eps is not tiny a
 // total below divide_by's range vanishes beside it whatever its last bit.
 DEVICE float inverse_rms(float total) {
-  float mean = EPS >= 0x1p-50f ? divide_by<HIDDEN>(total) : divide(total, (float)HIDDEN);
+  float mean = EPS >= 0x1p-50f ? divide_by<STATISTIC_LENGTH>(total) : divide(total, (float)STATISTIC_LENGTH);
   return reciprocal(square_root(mean + EPS));
 }
 
@@ -159,53 +165,7 @@ DEVICE Reals exponent_from(Reals a) { return pair(as_float(as_bits(a.x) << 23), 
 DEVICE u32 max_u32(u32 a, u32 b) { return a > b ? a : b; }
 DEVICE u32 min_u32(u32 a, u32 b) { return a < b ? a : b; }
 
-struct Sum {
-  DEVICE u32 of(u32 a, u32 b) { return as_bits(as_float(a) + as_float(b)); }
-};
-struct Largest {
-  DEVICE u32 of(u32 a, u32 b) { return max_u32(a, b); }
-};
-
-// What the waves of a row leave for each other, filled up with zeros: up to 8 are combined by every lane, of more a lane
-// takes four, and its neighbours the others.
-constexpr int PARTS = ROW_WAVES > 16 ? 32 : ROW_WAVES > 8 ? 16 : 8;
-
-template <class Combine> DEVICE u32 over_parts(const u32 *parts) {
-  constexpr int own = PARTS > 8 ? 4 : 8;
-  const u32 *from = parts + (PARTS > 8 ? thread() * own % PARTS : 0);
-  u32 part[own];
-  UNROLL for (int i = 0; i < own; ++i) part[i] = from[i];
-  UNROLL for (int step = own / 2; step > 0; step /= 2)
-    UNROLL for (int i = 0; i < step; ++i) part[i] = Combine::of(part[i], part[i + step]);
-  if constexpr (PARTS > 8) part[0] = Combine::of(part[0], fold<1>(part[0]));
-  if constexpr (PARTS > 8) part[0] = Combine::of(part[0], fold<2>(part[0]));
-  if constexpr (PARTS > 16) part[0] = Combine::of(part[0], fold<4>(part[0]));
-  return part[0];
-}
-
-// The parts of the lanes of one row, combined.  fold<K>(v) is v in the neighbouring block of K lanes, where all lanes
-// of a block agree already.
-template <class Combine> DEVICE u32 over_row(u32 part, u32 turn) {
-  constexpr int lanes = ROW_LANES < WAVE ? ROW_LANES : WAVE;
-  if constexpr (lanes > 1) part = Combine::of(part, fold<1>(part));
-  if constexpr (lanes > 2) part = Combine::of(part, fold<2>(part));
-  if constexpr (lanes > 4) part = Combine::of(part, fold<4>(part));
-  if constexpr (lanes > 8) part = Combine::of(part, fold<8>(part));
-  if constexpr (lanes > 16) part = Combine::of(part, fold<16>(part));
-  if constexpr (lanes > 32) part = Combine::of(part, fold<32>(part));
-  if constexpr (ROW_WAVES > 1) {
-    // Two, used in turn: with one barrier a row the parts of the last row may still be read.
-    SHARED u32 partials[2][PARTS];
-    u32 *partial = partials[LOOPS ? turn % 2 : 0];
-    if (thread() % WAVE == 0) partial[wave()] = part;
-    if (PARTS > ROW_WAVES && thread() < PARTS - ROW_WAVES) partial[ROW_WAVES + thread()] = 0;
-    barrier();
-    part = over_parts<Combine>(partial);
-  }
-  return part;
-}
-
-DEVICE float row_sum(float part, u32 turn) { return as_float(over_row<Sum>(as_bits(part), turn)); }
+#include "reduce.h"
 
 #if QUANTS > 0
 #include "quantize.h"
@@ -226,30 +186,36 @@ DEVICE f2 gated(f2 x, f2 up) {
   return mul2(GATE_ROUNDING == TWICE ? round_to<X_DTYPE>(x) : x, up);
 }
 
-// x*rstd*w, but for the last rounding.
-DEVICE f2 normed(f2 x, f2 rstd, const Weight &weight, int i) {
+// x*rstd*w + b, but for the last rounding; x is centred already where a mean is subtracted.
+DEVICE f2 normed(f2 x, f2 rstd, const Weight &weight, const Bias &bias, int i) {
+  if constexpr (BIAS_FUSED && WEIGHT_DTYPE == NONE) return fma2(x, rstd, unpack<BIAS_AS>(bias, i));
   f2 value = mul2(x, rstd);
   if constexpr (WEIGHT_DTYPE != NONE) {
     if constexpr (ROUNDING == TWICE) value = round_to<X_DTYPE>(value);
+    if constexpr (BIAS_FUSED) return fma2(value, factor(weight, i), unpack<BIAS_AS>(bias, i));
     value = mul2(value, factor(weight, i));
+  }
+  if constexpr (BIAS_DTYPE != NONE) {
+    if constexpr (ROUNDING == TWICE) value = round_to<PRODUCT_DTYPE>(value);
+    value = add2(value, unpack<BIAS_AS>(bias, i));
   }
   return value;
 }
 
 // act(gate) * norm(x), but for the last rounding.
-DEVICE f2 gated_norm(f2 x, f2 gate, f2 rstd, const Weight &weight, int i) {
-  const f2 value = normed(x, rstd, weight, i);
+DEVICE f2 gated_norm(f2 x, f2 gate, f2 rstd, const Weight &weight, const Bias &bias, int i) {
+  const f2 value = normed(x, rstd, weight, bias, i);
   return gated(gate, NORM_ROUNDS ? round_to<X_DTYPE>(value) : value);
 }
 
 DEVICE Y produced(const Vector &x, const Packed<X_DTYPE> &x_bits, const Packed<X_DTYPE> &other_bits, f2 rstd,
-                  const Weight &weight) {
+                  const Weight &weight, const Bias &bias) {
   if constexpr (!NORM && !ACT) return {x, x_bits};
   Y y;
   UNROLL for (int i = 0; i < PAIRS; ++i) {
-    f2 value = ACT && NORM ? gated_norm(x.pair[i], unpack(other_bits, i), rstd, weight, i)
-               : ACT       ? gated(x.pair[i], unpack(other_bits, i))
-                           : normed(x.pair[i], rstd, weight, i);
+    f2 value = ACT && NORM && !GATE_FIRST ? gated_norm(x.pair[i], unpack(other_bits, i), rstd, weight, bias, i)
+               : NORM                     ? normed(x.pair[i], rstd, weight, bias, i)
+                                          : gated(x.pair[i], unpack(other_bits, i));
     pack(y.bits, i, value);
     y.value.pair[i] = ROUNDS ? unpack(y.bits, i) : value;
   }
@@ -304,7 +270,20 @@ template <int DTYPE> DEVICE Weight weight_of(const Packed<DTYPE> &read) {
   }
 }
 
-struct Weights { Weight vector[VECTORS]; };
+template <int DTYPE> DEVICE Bias bias_of(const Packed<DTYPE> &read) {
+  if constexpr (!LOOPS) {
+    return read;
+  } else {
+    Bias bias;
+    UNROLL for (int i = 0; i < PAIRS; ++i) pack<F32>(bias, i, kept(unpack<DTYPE>(read, i)));
+    return bias;
+  }
+}
+
+struct Weights {
+  Weight vector[VECTORS];
+  Bias bias[VECTORS];
+};
 
 template <bool WIDE> DEVICE Weights load_weights(const Site &site, u32 first) {
   Weights weights;
@@ -313,6 +292,10 @@ template <bool WIDE> DEVICE Weights load_weights(const Site &site, u32 first) {
       if (lane_has(first, v))
         weights.vector[v] =
             weight_of<WEIGHT_DTYPE>(load<WEIGHT_DTYPE, WIDE ? WIDE_BYTES : 0>(site.weight, column_of(first, v)));
+  if constexpr (BIAS_DTYPE != NONE)
+    UNROLL for (int v = 0; v < VECTORS; ++v)
+      if (lane_has(first, v))
+        weights.bias[v] = bias_of<BIAS_DTYPE>(load<BIAS_DTYPE, WIDE ? WIDE_BYTES : 0>(site.bias, column_of(first, v)));
   return weights;
 }
 
@@ -332,11 +315,26 @@ template <int DTYPE> DEVICE f2 unpack_after(const Packed<DTYPE> &packed, int i, 
   else return pair(as_float(packed.word[i] << (16 | zero)), as_float(packed.word[i] & (0xffff0000u | zero)));
 }
 
-// x plus the residual, which is written where it is wanted; and the sum of its squares, NORM.
+DEVICE Statistics zeros() {
+  Statistics none;
+  UNROLL for (int v = 0; v < STATISTICS; ++v) none.of[v] = pair(0.0f, 0.0f);
+  return none;
+}
+
+// Adds a value, or its square, to a sum.
+DEVICE void add_to(f2 &sum, f2 value, bool itself) { sum = itself ? add2(sum, value) : fma2(value, value, sum); }
+
+// A pair of elements from `column` on, zeros beyond the end of the row.
+DEVICE f2 within_row(f2 value, u32 column) {
+  return pair(column < HIDDEN ? value.x : 0.0f, column + 1 < HIDDEN ? value.y : 0.0f);
+}
+
+// What is normed: x plus the residual, which is written where it is wanted, or act(gate)*x; and of that the parts of the
+// sums of its squares, or where it is centred later of itself, NORM.
 template <bool WIDE>
-DEVICE f2 summed(const Site &site, const Part &part, u32 zero, Slice slice, u32 row, bool present, u32 first,
-                 Vector *x) {
-  f2 squares = pair(0.0f, 0.0f);
+DEVICE Statistics summed(const Site &site, const Part &part, u32 zero, Slice slice, u32 row, bool present, u32 first,
+                         Vector *x) {
+  Statistics parts = zeros();
   UNROLL for (int v = 0; v < VECTORS; ++v) {
     if (!wave_has(first, v)) continue;
     Packed<X_DTYPE> sum;
@@ -347,33 +345,60 @@ DEVICE f2 summed(const Site &site, const Part &part, u32 zero, Slice slice, u32 
         pack(sum, i, value);
         if constexpr (RESIDUAL == ROUNDED) value = unpack(sum, i);
       }
+      if constexpr (GATE_FIRST) {
+        value = gated(unpack(part.other[v], i), value);
+        if constexpr (GATE_ROUNDING != UNROUNDED) value = round_to<X_DTYPE>(value);
+      }
       x[v].pair[i] = LOOPS ? kept(value) : value;
-      if constexpr (NORM) squares = fma2(value, value, squares);
+      if constexpr (NORM) add_to(parts.of[GROUPED ? v : 0], value, CENTRED);
     }
     if constexpr (WRITES_SUM)
       if (present && lane_has(first, v) && slice_has(slice, v))
         store<X_DTYPE, WIDE>(site.sum + row_start(row), column_of(first, v), sum);
   }
+  return parts;
+}
+
+// Subtracts the mean from x, of whose sums these are parts; gives the parts of the sums of squares of what is left.
+DEVICE Statistics centre(Vector *x, const Statistics &parts, u32 first, u32 turn) {
+  Statistics mean = sums_of_row<SumForMean>(parts, turn), squares = zeros();
+  UNROLL for (int v = 0; v < STATISTICS; ++v) {
+    const float of_sum = divide(mean.of[v].x, (float)STATISTIC_LENGTH);
+    mean.of[v] = pair(of_sum, of_sum);
+  }
+  UNROLL for (int v = 0; v < VECTORS; ++v) {
+    if (!lane_has(first, v)) continue;
+    UNROLL for (int i = 0; i < PAIRS; ++i) {
+      f2 value = add2(x[v].pair[i], negated(mean.of[GROUPED ? v : 0]));
+      if constexpr (!WHOLE) value = within_row(value, column_of(first, v) + 2 * i);
+      x[v].pair[i] = value;
+      add_to(squares.of[GROUPED ? v : 0], value, false);
+    }
+  }
   return squares;
 }
 
-// 1/rms of the row whose sum of squares this is a part of; one barrier where the row has several waves.
-DEVICE f2 inverse_rms_of_row(f2 squares, u32 turn) {
-  if constexpr (!NORM) return pair(1.0f, 1.0f);
-  const float factor = inverse_rms(row_sum(squares.x + squares.y, turn));
-  return pair(factor, factor);
+// 1/rms of the row, or of the group of each vector, whose sums of squares these are parts of; one barrier where they are
+// of several waves.
+DEVICE Statistics inverse_rms_of_row(const Statistics &squares, u32 turn) {
+  Statistics rstd = sums_of_row<Sum>(squares, turn);
+  UNROLL for (int v = 0; v < STATISTICS; ++v) {
+    const float factor = inverse_rms(rstd.of[v].x);
+    rstd.of[v] = pair(factor, factor);
+  }
+  return rstd;
 }
 
 // What is written of the part of `row` that starts at column `first`, but for the sum.
 template <bool WIDE>
-DEVICE void finish_part(const Site &site, const Part &part, const Vector *x, f2 rstd, const Weights &weights,
-                        Slice slice, u32 row, bool present, u32 first, u32 turn) {
+DEVICE void finish_part(const Site &site, const Part &part, const Vector *x, const Statistics &rstd,
+                        const Weights &weights, Slice slice, u32 row, bool present, u32 first, u32 turn) {
   Y y[VECTORS];
   u32 of_row = 0;
 #if WHOLE_ROW
   UNROLL for (int v = 0; v < VECTORS; ++v) {
     if (!lane_has(first, v)) continue;
-    y[v] = produced(x[v], part.x[v], part.other[v], rstd, weights.vector[v]);
+    y[v] = produced(x[v], part.x[v], part.other[v], rstd.of[GROUPED ? v : 0], weights.vector[v], weights.bias[v]);
     of_row = max_u32(of_row, amax_bits(y[v]));
   }
   of_row = over_row<Largest>(of_row, turn);
@@ -383,7 +408,8 @@ DEVICE void finish_part(const Site &site, const Part &part, const Vector *x, f2 
     // A lane beyond the end of the row still takes part in its wave's folds.
     if (!wave_has(first, v) || !slice_has(slice, v)) continue;
     const bool stores = present && lane_has(first, v);
-    if constexpr (!WHOLE_ROW) y[v] = produced(x[v], part.x[v], part.other[v], rstd, weights.vector[v]);
+    if constexpr (!WHOLE_ROW)
+      y[v] = produced(x[v], part.x[v], part.other[v], rstd.of[GROUPED ? v : 0], weights.vector[v], weights.bias[v]);
     if constexpr (WRITES_Y)
       if (stores) store<X_DTYPE, WIDE>(site.y + row_start(row), column_of(first, v), y[v].bits);
 #if QUANTS > 0
@@ -398,8 +424,9 @@ template <bool WIDE>
 DEVICE void work_on_part(const Site &site, const Part &part, const Weights &weights, Slice slice, u32 row,
                          bool present, u32 first, u32 turn) {
   Vector x[VECTORS];
-  const f2 squares = summed<WIDE>(site, part, zero_after(weights), slice, row, present, first, x);
-  const f2 rstd = inverse_rms_of_row(squares, turn);
+  const Statistics sums = summed<WIDE>(site, part, zero_after(weights), slice, row, present, first, x);
+  const Statistics squares = CENTRED ? centre(x, sums, first, turn) : sums;
+  const Statistics rstd = NORM ? inverse_rms_of_row(squares, turn) : zeros();
   finish_part<WIDE>(site, part, x, rstd, weights, slice, row, present, first, turn);
 }
 

@@ -3,7 +3,7 @@
 They are ``torch.operator`` ops whose names start with ``vmfuse.`` and whose attributes hold one of
 the frozen values of ``patterns.contracts``:
 
-``vmfuse.norm``                  x, [residual], [weight] -> y, [sum]        contract: Norm
+``vmfuse.norm``                  x, [gate], [residual], [weight], [bias] -> y, [sum]  contract: Norm
 ``vmfuse.gated_activation``      gate_up (packed) or gate, up -> y          contract: GatedActivation
 ``vmfuse.group_quant``           x, [scale] -> q, [scale]                  contract: Quantization
 ``vmfuse.block_scaled_matmul``   a, b, a_scale, b_scale, [bias] -> out      contract: BlockScaledMatmul
@@ -14,7 +14,7 @@ the frozen values of ``patterns.contracts``:
 
 and those that a kernel computes, made of them by the fusion:
 
-``vmfuse.row``                   x, [up], [residual], [weight], scale* -> [sum], [y], (q, [scale])*
+``vmfuse.row``                   x, [up], [residual], [weight], [bias], scale* -> [sum], [y], (q, [scale])*
                                                                            spec: RowSpec
 ``vmfuse.topk``                  gating, bias -> weights, ids                               spec: TopkSpec
 ``vmfuse.matmul``                a, b, a_scale, b_scale, [bias] -> out                      spec: MatmulSpec

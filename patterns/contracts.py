@@ -8,11 +8,12 @@ DeepGEMM, torch.nn.RMSNorm); where those disagree the field exists.
 
 from __future__ import annotations
 
-from dataclasses import Field, asdict, dataclass, fields, replace
+from dataclasses import Field, asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 Rounding = Literal["once", "twice", "none"]
 Residual = Literal["exact", "rounded"]
+Statistic = Literal["mean_square", "variance"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 ScaleEncoding = Literal["float32", "ue8m0"]
 ScaleLayout = Literal["row", "column", "column_tma", "ue8m0_packed"]
@@ -40,34 +41,6 @@ LARGEST_FINITE = {
 
 
 @dataclass(frozen=True)
-class Norm:
-    """``y = x32 * rstd * w`` over the last axis, ``rstd = 1/sqrt(sum(x32^2)/H + eps)``.
-
-    rounding
-        ``once``: y = round(x32*rstd*w), torch.nn.RMSNorm and FlashInfer.
-        ``twice``: y = round(round(x32*rstd) * w), Hugging Face and vLLM CUDA: the
-        inner rounding is to x's dtype, the product is taken in the promoted dtype of
-        x and w and rounded to it.
-        ``none``: float32 goes on into the quantizations unrounded, AITER.
-    residual
-        None: there is no add before the norm and x32 = float32(x).
-        ``exact``: x32 = float32(x) + float32(residual), not rounded before the
-        statistic (the fused ops of vLLM and FlashInfer).
-        ``rounded``: x32 = float32(round(x + residual)), what an eager ``x + residual``
-        followed by a norm computes.
-        Either way the residual written back is round(x + residual) in x's dtype.
-    weight_offset
-        w = float32(weight) + weight_offset, added in float32 (Gemma stores w - 1).  Such a w is float32:
-        under ``twice`` the product is too.
-    """
-
-    eps: float
-    rounding: Rounding = "once"
-    residual: Residual | None = None
-    weight_offset: float = 0.0
-
-
-@dataclass(frozen=True)
 class GatedActivation:
     """``y = act(gate) * up`` of two tensors [T, H], or of one [T, 2H] that holds gate, then up, in each row.
 
@@ -84,6 +57,54 @@ class GatedActivation:
     activation: Activation
     rounding: Rounding = "once"
     packed: bool = True
+
+
+@dataclass(frozen=True)
+class Norm:
+    """``y = d * rstd * w + b`` over the last axis, of H elements; all of it in float32.
+
+    statistic
+        ``mean_square``: d = x32, rstd = 1/sqrt(sum(x32^2)/H + eps), RMSNorm.
+        ``variance``: d = x32 - sum(x32)/H, rstd = 1/sqrt(sum(d^2)/H + eps), LayerNorm: the mean first, then
+        the squares of what is left.
+        Each operation is rounded, but sums are taken in any order.
+    group
+        How many elements share a statistic, each H of the above; None: all of the last axis.
+    rounding
+        ``once``: y = round(d*rstd*w + b), torch.nn.RMSNorm and LayerNorm, and FlashInfer.
+        ``twice``: y = round(round(round(d*rstd) * w) + b), Hugging Face and vLLM CUDA: the
+        inner rounding is to x's dtype, product and sum are taken in the promoted dtype of
+        their factors or terms and rounded to it.
+        ``none``: float32 goes on into the quantizations unrounded, AITER.
+    residual
+        None: there is no add before the norm and x32 = float32(x).
+        ``exact``: x32 = float32(x) + float32(residual), not rounded before the
+        statistic (the fused ops of vLLM and FlashInfer).
+        ``rounded``: x32 = float32(round(x + residual)), what an eager ``x + residual``
+        followed by a norm computes.
+        Either way the residual written back is round(x + residual) in x's dtype.
+    gate
+        None, or what is normed is a product: x32 = act(gate) * x, rounded as it says.  Not with a residual.
+    weight_offset
+        w = float32(weight) + weight_offset, added in float32 (Gemma stores w - 1).  Such a w is float32:
+        under ``twice`` the product is too.
+    bias
+        None: there is no b.
+        ``once``: b is added to the last product before that is rounded (a fused multiply-add in float32), as
+        torch's LayerNorm does on CPUs and GPUs; not with ``twice``.
+        ``twice``: the product is rounded, then the sum, as where it is written out.
+
+    Sources besides: torch.nn.LayerNorm; Mamba2, Zamba2, Nemotron-H and Granite (gate, group).
+    """
+
+    eps: float
+    rounding: Rounding = "once"
+    residual: Residual | None = None
+    weight_offset: float = 0.0
+    statistic: Statistic = "mean_square"
+    group: int | None = None
+    bias: BiasRounding | None = None
+    gate: GatedActivation | None = None
 
 
 @dataclass(frozen=True)
@@ -205,15 +226,22 @@ class Contract(Protocol):
 
 
 def in_words(contract: Contract) -> str:
-    """``eps=1e-06 rounding=twice``: the fields that say something, for people."""
+    """``eps=1e-06 rounding=twice``: the fields that are not as usual, for people."""
     values = {field.name: getattr(contract, field.name) for field in fields(contract)}
+    usual = {field.name: field.default for field in fields(contract)}
     if values.get("group", 0) is None and not values.get("static"):
         values["group"] = "row"
     return " ".join(
-        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+        f"{name}={_in_words(value)}"
         for name, value in values.items()
-        if value is not None and value != 0.0
+        if value is not None and value not in (0.0, usual[name])
     )
+
+
+def _in_words(value: Any) -> str:
+    if is_dataclass(value):
+        return f"({in_words(value)})"  # type: ignore[arg-type]
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True)
@@ -228,12 +256,13 @@ class Window:
 class RowSpec:
     """One fused site: what a kernel reads, computes and writes for each row of [T, hidden].
 
-    The producer of y is ``norm``, ``gate`` or, with neither, x itself.  With both y = act(gate) * norm(x),
-    where the gate is the second input.
+    The producer of y is ``norm``, ``gate`` or, with neither, x itself.  With both y = act(gate) * norm(x), or
+    with ``gate_first`` norm(act(gate) * x), where the gate is the second input.
     Reads x (gate and up in one tensor [T, 2*hidden] if the gate is packed), then up if it is not, then
-    residual if the norm has one, then weight (``weight_dtype`` not None), then the scale of every
-    quantization that is static.  With a window an input's rows are part of those of a wider tensor, which is
-    what the kernel is given: ``x_window`` that of x, ``other_window`` that of up or the residual.
+    residual if the norm has one, then weight (``weight_dtype`` not None) and bias (``bias_dtype``), then the
+    scale of every quantization that is static.  With a window an input's rows are part of those of a wider
+    tensor, which is what the kernel is given: ``x_window`` that of x, ``other_window`` that of up or the
+    residual.
     Writes, in this order: the residual sum (``writes_sum``), y rounded to ``dtype`` (``writes_y``), and q and
     scale of every quantization, of a static one q alone.
     """
@@ -248,6 +277,8 @@ class RowSpec:
     quantizations: tuple[Quantization, ...] = ()
     x_window: Window | None = None
     other_window: Window | None = None
+    bias_dtype: str | None = None
+    gate_first: bool = False
 
     def columns(self, name: str) -> slice:
         """The columns of the input ``name`` (x, up or residual) that the kernel reads, from the first on."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from iree.compiler import ir
 
@@ -109,8 +110,44 @@ class DecomposedGate:
         return Raised(canonical.GATED_ACTIVATION, contract, operands, [result])
 
 
+@dataclass(frozen=True)
+class Product:
+    """Hold the parts of act(gate) * up, of two tensors of one type."""
+
+    gate: ir.Value
+    up: ir.Value
+    contract: GatedActivation
+
+
+def product(value: ir.Value) -> Product | None:
+    """Read ``value`` as act(gate) * up, whatever reads it; None if it is none, or rounds otherwise.
+
+    ``value`` may be that product widened.
+    """
+    narrow = torch_ir.widened_from(value)
+    found = first_match(_GATED, narrow)
+    if found is None:
+        return None
+    gate, up = torch_ir.widened_from(found["gate"]), torch_ir.widened_from(found["up"])
+    rounding = _rounding(narrow, found)
+    if rounding is None:
+        return None
+    return Product(gate, up, GatedActivation(activation_of(found), rounding, packed=False))
+
+
 def _outcome(product: ir.Value, found: Bindings) -> tuple[Rounding, ir.Value] | None:
     """The rounding, and the value that is y; None where no rounding is what is written."""
+    rounding = _rounding(product, found)
+    if rounding != "none":
+        return None if rounding is None else (rounding, product)
+    gate, casts = torch_ir.widened_from(found["gate"]), torch_ir.users(product)
+    if len(casts) == 1 and casts[0].name == _CAST and casts[0].result.type == gate.type:
+        return "once", casts[0].result
+    return ("none", product) if views.only_quantized(product) else None
+
+
+def _rounding(product: ir.Value, found: Bindings) -> Rounding | None:
+    """The rounding of ``product`` as it is; None where no rounding is what is written."""
     gate, up = torch_ir.widened_from(found["gate"]), torch_ir.widened_from(found["up"])
     y = torch_ir.tensor_type(product)
     if y is None or gate.type != up.type or torch_ir.tensor_type(gate) is None:
@@ -119,13 +156,10 @@ def _outcome(product: ir.Value, found: Bindings) -> tuple[Rounding, ir.Value] | 
     if product.type == gate.type:
         # In float32 nothing is rounded in between, and one contract is enough.
         fits = found["up"] == up and torch_ir.dtype_of(rounded) == dtype
-        return ("once" if dtype == "float32" else "twice", product) if fits else None
+        return ("once" if dtype == "float32" else "twice") if fits else None
     if "inner" in found or torch_ir.dtype_of(found["gate"]) != "float32" or y.dtype != "float32":
         return None
-    casts = torch_ir.users(product)
-    if len(casts) == 1 and casts[0].name == _CAST and casts[0].result.type == gate.type:
-        return "once", casts[0].result
-    return ("none", product) if views.only_quantized(product) else None
+    return "none"
 
 
 def activation_of(found: Bindings) -> Activation:

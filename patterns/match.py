@@ -227,18 +227,19 @@ _REDUCTIONS = {
     "torch.aten.amin": 1,
     "torch.aten.max.dim": 1,
     "torch.aten.linalg_vector_norm": 2,
+    "torch.aten.var.correction": 1,
 }
 
 
 class Statistic(Pattern):
     """The reduction ``name`` of ``of`` over its last axis alone, which it keeps or drops.
 
-    ``others`` are what its operands before the axes must be.  What it computes is of the tensor's dtype, or
-    float32 of 16 bits.
+    ``others`` are what its operands before the axes must be, ``then`` those behind.  What it computes is of
+    the tensor's dtype, or float32 of 16 bits.
     """
 
-    def __init__(self, name: str, of: Pattern, *others: Pattern):
-        self.name, self.operands = f"torch.aten.{name}", (of, *others)
+    def __init__(self, name: str, of: Pattern, *others: Pattern, then: tuple[Pattern, ...] = ()):
+        self.name, self.operands, self.then = f"torch.aten.{name}", (of, *others), then
         assert _REDUCTIONS[self.name] == len(self.operands)
 
     def match(self, value: ir.Value, bound: Bindings) -> Iterator[Bindings]:
@@ -248,8 +249,10 @@ class Statistic(Pattern):
         source, result = torch_ir.tensor_type(op.operands[0]), torch_ir.tensor_type(value)
         if source is None or result is None or result.dtype not in _EXACTLY.get(source.dtype, ()):
             return
+        before, behind = len(self.operands), len(self.operands) + 1
         if reduced_axes(op) == [len(source.shape) - 1]:
-            yield from _match_all(self.operands, list(op.operands)[: len(self.operands)], bound)
+            operands = [*list(op.operands)[:before], *list(op.operands)[behind : behind + len(self.then)]]
+            yield from _match_all((*self.operands, *self.then), operands, bound)
 
 
 # What a reduction may compute in without rounding what it is taken of.
@@ -283,6 +286,18 @@ class Aside(Pattern):
     def match(self, value: ir.Value, bound: Bindings) -> Iterator[Bindings]:
         while (source := past_unit_axis(value)) is not None:
             value = source
+        yield from self.inner.match(value, bound)
+
+
+class Regrouped(Pattern):
+    """``inner``, seen through views that only regroup it: whoever uses it says what they may."""
+
+    def __init__(self, inner: Pattern):
+        self.inner = inner
+
+    def match(self, value: ir.Value, bound: Bindings) -> Iterator[Bindings]:
+        while (view := torch_ir.producer(value)) is not None and views.is_flat_view(view):
+            value = view.operands[0]
         yield from self.inner.match(value, bound)
 
 

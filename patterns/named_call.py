@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 from iree.compiler import ir
 
-from . import canonical, torch_ir
+from . import canonical, gated_activation, torch_ir
 from .contracts import LARGEST_FINITE, GatedActivation, Norm, Quantization, static_quantization
 from .recogniser import Raised
 from .torch_ir import TensorType
@@ -28,8 +28,10 @@ FUNCTIONAL = "vmfuse_functional"
 # What the twin of a quantization is told besides: how the caller laid out the tensor for the scales.
 LAYOUT = "scale_layout"
 
-Role = Literal["y", "sum", "q", "scale", "weights", "ids"]
+Role = Literal["y", "sum", "q", "scale", "weights", "ids", "mean", "rstd"]
 
+# Arguments that hold tensors, besides x: fields of a row that name them.
+_TENSORS = ("weight", "bias", "residual", "given")
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 _EPSILON = {"bfloat16": 2.0**-23, "float16": 2.0**-23, "float32": 2.0**-23, "float64": 2.0**-52}
 
@@ -55,7 +57,7 @@ class NamedOp:
         What the results are; of an operation that writes into its arguments, what those become.
     norm, gate, quantization
         Fields of the contracts; None where the operation has no such part.
-    x, weight, residual, given
+    x, weight, bias, residual, given
         Names of the arguments that hold the tensors; ``given`` the scale of a quantization that makes none.
     shape
         The argument that lists the normalized axes; only the last one is a norm as meant here.
@@ -76,6 +78,7 @@ class NamedOp:
     results: tuple[Role, ...]
     x: str = "input"
     weight: str | None = None
+    bias: str | None = None
     residual: str | None = None
     given: str | None = None
     norm: Fields | None = None
@@ -174,7 +177,9 @@ class NamedOp:
         """Name the last operation it stands for, as the report does."""
         if self.quantization is not None:
             return "group_quant"
-        return "rms_norm" if self.norm is not None else f"{(self.gate or {})['activation']}_mul"
+        if self.norm is not None:
+            return "layer_norm" if self.norm.get("statistic") == "variance" else "rms_norm"
+        return f"{(self.gate or {})['activation']}_mul"
 
     def _read(self, op: ir.Operation) -> Raised:
         call = _Call.of(self, op)
@@ -204,12 +209,19 @@ class NamedOp:
         weight = call.types.get("weight")
         y = call.types.get("y") or _with_dtype(call.x, "float32")
         values["rounding"] = _rounding(values.get("rounding", "once"), call.x, weight, y)
+        values["bias"] = "once" if "bias" in call.tensors else None
         contract = Norm(**values)
         wanted = _with_dtype(call.x, norm_dtype(contract, call.x, weight))
         _require(
             "y" not in self.results or y == wanted, f"its result is {y}, where the contract has {wanted}"
         )
-        operands = [call.tensors[name] for name in ("x", "residual", "weight") if name in call.tensors]
+        tensors = dict(call.tensors)
+        gated = None if contract.residual else gated_activation.product(call.source)
+        if gated is not None and gated.up.type == call.source.type:
+            contract = replace(contract, gate=gated.contract)
+            tensors |= {"x": gated.up, "gate": gated.gate}
+        names = ("x", "gate", "residual", "weight", "bias")
+        operands = [tensors[name] for name in names if name in tensors]
         results = [call.tensors.get("y", wanted)]
         if contract.residual is not None:
             results.append(call.tensors.get("sum", call.x))
@@ -217,13 +229,17 @@ class NamedOp:
 
     def _check_norm(self, call: _Call) -> None:
         """Check that the tensors are those of a norm over the last axis."""
-        weight, residual = call.types.get("weight"), call.types.get("residual")
-        if weight is not None:
-            row = TensorType((call.hidden,), weight.dtype)
-            _require(weight == row, f"{self.weight} is {weight}, not a vector over the last axis of {call.x}")
-            _require(weight.dtype in _FLOATS, f"{self.weight} is {weight.dtype}, not one of {_FLOATS}")
+        for name, role in ((self.weight, "weight"), (self.bias, "bias")):
+            if (vector := call.types.get(role)) is not None:
+                row = TensorType((call.hidden,), vector.dtype)
+                _require(vector == row, f"{name} is {vector}, not a vector over the last axis of {call.x}")
+                _require(vector.dtype in _FLOATS, f"{name} is {vector.dtype}, not one of {_FLOATS}")
+        residual = call.types.get("residual")
         same = residual is None or residual == call.x
         _require(same, f"{self.residual} is {residual} and {self.x} is {call.x}: they must be the same")
+        statistics = [call.tensors[role] for role in ("mean", "rstd") if role in call.tensors]
+        unread = not any(torch_ir.users(value) for value in statistics)
+        _require(unread, "its mean or its rstd is read as well, which a kernel does not write")
         if self.shape is not None:
             known = call.hidden is not None
             _require(
@@ -323,7 +339,7 @@ class _Call:
         _require(counts, f"its arguments and results are not those of {row.name}{row.schema}")
         operands = dict(zip(names, op.operands, strict=True))
         tensors: dict[str, ir.Value] = dict(zip(row.results, op.results, strict=True))
-        named = (("x", row.x), ("weight", row.weight), ("residual", row.residual), ("given", row.given))
+        named = (("x", row.x), *((role, getattr(row, role)) for role in _TENSORS))
         for role, name in named:
             if name in operands and torch_ir.constant(operands[name]) is not None:
                 tensors[role] = operands[name]

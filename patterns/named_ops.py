@@ -19,6 +19,7 @@ from .named_vllm import VLLM_LIMITS, VLLM_NORM, VLLM_QUANTS
 from .recogniser import NearMiss
 
 _PLAIN = {"eps": Arg("eps"), "rounding": "once"}
+_LAYER_NORM = {**_PLAIN, "statistic": "variance"}
 _GEMMA = {"eps": Arg("eps"), "rounding": "once", "weight_offset": 1.0}
 
 _AITER_NORM = {"eps": Arg("variance_epsilon"), "rounding": "once"}
@@ -147,6 +148,26 @@ _OURS = (  # read: they are this project's own, and PyTorch's
         ("y",),
         weight="weight",
         norm=_PLAIN,
+        shape="normalized_shape",
+    ),
+    NamedOp(
+        "aten::native_layer_norm",
+        "(Tensor input, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps)"
+        " -> (Tensor, Tensor, Tensor)",
+        ("y", "mean", "rstd"),
+        weight="weight",
+        bias="bias",
+        norm=_LAYER_NORM,
+        shape="normalized_shape",
+    ),
+    NamedOp(
+        "aten::layer_norm",
+        "(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, "
+        "bool cudnn_enable=True) -> Tensor",
+        ("y",),
+        weight="weight",
+        bias="bias",
+        norm=_LAYER_NORM,
         shape="normalized_shape",
     ),
     NamedOp(

@@ -129,6 +129,8 @@ def _why_no_norm(reduction: ir.Operation, found: Bindings, way: _Way) -> str:
             return _DIVIDED
     h = torch_ir.widened_from(found["h"])
     ends = [op for op in way.ends if h in map(torch_ir.widened_from, op.operands)]
+    if reduction.name in _SPREADS:
+        return _NO_DEVIATIONS
     if not ends:
         return "its reciprocal root is not multiplied with the tensor that the mean of squares was taken of"
     return _why_not_raised(h, ends[0], way)
@@ -137,8 +139,8 @@ def _why_no_norm(reduction: ir.Operation, found: Bindings, way: _Way) -> str:
 def _why_no_mean(reduction: ir.Operation, h: ir.Value) -> str | None:
     """Say why ``reduction`` is no statistic of the rows of ``h`` that a kernel takes."""
     type_ = torch_ir.tensor_type(h)
-    if reduction.name in _SPREADS:
-        return LAYER_NORM
+    if reduction.name in _SPREADS and torch_ir.constant(reduction.operands[2]) != 0:
+        return "its variance is divided by less than the size of a row: take .var(-1, unbiased=False)"
     if type_ is None or not type_.shape:
         return "the normed tensor has no axes, or is of unknown rank"
     if {type_.dtype, torch_ir.dtype_of(reduction.operands[0])} != {"float32"}:
@@ -149,8 +151,9 @@ def _why_no_mean(reduction: ir.Operation, h: ir.Value) -> str | None:
     return None
 
 
-LAYER_NORM = (
-    "LayerNorm has no kernel: it subtracts the mean of a row; the norm of the row kernel is an RMSNorm"
+_NO_DEVIATIONS = (
+    "what is multiplied with its reciprocal root is not the tensor less its mean, in float32, of .mean(-1, "
+    "keepdim=True) and .var(-1, unbiased=False, keepdim=True)"
 )
 _DIVIDED = "it divides by a square root, which rounds otherwise than a product with torch.rsqrt: use that"
 SPREAD = "is spread along another axis than it was taken over: keep that axis with keepdim=True"
@@ -186,13 +189,4 @@ def short(op: ir.Operation) -> str:
     return torch_ir.op_name(op).removeprefix("torch.")
 
 
-class LayerNorm:
-    """``torch.nn.LayerNorm``, whole."""
-
-    roots = ("torch.aten.native_layer_norm", "torch.aten.layer_norm")
-
-    def why_not(self, op: ir.Operation) -> NearMiss | None:
-        return NearMiss("layer_norm", LAYER_NORM)
-
-
-SUSPICIONS = (UnmatchedNorm(), LayerNorm())
+SUSPICIONS = (UnmatchedNorm(),)

@@ -1,4 +1,4 @@
-"""Raise RMSNorm, where it is written out, to ``vmfuse.norm`` with the rounding it computes."""
+"""Raise RMSNorm and LayerNorm, where they are written out, to ``vmfuse.norm`` as they round."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from iree.compiler import ir
 
-from . import canonical, torch_ir, views
-from .contracts import Norm, Rounding
+from . import canonical, gated_activation, torch_ir, views
+from .contracts import GatedActivation, Norm, Rounding
+from .contracts import Statistic as StatisticName
 from .match import (
     ANY,
     Aside,
@@ -17,6 +18,7 @@ from .match import (
     Is,
     OneOf,
     Op,
+    Regrouped,
     Statistic,
     Var,
     f32,
@@ -28,12 +30,23 @@ from .recogniser import Raised
 from .torch_ir import TensorType
 from .well_typed import why_no_norm
 
-OPERATION = Operation(canonical.NORM, Norm, why_no_norm, site=lambda norm: "rms_norm", is_producer=True)
+OPERATION = Operation(
+    canonical.NORM,
+    Norm,
+    why_no_norm,
+    site=lambda norm: "layer_norm" if norm.statistic == "variance" else "rms_norm",
+    is_producer=True,
+)
 
 _CAST = "torch.prims.convert_element_type"
 # A product of 16-bit and float32 tensors is taken in float32: of what was widened, or as it is.
 _H = Exact("h")
-_SQUARE = OneOf(f32("pow.Tensor_Scalar", _H, Is(2)), f32("mul.Tensor", _H, _H))
+_X = Exact("x")
+_CENTRED = f32("sub.Tensor", _X, Aside(Statistic("mean.dim", _X)), Is(1))
+_SQUARE = OneOf(
+    *(f32("pow.Tensor_Scalar", squared, Is(2)) for squared in (_H, _CENTRED)),
+    *(f32("mul.Tensor", squared, squared) for squared in (_H, _CENTRED)),
+)
 _SUM = Aside(Statistic("sum.dim_IntList", _SQUARE))
 _MEAN = Aside(
     OneOf(
@@ -44,11 +57,13 @@ _MEAN = Aside(
         f32("mul.Tensor", _SUM, Const("one_over_size"), commutative=True),
     )
 )
+_VARIANCE = Aside(Statistic("var.correction", _X, then=(Is(0),)))
+_SPREAD = OneOf(_MEAN, _VARIANCE)
 _SHIFTED = Aside(
     OneOf(
-        f32("add.Scalar", _MEAN, Const("eps"), Is(1)),
-        f32("add.Tensor", _MEAN, Const("eps"), Is(1), commutative=True),
-        _MEAN,
+        f32("add.Scalar", _SPREAD, Const("eps"), Is(1)),
+        f32("add.Tensor", _SPREAD, Const("eps"), Is(1), commutative=True),
+        _SPREAD,
     )
 )
 _ROOT = OneOf(f32("sqrt", _SHIFTED), f32("pow.Tensor_Scalar", _SHIFTED, Is(0.5)))
@@ -61,21 +76,29 @@ RSTD = Aside(
     )
 )
 NORMED = f32("mul.Tensor", _H, RSTD, commutative=True, capture="normed")
-_INNER = Op(_CAST, NORMED, ANY, capture="inner")
+# The groups that are normed may be parts of longer rows, which are viewed as such again.
+_ROWS = Regrouped(NORMED)
+_INNER = Regrouped(Op(_CAST, _ROWS, ANY, capture="inner"))
 _WEIGHTED = OneOf(
     Op("torch.aten.mul.Tensor", _INNER, Var("weight"), commutative=True),
-    f32("mul.Tensor", NORMED, Exact("weight"), commutative=True),
+    f32("mul.Tensor", _ROWS, Exact("weight"), commutative=True),
     NORMED,
+)
+_WHOLE = OneOf(
+    Op("torch.aten.add.Tensor", _WEIGHTED, Var("bias"), Is(1), commutative=True),
+    _WEIGHTED,
 )
 
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Hold what is normed, ``x`` or its float32 sum with ``residual``, and that sum where it is rounded."""
+    """Hold what is normed: ``x``, its float32 sum with ``residual`` (and that rounded), or act(gate) * x."""
 
     x: ir.Value
     residual: ir.Value | None = None
     rounded_sum: ir.Value | None = None
+    gate: ir.Value | None = None
+    activation: GatedActivation | None = None
 
     @property
     def type(self) -> TensorType:
@@ -87,35 +110,87 @@ class _Inputs:
 class DecomposedNorm:
     """x.pow(2).mean(-1, keepdim=True), rsqrt(.. + eps) and the products around it.
 
-    The mean may be a sum over the size, and the reciprocal root a power or 1 over a root.
+    The mean may be a sum over the size, and the reciprocal root a power or 1 over a root.  Where the mean of
+    x is subtracted first, or the variance taken, it is a LayerNorm.  What is normed may be the product of a
+    gate, and a view of longer rows in groups.
 
     Hugging Face Llama and its kin (cast back, then times weight: ``twice``), the forms that stay in
     float32 until the end (``once``), and those whose float32 value is quantized (``none``).  A sum of two
     tensors widened to float32 before it is the residual add of the fused ops (``exact``).
     """
 
-    roots = ("torch.aten.mul.Tensor",)
+    roots = ("torch.aten.mul.Tensor", "torch.aten.add.Tensor")
 
     def recognise(self, op: ir.Operation) -> Raised | None:
-        found = first_match(_WEIGHTED, op.result)
+        found = first_match(_WHOLE, op.result)
         if found is None or why_not_mean(found) is not None:
             return None
-        inputs = _inputs(found["h"], found.get("weight"))
-        weight = torch_ir.tensor_type(found["weight"]) if "weight" in found else None
-        outcome = _outcome(op.result, found, inputs.type, weight)
+        centred = _centred(found)
+        rows = None if centred is None else _rows(centred[1], op.result)
+        if centred is None or rows is None:
+            return None
+        inputs = _inputs(rows.of, found.get("weight"))
+        outcome = _outcome(op.result, found, inputs.type)
         if outcome is None:
             return None
         rounding, result = outcome
-        operands, offset = [inputs.x], 0.0
-        if inputs.residual is not None:
-            operands.append(inputs.residual)
-        if "weight" in found:
-            stored, offset = _offset_weight(found["weight"])
-            operands.append(stored)
-        residual = None if inputs.residual is None else "exact"
-        contract = Norm(float(found.get("eps", 0.0)), rounding, residual, offset)
+        weight, offset = _offset_weight(found["weight"]) if "weight" in found else (None, 0.0)
+        contract = Norm(
+            float(found.get("eps", 0.0)),
+            rounding,
+            None if inputs.residual is None else "exact",
+            offset,
+            centred[0],
+            rows.group,
+            None if "bias" not in found else "twice",
+            inputs.activation,
+        )
+        bias = torch_ir.widened_from(found["bias"]) if "bias" in found else None
+        given = (inputs.x, inputs.gate, inputs.residual, weight, bias)
         total = None if inputs.residual is None else inputs.rounded_sum or inputs.type
-        return Raised(canonical.NORM, contract, operands, [result, total])
+        return Raised(canonical.NORM, contract, [v for v in given if v is not None], [result, total])
+
+
+def _centred(found: Bindings) -> tuple[StatisticName, ir.Value] | None:
+    """The statistic, and the tensor it is taken of; None where a variance is not that of what is normed.
+
+    x, if found, is what it is the variance of, in one operation or as the mean of squares of deviations.
+    """
+    deviation = first_match(_CENTRED, found["h"])
+    if "x" not in found:
+        return ("mean_square", found["h"]) if deviation is None else ("variance", deviation["x"])
+    return None if deviation is None or deviation["x"] != found["x"] else ("variance", found["x"])
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Hold what is normed, and the ``group`` of elements that it was viewed in; None if it was not."""
+
+    of: ir.Value
+    group: int | None = None
+
+
+def _rows(groups: ir.Value, y: ir.Value) -> _Rows | None:
+    """Find the rows, of the shape of ``y``, that ``groups`` is a view of; None where there are none."""
+    of, wanted = torch_ir.tensor_type(groups), torch_ir.tensor_type(y)
+    group = of.shape[-1] if of is not None and of.shape else None
+    if of is None or wanted is None or of.shape == wanted.shape:
+        return _Rows(groups)
+    value = torch_ir.widened_from(groups)
+    while (view := torch_ir.producer(value)) is not None and views.is_flat_view(view):
+        value = torch_ir.widened_from(view.operands[0])
+        type_ = torch_ir.tensor_type(value)
+        if type_ is not None and type_.shape == wanted.shape and _same_sizes(value, y):
+            whole = group is not None and wanted.shape[-1] is not None and wanted.shape[-1] % group == 0
+            return _Rows(value, None if group == wanted.shape[-1] else group) if whole else None
+    return None
+
+
+def _same_sizes(a: ir.Value, b: ir.Value) -> bool:
+    """Tell whether two tensors of one type have the same sizes, of which views may have made others."""
+    type_ = torch_ir.tensor_type(a)
+    sizes = [[getattr(size, "factors", size) for size in torch_ir.example_shape(v) or ()] for v in (a, b)]
+    return type_ is not None and (type_.shape.count(None) <= 1 or sizes[0] == sizes[1] != [])
 
 
 def why_not_mean(found: Bindings) -> str | None:
@@ -136,7 +211,9 @@ def why_not_mean(found: Bindings) -> str | None:
 
 
 def _inputs(h: ir.Value, weight: ir.Value | None) -> _Inputs:
-    add = torch_ir.producer(h)
+    add, gated = torch_ir.producer(h), gated_activation.product(h)
+    if gated is not None:
+        return _Inputs(gated.up, gate=gated.gate, activation=gated.contract)
     if add is None or not torch_ir.is_plain_add(add):
         return _Inputs(torch_ir.widened_from(h))
     x, residual = (torch_ir.widened_from(operand) for operand in list(add.operands)[:2])
@@ -148,15 +225,16 @@ def _inputs(h: ir.Value, weight: ir.Value | None) -> _Inputs:
     return _Inputs(x, residual, sums[0] if sums else None)
 
 
-def _outcome(
-    value: ir.Value, found: Bindings, x: TensorType, weight: TensorType | None
-) -> tuple[Rounding, ir.Value] | None:
+def _outcome(value: ir.Value, found: Bindings, x: TensorType) -> tuple[Rounding, ir.Value] | None:
     """The rounding, and the value that is y; None where no rounding is what is written."""
     result, inner = torch_ir.dtype_of(value), torch_ir.dtype_of(found.get("inner", value))
     if "inner" in found:
-        promoted = x.dtype if weight is None or weight.dtype == x.dtype else "float32"
+        vectors = {torch_ir.dtype_of(found[name]) for name in ("weight", "bias") if name in found}
+        promoted = x.dtype if vectors <= {x.dtype} else "float32"
         written = result == x.dtype or views.only_quantized(value)
         return ("twice", value) if inner == x.dtype and result == promoted and written else None
+    if "bias" in found and result != "float32":
+        return None  # a product of 16 bits, or a sum
     if result == x.dtype:
         return "once", value
     casts = torch_ir.users(value)

@@ -30,7 +30,7 @@ class Inputs:
 
     ``sum`` is the eager value the kernel can write back instead (an absorbed add's, or the second
     result of an add_rms_norm).  ``gated`` is the norm whose value is the other factor of a gate: then x is
-    what it norms, and ``up`` the gate.
+    what it norms, and ``up`` the gate.  So it is with ``gate_first``, where the product is what is normed.
     """
 
     x: ir.Value
@@ -40,11 +40,13 @@ class Inputs:
     up: ir.Value | None = None
     residual: ir.Value | None = None
     weight: ir.Value | None = None
+    bias: ir.Value | None = None
     sum: ir.Value | None = None
     gated: ir.Operation | None = None
+    gate_first: bool = False
 
     def operands(self) -> list[ir.Value]:
-        return [v for v in (self.x, self.up, self.residual, self.weight) if v is not None]
+        return [v for v in (self.x, self.up, self.residual, self.weight, self.bias) if v is not None]
 
 
 def fuse_rows(block: ir.Block, ledger: Ledger, support: Support) -> None:
@@ -88,7 +90,7 @@ def fuse_producer(producer: ir.Operation, ledger: Ledger, support: Support, *, a
         if inputs.gated is not None:
             fuse_producer(inputs.gated, ledger, support, alone=True)
         return
-    if inputs.gate is not None:
+    if inputs.gate is not None and not inputs.gate_first:
         splits.note_gated_norms(producer, ledger)
     again = replace(inputs, sum=None)
     for batch in more:  # each reads the row again, which costs no more than to read y
@@ -138,10 +140,15 @@ def _producer_inputs(producer: ir.Operation) -> Inputs:
     if torch_ir.op_name(producer) == canonical.GATED_ACTIVATION:
         return Inputs(x, producer, gate=canonical.gate_contract(producer), up=rest[0] if rest else None)
     contract = canonical.norm_contract(producer)
+    gate = rest.pop(0) if contract.gate else None
     residual = rest.pop(0) if contract.residual else None
+    bias = rest.pop() if contract.bias else None
     weight = rest.pop(0) if rest else None
     total = producer.results[1] if contract.residual else None
-    return Inputs(x, producer, norm=contract, residual=residual, weight=weight, sum=total)
+    return Inputs(
+        *(x, producer, replace(contract, gate=None), contract.gate, gate, residual, weight, bias, total),
+        gate_first=gate is not None,
+    )
 
 
 def _absorb_add(inputs: Inputs) -> Inputs:
@@ -151,14 +158,15 @@ def _absorb_add(inputs: Inputs) -> Inputs:
     norm; there the weight must be known already, or the add stays outside.
     """
     add = torch_ir.producer(inputs.x)
-    if inputs.norm is None or inputs.norm.residual is not None:
+    if inputs.norm is None or inputs.norm.residual is not None or inputs.gate_first:
         return inputs
     if add is None or not torch_ir.is_plain_add(add):
         return inputs
     before = inputs.before
     early = [op for op in torch_ir.users(add.result) if op != before and op.is_before_in_block(before)]
     if early:
-        if inputs.weight is not None and not torch_ir.dominates(inputs.weight, add):
+        vectors = [vector for vector in (inputs.weight, inputs.bias) if vector is not None]
+        if not all(torch_ir.dominates(vector, add) for vector in vectors):
             return inputs
         before = add
     x, residual, _ = list(add.operands)
@@ -190,11 +198,13 @@ def _batches(
 
 def _absorb_norm(inputs: Inputs, gate: ir.Operation, support: Support) -> Inputs:
     """Let the kernel of a gate norm what it is multiplied with, where nothing else reads that."""
-    norm = None if inputs.up is None else torch_ir.producer(inputs.up)
+    norm = None if inputs.up is None or inputs.gate_first else torch_ir.producer(inputs.up)
     if norm is None or torch_ir.op_name(norm) != canonical.NORM or not _is_gated(norm, support):
         return inputs
     made = _producer_inputs(norm)
-    return replace(inputs, x=made.x, up=inputs.x, norm=made.norm, weight=made.weight, gated=norm)
+    return replace(
+        inputs, x=made.x, up=inputs.x, norm=made.norm, weight=made.weight, bias=made.bias, gated=norm
+    )
 
 
 def _is_gated(norm: ir.Operation, support: Support) -> bool:
@@ -208,6 +218,7 @@ def _is_gated(norm: ir.Operation, support: Support) -> bool:
         torch_ir.op_name(gate) != canonical.GATED_ACTIVATION
         or other != [value]
         or inputs.residual is not None
+        or inputs.gate_first
     ):
         return False
     both = replace(inputs, up=gate.operands[0], gate=canonical.gate_contract(gate))
@@ -230,7 +241,10 @@ def _supported(
 
 def _spec(inputs: Inputs, value: ir.Value, quants: list[ir.Operation], *, writes_y: bool = False) -> RowSpec:
     type_, source = torch_ir.tensor_type(value), torch_ir.tensor_type(inputs.x)
-    weight = torch_ir.tensor_type(inputs.weight) if inputs.weight is not None else None
+    weight, bias = (
+        torch_ir.tensor_type(vector) if vector is not None else None
+        for vector in (inputs.weight, inputs.bias)
+    )
     assert type_ is not None and type_.shape[-1] is not None and source is not None
     return RowSpec(
         hidden=type_.shape[-1],
@@ -238,6 +252,8 @@ def _spec(inputs: Inputs, value: ir.Value, quants: list[ir.Operation], *, writes
         norm=inputs.norm,
         gate=inputs.gate,
         weight_dtype=weight.dtype if weight else None,
+        bias_dtype=bias.dtype if bias else None,
+        gate_first=inputs.gate_first,
         writes_sum=inputs.sum is not None and _read_besides_norm(inputs),
         writes_y=writes_y and inputs.before not in quants,
         quantizations=tuple(quantization for quantization, _ in _distinct(quants)),
@@ -327,10 +343,12 @@ def _create(
 
 def pattern_name(spec: RowSpec) -> str:
     """Name a fused site for the report, e.g. ``add_norm_quant``."""
+    gate = f"{spec.gate.activation}_mul" if spec.gate else ""
     parts = [
+        gate if spec.gate_first else "",
         "add" if spec.norm and spec.norm.residual else "",
         "norm" if spec.norm else "",
-        f"{spec.gate.activation}_mul" if spec.gate else "",
+        "" if spec.gate_first else gate,
         "quant" if spec.quantizations else "",
     ]
     return "_".join(part for part in parts if part)
@@ -367,11 +385,11 @@ def _refuse(ops: Iterable[ir.Operation], reason: str, ledger: Ledger) -> None:
 
 
 def _why_no_kernel(spec: RowSpec, operands: Types, results: Types) -> str | None:
-    """x, [up], [residual], [weight], scale* -> [sum], [y], (q, [scale])*; inputs as wide as their windows."""
+    """x, [up], [residual], [weight], [bias], scale* -> [sum], [y], (q, [scale])*; inputs may be windows."""
     inputs = ["x"] + ["up"] * bool(spec.gate and not spec.gate.packed)
     inputs += ["residual"] * bool(spec.norm and spec.norm.residual)
     read = [(spec.pitch(name), spec.dtype) for name in inputs]
-    read += [(spec.hidden, spec.weight_dtype)] * (spec.weight_dtype is not None)
+    read += [(spec.hidden, dtype) for dtype in (spec.weight_dtype, spec.bias_dtype) if dtype is not None]
     x = (operands or [None])[0]
     rows = TensorType((*x.shape[:-1], spec.hidden), spec.dtype) if x is not None else None
     tensors, scales = operands[: len(read)], operands[len(read) :]

@@ -18,27 +18,34 @@ Types = Sequence["TensorType | None"]
 
 
 def why_no_norm(norm: Norm, operands: Types, results: Types) -> str | None:
-    """x, [residual], [weight] -> y, [sum]."""
+    """x, [gate], [residual], [weight], [bias] -> y, [sum]."""
     x, *rest = operands or (None,)
     if x is None or not x.shape or x.dtype not in (*FLOATS, "float64"):
         return f"its x is {x}"
-    if norm.residual is not None and (not rest or rest.pop(0) != x):
-        return f"its residual is no {x}"
-    if list(results[1:]) != [x] * (norm.residual is not None) or len(rest) > 1:
+    for name, has in (("gate", norm.gate), ("residual", norm.residual)):
+        if has is not None and (not rest or rest.pop(0) != x):
+            return f"its {name} is no {x}"
+    if norm.group is not None and (x.shape[-1] is None or x.shape[-1] % norm.group):
+        return f"it norms groups of {norm.group} of {x}"
+    vectors = len(rest) - (norm.bias is not None)
+    if list(results[1:]) != [x] * (norm.residual is not None) or vectors not in (0, 1):
         return f"it takes {_listed(operands)} to {_listed(results)}"
-    weight = rest[0] if rest else None
-    if rest and (weight is None or weight.shape != x.shape[-1:] or weight.dtype not in (*FLOATS, x.dtype)):
-        return f"its weight is {weight}, and x {x}"
-    y = TensorType(x.shape, norm_dtype(norm, x, weight))
+    for vector in rest:
+        if vector is None or vector.shape != x.shape[-1:] or vector.dtype not in (*FLOATS, x.dtype):
+            return f"its weight or bias is {vector}, and x {x}"
+    weight, bias = rest[0] if vectors else None, rest[-1] if norm.bias is not None else None
+    y = TensorType(x.shape, norm_dtype(norm, x, weight, bias))
     return None if results[0] == y else f"its y is {results[0]}, and not {y}"
 
 
-def norm_dtype(norm: Norm, x: TensorType, weight: TensorType | None) -> str:
+def norm_dtype(norm: Norm, x: TensorType, weight: TensorType | None, bias: TensorType | None = None) -> str:
     """The dtype of y."""
     if norm.rounding == "none":
         return "float32"
-    factor = weight.dtype if weight is not None and not norm.weight_offset else "float32"
-    return promoted(x.dtype, factor) if norm.rounding == "twice" and weight is not None else x.dtype
+    dtype = x.dtype
+    if norm.rounding == "twice" and weight is not None:
+        dtype = promoted(dtype, "float32" if norm.weight_offset else weight.dtype)
+    return promoted(dtype, bias.dtype) if norm.rounding == "twice" and bias is not None else dtype
 
 
 def promoted(x: str, weight: str) -> str:

@@ -47,6 +47,27 @@ def _norm(
     )
 
 
+def _layer_norm(
+    *quantizations: Quantization, residual: bool = False, writes_y: bool = False, group: int | None = None
+) -> Callable[[int], RowSpec]:
+    """A LayerNorm with weight and bias, of a residual sum that eager torch rounds."""
+    norm = Norm(1e-5, "once", "rounded" if residual else None, statistic="variance", group=group, bias="once")
+    usual = _norm(*quantizations, residual=residual, writes_y=writes_y)
+    return lambda hidden: replace(usual(hidden), norm=norm, bias_dtype="bfloat16")
+
+
+def _norm_of_gated(*quantizations: Quantization, groups: int = 1) -> Callable[[int], RowSpec]:
+    """A norm of silu(gate) * x, in so many groups, as Mamba2's."""
+
+    def family(hidden: int) -> RowSpec:
+        group = None if groups == 1 else hidden // groups
+        usual = _norm(*quantizations)(hidden)
+        gate = GatedActivation("silu", "none", packed=False)
+        return replace(usual, norm=Norm(1e-5, "twice", group=group), gate=gate, gate_first=True)
+
+    return family
+
+
 FAMILIES: dict[str, Callable[[int], RowSpec]] = {
     "norm, quant": _norm(GROUP_128),
     "norm, quant, y": _norm(GROUP_128, writes_y=True),
@@ -71,6 +92,21 @@ CHECKED: dict[str, Callable[[int], RowSpec]] = {
     "norm, gated": lambda hidden: replace(
         _norm(GROUP_128)(hidden), gate=GatedActivation("silu", packed=False)
     ),
+    "layer norm, quant": _layer_norm(GROUP_128, PER_ROW_INT8),
+    "add, layer norm, quant, y": _layer_norm(FOR_TMA, residual=True, writes_y=True),
+    "layer norm of groups": _layer_norm(GROUP_128, group=64, writes_y=True),
+    "layer norm, by a given scale": _layer_norm(static_quantization()),
+    "layer norm, float32": lambda hidden: RowSpec(
+        hidden,
+        "float32",
+        Norm(1e-5, "once", statistic="variance", bias="once"),
+        weight_dtype="float32",
+        bias_dtype="float32",
+        writes_y=True,
+        quantizations=(Quantization(64),),
+    ),
+    "norm of silu*x": _norm_of_gated(GROUP_128, PER_ROW_INT8),
+    "norm of silu*x in groups": _norm_of_gated(GROUP_128, PER_ROW_INT8, groups=4),
     "norm, by given scales": _norm(static_quantization(), static_quantization("int8", lowest=-128.0)),
     "silu*up, by a given inverse": _gated("silu", static_quantization(quotient="inverse")),
     "quant of float32": lambda hidden: RowSpec(hidden, "float32", quantizations=(GROUP_128, MICROSCALED)),

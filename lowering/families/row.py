@@ -15,7 +15,7 @@ import torch
 from iree.compiler import ir
 
 from patterns import canonical
-from patterns.contracts import Quantization, RowSpec
+from patterns.contracts import Norm, Quantization, RowSpec
 from patterns.families import ROW
 
 from .. import ops
@@ -46,6 +46,7 @@ from .row_support import (
 )
 
 _SOURCES = {"cpu": "row.c", "cuda": "row.cu", "hip": "row.hip"}
+_GPU_HEADERS = ("row.h", "given.h", "norm.h", "tile.h", "reduce.h", "quantize.h", "activation.h")
 _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 _QUANT_SHORT = {"float8_e4m3fn": "", "float8_e4m3fnuz": "fnuz", "float8_e5m2": "e5m2", "int8": "int8"}
 _LAYOUT_SHORT = {"row": "", "column_tma": "_tma", "column": "_column", "ue8m0_packed": "_packed"}
@@ -75,8 +76,8 @@ def instance(spec: RowSpec, target: Target, mapping: Mapping | None = None) -> K
 def bindings(spec: RowSpec) -> tuple[Binding, ...]:
     """List the tensors of ``spec`` in dispatch order.
 
-    x, up or the gate of what is normed, residual, weight, the scales that are given; sum, y, every q, and its
-    scale unless it is given.
+    x, up or the gate of what is normed, residual, weight, bias, the scales that are given; sum, y, every q,
+    and its scale unless it is given.
     """
     row: tuple[Dimension, ...] = ("T", spec.hidden)
     out = [_input_binding("x", spec)]
@@ -84,8 +85,8 @@ def bindings(spec: RowSpec) -> tuple[Binding, ...]:
         out.append(_input_binding("gate" if spec.norm else "up", spec))
     if spec.norm and spec.norm.residual:
         out.append(_input_binding("residual", spec))
-    if spec.weight_dtype:
-        out.append(Binding("weight", spec.weight_dtype, (spec.hidden,), "read"))
+    vectors = (("weight", spec.weight_dtype), ("bias", spec.bias_dtype))
+    out += [Binding(name, dtype, (spec.hidden,), "read") for name, dtype in vectors if dtype]
     out += [
         Binding(f"scale{i}", "float32", (1,), "read", quantization)
         for i, quantization in enumerate(spec.quantizations)
@@ -125,11 +126,12 @@ def _defines(spec: RowSpec) -> tuple[tuple[str, str], ...]:
     producer = norm or gate
     packed = gate is not None and gate.packed
     offset = norm.weight_offset if norm else 0.0
+    product = _promoted(spec.dtype, "float32" if offset else spec.weight_dtype)
     values: dict[str, int | str] = {
         "HIDDEN": spec.hidden,
         "X_DTYPE": CODES[spec.dtype],
         "WEIGHT_DTYPE": CODES[spec.weight_dtype] if spec.weight_dtype else 0,
-        "PRODUCT_DTYPE": CODES[_promoted(spec.dtype, "float32" if offset else spec.weight_dtype)],
+        "PRODUCT_DTYPE": CODES[product],
         "NORM": int(norm is not None),
         "EPS": float32_literal(norm.eps if norm else 0.0),
         "HAS_WEIGHT_OFFSET": int(offset != 0.0),
@@ -149,11 +151,27 @@ def _defines(spec: RowSpec) -> tuple[tuple[str, str], ...]:
     }
     if norm and gate:
         values["GATE_ROUNDING"] = ROUNDINGS[gate.rounding]
+    values |= _unusual(spec, product)
     for i, quantization in enumerate(spec.quantizations):
         values |= {f"{name}{i}": value for name, value in _scheme(quantization, spec).items()}
     if spec.quantizations:
         values |= {f"GROUP{i}": 0 for i in range(len(spec.quantizations), MAX_QUANTIZATIONS)}
     return tuple((name, str(value)) for name, value in values.items())
+
+
+def _unusual(spec: RowSpec, product: str) -> dict[str, int | str]:
+    """The constants of what few norms have: kernels/norm.h has the values of the others."""
+    norm = spec.norm or Norm(0.0)
+    values: dict[str, int | str] = {
+        "GATE_FIRST": int(spec.gate_first),
+        "CENTRED": int(norm.statistic == "variance"),
+        "STATISTIC_GROUP": norm.group or 0,
+        "BIAS_FUSED": int(norm.bias == "once"),
+    }
+    if spec.bias_dtype:
+        values["BIAS_DTYPE"] = CODES[spec.bias_dtype]
+        values["NORMED_DTYPE"] = CODES[_promoted(product, spec.bias_dtype)]
+    return {name: value for name, value in values.items() if value}
 
 
 def _scheme(quantization: Quantization, spec: RowSpec) -> dict[str, int | str]:
@@ -255,13 +273,14 @@ def _scale(amax: float, qmax: float, inverse: float | None) -> float:
 
 def _is_rounded_to_bfloat16(spec: RowSpec) -> bool:
     """Tell whether what is quantized has the 8 significant bits of a bfloat16."""
-    producer = spec.gate or spec.norm
+    producer = spec.norm if spec.gate_first else spec.gate or spec.norm
     if spec.dtype != "bfloat16" or producer is None:
         return spec.dtype == "bfloat16"
-    if spec.gate:
+    if spec.gate and not spec.gate_first:
         return producer.rounding != "none"
     offset = spec.norm.weight_offset if spec.norm else 0.0
-    wide = _promoted(spec.dtype, "float32" if offset else spec.weight_dtype) != spec.dtype
+    product = _promoted(spec.dtype, "float32" if offset else spec.weight_dtype)
+    wide = _promoted(product, spec.bias_dtype) != spec.dtype
     return producer.rounding == "once" or (producer.rounding == "twice" and not wide)
 
 
@@ -295,9 +314,11 @@ def _has_bits(value: float, bits: int) -> bool:
 def _stem(spec: RowSpec) -> str:
     parts = []
     if spec.norm:
-        parts.append("add_rms_norm" if spec.norm.residual else "rms_norm")
+        kind = "layer_norm" if spec.norm.statistic == "variance" else "rms_norm"
+        group = str(spec.norm.group or "")
+        parts.append(f"add_{kind}{group}" if spec.norm.residual else f"{kind}{group}")
     if spec.gate:
-        parts.append(f"{spec.gate.activation}_mul")
+        parts.insert(0 if spec.gate_first else len(parts), f"{spec.gate.activation}_mul")
     parts += [_quant_stem(quantization) for quantization in spec.quantizations]
     within = ["window"] if spec.x_window or spec.other_window else []
     return "_".join([*(parts or ["copy"]), _SHORT[spec.dtype], f"h{spec.hidden}", *within])
@@ -318,12 +339,15 @@ def _quant_stem(quantization: Quantization) -> str:
 def _norm_reference(op: ir.Operation) -> Reference:
     norm = canonical.norm_contract(op)
 
-    def rms_norm(x: torch.Tensor, *rest: torch.Tensor) -> Any:
-        residual, weight = (rest[0], rest[1:]) if norm.residual else (None, rest)
-        y, total = ops.norm_reference(x, residual, weight[0] if weight else None, norm)
+    def normed(x: torch.Tensor, *rest: torch.Tensor) -> Any:
+        given = list(rest)
+        gate = given.pop(0) if norm.gate else None
+        residual = given.pop(0) if norm.residual else None
+        bias = given.pop() if norm.bias else None
+        y, total = ops.norm_reference(x, residual, given[0] if given else None, norm, bias, gate)
         return (y, total) if norm.residual else y
 
-    return norm, rms_norm
+    return norm, normed
 
 
 def _gate_reference(op: ir.Operation) -> Reference:
@@ -350,9 +374,9 @@ FAMILY = Family(
     instance=instance,
     why_unsupported=why_unsupported,
     sources={
-        "row.c": ("cpu.h", "vectors.h", "given.h", "quantize_cpu.h", "activation.h"),
-        "row.cu": ("row.h", "given.h", "tile.h", "quantize.h", "activation.h"),
-        "row.hip": ("row.h", "given.h", "tile.h", "quantize.h", "activation.h"),
+        "row.c": ("cpu.h", "vectors.h", "given.h", "norm.h", "quantize_cpu.h", "activation.h"),
+        "row.cu": _GPU_HEADERS,
+        "row.hip": _GPU_HEADERS,
     },
     references={
         canonical.NORM: _norm_reference,

@@ -156,7 +156,9 @@ def _default_tile(spec: RowSpec, target: Target) -> Tile:
         return Tile(lanes=1, vectors=1, vector=1, rows=max(1, _CPU_ELEMENTS // spec.hidden))
     vector = 8 if spec.hidden % 16 == 8 and not spec.quantizations else 16
     count = -(-spec.hidden // vector)
-    if count <= _WITHIN_WAVE * target.wave:
+    # What lanes of one wave cannot fold is shared by a barrier, which is for one row.
+    grouped = spec.norm is not None and spec.norm.group is not None
+    if count <= _WITHIN_WAVE * target.wave and not grouped:
         lanes, vectors = _lanes_within_wave(count, target.wave, _fewest_lanes(spec, vector))
         return Tile(lanes, vectors, vector, rows=max(4, 2 * target.wave // lanes))
     if not needs_whole_row(spec):

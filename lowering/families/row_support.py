@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from patterns.contracts import LARGEST_FINITE, Quantization, RowSpec
+from patterns.contracts import LARGEST_FINITE, Norm, Quantization, RowSpec
 
 from ..targets import Target
 from .instance import listed
@@ -13,11 +13,13 @@ from .row_mapping import GROUPS, needs_whole_row
 MAX_QUANTIZATIONS = 4
 MAX_HIDDEN = 16384  # on GPUs, where something depends on the whole row
 WHOLE_ROW_MULTIPLE = 32  # of elements in a row that is one group
+STATISTIC_MULTIPLE = 32  # of elements that share a statistic, where it is not the row's
 
 # What the sources call each of these.
 CODES = {"bfloat16": 1, "float16": 2, "float32": 3}
 ROUNDINGS = {"none": 0, "once": 1, "twice": 2}
 RESIDUALS = {None: 0, "exact": 1, "rounded": 2}
+STATISTICS = ("mean_square", "variance")
 ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3}
 LAYOUTS = {"row": 0, "column_tma": 1, "column": 2, "ue8m0_packed": 3}
 QUANT_CODES = {"float8_e4m3fn": 0, "float8_e4m3fnuz": 1, "float8_e5m2": 2, "int8": 3}
@@ -45,27 +47,26 @@ def _why_not_dtypes(spec: RowSpec) -> str | None:
     known = "bfloat16, float16 and float32"
     if spec.dtype not in CODES:
         return f"The row kernel takes x of {known}, not {spec.dtype}."
-    if spec.weight_dtype is not None and spec.weight_dtype not in CODES:
-        return f"The row kernel takes a weight of {known}, not {spec.weight_dtype}."
+    for name, dtype in (("weight", spec.weight_dtype), ("bias", spec.bias_dtype)):
+        if dtype is not None and dtype not in CODES:
+            return f"The row kernel takes a {name} of {known}, not {dtype}."
     return None
 
 
 def _why_not_gate(spec: RowSpec) -> str | None:
     gate = spec.gate
+    if spec.gate_first and (gate is None or spec.norm is None):
+        return "The row kernel has a gate before its norm only where it has both."
     if gate is None:
         return None
     if spec.norm is not None and (gate.packed or spec.norm.residual or spec.writes_sum):
         return (
             "The row kernel gates what it normalises where nothing is added before, and the gate is a tensor."
         )
-    if (
-        spec.norm is not None
-        and spec.norm.rounding == "twice"
-        and spec.weight_dtype not in (None, spec.dtype)
-    ):
-        return (
-            f"The row kernel gates what it normalises with a weight of {spec.dtype}, not {spec.weight_dtype}."
-        )
+    vectors = [dtype for dtype in (spec.weight_dtype, spec.bias_dtype) if dtype is not None]
+    others = [dtype for dtype in vectors if dtype != spec.dtype]
+    if spec.norm is not None and not spec.gate_first and spec.norm.rounding == "twice" and others:
+        return f"The row kernel gates what it normalises with vectors of {spec.dtype}, not {others[0]}."
     if gate.activation not in ACTIVATIONS:
         return f"The row kernel gates with {listed(ACTIVATIONS)}, not {gate.activation}."
     if gate.rounding not in ROUNDINGS:
@@ -75,8 +76,10 @@ def _why_not_gate(spec: RowSpec) -> str | None:
 
 def _why_not_norm(spec: RowSpec) -> str | None:
     norm = spec.norm
-    if norm is None and (spec.weight_dtype or spec.writes_sum):
-        return "The row kernel has a weight or a residual sum only where it normalises."
+    if norm is None and (spec.weight_dtype or spec.bias_dtype or spec.writes_sum):
+        return "The row kernel has a weight, a bias or a residual sum only where it normalises."
+    if norm and (reason := _why_not_statistic(norm, spec)):
+        return reason
     if norm and (norm.rounding not in ROUNDINGS or norm.residual not in RESIDUALS):
         return f"The row kernel knows no norm with rounding {norm.rounding} and residual {norm.residual}."
     if norm and norm.weight_offset and not spec.weight_dtype:
@@ -87,6 +90,20 @@ def _why_not_norm(spec: RowSpec) -> str | None:
         return "The row kernel can write a residual sum only where there is a residual."
     if not (spec.writes_sum or spec.writes_y or spec.quantizations):
         return "The site writes nothing."
+    return None
+
+
+def _why_not_statistic(norm: Norm, spec: RowSpec) -> str | None:
+    if norm.statistic not in STATISTICS:
+        return f"The row kernel norms by {listed(STATISTICS)}, not by {norm.statistic}."
+    if norm.group is not None and (norm.group % STATISTIC_MULTIPLE or norm.group < 1):
+        return f"The row kernel norms groups of multiples of {STATISTIC_MULTIPLE} elements, not {norm.group}."
+    if norm.group is not None and spec.hidden % norm.group:
+        return f"Rows of {spec.hidden} elements do not divide into groups of {norm.group} that are normed."
+    if (norm.bias is None) != (spec.bias_dtype is None) or norm.bias not in (None, "once", "twice"):
+        return f"The row kernel adds a bias of {spec.bias_dtype} where the norm has one, not {norm.bias}."
+    if norm.bias == "once" and norm.rounding == "twice":
+        return "A bias that is added before the product is rounded needs a norm that is not rounded before."
     return None
 
 

@@ -8,37 +8,74 @@ from torch import Tensor
 from patterns.contracts import Norm
 
 from .checks import FLOAT_DTYPES, check_dtype, check_rank, check_shape
+from .gated_activation import gated_activation_reference
 from .scalars import float32
 
 
 def norm_reference(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, norm: Norm
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    norm: Norm,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """RMSNorm over the last axis, as ``norm`` says, and the residual sum.
+    """Norm the last axis, as ``norm`` says; and the residual sum.
 
-    x, residual: [..., H]; weight: [H] or None.  ``residual`` is given exactly when
-    ``norm.residual`` is not None.  Returns (y, sum): y is x's dtype (``once``), the promoted
-    dtype of x and weight (``twice``) or float32 (``none``); sum is round(x + residual) in x's
-    dtype, or None.  The order in which the squares are added is free.
+    x, residual, gate: [..., H]; weight, bias: [H] or None.  ``residual``, ``bias`` and ``gate`` are given
+    exactly when ``norm`` has them.  Returns (y, sum): y is x's dtype (``once``), the promoted dtype of x,
+    weight and bias (``twice``) or float32 (``none``); sum is round(x + residual) in x's dtype, or None.  The
+    order in which elements and squares are added is free.
 
     The factor is weight, or float32(weight) + ``norm.weight_offset``, a float32, where that is not zero.
 
-    Source: torch.nn.RMSNorm and FlashInfer (once), Hugging Face and vLLM CUDA (twice), AITER (none),
-    Gemma (weight_offset).
+    Source: torch.nn.RMSNorm, LayerNorm and FlashInfer (once), Hugging Face and vLLM CUDA (twice), AITER
+    (none), Gemma (weight_offset).
     """
+    for name, given, says in (("bias", bias, norm.bias), ("gate", gate, norm.gate)):
+        if (given is None) != (says is None):
+            raise ValueError(f"{name}: the contract says {says!r}")
+    dtype = x.dtype
+    if gate is not None and norm.gate is not None:
+        x = gated_activation_reference(gate, x, norm.gate)
     x32, total = _statistic_input(x, residual, norm)
+    centred, rstd = _statistics(x32 if norm.group is None else x32.unflatten(-1, (-1, norm.group)), norm)
+    weight = _offset(weight, norm)
+    if norm.bias == "once":
+        return _rounded(_fused_sum(centred, rstd, weight, bias, x.shape), norm, dtype), total
+    y = (centred * rstd).reshape(x32.shape)
+    if norm.rounding == "twice":
+        y = y.to(dtype)
+        y = y if weight is None else y * weight
+        return (y if bias is None else y + bias), total
+    y = y if weight is None else y * weight.to(x32.dtype)
+    y = y if bias is None else y + bias.to(x32.dtype)
+    return _rounded(y, norm, dtype), total
+
+
+def _rounded(y: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
+    return y if norm.rounding == "none" else y.to(dtype)
+
+
+def _statistics(groups: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """Subtract from ``groups``, [..., G], what the statistic says; give the rest, and 1 over its root."""
+    if norm.statistic == "variance":
+        groups = groups - groups.mean(dim=-1, keepdim=True)
     # In float64, so that both roundings are to nearest wherever this runs: on the CPU float32 torch.sqrt is
     # off by one unit in the last place for one value in seven, and on CUDA torch.rsqrt is an approximation.
-    mean = torch.mean(x32 * x32, dim=-1, keepdim=True) + float32(norm.eps)
-    rstd = torch.reciprocal(torch.sqrt(mean.to(torch.float64)).to(x32.dtype))
-    y = x32 * rstd
-    weight = _offset(weight, norm)
-    if norm.rounding == "twice":
-        y = y.to(x.dtype)
-        return (y if weight is None else y * weight), total
-    if weight is not None:
-        y = y * weight.to(x32.dtype)
-    return (y if norm.rounding == "none" else y.to(x.dtype)), total
+    mean = torch.mean(groups * groups, dim=-1, keepdim=True) + float32(norm.eps)
+    return groups, torch.reciprocal(torch.sqrt(mean.to(torch.float64)).to(groups.dtype))
+
+
+def _fused_sum(
+    centred: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, shape: torch.Size
+) -> Tensor:
+    """Add the bias to the last product, in float64, where a product of float32 is exact."""
+    assert bias is not None
+    factor = rstd if weight is None else weight.to(torch.float64)
+    first = centred if weight is None else (centred * rstd).reshape(shape)
+    product = (first.to(torch.float64) * factor).reshape(shape)
+    return (product + bias.to(torch.float64)).to(centred.dtype)
 
 
 def _statistic_input(x: Tensor, residual: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor | None]:

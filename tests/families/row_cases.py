@@ -21,8 +21,12 @@ def spec(hidden: int, dtype: str = "bfloat16", rounding: str | None = "once", **
     """A RowSpec in short: ``rounding`` None is no norm at all; ``quants`` its quantizations."""
     norm = None
     if rounding and "gate" not in fields:
-        residual, offset = fields.pop("residual", None), fields.pop("offset", 0.0)
-        norm = Norm(fields.pop("eps", 1e-6), rounding, residual, offset)
+        given = {name: fields.pop(name) for name in ("residual", "statistic", "group") if name in fields}
+        bias = ("twice" if rounding == "twice" else "once") if fields.get("bias_dtype") else None
+        bias = fields.pop("bias", bias)
+        norm = Norm(
+            fields.pop("eps", 1e-6), rounding, weight_offset=fields.pop("offset", 0.0), bias=bias, **given
+        )
     weight = fields.pop("weight", dtype if norm else None)
     quantizations = tuple(fields.pop("quants", ()))
     return RowSpec(hidden, dtype, norm, weight_dtype=weight, quantizations=quantizations, **fields)
@@ -32,6 +36,16 @@ def gated_norm(hidden: int, dtype: str = "bfloat16", gate: str = "once", **field
     """A norm times silu of another tensor, whose product is rounded as ``gate`` says."""
     activation = GatedActivation("silu", gate, packed=False)  # type: ignore[arg-type]
     return replace(spec(hidden, dtype, **fields), gate=activation)
+
+
+def layer_norm(hidden: int, dtype: str = "bfloat16", **fields) -> RowSpec:
+    """A LayerNorm with a bias of ``dtype``."""
+    return spec(hidden, dtype, statistic="variance", **{"bias_dtype": dtype, **fields})
+
+
+def norm_of_gated(hidden: int, dtype: str = "bfloat16", gate: str = "none", **fields) -> RowSpec:
+    """A norm of what a silu of another tensor is multiplied with, as in Mamba2: of groups, where given."""
+    return replace(gated_norm(hidden, dtype, gate, **{"rounding": "twice", **fields}), gate_first=True)
 
 
 CASES = {
@@ -80,6 +94,30 @@ CASES = {
     "norm_gate_f16": gated_norm(1000, "float16", rounding="twice", gate="once", writes_y=True),
     "norm_gate_unrounded": gated_norm(
         128, rounding="none", gate="none", weight="float32", offset=1.0, quants=[Quantization(64, "int8")]
+    ),
+    "layer": layer_norm(7168, quants=[Q128, Quantization(None)]),
+    "layer_add_all": layer_norm(
+        1536,
+        residual="rounded",
+        writes_sum=True,
+        writes_y=True,
+        quants=[Quantization(64), Quantization(None, "int8")],
+    ),
+    "layer_any_length": layer_norm(131, "float16", writes_y=True),
+    "layer_f32": layer_norm(1000, "float32", residual="exact", writes_sum=True, writes_y=True),
+    "layer_no_bias": layer_norm(384, weight="float32", bias_dtype=None, quants=[Q128, static_quantization()]),
+    "layer_bias_alone": layer_norm(520, weight=None, writes_y=True),
+    "layer_twice": layer_norm(640, rounding="twice", bias_dtype="float32", quants=[Quantization(32)]),
+    "layer_written_out": layer_norm(
+        640, rounding="none", weight="float32", bias_dtype="float32", bias="twice", quants=[Quantization(64)]
+    ),
+    "layer_groups": layer_norm(3584, group=448, writes_y=True),
+    "groups": spec(8192, rounding="twice", group=1024, writes_y=True, quants=[Q128]),
+    "groups_short": spec(384, "float16", group=96, offset=1.0, quants=[Quantization(32)]),
+    "gate_groups": norm_of_gated(7168, group=3584, quants=[Q128, Quantization(None)]),
+    "gate_first": norm_of_gated(1536, gate="twice", writes_y=True, quants=[Quantization(64)]),
+    "gate_groups_f16": norm_of_gated(
+        1024, "float16", rounding="once", group=64, weight="float32", writes_y=True
     ),
     "norm_only": spec(1000, rounding="twice", residual="rounded", writes_sum=True, writes_y=True),
     "norm_any_length": spec(131, "float16", writes_y=True),
@@ -181,10 +219,19 @@ def integer_inputs(spec: RowSpec, rows: int, seed: int = 0) -> list[torch.Tensor
     """x and residual of small integers times a power of two per row, and a weight with every bit in use."""
     generator = torch.Generator().manual_seed(seed)
 
+    length = (spec.norm.group if spec.norm else None) or spec.hidden
+    centred = spec.norm is not None and spec.norm.statistic == "variance"
+
     def integers() -> torch.Tensor:
         values = torch.randint(-9, 10, (rows, spec.hidden), generator=generator).float()
         # A few groups of zeros, and rows of very different magnitude.
         values[:, : spec.hidden // 4] *= torch.randint(0, 2, (rows, 1), generator=generator)
+        if centred:  # a mean that is a small integer
+            groups = values.unflatten(-1, (-1, length))
+            halves = groups[..., : length // 2]
+            groups[..., -(length // 2) :] = -halves.flip(-1)
+            groups[..., length // 2 : -(length // 2)] = 0.0
+            values += torch.randint(-2, 3, (rows, 1), generator=generator)
         return values
 
     power = torch.exp2(torch.randint(-6, 4, (rows, 1), generator=generator).float())
@@ -192,7 +239,7 @@ def integer_inputs(spec: RowSpec, rows: int, seed: int = 0) -> list[torch.Tensor
     inputs = [(integers() * power).to(dtype)]
     if spec.gate:
         # Where the activation is exact: silu(g) is g, 0 and -0 here, and so are the others.
-        exact = torch.tensor([-512.0, 0.0, 32.0, 40.0, 56.0, 112.0])
+        exact = torch.tensor([-512.0, 0.0, 32.0, 64.0] + [40.0, 56.0, 112.0] * (not spec.gate_first))
         gate = exact[torch.randint(len(exact), (rows, spec.hidden), generator=generator)].to(dtype)
         inputs = [torch.cat([gate, inputs[0]], -1)] if spec.gate.packed else [gate, inputs[0]]
         if spec.norm:
@@ -202,6 +249,8 @@ def integer_inputs(spec: RowSpec, rows: int, seed: int = 0) -> list[torch.Tensor
     if spec.weight_dtype:
         weight = torch.randn(spec.hidden, generator=generator) * 3
         inputs.append(weight.to(getattr(torch, spec.weight_dtype)))
+    if spec.bias_dtype:
+        inputs.append(torch.randn(spec.hidden, generator=generator).to(getattr(torch, spec.bias_dtype)))
     for _ in range(spec.given_scales):
         inputs.append(torch.rand(1, generator=generator) + 2.0**-5)
     return inputs

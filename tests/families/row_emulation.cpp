@@ -140,6 +140,9 @@ static void one_thread() {
 #if WEIGHT_DTYPE
   const u8 *weight = INPUT;
 #endif
+#if BIAS_DTYPE
+  const u8 *bias = INPUT;
+#endif
 #if QUANTS > 0
   IF_GIVEN(0, const u8 *scale0 = INPUT;)
 #endif
@@ -183,6 +186,9 @@ static void one_thread() {
 #endif
 #if WEIGHT_DTYPE
         , weight
+#endif
+#if BIAS_DTYPE
+        , bias
 #endif
 #if QUANTS > 0
         IF_GIVEN(0, , scale0)

@@ -45,8 +45,11 @@ def reference(spec: RowSpec, tensors: Sequence[torch.Tensor]) -> list[torch.Tens
             total = x32.to(dtype)
             x32 = total.float() if spec.norm.residual == "rounded" else x32
             outputs += [total] if spec.writes_sum else []
-        y = _normed(spec, x32, given.pop(0) if spec.weight_dtype else None)
-    if gate is not None:
+        if gate is not None and spec.gate_first:
+            x32 = _gated(spec, gate, x).float()
+        weight = given.pop(0) if spec.weight_dtype else None
+        y = _normed(spec, x32, weight, given.pop(0) if spec.bias_dtype else None)
+    if gate is not None and not spec.gate_first:
         y = _gated(spec, gate, y)
     if spec.writes_y:
         outputs.append(y.to(dtype))
@@ -58,16 +61,29 @@ def reference(spec: RowSpec, tensors: Sequence[torch.Tensor]) -> list[torch.Tens
     return outputs
 
 
-def _normed(spec: RowSpec, x32: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+def _normed(
+    spec: RowSpec, x32: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
     assert spec.norm
     dtype = getattr(torch, spec.dtype)
     if weight is not None and spec.norm.weight_offset:
         weight = weight.float() + spec.norm.weight_offset
-    value = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + spec.norm.eps)
+    groups = x32.unflatten(-1, (-1, spec.norm.group or spec.hidden))
+    if spec.norm.statistic == "variance":
+        groups = groups - groups.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + spec.norm.eps)
+    value = (groups * rstd).flatten(-2)
     if spec.norm.rounding == "twice":
         value = value.to(dtype)
-        return value if weight is None else value * weight
-    value = value if weight is None else value * weight.float()
+        value = value if weight is None else value * weight
+        return value if bias is None else value + bias
+    if spec.norm.bias == "once" and bias is not None:
+        last = (groups, rstd) if weight is None else (value, weight)
+        product = (last[0].double() * last[1].double()).reshape(x32.shape)
+        value = (product + bias.double()).float()
+    else:
+        value = value if weight is None else value * weight.float()
+        value = value if bias is None else value + bias.float()
     return value.to(dtype) if spec.norm.rounding == "once" else value
 
 

@@ -1,7 +1,8 @@
 """Producers by schemes: each cell of the table in docs/patterns.md is compiled for the cpu and run.
 
 A row is one program, compared with eager: its producer is fused with every scheme of the table.  Inputs are
-small integers, whose squares have one sum in any order, so a norm's cells are equal to eager bit for bit.
+small integers, whose squares have one sum in any order, so a norm's cells are equal to eager bit for bit; a
+row's mean is zero, so that squares of deviations have too.
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ def core(h: Tensor) -> Tensor:
     return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
 
 
+def centred(h: Tensor) -> Tensor:
+    return h - h.mean(-1, keepdim=True)
+
+
 def exact_add(w: Tensor, x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """As the reference paths of the serving stacks have it: the sum is not rounded before the statistic."""
     h = x.float() + r.float()
@@ -69,6 +74,8 @@ NORMS: dict[str, Producer] = {
     "add the other way, sum returned": lambda w, x, r: (once(total := r + x, w), total),
     "add unrounded, sum returned": exact_add,
     "read besides": lambda w, x, r: (y := once(x, w), y * 2),
+    "layer_norm, written out": lambda w, x, r: (core(centred(x.float())) * w.float()).to(x.dtype),
+    "norm of groups": lambda w, x, r: w * core(x.float().unflatten(-1, (-1, HEAD))).flatten(-2).to(x.dtype),
     "norm of heads": lambda w, x, r: once(x.unflatten(-1, (-1, HEAD)), w[:HEAD]),
 }
 GATES: dict[str, Producer] = {
@@ -80,7 +87,20 @@ GATES: dict[str, Producer] = {
         x.dtype
     ),
 }
-PRODUCERS = {**NORMS, **GATES}
+
+
+def grouped(h: Tensor) -> Tensor:
+    return core(h.unflatten(-1, (-1, HEAD))).flatten(-2)
+
+
+# As exact as the statistics of both are: eager's LayerNorm finds a mean as it goes along.
+OTHERS: dict[str, Producer] = {
+    "layer_norm": lambda w, x, r: F.layer_norm(x, (HIDDEN,), w, w + 2, 1e-6),
+    "norm of groups of silu(gate) * up": lambda w, x, r: (
+        w * grouped(r.float() * F.silu(x.float())).to(x.dtype)
+    ),
+}
+PRODUCERS = {**NORMS, **GATES, **OTHERS}
 
 
 def row(producer: Producer) -> Function:
@@ -106,7 +126,8 @@ def row(producer: Producer) -> Function:
 def test_a_row_of_the_table(name: str) -> None:
     module = row(PRODUCERS[name])
     count = 2 * -(-len(SCHEMES) // MAX_QUANTIZATIONS)
-    tensors = [torch.randint(-8, 9, (5, HIDDEN)).bfloat16() for _ in range(count)]
+    halves = [torch.randint(-8, 9, (5, HIDDEN // 2)).bfloat16() for _ in range(count)]
+    tensors = [torch.cat((half, -half), -1) for half in halves]
     compiled = lowering.compile(module, tuple(tensors))
     assert compiled.report.unfused == ()
     quants = [site for site in compiled.report.sites if site.op == "group_quant"]

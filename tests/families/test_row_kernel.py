@@ -27,6 +27,10 @@ WAVE64_CASES = [
     "norm_gate",
     "four",
     "norm_only",
+    "layer",
+    "layer_any_length",
+    "groups",
+    "gate_groups",
 ]
 
 

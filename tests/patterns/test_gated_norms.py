@@ -101,3 +101,72 @@ def test_what_is_two_kernels_says_why(name: str) -> None:
     norm, gate, quant = lowering.explain(Function(quantized), (X, Z)).sites
     assert (gate.pattern, quant.pattern) == ("silu_mul_quant", "silu_mul_quant")
     assert norm.status == "unfused" and reason in (norm.reason or ""), norm.reason
+
+
+def of_gated(group: int, act: Callable[[Tensor], Tensor] = F.silu) -> Callable[..., Tensor]:
+    """What transformers' MambaRMSNormGated, and those of its kin, compute."""
+
+    def function(w: Tensor, x: Tensor, z: Tensor) -> Tensor:
+        h = x.float() * act(z.float())
+        groups = h.view(*h.shape[:-1], h.shape[-1] // group, group)
+        groups = groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return w[: x.shape[-1]] * groups.view(h.shape).to(x.dtype)
+
+    return function
+
+
+def rounded_gate(w: Tensor, x: Tensor, z: Tensor) -> Tensor:
+    return F.rms_norm(x * F.silu(z), (HEAD,), w[:HEAD], 1e-6)
+
+
+UNROUNDED = GatedActivation("silu", "none", packed=False)
+BEFORE: dict[str, tuple[Callable[..., Tensor], Norm]] = {
+    "Mamba2": (of_gated(HEAD), Norm(1e-6, "twice", gate=UNROUNDED)),
+    "Mamba2, groups": (of_gated(32), Norm(1e-6, "twice", group=32, gate=UNROUNDED)),
+    "gelu": (
+        of_gated(64, F.gelu),
+        Norm(1e-6, "twice", group=64, gate=GatedActivation("gelu", "none", packed=False)),
+    ),
+    "Falcon-H1": (
+        lambda w, x, z: (normed32(x * F.silu(z.float())) * w[:HEAD]).to(x.dtype),
+        Norm(1e-6, gate=UNROUNDED),
+    ),
+    "rounded": (rounded_gate, Norm(1e-6, gate=GatedActivation("silu", "twice", packed=False))),
+}
+
+
+def normed32(h: Tensor) -> Tensor:
+    return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_a_gate_before_the_norm_is_part_of_it(name: str) -> None:
+    function, norm = BEFORE[name]
+    module = Function(lambda w, x, z: ops.group_quant(function(w, x, z), 64))
+    assert contracts(module, X, Z) == [norm, Quantization(64)]
+    (pattern,) = {record.pattern for record in sites(module, X, Z).records}
+    assert norm.gate is not None and pattern == f"{norm.gate.activation}_mul_norm_quant"
+
+
+def test_norms_of_gates_compute_what_eager_computes() -> None:
+    """With whole rows, groups and a given scale behind them, of any number of rows, read where they lie."""
+
+    def function(w: Tensor, xz: Tensor) -> Any:
+        x, z = xz.chunk(2, -1)
+        y = [spelling(w, x, z) for spelling, _ in BEFORE.values()]
+        static = ops.static_quant(y[1], torch.tensor(0.02))
+        return [*y, *ops.group_quant(y[0], 0), *ops.group_quant(y[1], 32, dtype=torch.int8), static]
+
+    module, xz = Function(function), torch.cat((X, Z), -1)
+    sizes = ({0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("tokens", min=1)},)
+    compiled = lowering.compile(module, (xz,), dynamic_shapes=(sizes,))
+    assert compiled.report.unfused == () and compiled.report.dispatches == len(BEFORE)
+    for rows in (xz, torch.cat((integers(3, 1, HEAD), torch.randn(3, 1, HEAD).bfloat16()), -1)):
+        for got, expected in zip(lowering.load(compiled.vmfb)(rows), module(rows), strict=True):
+            assert got.dtype == expected.dtype and got.shape == expected.shape
+            step = {1: 2**-3, 2: 2**-7, 4: 2**-7}[got.itemsize]
+            error = (got.float() - expected.float()).abs()
+            whole = 1.0 if got.dtype == torch.int8 else 1e-6
+            assert (error <= step * expected.float().abs() + whole).all() and (
+                error > 0
+            ).float().mean() < 0.02

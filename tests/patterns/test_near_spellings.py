@@ -73,10 +73,29 @@ NORMS: dict[str, SPELLING] = {
     "a statistic of 16 bits": lambda x, y, w, z: normed(x, mean, lambda m: m.rsqrt().bfloat16()),
     "another tensor's statistic": lambda x, y, w, z: y * torch.rsqrt(mean(x * x) + EPS),
     "its transpose's statistic": lambda x, y, w, z: x * torch.rsqrt(mean(x.T * x.T) + EPS),
-    "layer norm": lambda x, y, w, z: F.layer_norm(x, (N,), w, None, EPS),
-    "layer norm written out": lambda x, y, w, z: (
-        (x - mean(x)) * torch.rsqrt(x.var(-1, correction=0, keepdim=True) + EPS)
+    "layer norm of two axes": lambda x, y, w, z: F.layer_norm(z, (8, N), None, None, EPS),
+    "variance of a sample": lambda x, y, w, z: (
+        (x - mean(x)) * torch.rsqrt(x.var(-1, correction=1, keepdim=True) + EPS)
     ),
+    "another tensor's variance": lambda x, y, w, z: (
+        (y - mean(y)) * torch.rsqrt(x.var(-1, correction=0, keepdim=True) + EPS)
+    ),
+    "another tensor's mean": lambda x, y, w, z: (
+        (x - mean(y)) * torch.rsqrt(x.var(-1, correction=0, keepdim=True) + EPS)
+    ),
+    "means of columns": lambda x, y, w, z: (
+        (x - mean(x, 0)) * torch.rsqrt(x.var(-1, correction=0, keepdim=True) + EPS)
+    ),
+    "mean without its axis": lambda x, y, w, z: (
+        (x - x.mean(-1)) * torch.rsqrt(x.var(-1, correction=0, keepdim=True) + EPS)
+    ),
+    "variance of columns": lambda x, y, w, z: (
+        (x - mean(x)) * torch.rsqrt(x.var(0, correction=0, keepdim=True) + EPS)
+    ),
+    "twice the mean": lambda x, y, w, z: (
+        torch.sub(x, mean(x), alpha=2) * torch.rsqrt(x.var(-1, correction=0, keepdim=True) + EPS)
+    ),
+    "deviations by a mean of squares": lambda x, y, w, z: (x - mean(x)) * torch.rsqrt(mean(x * x) + EPS),
     "deviation of a sample": lambda x, y, w, z: (x - mean(x)) / (x.std(-1, keepdim=True) + EPS),
     "length": lambda x, y, w, z: F.normalize(x, dim=-1) * N**0.5 * w,
 }

@@ -17,6 +17,7 @@ from patterns.contracts import Quantization, RowSpec
 _BF16 = 2.0**-8 * 1.1
 # Of an activation, relative to its argument: where gelu is near zero its sum cancels.
 _ACTIVATION = 2.0**-22
+_FLOAT32 = 2.0**-22
 # Half a step of each quantized type: relative to the value, and to the scale where steps stop shrinking.
 _HALF_STEPS = {"float8_e4m3fn": (2.0**-4, 2.0**-10), "float8_e5m2": (2.0**-3, 2.0**-17), "int8": (0.0, 0.5)}
 _ACTIVATIONS = {
@@ -62,13 +63,38 @@ def _exact(spec: RowSpec, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor
         return x, None, exact
     if spec.norm.residual:
         x = total = x + _rows(spec, tensors, "residual")
-    y = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + spec.norm.eps)
+        if spec.norm.residual == "rounded":
+            x = total.to(tensors["x"].dtype).double()
+    if spec.gate and spec.gate_first:
+        x = _ACTIVATIONS[spec.gate.activation](_rows(spec, tensors, "gate")) * x
+    y = _normed(spec, x)
+    # What float32 adds to a sum that cancels: units of its terms.
+    units = y.abs().amax(-1, keepdim=True) * 8
     if "weight" in tensors:
         y = y * (tensors["weight"].double() + spec.norm.weight_offset)
-    if spec.gate:
+    if "bias" in tensors:
+        y = y + tensors["bias"].double()
+        exact = _FLOAT32 * (units + tensors["bias"].double().abs())
+    if spec.gate and not spec.gate_first:
         gate = _rows(spec, tensors, "gate")
-        return _ACTIVATIONS[spec.gate.activation](gate) * y, None, _ACTIVATION * (gate * y).abs()
-    return y, total, exact
+        y = _ACTIVATIONS[spec.gate.activation](gate) * y
+        exact = _ACTIVATION * (gate * y).abs()
+    return y, total, exact + (_roundings(spec) - 1) * _BF16 * y.abs()
+
+
+def _roundings(spec: RowSpec) -> int:
+    """Count how often what becomes y is rounded to 16 bits, the last time included."""
+    parts = [part.rounding for part in (spec.norm, spec.gate) if part is not None]
+    return max(1, sum({"once": 1, "twice": 2, "none": 0}[rounding] for rounding in parts))
+
+
+def _normed(spec: RowSpec, x: Tensor) -> Tensor:
+    assert spec.norm is not None
+    groups = x.unflatten(-1, (-1, spec.norm.group or spec.hidden))
+    if spec.norm.statistic == "variance":
+        groups = groups - groups.mean(-1, keepdim=True)
+    rstd = torch.rsqrt((groups * groups).mean(-1, keepdim=True) + spec.norm.eps)
+    return (groups * rstd).flatten(-2)
 
 
 def _rows(spec: RowSpec, tensors: Mapping[str, Tensor], name: str) -> Tensor:
@@ -94,17 +120,18 @@ def _quantized_problem(
     y: Tensor, slack: Tensor, q: Tensor, scale: Tensor, quantization: Quantization
 ) -> tuple[str, str] | None:
     groups = y.unflatten(-1, (scale.shape[-1], -1))
+    slack = slack.view_as(groups) if slack.dim() else slack
+    of_group = slack.amax(-1) if slack.dim() else slack
     wanted = groups.abs().amax(-1).clamp(min=quantization.amax_floor) / quantization.qmax
     if quantization.scale == "ue8m0":
         power = torch.exp2(torch.log2(scale).round())
         if not torch.equal(power, scale) or not _within(scale - 1.5 * wanted, (0.5 + 2 * _BF16) * wanted):
             return "scale", "not the power of two at or above amax/qmax"
-    elif not _within(scale - wanted, _BF16 * wanted):
+    elif not _within(scale - wanted, _BF16 * wanted + 1.01 * of_group / quantization.qmax):
         return "scale", "further from amax/qmax than rounding explains"
     step = scale.unsqueeze(-1)
     relative, absolute = _HALF_STEPS[quantization.dtype]
     error = q.double().view_as(groups) * step - groups
-    slack = slack.view_as(groups) if slack.dim() else slack
     if not _within(error, (relative + _BF16) * groups.abs() + 1.01 * absolute * step + slack):
         return "q", "further from y than rounding explains"
     return None

@@ -192,8 +192,11 @@ def reference(spec: RowSpec, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     y, total = inputs["x"][:, spec.columns("x")], None
     others = {name: inputs[name][:, spec.columns(name)] for name in ("residual", "up", "gate") if name in inputs}
     if spec.norm is not None:
-        y, total = norm_reference(y, others.get("residual"), inputs.get("weight"), spec.norm)
-    if spec.gate is not None:
+        norm = replace(spec.norm, gate=spec.gate) if spec.gate_first else spec.norm
+        gate = others["gate"] if spec.gate_first else None
+        vectors = (inputs.get("weight"), norm, inputs.get("bias"))
+        y, total = norm_reference(y, others.get("residual"), *vectors, gate)
+    if spec.gate is not None and not spec.gate_first:
         if spec.norm is not None:
             halves = (others["gate"], y)
         else:

@@ -106,16 +106,16 @@ def test_every_layer_norm_is_one_site(compiled, target: str) -> None:
         line_of("whole = self.plain"),
         line_of("return (*affine"),
     ]
-    *fused, int8, alone = norms
+    *fused, int8, alone = norms  # the last is left to vmfuse's own family
     assert all(site.fused and site.pattern == "layer_norm_fp8" for site in fused)
     assert [in_words(site.contract) for site in fused] == ["eps=1e-05", "eps=0.001", "eps=1e-05", "eps=1e-06"]
     assert not int8.fused and "this quantization is group=row dtype=int8" in int8.reason
-    assert not alone.fused and alone.reason.startswith("its value is not quantized")
+    assert alone.fused and alone.pattern == "norm"
     # The int8 quantization has the kernel it always had; no LayerNorm is suspected a second time.
     quants = [site for site in report.sites if site.op == "group_quant"]
     assert [site.pattern for site in quants] == ["layer_norm_fp8"] * 4 + ["quant"]
     assert len(report.sites) == len(norms) + len(quants)
-    assert report.dispatches == 5
+    assert report.dispatches == 6
 
 
 def test_what_a_site_costs(compiled) -> None:
@@ -138,7 +138,7 @@ def test_the_report_is_written_and_read_back(compiled) -> None:
 def test_a_target_without_the_instruction(exported: torch.export.ExportedProgram) -> None:
     report = lowering.explain(exported, target="gfx942")
     norms = [site for site in report.sites if site.op == "layer_norm"]
-    assert [site.fused for site in norms] == [False] * 6
+    assert [site.fused for site in norms] == [False] * 5 + [True]
     assert (norms[0].reason or "").startswith("gfx942 has no instruction that converts to float8_e4m3fn")
 
 
@@ -161,8 +161,8 @@ def test_the_program_computes_the_contract(compiled, model: Model, tmp_path: Pat
             )
             *_, eager_int8, eager_scale, eager_alone = model(x, z, h)
         host_kernels.assert_same(outputs, expected)
-        # IREE's LayerNorm in float32 rounds otherwise than eager's: float16 shows it in the last place, and a
-        # value then quantizes to one of two neighbours.
+        # vmfuse's LayerNorm, and one without a kernel, find their statistics in another order than eager's:
+        # float16 shows it in the last place, and a value then quantizes to one of two neighbours.
         torch.testing.assert_close(alone, eager_alone, rtol=2**-10, atol=2**-14)
         torch.testing.assert_close(scale, eager_scale, rtol=2**-10, atol=0.0)
         assert (int8.int() - eager_int8.int()).abs().max() <= 1

@@ -20,7 +20,7 @@ class LayerNorm:
     The order of a sum could only show where a float64 sum lies within its own error of the middle between
     two float32: for about one row in 10^6.
 
-    PyTorch rounds otherwise, and not alike on every device: on a CPU it computes x * rstd - mean * rstd.  A
+    PyTorch rounds otherwise: its sums are float32, and the last product and the bias are rounded as one.  A
     LayerNorm that gets no kernel is PyTorch's, in float32, rounded to x's dtype at the end.
     Source: torch.nn.LayerNorm.
     """

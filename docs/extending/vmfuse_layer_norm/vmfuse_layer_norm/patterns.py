@@ -94,7 +94,7 @@ class NamedLayerNormFp8:
 class QuantizedLayerNorm:
     """What ``torch.export`` leaves of ``torch.nn.LayerNorm``, where a quantization reads it.
 
-    Any other is left to IREE, in PyTorch's own spelling.  Quantizations are recognised before: a program is
+    Any other is left to vmfuse's own recognisers.  Quantizations are recognised before: a program is
     read from its end.
     """
 
