@@ -90,6 +90,7 @@ class Norm:
         Either way the residual written back is round(x + residual) in x's dtype.
     gate
         None, or what is normed is a product: x32 = act(gate) * x, rounded as it says.  Not with a residual.
+        The gate of a float32 x may be of 16 bits.
     weight_offset
         w = float32(weight) + weight_offset, added in float32 (Gemma stores w - 1).  Such a w is float32:
         under ``twice`` the product is too.
@@ -98,6 +99,10 @@ class Norm:
         ``once``: b is added to the last product before that is rounded (a fused multiply-add in float32), as
         torch's LayerNorm does on CPUs and GPUs; not with ``twice``.
         ``twice``: the product is rounded, then the sum, as where it is written out.
+
+    dtype
+        None: y is of x's dtype, as far as it is not promoted.  Or y's dtype, where a float32 x is rounded
+        ``once`` to 16 bits.
 
     Sources besides: torch.nn.LayerNorm; Mamba2, Zamba2, Nemotron-H and Granite (gate, group).
     """
@@ -110,6 +115,7 @@ class Norm:
     group: int | None = None
     bias: BiasRounding | None = None
     gate: GatedActivation | None = None
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -279,7 +285,8 @@ class RowSpec:
     scale of every quantization that is static.  With a window an input's rows are part of those of a wider
     tensor, which is what the kernel is given: ``x_window`` that of x, ``other_window`` that of up or the
     residual.
-    Writes, in this order: the residual sum (``writes_sum``), y rounded to ``dtype`` (``writes_y``), and q and
+    All is of ``dtype`` but for what a norm of float32 may have otherwise: its gate (``gate_dtype``), and y.
+    Writes, in this order: the residual sum (``writes_sum``), y rounded (``writes_y``), and q and
     scale of every quantization, of a static one q alone.
     """
 
@@ -295,6 +302,16 @@ class RowSpec:
     other_window: Window | None = None
     bias_dtype: str | None = None
     gate_first: bool = False
+    gate_dtype: str | None = None
+
+    @property
+    def y_dtype(self) -> str:
+        """The dtype that y is written in."""
+        return self.norm.dtype if self.norm and self.norm.dtype else self.dtype
+
+    def dtype_of(self, name: str) -> str:
+        """The dtype of the input ``name``: x, up, gate or residual."""
+        return self.gate_dtype or self.dtype if name in ("gate", "up") else self.dtype
 
     def columns(self, name: str) -> slice:
         """The columns of the input ``name`` (x, up or residual) that the kernel reads, from the first on."""

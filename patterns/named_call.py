@@ -229,14 +229,10 @@ class NamedOp:
         contract = Norm(**values)
         wanted = _with_dtype(call.x, norm_dtype(contract, call.x, weight))
         require("y" not in self.results or y == wanted, f"its result is {y}, where the contract has {wanted}")
-        tensors = dict(call.tensors)
-        gated = None if contract.residual else gated_activation.product(call.source)
-        if gated is not None and gated.up.type == call.source.type:
-            contract = replace(contract, gate=gated.contract)
-            tensors |= {"x": gated.up, "gate": gated.gate}
+        contract, tensors = _within(contract, {"y": wanted, **call.tensors})
         names = ("x", "gate", "residual", "weight", "bias")
         operands = [tensors[name] for name in names if name in tensors]
-        results = [call.tensors.get("y", wanted)]
+        results = [tensors["y"]]
         if contract.residual is not None:
             results.append(call.tensors.get("sum", call.x))
         return Raised(canonical.NORM, contract, operands, results)
@@ -416,6 +412,22 @@ def _arguments(schema: str) -> list[tuple[str, str]]:
     inside = schema[schema.index("(") + 1 : schema.rindex("->")].strip()[:-1]
     parts = [part.split("=")[0].split() for part in re.split(r",\s*", inside)]
     return [(part[-1], part[0]) for part in parts if part != ["*"]]
+
+
+def _within(contract: Norm, tensors: dict[str, Any]) -> tuple[Norm, dict[str, Any]]:
+    """Let a norm that adds nothing do the gate before it and the rounding behind it, if there are any."""
+    if contract.residual is not None:
+        return contract, tensors
+    y = torch_ir.rounded_later(tensors["y"]) if isinstance(tensors["y"], ir.Value) else None
+    if y is not None and contract.rounding == "once":
+        exact, dtype = torch_ir.widened_from(tensors["x"]), torch_ir.dtype_of(y)
+        is_exact = torch_ir.dtype_of(exact) == dtype
+        contract = replace(contract, dtype=None if is_exact else dtype)
+        tensors = {**tensors, "x": exact if is_exact else tensors["x"], "y": y}
+    gated = gated_activation.product(tensors["x"])
+    if gated is None or gated.up.type != tensors["x"].type:
+        return contract, tensors
+    return replace(contract, gate=gated.contract), {**tensors, "x": gated.up, "gate": gated.gate}
 
 
 def _with_dtype(type_: TensorType, dtype: str) -> TensorType:

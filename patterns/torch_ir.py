@@ -183,6 +183,25 @@ def element_bytes(dtype: str) -> int:
     return max(1, int(_DIGITS.findall(_ELEMENT_OF[dtype])[0]) // 8)
 
 
+# On a function: the numbers of the arguments that have new values after a call.
+_WRITTEN = "written"
+
+
+def mark_written(function: ir.Operation, numbers: Sequence[int]) -> None:
+    """Remember which arguments of ``function`` its model writes to."""
+    if numbers:
+        function.attributes[_WRITTEN] = ir.DenseI64ArrayAttr.get(list(numbers))
+
+
+def is_written(argument: ir.Value) -> bool:
+    """Tell whether a model writes to this argument of its function."""
+    if producer(argument) is not None:
+        return False
+    attributes = argument.owner.owner.attributes
+    number = ir.BlockArgument(argument).arg_number
+    return _WRITTEN in attributes and number in list(ir.DenseI64ArrayAttr(attributes[_WRITTEN]))
+
+
 def users(value: ir.Value) -> list[ir.Operation]:
     """Every operation that reads ``value``, once per use, in block order; not what is left over."""
     users = (use.owner.operation for use in value.uses)
@@ -312,6 +331,15 @@ def widened_from(value: ir.Value) -> ir.Value:
         return value
     widens = dtype_of(op.operands[0]) in ("bfloat16", "float16") and dtype_of(value) == "float32"
     return op.operands[0] if widens else value
+
+
+def rounded_later(value: ir.Value) -> ir.Value | None:
+    """What the float32 ``value`` is rounded to 16 bits as; None if anything but one such cast reads it."""
+    casts = users(value)
+    if len(casts) != 1 or casts[0].name != "torch.prims.convert_element_type":
+        return None
+    narrow = dtype_of(casts[0].result) in ("bfloat16", "float16") and dtype_of(value) == "float32"
+    return casts[0].result if narrow else None
 
 
 def is_plain_add(op: ir.Operation) -> bool:

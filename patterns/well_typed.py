@@ -22,9 +22,13 @@ def why_no_norm(norm: Norm, operands: Types, results: Types) -> str | None:
     x, *rest = operands or (None,)
     if x is None or not x.shape or x.dtype not in (*FLOATS, "float64"):
         return f"its x is {x}"
-    for name, has in (("gate", norm.gate), ("residual", norm.residual)):
-        if has is not None and (not rest or rest.pop(0) != x):
-            return f"its {name} is no {x}"
+    gate = rest.pop(0) if rest and norm.gate is not None else None
+    if norm.gate is not None and gate not in (x, *_narrower(x)):
+        return f"its gate is {gate}, and x {x}"
+    if norm.residual is not None and (not rest or rest.pop(0) != x):
+        return f"its residual is no {x}"
+    if norm.dtype is not None and (norm.rounding != "once" or _with_dtype(x, norm.dtype) not in _narrower(x)):
+        return f"its {x} is not rounded once to {norm.dtype}"
     if norm.group is not None and (x.shape[-1] is None or x.shape[-1] % norm.group):
         return f"it norms groups of {norm.group} of {x}"
     vectors = len(rest) - (norm.bias is not None)
@@ -42,10 +46,19 @@ def norm_dtype(norm: Norm, x: TensorType, weight: TensorType | None, bias: Tenso
     """The dtype of y."""
     if norm.rounding == "none":
         return "float32"
-    dtype = x.dtype
+    dtype = norm.dtype or x.dtype
     if norm.rounding == "twice" and weight is not None:
         dtype = promoted(dtype, "float32" if norm.weight_offset else weight.dtype)
     return promoted(dtype, bias.dtype) if norm.rounding == "twice" and bias is not None else dtype
+
+
+def _with_dtype(type_: TensorType, dtype: str) -> TensorType:
+    return TensorType(type_.shape, dtype)
+
+
+def _narrower(x: TensorType) -> tuple[TensorType, ...]:
+    """The types of 16 bits that a tensor may have which is widened to the float32 ``x``."""
+    return tuple(_with_dtype(x, dtype) for dtype in ("bfloat16", "float16") if x.dtype == "float32")
 
 
 def promoted(x: str, weight: str) -> str:
