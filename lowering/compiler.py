@@ -30,16 +30,18 @@ from .passes import verify
 from .passes.dispatch import Dispatched, choose_kernels
 from .passes.raise_ops import recognisers
 from .program import floats
+from .program.in_place import update_in_place
 from .program.ownership import keep_arguments, part_updates
 from .program.places import part_searches
 from .program.scalar_ops import correct
 from .program.slices import mend_slices
 from .program.storage import add_entry, remove_entry
+from .program.streams import not_in_place
 from .program.sums import widen_sums
 from .program.updates import choose_elements
 from .report.report import Report
 from .report.sites import Change, Site
-from .signature import SIGNATURE_KEY, Signature, known_sizes
+from .signature import ASYNC, INTO, SIGNATURE_KEY, Signature, known_sizes
 from .steps import BY_NAME, FUSING, State, Step, run
 from .targets import Target, resolve
 from .weights import parameters as weights
@@ -222,15 +224,29 @@ class _Pipeline:
         signature = program.signature(self.target, archive.identity)
         devices.declare_device(program.module, self.target)
         flags = (*devices.flags(self.target, source_paths=self.source_paths), *archive.flags())
-        module = self._lower(self.iree, program.module)
-        signature = replace(signature, placed=add_entry(module, name, known_sizes(signature)))
-        part_updates(module)
-        part_searches(module)
-        keep_arguments(module)
-        _sign(module, name, signature)
-        self.dump("linalg", module)
+        lowered = self._lower(self.iree, program.module)
+        apart: set[int] = set()
+        while True:
+            module = lowered.operation.clone() if signature.written else lowered
+            written = update_in_place(module, name, signature.written, apart)
+            placed = add_entry(module, name, known_sizes(replace(signature, written=written)))
+            made = replace(signature, written=written, placed=placed)
+            part_updates(module)
+            part_searches(module)
+            keep_arguments(module)
+            _sign(module, name, made)
+            self.dump("linalg", module)
+            made, vmfb, wrong = self._finish(module, name, made, flags, ledger)
+            if not wrong:
+                return made, vmfb
+            apart |= wrong
+
+    def _finish(
+        self, module: ir.Module, name: str, signature: Signature, flags: Sequence[str], ledger: Ledger
+    ) -> tuple[Signature, bytes, set[int]]:
+        """Compile the program; the arguments that it was to write to where they are, and does not."""
         try:
-            return signature, self.iree.compile(module, flags)
+            return signature, *self._compiled(module, name, signature, flags)
         except CompileError as error:
             if not signature.placed or isinstance(error, TimedOut):
                 raise
@@ -240,10 +256,23 @@ class _Pipeline:
         remove_entry(module, name)
         signature = replace(signature, placed=())
         _sign(module, name, signature)
-        vmfb = self.iree.compile(module, flags)
+        vmfb, wrong = self._compiled(module, name, signature, flags)
         where, _, why = said[0].strip().partition(": ") if said else ("unknown", "", summary)
         ledger.remark(name, where, f"allocates its results in each call; into a caller's memory: {why}")
-        return signature, vmfb
+        return signature, vmfb, wrong
+
+    def _compiled(
+        self, module: ir.Module, name: str, signature: Signature, flags: Sequence[str]
+    ) -> tuple[bytes, set[int]]:
+        in_place = [item.argument for item in signature.written if item.result is None]
+        if not in_place:
+            return self.iree.compile(module, flags), set()
+        vmfb, streams = self.iree.compile_and_look(module, flags)
+        # On the cpu the caller's memory is torch's, which IREE's driver fills and copies nothing into.
+        count = len(signature.inputs or ())
+        lent = () if self.target.is_gpu else [number for number in in_place if number < count]
+        entries = (name + ASYNC, name + INTO + ASYNC)
+        return vmfb, set().union(*(not_in_place(streams, entry, in_place, lent) for entry in entries))
 
     def _lower(self, iree: Iree, module: ir.Module) -> ir.Module:
         module = iree.lower(module)

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Literal, get_args
 
 SIGNATURE_KEY = "vmfuse.signature"
 PARAMETER_SCOPE = "model"
-VERSION = 3
+VERSION = 4
 
 ASYNC = "$async"
 """After the name of a function: its twin that takes fences, which IREE's torch pipeline makes."""
@@ -29,6 +29,8 @@ INTO = "$into"
 """After the name of a function: the one that writes into memory of the caller's (``lowering.storage``)."""
 SCRATCH_SIZE = ASYNC + "_transients_size"
 """After that: how many bytes of scratch memory it takes; it has the arguments of the twin."""
+INITIAL = "state$initial"
+"""The function that returns the initial values of ``Signature.stored``."""
 
 Dim = int | str | None
 """A size; a symbol or an expression of symbols in ``+ - * // % **``; None: whatever it is."""
@@ -94,6 +96,18 @@ Leaf = TensorSpec | Integer | Constant
 
 
 @dataclass(frozen=True)
+class Written:
+    """A tensor that is passed to a program and has a new value after the call.
+
+    argument: its number among what is passed, the state behind the arguments.  result: the number, among the
+    tensors that are returned, of the new value; None where it is written into the argument's memory.
+    """
+
+    argument: int
+    result: int | None = None
+
+
+@dataclass(frozen=True)
 class Signature:
     """One exported function.
 
@@ -108,6 +122,10 @@ class Signature:
     where there is no such entry point, as in programs of earlier releases.
     conditions: what holds for the sizes that the model was exported for, such as ``2 <= s0 <= 16`` or
     ``s0 % 8 == 0``; a call with others is refused.  Since version 2.
+    state: the tensors that live from call to call, passed behind the arguments; their names are the same in
+    all functions of a program.  stored: the names of those that begin as other than zeros, as the function
+    ``INITIAL`` returns them.  written: what a call gives new values; those that are returned are behind the
+    results.  Since version 4.
     """
 
     target: str
@@ -120,6 +138,9 @@ class Signature:
     parameters: Parameters | None = None
     placed: tuple[tuple[int, ...], ...] = ()
     conditions: tuple[str, ...] = ()
+    state: tuple[TensorSpec, ...] = ()
+    stored: tuple[str, ...] = ()
+    written: tuple[Written, ...] = ()
     version: int = VERSION
 
     def to_json(self) -> str:
@@ -136,6 +157,9 @@ class Signature:
             data["outputs"] = _leaves(data["outputs"])
             data["placed"] = tuple(map(tuple, data.get("placed", ())))
             data["conditions"] = tuple(data.get("conditions", ()))
+            data["state"] = _leaves(data.get("state", []))
+            data["stored"] = tuple(data.get("stored", ()))
+            data["written"] = tuple(Written(**item) for item in data.get("written", ()))
             data["parameters"] = Parameters(**data["parameters"]) if data["parameters"] else None
             return Signature(**{field.name: data[field.name] for field in fields(Signature)})
         except (KeyError, TypeError, json.JSONDecodeError) as error:
@@ -157,17 +181,26 @@ def _leaf(item: dict[str, Any]) -> Leaf:
     return TensorSpec(item["name"], item["dtype"], shape, item["strides"])
 
 
+def returned_tensors(signature: Signature) -> tuple[TensorSpec, ...]:
+    """The tensors that a function returns: of its result, and behind them new values of what it is passed."""
+    results = tuple(leaf for leaf in signature.outputs or () if isinstance(leaf, TensorSpec))
+    passed = [
+        leaf for leaf in (*(signature.inputs or ()), *signature.state) if not isinstance(leaf, Constant)
+    ]
+    new = [passed[item.argument] for item in signature.written if item.result is not None]
+    return (*results, *(leaf for leaf in new if isinstance(leaf, TensorSpec)))
+
+
 def known_sizes(signature: Signature) -> tuple[int, ...]:
-    """The tensors of the result, by number, whose bytes all follow from the arguments' shapes.
+    """The tensors that are returned, by number, whose bytes all follow from the arguments' shapes.
 
     None of float64, which IREE computes, and would store, in float32.
     """
     shapes = map(sizes_of, signature.inputs or ())
     symbols = {dim: 1 for shape in shapes for dim in shape if isinstance(dim, str) and dim.isidentifier()}
-    results = [leaf for leaf in signature.outputs or () if isinstance(leaf, TensorSpec)]
     return tuple(
         number
-        for number, spec in enumerate(results)
+        for number, spec in enumerate(returned_tensors(signature))
         if spec.dtype != "float64"
         and spec.shape is not None
         and all(resolve(dim, symbols) is not None for dim in spec.shape)

@@ -183,6 +183,25 @@ def element_bytes(dtype: str) -> int:
     return max(1, int(_DIGITS.findall(_ELEMENT_OF[dtype])[0]) // 8)
 
 
+# On a function: the numbers of the arguments that have new values after a call.
+_WRITTEN = "written"
+
+
+def mark_written(function: ir.Operation, numbers: Sequence[int]) -> None:
+    """Remember which arguments of ``function`` its model writes to."""
+    if numbers:
+        function.attributes[_WRITTEN] = ir.DenseI64ArrayAttr.get(list(numbers))
+
+
+def is_written(argument: ir.Value) -> bool:
+    """Tell whether a model writes to this argument of its function."""
+    if producer(argument) is not None:
+        return False
+    attributes = argument.owner.owner.attributes
+    number = ir.BlockArgument(argument).arg_number
+    return _WRITTEN in attributes and number in list(ir.DenseI64ArrayAttr(attributes[_WRITTEN]))
+
+
 def users(value: ir.Value) -> list[ir.Operation]:
     """Every operation that reads ``value``, once per use, in block order; not what is left over."""
     users = (use.owner.operation for use in value.uses)

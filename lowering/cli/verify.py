@@ -21,6 +21,8 @@ from torch.utils import _pytree as pytree
 from ..containers import Names, register, select
 from ..errors import LoweringError, UsageError, VerificationError
 from ..importing.sizes import Call, other_arguments
+from ..runtime.program import Program
+from ..runtime.state import StateTensor
 from .sensitivity import exact, nudged, plain, state_kept
 
 if TYPE_CHECKING:
@@ -101,7 +103,7 @@ def verify(
     """
     notes = []
     call = Call(tuple(args), dict(kwargs or {}))
-    part = _Part(module, output)
+    part = _Part(module, output, tuple(each.name for each in _state(program)))
     with torch.no_grad():
         outputs = _compared(program, part, call, "")
         other = other_arguments(call.args, dynamic_shapes, call.kwargs)
@@ -123,10 +125,17 @@ def verify(
 
 @dataclass(frozen=True)
 class _Part:
-    """A model, and what is kept of its result."""
+    """A model, what is kept of its result, and the names of its buffers that it writes to."""
 
     module: torch.nn.Module
     output: Names | None
+    state: tuple[str, ...] = ()
+
+    def buffers(self) -> list[torch.Tensor]:
+        """What the program keeps as its state."""
+        buffers = dict(self.module.named_buffers(remove_duplicate=False))
+        named = buffers | dict(self.module.named_parameters(remove_duplicate=False))
+        return [named[name] for name in self.state]
 
     def __call__(self, call: Call) -> Any:
         result = self.module(*call.args, **call.kwargs)
@@ -162,15 +171,21 @@ def _compared(program: Callable[..., Any], model: _Part, call: Call, sizes: str)
     expected, untouched = _run(model, call, looking)
     mine = _copies(call)
     actual = _called(program, mine, sizes)
+    results = len(actual)
+    labels = [sizes] * results + [f", the state {name}{sizes}" for name in model.state]
+    actual += _values(program)
     if untouched:
         _check_arguments(mine, call, sizes)
+    else:
+        labels += [f", an argument after the call{sizes}"] * len(_tensors(mine))
+        actual += _tensors(mine)
     if len(actual) != len(expected):
         raise VerificationError(
             f"the compiled program returns {len(actual)} tensors, the eager model {len(expected)}"
         )
     again = _called(program, _copies(call), sizes)
-    for index, tensor in enumerate(actual):
-        if not _same(tensor, again[index]):
+    for index, tensor in enumerate(again):
+        if not _same(tensor, actual[index]):
             raise VerificationError(
                 f"output {index}{sizes}: a second call with equal arguments gives other values"
             )
@@ -180,7 +195,7 @@ def _compared(program: Callable[..., Any], model: _Part, call: Call, sizes: str)
     if any(output.problem for output in found):
         more = (nudged(_SAMPLES + seed, _FURTHER) for seed in range(_MORE_SAMPLES))
         found = _judged(actual, expected, [*yardsticks, *(_run(model, call, mode)[0] for mode in more)])
-    return [replace(output, call=sizes) for output in found]
+    return [replace(output, call=label) for output, label in zip(found, labels, strict=True)]
 
 
 def _judged(
@@ -194,16 +209,32 @@ def _judged(
 
 
 def _run(model: _Part, call: Call, mode: Any) -> tuple[list[torch.Tensor], bool]:
-    """Evaluate the model as ``mode`` does it: its results, and whether it left its arguments alone."""
+    """Evaluate the model as ``mode`` does it, and tell whether it left its arguments alone.
+
+    Gives its results, what it keeps, and its arguments unless it left them alone.
+    """
     copies = _copies(call)
     with state_kept(model.module), mode:
         # Cloned: a model may return an argument, a parameter, or a buffer that it writes to.
         results = [tensor.detach().clone() for tensor in _tensors(model(copies))]
-    return results, all(map(_same, _tensors(copies), _tensors(call)))
+        results += [tensor.detach().clone() for tensor in model.buffers()]
+    untouched = all(map(_same, _tensors(copies), _tensors(call)))
+    return results + ([] if untouched else _tensors(copies)), untouched
+
+
+def _state(program: Callable[..., Any]) -> tuple[StateTensor, ...]:
+    return program.state() if isinstance(program, Program) else ()
+
+
+def _values(program: Callable[..., Any]) -> list[torch.Tensor]:
+    return list(program.state_dict().values()) if isinstance(program, Program) else []
 
 
 def _called(program: Callable[..., Any], call: Call, sizes: str) -> list[torch.Tensor]:
+    """The results of a call, from the state that the program begins with."""
     try:
+        if isinstance(program, Program):
+            program.reset()
         return _tensors(program(*call.args, **call.kwargs))
     except LoweringError as error:
         kind = _Refused if str(error).startswith("argument ") else VerificationError

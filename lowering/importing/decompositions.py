@@ -26,6 +26,7 @@ _BROKEN_UP = (
     _ATEN.squeeze.dims,
     _ATEN._native_batch_norm_legit_no_training,
     _ATEN._native_batch_norm_legit,
+    _ATEN._native_batch_norm_legit_functional,
     _ATEN._native_batch_norm_legit.no_stats,
     _ATEN.native_batch_norm,
     _ATEN.upsample_linear1d,

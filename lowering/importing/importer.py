@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -48,6 +48,7 @@ from .conditions import conditions, forget_multiples
 from .decompositions import decompositions
 from .exporting import drop_assertions, export
 from .foreign import functionalize
+from .mutations import Mutations, explicit, state_specs
 from .results import chosen, returning, row_major, without_containers
 from .sizes import Call
 
@@ -77,6 +78,7 @@ class Program:
     output_tree: str | None = None
     conditions: tuple[str, ...] = ()
     row_major: frozenset[int] = frozenset()  # the numbers of results that are returned so
+    mutations: Mutations = field(default_factory=Mutations)
     folded: tuple[Folded, ...] = ()
     remarks: tuple[Remark, ...] = ()
 
@@ -113,6 +115,9 @@ class Program:
             output_tree=self.output_tree,
             parameters=parameters,
             conditions=self.conditions,
+            state=state_specs(self.mutations.state),
+            stored=tuple(name for name in self.mutations.state if name in self.parameters),
+            written=self.mutations.written,
         )
 
 
@@ -181,9 +186,11 @@ def _import(
         _check_ints(inputs, outputs)
         drop_assertions(exported)
         exported = returning(exported, [n for n in numbers if isinstance(all_outputs[n], TensorSpec)])
+        rows = row_major(exported)
+        exported, mutations = explicit(exported)
     torch_dialect = _torch_dialect()
     refusals.check(exported, torch_dialect.importable)
-    module, parameters = torch_dialect.import_graph(exported, context)
+    module, parameters = torch_dialect.import_graph(exported, context, mutations)
     return Program(
         module=module,
         parameters={**parameters},
@@ -191,7 +198,8 @@ def _import(
         outputs=outputs,
         input_tree=_dumped(as_exported.call_spec.in_spec),
         output_tree=_dumped(tree),
-        row_major=row_major(exported),
+        row_major=rows | {item.result for item in mutations.written if item.result is not None},
+        mutations=mutations,
         conditions=conditions(as_exported, inputs, asserted),
     )
 

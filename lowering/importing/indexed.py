@@ -138,6 +138,13 @@ def _put(x: Tensor, index: Tensor, source: Tensor, accumulate: bool = False) -> 
     return flat.reshape(x.shape)
 
 
+def _select_scatter(x: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
+    """As the update of a slice: PyTorch's own form looks at every element."""
+    dim %= x.dim()
+    place = index if guard_or_false(index >= 0) else index + x.shape[dim]
+    return _ATEN.slice_scatter.default(x, src.unsqueeze(dim), dim, place, place + 1)
+
+
 def _embedding_bag(
     weight: Tensor,
     indices: Tensor,
@@ -191,6 +198,7 @@ RULES: dict[Any, Callable[..., Any]] = {
     _ATEN.scatter.reduce: _scatter_with,
     _ATEN.scatter.value_reduce: _scatter_with,
     _ATEN.masked_scatter.default: _masked_scatter,
+    _ATEN.select_scatter.default: _select_scatter,
     _ATEN.put.default: _put,
     _ATEN._embedding_bag.default: _embedding_bag,
     _ATEN._embedding_bag_forward_only.default: _embedding_bag,

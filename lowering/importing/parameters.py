@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from iree.compiler import ir
-from iree.compiler.dialects import util
+from iree.compiler.dialects import func, util
 
 from patterns import torch_ir
 
 from ..errors import CompileError
-from ..signature import PARAMETER_SCOPE
+from ..signature import INITIAL, PARAMETER_SCOPE
 
 
 def declare(module: ir.Operation, name: str, tensor: torch.Tensor) -> None:
@@ -31,6 +33,29 @@ def read(name: str, tensor: torch.Tensor) -> ir.Value:
     return torch_ir.make(
         "torch.prims.convert_element_type", type_of(tensor), [value, torch_ir.make_dtype("bool")]
     )
+
+
+def declare_initial(module: ir.Operation, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A function of ``module`` that returns the initial values of ``state`` which are no zeros; these values.
+
+    They are parameters.  Zeros are nowhere: the runtime makes them.
+    """
+    stored = {name: tensor for name, tensor in state.items() if _any(tensor)}
+    if not stored:
+        return {}
+    for name, tensor in stored.items():
+        declare(module, name, tensor)
+    types = [type_of(tensor).torch() for tensor in stored.values()]
+    with ir.InsertionPoint(module.regions[0].blocks[0]), ir.Location.unknown():
+        function = func.FuncOp(INITIAL, ir.FunctionType.get([], types))
+        with ir.InsertionPoint(function.add_entry_block()):
+            func.ReturnOp([read(name, tensor) for name, tensor in stored.items()])
+    return stored
+
+
+def _any(tensor: torch.Tensor) -> bool:
+    """Tell whether a bit is set."""
+    return bool(tensor.contiguous().reshape(-1).view(torch.uint8).any())
 
 
 def is_storable(dtype: torch.dtype) -> bool:

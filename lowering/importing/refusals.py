@@ -29,6 +29,11 @@ _ADVICE = (
         'keep what you need of its result (output="logits"), set model.config.use_cache = False, or wrap the '
         "model so that the cache's tensors are arguments and results",
     ),
+    (
+        r"expected compiled_fn to be GraphModule",
+        "the model writes to a buffer whose memory is also another buffer's or parameter's, and PyTorch "
+        "cannot take that apart: register one of them, and view it where the other is used",
+    ),
 )
 _FIXED = (
     "the model's own code decides by these sizes, or loops over them: compile it with them fixed, a program "
@@ -145,7 +150,6 @@ def model_line(node: torch.fx.Node) -> str:
 def check(exported: torch.export.ExportedProgram, importable: Callable[[str], bool]) -> None:
     """Refuse what cannot be imported.  importable: tells whether an operator of higher order is."""
     _check_effects(exported)
-    _check_writes(exported)
     for node in exported.graph.nodes:
         if node.op == "call_function" and isinstance(node.target, HigherOrderOperator):
             name = node.target.name()
@@ -182,19 +186,6 @@ def _check_effects(exported: torch.export.ExportedProgram) -> None:
                 f"{model_line(node)}{node.args[1]}{of} cannot be compiled: it checks or prints while it "
                 "runs; compute this outside of the model, or with operations that do not check their operands"
             )
-
-
-def _check_writes(exported: torch.export.ExportedProgram) -> None:
-    signature = exported.graph_signature
-    mutated = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
-    if mutated:
-        nodes = {node.name: node for node in exported.graph.nodes}
-        lines = [f"{model_line(nodes[output])}{name}" for output, name in mutated.items()]
-        raise CompileError(
-            "the model writes in place to what it is given or keeps; a compiled program is a function of its "
-            "inputs: take the old value as an argument and return the new one instead of writing to\n  "
-            + "\n  ".join(lines[:6] + [f"and {len(lines) - 6} more"] * (len(lines) > 6))
-        )
 
 
 def _check_inputs(exported: torch.export.ExportedProgram) -> None:

@@ -22,6 +22,7 @@ from patterns import torch_ir
 
 from ..errors import CompileError, LoweringError
 from . import parameters, refusals
+from .mutations import Mutations
 
 # Functions of sizes, which the importer knows as operations only.
 _OF_SIZES = {torch.sym_min: torch.ops.prim.min.int, torch.sym_max: torch.ops.prim.max.int}
@@ -30,9 +31,13 @@ _PLACEHOLDER = "lowering.parameter"
 
 
 def import_graph(
-    exported: torch.export.ExportedProgram, context: ir.Context
+    exported: torch.export.ExportedProgram, context: ir.Context, mutations: Mutations
 ) -> tuple[ir.Module, dict[str, torch.Tensor]]:
-    """``exported`` as a module in ``context`` with the function ``@main``; the tensors its globals name."""
+    """``exported`` as a module in ``context`` with the function ``@main``; the tensors its globals name.
+
+    What of it ``mutations`` says is written is marked on the function, and the module has a function of the
+    initial values that are no zeros.
+    """
     for node in exported.graph.nodes:
         node.target = _OF_SIZES.get(node.target, node.target)
     there = mlir.Context()
@@ -54,7 +59,9 @@ def import_graph(
     module = ir.Module.parse(code.getvalue(), context=context)
     with context, ir.Location.unknown():
         _resolve(module, placeholders.tensors)
-    return module, placeholders.tensors
+        initial = parameters.declare_initial(module.operation, mutations.state)
+        torch_ir.mark_written(_functions(module)["main"], [item.argument for item in mutations.written])
+    return module, {**placeholders.tensors, **initial}
 
 
 def importable(operator: str) -> bool:
@@ -140,9 +147,14 @@ class _Placeholders(FxImporterHooks):
         ).result
 
 
+def _functions(module: ir.Module) -> dict[str, ir.Operation]:
+    functions = [op.operation for op in module.body if op.operation.name == "func.func"]
+    return {ir.StringAttr(function.attributes["sym_name"]).value: function for function in functions}
+
+
 def _resolve(module: ir.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """Declare the parameters, and load them where their placeholders are."""
-    functions = [op.operation for op in module.body if op.operation.name == "func.func"]
+    functions = _functions(module).values()
     for op in [op for function in functions for op in torch_ir.block_of(function).operations]:
         if torch_ir.op_name(op.operation) == _PLACEHOLDER:
             name = ir.StringAttr(op.attributes["parameter"]).value

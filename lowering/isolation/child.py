@@ -26,6 +26,8 @@ from typing import Any
 
 # In the directory of a request: what is compiled, and what comes of it.
 SOURCE, RESULT, ANSWER, OUTPUT = "source.mlirbc", "result", "answer.json", "output.txt"
+STREAMS = "streams.mlirbc"
+"""The program in the middle of its compilation, where that is asked for."""
 
 
 def serve(control: socket.socket) -> None:
@@ -218,13 +220,35 @@ def _compile(asked: dict[str, Any], directory: Path, diagnostics: list[tuple[str
     invocation = session.invocation()
     source = Source.wrap_buffer(session, (directory / SOURCE).read_bytes())
     with _collected(session.context, diagnostics):
-        if not (invocation.parse_source(source) and invocation.execute()):
+        if not (invocation.parse_source(source) and _execute(invocation, asked, directory)):
             return False
         output = Output.open_file(str(directory / RESULT))
         invocation.output_vm_bytecode(output)
         output.keep()
         output.close()
     return True
+
+
+def _execute(invocation: Any, asked: dict[str, Any], directory: Path) -> bool:
+    """Compile; where it is asked for, write the program down where its memory has been laid out."""
+    if not asked["streams"]:
+        return invocation.execute()
+    from iree.compiler.api import Output, ctypes_dl
+
+    set_end = ctypes_dl._dylib.ireeCompilerInvocationSetCompileToPhase
+    set_begin = ctypes_dl._dylib.ireeCompilerInvocationSetCompileFromPhase
+    for function in (set_end, set_begin):
+        function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_char_p), None
+    set_end(invocation._inv_p, b"stream")
+    if not invocation.execute():
+        return False
+    output = Output.open_file(str(directory / STREAMS))
+    invocation.output_ir_bytecode(output)
+    output.keep()
+    output.close()
+    set_begin(invocation._inv_p, b"stream")
+    set_end(invocation._inv_p, b"end")
+    return invocation.execute()
 
 
 if __name__ == "__main__":

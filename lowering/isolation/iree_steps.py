@@ -82,9 +82,20 @@ class Iree:
 
     def compile(self, module: ir.Module, flags: Sequence[str]) -> bytes:
         """Compile the program to a vmfb."""
+        return self._compile(module, flags, streams=False)[0]
+
+    def compile_and_look(self, module: ir.Module, flags: Sequence[str]) -> tuple[bytes, ir.Module]:
+        """The same, and the program in IREE's stream dialect, in the same context."""
+        vmfb, streams = self._compile(module, flags, streams=True)
+        assert streams is not None
+        return vmfb, streams
+
+    def _compile(
+        self, module: ir.Module, flags: Sequence[str], *, streams: bool
+    ) -> tuple[bytes, ir.Module | None]:
         flags = (_INPUT, *flags)
         try:
-            return isolation.compile_module(module, flags)
+            return isolation.compile_module(module, flags, streams=streams)
         except isolation.Failed as failed:
             # The archive is temporary, and IREE fails without it just as well.
             kept = [flag for flag in flags if not flag.startswith("--iree-parameter-import")]

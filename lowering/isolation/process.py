@@ -62,19 +62,25 @@ def start() -> None:
 
 def run_passes(module: ir.Module, passes: str) -> ir.Module:
     """``module`` after a pipeline of passes, in the same context.  Raises Failed."""
-    bytecode = _run(module, {"passes": passes, "flags": []})
+    bytecode, _ = _run(module, {"passes": passes, "flags": [], "streams": False})
     return ir.Module.parse(bytecode, context=module.context)
 
 
-def compile_module(module: ir.Module, flags: Sequence[str]) -> bytes:
-    """The program that IREE makes of ``module`` with these flags.  Raises Failed."""
-    return _run(module, {"passes": "", "flags": list(flags)})
+def compile_module(
+    module: ir.Module, flags: Sequence[str], *, streams: bool = False
+) -> tuple[bytes, ir.Module | None]:
+    """The program that IREE makes of ``module`` with these flags.  Raises Failed.
+
+    streams: give besides what it is where IREE has laid out its memory, in the same context.
+    """
+    vmfb, bytecode = _run(module, {"passes": "", "flags": list(flags), "streams": streams})
+    return vmfb, None if bytecode is None else ir.Module.parse(bytecode, context=module.context)
 
 
 # -- a request -------------------------------------------------------------------------------------------
 
 
-def _run(module: ir.Module, asked: dict[str, Any]) -> bytes:
+def _run(module: ir.Module, asked: dict[str, Any]) -> tuple[bytes, bytes | None]:
     bytecode, seconds = io.BytesIO(), _seconds(module)
     module.operation.write_bytecode(bytecode)
     with _directory() as directory:
@@ -88,7 +94,8 @@ def _run(module: ir.Module, asked: dict[str, Any]) -> bytes:
             answer = json.loads((directory / isolated.ANSWER).read_text(encoding="utf-8"))
             done, diagnostics = answer["done"], tuple(map(tuple, answer["diagnostics"]))
         if done and end["code"] == 0:
-            return (directory / isolated.RESULT).read_bytes()
+            streams = (directory / isolated.STREAMS).read_bytes() if asked["streams"] else None
+            return (directory / isolated.RESULT).read_bytes(), streams
         output = ""
         with contextlib.suppress(FileNotFoundError):  # it died before it began
             output = (directory / isolated.OUTPUT).read_text(encoding="utf-8", errors="replace")

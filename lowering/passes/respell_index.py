@@ -61,7 +61,7 @@ def _count_indices_from_front(op: ir.Operation) -> None:
     }
     if not known:
         return
-    sizes, shape = tensors.sizes(torch_ir.to_builtin(op.operands[0])), _broadcast(list(known.values()))
+    sizes, shape = tensors.sizes(torch_ir.to_builtin(op.operands[0])), broadcast(list(known.values()))
     given = list(torch_ir.producer(op.operands[1]).operands)  # type: ignore[union-attr]
     for axis, index in known.items():
         given[axis] = _torch(_in_one_axis(_from_front(index, sizes[axis], shape), 0, len(shape)), "int64")
@@ -84,7 +84,7 @@ def _broadcast_to(
 ) -> ir.Value:
     """``value``, each element changed, with this shape: what has one element along an axis is repeated."""
     rank = len(shape)
-    maps = [_aligned(value, 0, rank, rank), ir.AffineMap.get_identity(rank)]
+    maps = [aligned(value, 0, rank, rank), ir.AffineMap.get_identity(rank)]
     init = tensors.empty(shape, ir.RankedTensorType(value.type).element_type)
     return tensors.generic([value], init, maps, [tensors.PARALLEL] * rank, lambda x, _: change(x))
 
@@ -136,13 +136,13 @@ def _indexed(op: ir.Operation) -> list[ir.Value] | None:
 def _gather(value: ir.Value, indices: list[ir.Value | None]) -> ir.Value:
     """The elements of ``value`` at indices along some of its axes."""
     given = [axis for axis, index in enumerate(indices) if index is not None]
-    shape = _broadcast([index for index in indices if index is not None])
+    shape = broadcast([index for index in indices if index is not None])
     kept = [axis for axis, index in enumerate(indices) if index is None]
     sizes = tensors.sizes(value)
     first, result = _with_indexed(sizes, given, shape)
     # The axis of the result that each axis left alone has become.
     place = {axis: number if number < first else number + len(shape) for number, axis in enumerate(kept)}
-    maps = [_aligned(index, first, len(shape), len(result)) for index in indices if index is not None]
+    maps = [aligned(index, first, len(shape), len(result)) for index in indices if index is not None]
 
     def gathered(*elements: ir.Value) -> ir.Value:
         at = dict(zip(given, elements, strict=False))
@@ -161,7 +161,7 @@ def _gather(value: ir.Value, indices: list[ir.Value | None]) -> ir.Value:
     )
 
 
-def _broadcast(indices: list[ir.Value]) -> list[tensors.Size]:
+def broadcast(indices: list[ir.Value]) -> list[tensors.Size]:
     """The common shape of indices: sizes that are known to be 1 give way, and known ones are preferred."""
     shapes = [tensors.sizes(index) for index in indices]
     rank = max(map(len, shapes))
@@ -173,7 +173,7 @@ def _broadcast(indices: list[ir.Value]) -> list[tensors.Size]:
     return found
 
 
-def _aligned(index: ir.Value, first: int, rank: int, loops: int) -> ir.AffineMap:
+def aligned(index: ir.Value, first: int, rank: int, loops: int) -> ir.AffineMap:
     """Map loops to where an index is read, whose axes are the last of the ``rank`` from ``first`` on."""
     type_ = ir.RankedTensorType(index.type)
     start = first + rank - type_.rank

@@ -19,7 +19,7 @@ from iree.compiler.dialects import arith, linalg, tensor
 from patterns import torch_ir
 from patterns.torch_ir import TensorType
 
-from . import respell_index, tensors
+from . import respell_index, respell_state, tensors
 
 _MOST = 64  # indices
 _P = arith.CmpIPredicate
@@ -225,10 +225,11 @@ def _aligned(type_: ir.RankedTensorType, order: Sequence[int], loops: Sequence[i
 def _or(
     rule: Callable[[ir.Operation], list[ir.Value] | None], name: str
 ) -> Callable[..., list[ir.Value] | None]:
-    """Try ``rule``; where it has nothing to say, do what is done for IREE's own form of ``name``."""
+    """Try that of state, then ``rule``; where neither says a thing, do what is done for IREE's own form."""
+    of_state = respell_state.RULES.get(name, lambda op: None)
 
     def either(op: ir.Operation) -> list[ir.Value] | None:
-        made = rule(op)
+        made = of_state(op) or rule(op)
         return respell_index.RULES[name](op) if made is None else made
 
     return either

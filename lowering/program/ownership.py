@@ -4,6 +4,8 @@ IREE updates a tensor in place where an operation is the last to read it, and ta
 tensor: its copy-on-write asks whether a value has another reader, not whose memory it is.  So every argument
 gets one more reader, the barrier at the end of the function.  IREE then puts a copy before each operation
 that would write into an argument, and none where nothing is written: what is only read is not copied.
+
+What the model itself writes to, and updates part by part, is left to IREE's way: see ``write_in_place``.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ from ..passes import tensors
 # What updates a tensor, and which operand that is.
 _UPDATES = {"iree_linalg_ext.scatter": -1, "tensor.insert_slice": 1}
 # What gives a tensor another shape; it is the same memory.
-_VIEWS = ("tensor.collapse_shape", "tensor.expand_shape", "tensor.cast")
+_VIEWS = ("tensor.collapse_shape", "tensor.expand_shape", "tensor.cast", "tensor.bitcast")
 _BARRIER = "hal.tensor.barrier"
+# On a function: the numbers of the arguments whose memory it writes to.
+_WRITTEN = "written"
 _IMPORT = "hal.tensor.import"
 
 
@@ -27,9 +31,59 @@ def keep_arguments(module: ir.Module) -> None:
     """Make no function of ``module``, as it is after IREE's torch pipeline, write into its arguments."""
     for function in (op.operation for op in module.body.operations if op.operation.name == "util.func"):
         operations = [op.operation for block in function.regions[0].blocks for op in block.operations]
-        imported = [op.results[0] for op in operations if op.name == _IMPORT]
+        imported = [op.results[0] for op in operations if op.name == _IMPORT and not _is_written(op)]
         for barrier in (op for op in operations if op.name == _BARRIER):
             _read_until(barrier, [value for value in imported if value not in set(barrier.operands)])
+
+
+def write_in_place(work: ir.Operation, argument: int, new: ir.Value) -> bool:
+    """Leave the memory of an argument to its ``new`` value, where that is made of updates of it alone.
+
+    work: the function, as for ``keep_arguments``.  Each update has to be of the last, and nothing else may
+    read what is before one: IREE then updates in place.  Tells whether it is so.
+    """
+    number = _number_of(_updated(new))
+    if number != argument:
+        return False
+    work.attributes[_WRITTEN] = ir.DenseI64ArrayAttr.get([*_written(work), argument])
+    return True
+
+
+def is_in_place(value: ir.Value) -> bool:
+    """Tell whether ``value`` is the new value of an argument, in its memory."""
+    origin = _updated(value)
+    if _number_of(origin) is None:
+        return False
+    return _is_written(torch_ir.producer(origin))  # type: ignore[arg-type]
+
+
+def _is_written(imported: ir.Operation) -> bool:
+    function = imported.operands[0].owner.owner
+    return ir.BlockArgument(imported.operands[0]).arg_number in _written(function)
+
+
+def _written(function: ir.Operation) -> list[int]:
+    attributes = function.attributes
+    return list(ir.DenseI64ArrayAttr(attributes[_WRITTEN])) if _WRITTEN in attributes else []
+
+
+def _number_of(value: ir.Value | None) -> int | None:
+    """The number of the argument that ``value`` is; None for any other."""
+    imported = torch_ir.producer(value) if value is not None else None
+    if imported is None or imported.name != _IMPORT or torch_ir.producer(imported.operands[0]) is not None:
+        return None
+    return ir.BlockArgument(imported.operands[0]).arg_number
+
+
+def _updated(value: ir.Value) -> ir.Value | None:
+    """What ``value`` is after updates, if nothing but them reads what was before; None for no update."""
+    updated = False
+    while (op := torch_ir.producer(value)) is not None and op.name in (*_UPDATES, *_VIEWS):
+        updated = updated or op.name in _UPDATES
+        value = op.operands[_UPDATES.get(op.name, 0) % len(op.operands)]
+        if updated and sum(use.owner.operation.name != "tensor.dim" for use in value.uses) > 1:
+            return None
+    return value if updated else None
 
 
 def part_updates(module: ir.Module) -> None:

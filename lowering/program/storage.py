@@ -8,13 +8,14 @@ knows, and one for everything that lives only during the call.  torch's allocato
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from iree.compiler import ir
 from iree.compiler.dialects import arith, hal, tensor
 
 from ..signature import ASYNC, INTO
+from .ownership import is_in_place
 
 _BARRIER = "hal.tensor.barrier"
 _RESHAPES = ("tensor.cast", "tensor.expand_shape", "tensor.collapse_shape", "tensor.reshape")
@@ -36,7 +37,7 @@ def add_entry(module: ir.Module, name: str, numbers: Sequence[int]) -> Placed:
     value is read from a tensor (the size of the scratch memory may then not be known before the call), and
     for a function of several blocks.
     """
-    functions = _functions(module)
+    functions = functions_of(module)
     work, entry = functions.get(name + ASYNC), functions.get(name)
     if work is None or entry is None or len(work.regions[0].blocks) != 1:
         return ()
@@ -50,14 +51,28 @@ def add_entry(module: ir.Module, name: str, numbers: Sequence[int]) -> Placed:
     return placed
 
 
+def drop_results(module: ir.Module, name: str, numbers: Collection[int]) -> None:
+    """Return no more these results of ``@name``; the tensors are still computed before the barrier is."""
+    functions = functions_of(module)
+    work, entry, placed = functions[name + ASYNC], functions[name], (tuple(numbers),)
+    exports = [r.export for same in results_of(work).values() for r in same if r.number in numbers]
+    with module.context, ir.Location.unknown():
+        _return_others(work, placed)
+        _call(entry, name + ASYNC, (), placed)
+    for export in exports:
+        if not list(export.results[0].uses):
+            export.erase()
+
+
 def remove_entry(module: ir.Module, name: str) -> None:
     """Take back what ``add_entry`` added."""
-    functions = _functions(module)
+    functions = functions_of(module)
     for added in (name + INTO, name + INTO + ASYNC):
         functions[added].erase()
 
 
-def _functions(module: ir.Module) -> dict[str, ir.Operation]:
+def functions_of(module: ir.Module) -> dict[str, ir.Operation]:
+    """Find the functions of ``module``, as it is after IREE's torch pipeline, by name."""
     found = (op.operation for op in module.body.operations if op.operation.name == "util.func")
     return {ir.StringAttr(op.attributes["sym_name"]).value: op for op in found}
 
@@ -102,13 +117,13 @@ class _Result:
 
 def _placed(work: ir.Operation, numbers: Sequence[int]) -> list[list[_Result]]:
     """The results among ``numbers`` that get a buffer."""
-    returned = list(work.regions[0].blocks[0].operations)[-1].operation
-    same = _results(returned).values()
+    same = results_of(work).values()
     return [results for results in same if {result.number for result in results} <= set(numbers)]
 
 
-def _results(returned: ir.Operation) -> dict[ir.Value, list[_Result]]:
-    """The tensors that are returned, each with all the results it is."""
+def results_of(work: ir.Operation) -> dict[ir.Value, list[_Result]]:
+    """The tensors that a function returns, each with all the results it is."""
+    returned = list(work.regions[0].blocks[0].operations)[-1].operation
     found: dict[ir.Value, list[_Result]] = {}
     for number, value in enumerate(returned.operands):
         export = _producer(value)
@@ -133,12 +148,12 @@ def _alias(
     """Write the tensor of these results into ``buffer``.
 
     In place: the alias follows what computes the tensor, and all other uses read the alias; behind such a
-    use it would be a copy.  It is one where nothing computes the tensor, and where it is another shape of one
-    that has a buffer already.
+    use it would be a copy.  It is one where nothing computes the tensor, where it is another shape of one
+    that has a buffer already, and where it is the new value of an argument, whose memory it has.
     """
     source = same[0].barrier.operands[same[0].operand]
     root = _root(source)
-    if root in aliases or root.owner.operation.name in _GIVEN:
+    if root in aliases or root.owner.operation.name in _GIVEN or is_in_place(root):
         with ir.InsertionPoint(same[0].barrier):
             alias = hal.TensorAliasOp(source, _dims(source), buffer, wait_fence=available)
         for result in same:
@@ -174,7 +189,11 @@ def _take_scratch(barrier: ir.Operation, buffer: ir.Value) -> None:
 
 def _forward(entry: ir.Operation, callee: str, placed: Placed) -> None:
     """Make the function that calls the work and waits pass the storage on."""
-    buffers = _add_arguments(entry, placed)
+    _call(entry, callee, _add_arguments(entry, placed), placed)
+
+
+def _call(entry: ir.Operation, callee: str, buffers: Sequence[ir.Value], placed: Placed) -> None:
+    """Make the function that calls the work and waits call it so, without the results that are ``placed``."""
     block = entry.regions[0].blocks[0]
     call = next(op.operation for op in block.operations if op.operation.name == "util.call")
     _return_others(entry, placed)

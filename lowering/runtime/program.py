@@ -17,8 +17,10 @@ Order on a GPU: a call waits for torch's current stream, runs, and returns when 
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from torch.utils import _pytree as pytree
 from .. import containers, ops
 from ..errors import RunError, UsageError
 from ..signature import (
+    INITIAL,
     INTO,
     SCRATCH_SIZE,
     Constant,
@@ -40,6 +43,7 @@ from ..signature import (
     evaluate,
     holds,
     resolve,
+    returned_tensors,
 )
 from .arguments import (
     bind,
@@ -54,7 +58,9 @@ from .arguments import (
     without_constants,
 )
 from .files import Check, check_archive, function_of, open_module, parameter_modules, signatures_of
-from .session import Place, Session, Storage, reported
+from .session import Memory, Place, Session, Storage, reported
+from .state import State, StateTensor
+from .writing import Writing
 
 __all__ = ["Function", "Program", "load"]
 
@@ -105,6 +111,9 @@ class Program:
 
     Arguments are those of the module that was compiled; the result has the structure that module
     returned (a flat tuple where the structure's type is not known in this process).
+
+    What the module kept in buffers that it writes to is the program's state, which lives from call to call.
+    ``session()`` gives the same program with a state of its own.
     """
 
     def __init__(
@@ -114,10 +123,58 @@ class Program:
         place: Place,
         parameter_modules: Sequence[iree.VmModule] = (),
     ):
-        session = Session(module, place, parameter_modules)
+        self._session = session = Session(module, place, parameter_modules)
+        specs = {spec.name: spec for signature in signatures.values() for spec in signature.state}
+        stored = next((signature.stored for signature in signatures.values() if signature.stored), ())
+        initial = module.lookup_function(INITIAL)
+
+        def values() -> dict[str, Tensor]:
+            views = session.invoke(initial, ()) if initial is not None else []
+            dtypes = (getattr(torch, specs[name].dtype) for name in stored)
+            return dict(zip(stored, map(session.to_torch, views, dtypes), strict=True))
+
+        self._state = State(session, tuple(specs.values()), values)
         self._functions = {
-            name: Function(name, signature, session, module) for name, signature in signatures.items()
+            name: Function(name, signature, session, module, self._state)
+            for name, signature in signatures.items()
         }
+
+    def session(self) -> Program:
+        """The same program with a state of its own, as new; weights, code and ``close`` are shared."""
+        other = copy.copy(self)
+        other._state = self._state.another()
+        other._functions = {name: each.with_state(other._state) for name, each in self._functions.items()}
+        return other
+
+    def state(self) -> tuple[StateTensor, ...]:
+        """What the program remembers: name, dtype, shape and bytes of each tensor."""
+        return self._state.describe()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The values of the state, by name: copies, on the CPU."""
+        return self._state.values()
+
+    def reset(self) -> None:
+        """Give the state the values that the module's buffers had when it was compiled."""
+        self._state.reset()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a safetensors file, all of it or nothing.
+
+        Raises UsageError where that cannot be written, RunError for a program without state.
+        """
+        self._state.save(path)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Read the state that ``save`` has written, of this program on any target.
+
+        Raises RunError for any other file, and changes nothing then.
+        """
+        self._state.load(path)
+
+    def close(self) -> None:
+        """Let go of the program and its weights; it cannot be called after, nor can its sessions."""
+        self._session.close()
 
     @property
     def functions(self) -> tuple[str, ...]:
@@ -140,14 +197,17 @@ class Program:
 class Function:
     """One exported function of a program."""
 
-    def __init__(self, name: str, signature: Signature, session: Session, module: iree.VmModule):
+    def __init__(
+        self, name: str, signature: Signature, session: Session, module: iree.VmModule, state: State
+    ):
         self.name = name
         self.signature = signature
         self.passed_inputs = passed(signature.inputs)
         """The arguments of ``run``; None when the program does not say."""
         self.tensor_outputs = tensor_specs(signature.outputs)
         """The results of ``run``; None when the program does not say."""
-        self._session = session
+        self._session, self._state = session, state
+        self._writing = Writing(signature)
         into = bool(signature.placed)
         self._function = function_of(module, name + INTO if into else name)
         # A program that needs no scratch memory has no such function.
@@ -157,13 +217,19 @@ class Function:
         self._keywords = keywords_of(signature.input_tree)
         self._positional = positional_count(self._in_tree, signature.inputs)
         self._all_tensors = self.tensor_outputs == signature.outputs
-        outputs = self.tensor_outputs or ()
+        outputs = self._returned_tensors = returned_tensors(signature)
         self._strided = [(i, spec.strides) for i, spec in enumerate(outputs) if spec.strides]
         self._dtypes = tuple(getattr(torch, spec.dtype) for spec in outputs)
         placed = {number for numbers in signature.placed for number in numbers}
         self._returned = [i for i in range(len(outputs)) if i not in placed]
         self._returned_dtypes = [self._dtypes[i] for i in self._returned]
         self._plans: dict[Any, _Plan] = {}
+
+    def with_state(self, state: State) -> Function:
+        """The same function on another state."""
+        other = copy.copy(self)
+        other._state = state
+        return other
 
     @property
     def device(self) -> torch.device:
@@ -182,17 +248,52 @@ class Function:
         return results[0] if len(results) == 1 else tuple(results)
 
     def run(self, *values: Any) -> list[Tensor]:
-        """Call with the tensors and ints of ``passed_inputs``, flat; returns the tensors of the result."""
+        """Call with the tensors and ints of ``passed_inputs``, flat; returns the tensors of the result.
+
+        What the model writes to among them is written.
+        """
+        if not (self._writing.arguments or self.signature.state):
+            return self._run(values, values, {})
+        with self._state.held() if self.signature.state else nullcontext():
+            return self._run_writing(values)
+
+    def _run_writing(self, values: Sequence[Any]) -> list[Tensor]:
+        """Call a function that writes to arguments, or has a state, which is held."""
+        writing, state = self._writing, self._state
+        self._plan(values)  # refuses what cannot be passed before anything is made of it
+        passed, finish = writing.lend(values, self._session)
+        passed += [state.view(spec.name) for spec in self.signature.state]
+        spare = {number: state.spare(name) for number, name in writing.state.items()}
+        results = self._run(values, passed, spare)
+        for argument, number in writing.results.items():
+            values[argument].detach().copy_(results[number])
+        for bring_back in finish:
+            bring_back()
+        for number, name in writing.state.items():
+            if results[number] is not None:  # it is not in the spare memory
+                state.put(name, results[number])
+        state.exchange([name for number, name in writing.state.items() if results[number] is None])
+        return results[: writing.first]
+
+    def _run(self, values: Sequence[Any], passed: Sequence[Any], spare: Mapping[int, Memory]) -> list[Any]:
+        """Call with what is ``passed`` for ``values``; all tensors that are returned.
+
+        spare: where new values of the state are put, by number; where that was done there is None.
+        """
         plan = self._plan(values)
         session = self._session
         if plan.all_empty and not session.place.driver.on_host:
             return self._empty(plan)
         with reported(f"{self.name} failed"):
-            storage = [session.allocate(each) for each in plan.storage]
+            placed = self.signature.placed
+            storage = [
+                spare.get(numbers[0]) or session.allocate(each)
+                for numbers, each in zip(placed, plan.storage, strict=True)
+            ]
             memory = [view for _, view in storage]
             if plan.scratch is not None:
                 memory.append(session.scratch(plan.scratch))
-            views = session.invoke(self._function, values, memory)
+            views = session.invoke(self._function, passed, memory)
         tensors = [value for value in values if isinstance(value, Tensor)]
         if self.tensor_outputs is None:
             return _apart([session.to_torch(view, None) for view in views], tensors)
@@ -200,9 +301,9 @@ class Function:
         if len(returned) != len(views):
             raise RunError(f"{self.name} returned {len(views)} tensors, its signature says {len(returned)}")
         given = map(session.to_torch, views, self._returned_dtypes)
-        results = dict(zip(returned, _apart(given, tensors), strict=True))
-        for numbers, (tensor, _) in zip(self.signature.placed, storage, strict=True):
-            results[numbers[0]] = tensor
+        results: dict[int, Any] = dict(zip(returned, _apart(given, tensors), strict=True))
+        for numbers, (tensor, _) in zip(placed, storage, strict=True):
+            results[numbers[0]] = None if numbers[0] in spare else tensor
             for number in numbers[1:]:
                 results[number] = tensor.view(self._dtypes[number])
         for number, layout in self._strided:
@@ -231,14 +332,15 @@ class Function:
 
     def _planned(self, values: Sequence[Any]) -> _Plan:
         """Check the arguments of ``run`` and plan the call."""
-        plan = _Plan(self._check(values), self.tensor_outputs or ())
+        plan = _Plan(self._check(values), self._returned_tensors)
         layouts, session = dict(self._strided), self._session
         for number, *_ in self.signature.placed:
             shape = ops.physical_shape(plan.shape(number), layouts.get(number, "row"))
             plan.storage.append(session.storage(shape, self._dtypes[number]))
         if self._scratch_size is not None:
             with reported(f"{self.name} failed"):
-                plan.scratch = session.query(self._scratch_size, values, len(plan.storage) + 1)
+                state = [self._state.view(spec.name) for spec in self.signature.state]
+                plan.scratch = session.query(self._scratch_size, [*values, *state], len(plan.storage) + 1)
         elif plan.storage:
             plan.scratch = 0
         return plan

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -197,6 +197,10 @@ class Storage:
     """In bytes."""
 
 
+Memory = tuple[Tensor, iree.HalBufferView]
+"""A tensor, and the same memory as a program is passed it."""
+
+
 class Session:
     """One IREE context on one device; calls take turns."""
 
@@ -210,15 +214,22 @@ class Session:
         self._on_host = place.device.type == "cpu"
         self._dlpack = (_DRIVERS["cpu"].dlpack, 0) if self._on_host else (place.driver.dlpack, place.index)
         hal_module = iree.create_hal_module(instance(), self._hal)
-        self._context = iree.VmContext(instance(), [hal_module, *parameter_modules, module])
+        self._context: iree.VmContext | None = iree.VmContext(
+            instance(), [hal_module, *parameter_modules, module]
+        )
         self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Let the context go, once the call that is under way is over; there are no others after it."""
+        with self._lock:
+            self._context = None
 
     def invoke(
         self, function: iree.VmFunction, values: Sequence[Any], storage: Sequence[iree.HalBufferView] = ()
     ) -> list[iree.HalBufferView]:
-        """Call ``function`` with ``values``, tensors and ints, then ``storage``; wait for its results.
+        """Call ``function`` with ``values``, tensors, views and ints, then ``storage``; wait for its results.
 
-        Raises what the IREE runtime raises: see ``reported``; RunError in a forked process.
+        Raises what the IREE runtime raises: see ``reported``; RunError in a forked process, and when closed.
         """
         _refuse_forked()
         arguments = iree.VmVariantList(len(values) + len(storage))
@@ -230,13 +241,20 @@ class Session:
             # After the conversions and allocations: copies may be queued, and freed memory still in use.
             torch.cuda.current_stream(self.place.device).synchronize()
         with self._lock:
-            self._context.invoke(function, arguments, results)
+            self._open().invoke(function, arguments, results)
         return [results.get_as_object(i, iree.HalBufferView) for i in range(len(results))]
+
+    def _open(self) -> iree.VmContext:
+        if self._context is None:
+            raise RunError("the program is closed")
+        return self._context
 
     def _push(self, arguments: iree.VmVariantList, values: Sequence[Any]) -> None:
         for value in values:
             if isinstance(value, Tensor):
                 arguments.push_ref(self.to_iree(value).ref)
+            elif isinstance(value, iree.HalBufferView):
+                arguments.push_ref(value.ref)
             else:
                 arguments.push_int(value)
 
@@ -254,7 +272,7 @@ class Session:
             arguments.push_ref(self._import(self._somewhere).ref)
         results = iree.VmVariantList(1)
         with self._lock:
-            self._context.invoke(function, arguments, results)
+            self._open().invoke(function, arguments, results)
         return results.get_variant(0)
 
     def storage(self, shape: tuple[int, ...], dtype: torch.dtype) -> Storage:
@@ -293,6 +311,16 @@ class Session:
             return self._import(self._somewhere)
         return self._import(tensor.view(torch.uint8) if tensor.dtype in _AS_BYTES else tensor)
 
+    def lend(self, tensor: Tensor) -> tuple[iree.HalBufferView, Callable[[], Any] | None]:
+        """The tensor's memory for a program to write to; what brings it back where it had to be copied."""
+        direct = tensor.is_contiguous() and not (
+            self.place.driver.on_host and tensor.data_ptr() % _CPU_ALIGNMENT
+        )
+        if direct and self.place.emulated is None:
+            return self.to_iree(tensor), None
+        copied = self.to_iree(tensor)
+        return copied, lambda: tensor.detach().copy_(self.to_torch(copied, tensor.dtype))
+
     def to_iree(self, tensor: Tensor) -> iree.HalBufferView:
         """The tensor's memory as a buffer view, which keeps it alive."""
         if tensor.requires_grad:
@@ -309,11 +337,31 @@ class Session:
         view = self._import(tensor.view(torch.uint8))
         return iree.HalBufferView(view.get_buffer(), list(tensor.shape), element)
 
-    def _empty(self, tensor: Tensor) -> iree.HalBufferView:
+    def passable(self, tensor: Tensor, memory: iree.HalBufferView) -> iree.HalBufferView:
+        """The ``memory`` of ``tensor`` as a program is passed it, with its shape and dtype."""
         element = _AS_BYTES.get(tensor.dtype)
         if element is None:
             element = self._import(self._somewhere.view(tensor.dtype)).element_type
-        return iree.HalBufferView(self._import(self._somewhere).get_buffer(), list(tensor.shape), element)
+        return iree.HalBufferView(memory.get_buffer(), list(tensor.shape), element)
+
+    def set(self, memory: Memory, value: Tensor | None) -> Memory:
+        """Give memory that is passed to programs a value, None for zeros.
+
+        That of an emulated GPU is filled by copies to the device alone: it is other memory then.
+        """
+        tensor, view = memory
+        if self.place.emulated is not None and tensor.numel():
+            value = torch.zeros_like(tensor) if value is None else value
+            view = self._upload(value.contiguous(), view)
+            return self.to_torch(view, tensor.dtype), view
+        if value is not None:
+            tensor.copy_(value)
+        elif tensor.numel():
+            tensor.view(-1).view(torch.uint8).zero_()
+        return memory
+
+    def _empty(self, tensor: Tensor) -> iree.HalBufferView:
+        return self.passable(tensor, self._import(self._somewhere))
 
     def _import(self, tensor: Tensor) -> iree.HalBufferView:
         view = self._hal.from_dlpack_capsule(to_dlpack(tensor))

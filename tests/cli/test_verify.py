@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+import lowering
 from lowering import nn as quantized
 from lowering.cli.sensitivity import exact, nudged
 from lowering.cli.verify import Comparison, compare, verify
@@ -351,3 +352,30 @@ def test_a_program_that_is_wrong_at_another_size_only():
         verify(only_four, Sums(), args, dynamic_shapes=shapes)
     words = "argument x: expected 4"
     assert "no other sizes" in str(verify(only_four, Sums(), args, dynamic_shapes=shapes))
+
+
+class Remembers(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(4, 8))
+        self.register_buffer("count", torch.zeros(1, dtype=torch.long))
+        self.register_buffer("mean", torch.rand(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.cache.index_copy_(0, self.count, x.softmax(-1)[None])
+        self.mean.lerp_(x, 0.1)
+        self.count.add_(1)
+        x.mul_(2)
+        return self.cache.sum(0)
+
+
+def test_state_and_written_arguments_are_compared_too() -> None:
+    model, x = Remembers(), torch.randn(8)
+    program = lowering.load(lowering.compile(model, (x,)).vmfb)
+    program(x.clone())  # whatever it remembers
+    assert len(verify(program, model, (x,)).outputs) == 5
+    assert int(model.count) == 0
+    other = Remembers()
+    other.mean += 1
+    with pytest.raises(VerificationError, match="output 3, the state mean: relative error"):
+        verify(program, other, (x,))

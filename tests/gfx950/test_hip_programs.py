@@ -291,3 +291,28 @@ def test_an_unknown_command_is_named():
     done = emulated("run-vmfc")
     assert done.returncode == 2
     assert done.stderr == "python -m tools.gfx950.hip: error: there is no command 'run-vmfc'\n"
+
+
+class Remembering(nn.Module):
+    """A cache, counters and an argument that is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(2, 8, 4))
+        self.register_buffer("length", torch.zeros(1, dtype=torch.long))
+        self.register_buffer("total", torch.full((4,), 2.0))
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.cache.index_copy_(1, torch.arange(2) + self.length, x)
+        self.length.add_(2)
+        self.total.add_(x.sum((0, 1)))
+        y.index_copy_(0, self.length, x[0, :1])
+        return self.cache + 0, self.total + 0, y + 0
+
+
+def test_state_lives_on_the_device(build: Build) -> None:
+    calls = [(torch.randint(-4, 5, (2, 2, 4)).float(), torch.randn(6, 4)) for _ in range(2)]
+    found = run(build("gfx950", Remembering(), calls[0]), calls)
+    model = Remembering()
+    for one, call in zip(found, calls, strict=True):
+        assert_same_bits(one, model(*(tensor.clone() for tensor in call)))

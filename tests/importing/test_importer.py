@@ -313,31 +313,6 @@ def test_an_operation_nobody_knows_is_named_when_it_cannot_be_lowered() -> None:
 # --- what is refused -------------------------------------------------------------------------------
 
 
-class WritesBuffer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("count", torch.zeros(1))
-
-    def forward(self, x):
-        self.count.add_(1)
-        return x + self.count
-
-
-class WritesInput(nn.Module):
-    def forward(self, x):
-        x.mul_(2)
-        return x + 1
-
-
-@pytest.mark.parametrize(("model", "name"), [(WritesBuffer(), "count"), (WritesInput(), "x")])
-def test_a_model_that_writes_in_place_is_refused(model: nn.Module, name: str) -> None:
-    with pytest.raises(CompileError) as caught:
-        imported(model, torch.zeros(3))
-    said = str(caught.value)
-    assert "take the old value as an argument and return the new one" in said
-    assert re.search(rf"{THIS}:\d+: {name}$", said), said
-
-
 class WritesOwnTensor(nn.Module):
     def forward(self, x):
         y = x + 1

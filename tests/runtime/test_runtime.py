@@ -348,7 +348,7 @@ def test_missing_and_foreign_files(tmp_path, double):
 
 
 def test_a_later_version_is_named():
-    with pytest.raises(RunError, match="signature has version 99, this vmfuse reads 3"):
+    with pytest.raises(RunError, match="signature has version 99, this vmfuse reads 4"):
         runtime.load(compiled(DOUBLE.replace("@SIG(negate)", ""), main=signature(version=99)))
 
 

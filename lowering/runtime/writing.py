@@ -1,0 +1,76 @@
+"""Hand over the arguments that a model writes to, so that they have their new values after a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import RunError
+from ..signature import Signature, TensorSpec
+from .arguments import passed
+from .session import Session
+
+
+class Writing:
+    """Say what a function writes: in the memory it is passed, or as a tensor that it returns.
+
+    results: by number of an argument, the result that is its new value.  state: by number of a result, the
+    name of the state's tensor whose new value it is.  first: the number of the first of these results.
+    """
+
+    def __init__(self, signature: Signature):
+        arguments = passed(signature.inputs) or ()
+        self._names = [argument.name for argument in arguments]
+        given = [item for item in signature.written if item.argument < len(arguments)]
+        self.arguments = tuple(item.argument for item in given)
+        self.results = {item.argument: item.result for item in given if item.result is not None}
+        self.state = {
+            item.result: signature.state[item.argument - len(arguments)].name
+            for item in signature.written
+            if item.result is not None and item.argument >= len(arguments)
+        }
+        self.first = sum(isinstance(leaf, TensorSpec) for leaf in signature.outputs or ())
+
+    def lend(self, values: Sequence[Any], session: Session) -> tuple[list[Any], list[Callable[[], Any]]]:
+        """What to pass for ``values``, and what brings new values back that went into copies.
+
+        Raises RunError for a tensor that shares memory with another, or with itself: what the program
+        would read there after it has written is not defined.
+        """
+        prepared, finish = list(values), []
+        for number in self.arguments:
+            self._check_apart(number, values)
+            if number not in self.results:
+                prepared[number], bring_back = session.lend(values[number])
+                finish += [bring_back] if bring_back is not None else []
+        return prepared, finish
+
+    def _check_apart(self, number: int, values: Sequence[Any]) -> None:
+        tensor: Tensor = values[number]
+        # PyTorch's own answer, 1 for elements that are one; it is what an operation in place asks there.
+        if torch._debug_has_internal_overlap(tensor) == 1:
+            raise RunError(
+                f"argument {self._names[number]} is written, and several of its elements are one in memory "
+                "(expand): pass a tensor of its own"
+            )
+        begin, end = _span(tensor)
+        for other, value in enumerate(values):
+            if other == number or not isinstance(value, Tensor):
+                continue
+            first, last = _span(value)
+            if first < end and begin < last:
+                raise RunError(
+                    f"argument {self._names[number]} is written and shares memory with argument "
+                    f"{self._names[other]}: pass a copy of one of them"
+                )
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses between which a tensor's elements lie."""
+    if not tensor.numel():
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
