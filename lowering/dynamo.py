@@ -2,12 +2,13 @@
 
 Dynamo makes the graphs and decides which sizes are open; those are dynamic dimensions of the program.  It is
 for inference: a program has no gradient.  Weights are arguments of the graphs, so they are shared with the
-model, and only what the graph writes is written.  A graph that cannot be compiled runs in eager PyTorch, after
-one warning.  A program lives as long as its graph.
+model, and only what the graph writes is written.  A graph that cannot be compiled runs in eager PyTorch,
+after one warning.  A program lives as long as its graph.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import warnings
@@ -76,38 +77,54 @@ class _Compiled:
     def __init__(self, graph: fx.GraphModule, options: Options):
         self.graph, self.options = graph, options
         self._programs: list[Callable[..., Any]] = []
-        self._eager = False
+        self._sizes: set[Any] = set()  # that programs have been compiled for
+        self._warned = False
         self._compiling = threading.Lock()
 
     def __call__(self, *inputs: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
             raise UsageError(
-                'torch.compile(backend="lowering") is for inference, and a gradient is asked for: call the model '
-                "under torch.inference_mode() or torch.no_grad(), or model.requires_grad_(False)"
+                'torch.compile(backend="lowering") is for inference, and a gradient is asked for: call the '
+                "model under torch.inference_mode() or torch.no_grad(), or model.requires_grad_(False)"
             )
         with torch.no_grad():
-            for program in self._programs:
+            refused = None
+            for number in itertools.count():
                 try:
-                    return program(*inputs)
-                except ArgumentError:  # for other sizes; it has not begun
-                    continue
-            with self._compiling:
-                program = self.graph if self._eager else self._compiled(inputs)
-            return program(*inputs)
+                    return self._program(number, inputs, refused)(*inputs)
+                except ArgumentError as error:  # it has not begun
+                    refused = error
+        raise AssertionError  # the count has no end
 
-    def _compiled(self, inputs: tuple[Any, ...]) -> Callable[..., Any]:
-        """A new program that takes these sizes; the graph itself if there can be none, from then on."""
-        try:
-            if len(self._programs) == _MOST_PROGRAMS:
-                raise CompileError(f"its code decides by sizes, and {_MOST_PROGRAMS} programs are kept")
-            self._programs.append(_compile(self.graph, inputs, self.options))
-        except CompileError as error:
-            self._eager = True
+    def _program(
+        self, number: int, inputs: tuple[Any, ...], refused: ArgumentError | None
+    ) -> Callable[..., Any]:
+        """The program to try after ``number`` others, the last of which ``refused``.
+
+        A new one is compiled for sizes that there is none for; where that cannot be, it is the graph itself.
+        """
+        if number < len(self._programs):
+            return self._programs[number]
+        with self._compiling:
+            if number < len(self._programs):  # by another thread
+                return self._programs[number]
+            sizes = tuple(x.shape if isinstance(x, Tensor) else x for x in inputs)
+            if sizes in self._sizes or number == _MOST_PROGRAMS:
+                return self._eager(refused)
+            self._sizes.add(sizes)
+            try:
+                self._programs.append(_compile(self.graph, inputs, self.options))
+            except CompileError as error:
+                return self._eager(error)
+            return self._programs[number]
+
+    def _eager(self, why: Exception | None) -> Callable[..., Any]:
+        if not self._warned:
+            self._warned = True
             warnings.warn(
-                f'torch.compile(backend="lowering") leaves a graph to eager PyTorch: {error}', stacklevel=4
+                f'torch.compile(backend="lowering") leaves a graph to eager PyTorch: {why}', stacklevel=4
             )
-            return self.graph
-        return self._programs[-1]
+        return self.graph
 
 
 def _compile(graph: fx.GraphModule, inputs: tuple[Any, ...], options: Options) -> Callable[..., Any]:
@@ -116,18 +133,17 @@ def _compile(graph: fx.GraphModule, inputs: tuple[Any, ...], options: Options) -
     from .runtime import program as runtime
 
     target, parts = _target(inputs), Parts.of(graph)
-    args = parts.passed(inputs)
+
+    def compiled_for(shapes: Any) -> compiler.Compiled:
+        return compiler.compile(parts.module, parts.passed(inputs), dynamic_shapes=shapes, target=target)
+
     try:
-        compiled = compiler.compile(
-            parts.module, args, dynamic_shapes=parts.shapes(named=True), target=target
-        )
+        compiled = compiled_for(parts.shapes(named=True))
     except CompileError:
         if not any(parts.open):
             raise
         # Sizes that the graph ties together, or to a number, without Dynamo's knowing.
-        compiled = compiler.compile(
-            parts.module, args, dynamic_shapes=parts.shapes(named=False), target=target
-        )
+        compiled = compiled_for(parts.shapes(named=False))
     _report(compiled.report, options)
     # It has been in this memory ever since it was made.
     return parts.called_with(runtime.load(compiled.vmfb, check="headers"))

@@ -1,13 +1,12 @@
-"""Make of a graph that Dynamo traced a module that torch.export takes, with the sizes open that Dynamo left open.
+"""Make of a graph that Dynamo traced a module for torch.export, open in the sizes that Dynamo left open.
 
-Dynamo passes an open size beside the tensors that have it, and returns views of arguments as it finds them.  In
-a program a size is its tensor's, and a result has memory of its own; so such ints are not passed, and such
+Dynamo passes an open size beside the tensors that have it, and returns views of arguments as it finds them.
+In a program a size is its tensor's, and a result has memory of its own; so such ints are not passed, and such
 views are made by PyTorch when the program has run.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,10 @@ from torch.fx.traceback import preserve_node_meta
 
 from ..errors import CompileError
 from .refusals import model_line
+
+# Functions of Python's operator module; what else writes has a name that ends with _.
+_IN_PLACE = {"setitem", "delitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"}
+_IN_PLACE |= {"iand", "ior", "ixor", "ilshift", "irshift"}
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,7 @@ class Parts:
         arguments = {_storage(node) for node in graph.graph.nodes if node.op == "placeholder"} - {None}
         of_arguments = [i for i, node in enumerate(returned) if _storage(node) in arguments]
         computed = [i for i in range(len(returned)) if i not in of_arguments]
-        views = _only(graph, of_arguments) if of_arguments else None
-        if views is not None:
-            _check_views(views, arguments)
+        views = _views(graph, of_arguments, arguments) if of_arguments else None
         computes = _only(graph, computed)
         passed = _sizes_of_tensors(computes)
         placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
@@ -78,7 +79,7 @@ class Parts:
         """The graph, called as Dynamo calls it, for a ``program`` of the module."""
 
         def call(*inputs: Any) -> Any:
-            computed = program(*self.passed(inputs))
+            computed = program(*self.passed(inputs)) or ()  # a graph may do nothing but write
             if self.views is None:
                 return computed
             made = dict(zip(self.results, computed, strict=True))
@@ -126,39 +127,61 @@ def _only(graph: fx.GraphModule, numbers: Sequence[int]) -> fx.GraphModule:
     results = [_outputs(graph)[number] for number in numbers]
     new.output(tuple(copied[node] if isinstance(node, fx.Node) else node for node in results))
     only = fx.GraphModule(graph, new)
-    only.graph.eliminate_dead_code(is_impure_node=_writes)
-    only.recompile()
+    _drop_dead(only)
     return only
 
 
+def _drop_dead(graph: fx.GraphModule) -> None:
+    kept = ("placeholder", "output")
+    graph.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in kept or _writes(node))
+    graph.recompile()
+
+
 def _writes(node: fx.Node) -> bool:
-    """Tell whether a node is kept although nothing reads it."""
-    if node.op in ("placeholder", "output"):
-        return True
+    """Tell whether an operation writes into what it is given."""
     target = node.target
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     schema = getattr(target, "_schema", None)
-    in_place = name.endswith("_") and not name.endswith("__")
-    return (
-        in_place
-        or target in (operator.setitem, operator.delitem)
-        or (node.op.startswith("call") and name.startswith("i") and hasattr(operator, f"__{name}__"))
+    return node.op.startswith("call") and (
+        (name.endswith("_") and not name.endswith("__"))
+        or name in _IN_PLACE
         or "out" in node.kwargs
         or (schema is not None and schema.is_mutable)
         or (node.op == "call_function" and node.is_impure())
     )
 
 
-def _check_views(views: fx.GraphModule, arguments: set[Any]) -> None:
-    """Refuse what would be computed a second time."""
+def _views(graph: fx.GraphModule, numbers: Sequence[int], arguments: set[Any]) -> fx.GraphModule:
+    """Those results of ``graph`` that are views of arguments, from arguments that have been written already.
+
+    Raises CompileError where more would have to be computed a second time.
+    """
+    views = _only(graph, numbers)
+    for node in list(views.graph.nodes):
+        if _writes(node):
+            if _value(node) is not None and isinstance(node.args[0], fx.Node):
+                if _layout(node) != _layout(node.args[0]):
+                    raise _refused(node)
+                node.replace_all_uses_with(node.args[0])
+            if not node.users:
+                views.graph.erase_node(node)
+    _drop_dead(views)
     for node in views.graph.nodes:
-        if node.op in ("placeholder", "output"):
-            continue
-        if _writes(node) or _storage(node) not in {None, *arguments}:
-            raise CompileError(
-                f"{model_line(node)}{node.name}: the graph returns a view of an argument, and writes or computes "
-                "on the way to it; return a clone"
-            )
+        if node.op not in ("placeholder", "output") and _storage(node) not in {None, *arguments}:
+            raise _refused(node)
+    return views
+
+
+def _refused(node: fx.Node) -> CompileError:
+    return CompileError(
+        f"{model_line(node)}{node.name}: the graph returns a view of an argument and computes on the way to "
+        "it; return a clone"
+    )
+
+
+def _layout(node: fx.Node) -> Any:
+    value = _value(node)
+    return isinstance(value, Tensor) and (value.shape, value.stride(), value.storage_offset(), _storage(node))
 
 
 def _sizes_of_tensors(graph: fx.GraphModule) -> list[int]:
