@@ -81,6 +81,8 @@ def test_a_gradient_is_refused() -> None:
 class Counter(nn.Module):
     """Writes to a buffer and to an argument."""
 
+    seen: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("seen", torch.zeros(2, 8))
@@ -141,7 +143,7 @@ def test_memory_that_two_arguments_share_is_eager(compiled: list[Any]) -> None:
 
 def test_options(compiled: list[Any], tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    asked = {"require_fused": True, "report": report}
+    asked: Any = {"require_fused": True, "report": report}
     ours = torch.compile(Model(), backend="lowering", options=asked)
     ours(integers(3, 256))
     assert json.loads(report.read_text())["summary"] == {"fused": 2, "unfused": 0, "dispatches": 1}
@@ -154,6 +156,7 @@ def test_options(compiled: list[Any], tmp_path: Path) -> None:
     refused = torch.compile(alone, backend="lowering", options={"require_fused": True})
     with pytest.raises(lowering.UnfusedError, match=r"1 sites did not fuse\n.*group_quant at .*test_dynamo"):
         refused(integers(3, 200))
+    wrong: Any
     for wrong in ({"options": {"fused": True}}, {"mode": "fastest"}):
         with pytest.raises(Exception, match="there are"):
             torch.compile(Model(), backend="lowering", **wrong)(integers(3, 256))
@@ -164,7 +167,7 @@ def test_a_program_dies_with_its_graph(compiled: list[Any]) -> None:
 
     def alive() -> int:
         gc.collect()
-        return sum(isinstance(each, Program) for each in gc.get_objects())
+        return sum(type(each) is Program for each in gc.get_objects())
 
     before, model = alive(), Model()
     ours = torch.compile(model, backend="lowering")
