@@ -11,12 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from iree.compiler import ir
-
-from . import torch_ir
-from .named_call import SCALE_LAYOUT, Arg, NamedOp, Role, nearest
+from .named_call import SCALE_LAYOUT, Arg, NamedOp, RefusedCall, Role
 from .named_vllm import VLLM_LIMITS, VLLM_NORM, VLLM_QUANTS
-from .recogniser import NearMiss
 
 _PLAIN = {"eps": Arg("eps"), "rounding": "once"}
 _LAYER_NORM = {**_PLAIN, "statistic": "variance"}
@@ -365,15 +361,4 @@ NAMED_OPS: tuple[NamedOp, ...] = (*_OURS, *_VLLM, *_AITER, *_SGLANG, *_FLASHINFE
 RECOGNISERS = NAMED_OPS
 
 
-class RefusedCall:
-    """A call of an operation of the table that none of its rows stands for."""
-
-    roots = tuple(dict.fromkeys(root for row in NAMED_OPS for root in row.roots))
-
-    def why_not(self, op: ir.Operation) -> NearMiss | None:
-        rows = [row for row in NAMED_OPS if torch_ir.op_name(op) in row.roots]
-        row = nearest(rows, op)
-        return NearMiss(row.site, f"{row.name}: {row.why_not(op)}")
-
-
-SUSPICIONS = (RefusedCall(),)
+SUSPICIONS = (RefusedCall(NAMED_OPS),)

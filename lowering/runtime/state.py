@@ -16,8 +16,6 @@ from pathlib import Path
 
 import torch
 from iree import runtime as iree
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import temporary
@@ -127,6 +125,8 @@ class State:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to ``path``, a safetensors file, all of it or nothing."""
+        from safetensors.torch import save_file
+
         self._refuse_none()
         tensors = self.values()
         try:
@@ -139,6 +139,8 @@ class State:
 
         Raises RunError for a file that cannot be read, is damaged, or holds the state of another program.
         """
+        from safetensors import SafetensorError, safe_open
+
         self._refuse_none()
         try:
             with safe_open(path, framework="pt") as file:
