@@ -69,6 +69,8 @@ class NamedOp:
         What other arguments must be; with any other value the operation is not recognised.
     unwritten
         Arguments that the schema says are written, and such a call leaves out.
+    refused
+        Why no contract says what it computes: it is in the table so that a call is refused with this.
     is_declared
         Whether declaring the table declares it; models that register operations themselves often do others.
     """
@@ -89,6 +91,7 @@ class NamedOp:
     dtypes: Mapping[str, Fields] = field(default_factory=dict)
     requires: Fields = field(default_factory=dict)
     unwritten: tuple[str, ...] = ()
+    refused: str | None = None
     is_declared: bool = True
 
     def shapes(self, given: Mapping[str, Any], fp8: str) -> dict[str, tuple[tuple[Any, ...], Any]]:
@@ -185,6 +188,7 @@ class NamedOp:
 
     def _check_required(self, operands: Mapping[str, ir.Value]) -> None:
         """Refuse where an argument is not what is required; one left out has its default, which is."""
+        require(self.refused is None, str(self.refused))
         for name, value in self.requires.items():
             found = torch_ir.constant(operands[name]) if name in operands else value
             require(found == value, f"{name} is {shown(found)}, not {value}")
