@@ -103,8 +103,8 @@ def is_given_scale(type_: TensorType | None) -> bool:
 
 
 def why_no_routing(routing: GroupedTopk, operands: Types, results: Types) -> str | None:
-    """gating, bias -> weights, ids."""
-    if len(operands) != 2 or len(results) != 2 or not is_routing((*operands, results[0])):
+    """gating, [bias] -> weights, ids."""
+    if len(results) != 2 or not is_routing((*operands, results[0])):
         return f"it takes {_listed(operands)} to {_listed(results)}"
     weights, ids = results
     if ids is None or weights is None or ids.shape != weights.shape or weights.shape[-1] != routing.topk:
@@ -113,16 +113,15 @@ def why_no_routing(routing: GroupedTopk, operands: Types, results: Types) -> str
 
 
 def is_routing(types: Types) -> bool:
-    """Tell whether these are gating [.., E], bias [E] and float32 weights [.., k], E and k known."""
+    """Tell whether these are gating [.., E], perhaps a bias [E], and weights [.., k], E and k known."""
     known = [type_ for type_ in types if type_ is not None]
-    if len(known) != 3 or len(types) != 3:
+    if len(known) != len(types) or not 2 <= len(known) <= 3:
         return False
-    gating, bias, weights = known
+    gating, *bias, weights = known
     return (
-        gating.dtype in FLOATS
-        and bias.dtype in FLOATS
-        and weights.dtype == "float32"
-        and bias.shape == gating.shape[-1:] != (None,)
+        all(type_.dtype in FLOATS for type_ in known)
+        and gating.shape[-1:] != (None,)
+        and all(type_.shape == gating.shape[-1:] for type_ in bias)
         and weights.shape[:-1] == gating.shape[:-1]
         and len(weights.shape) == len(gating.shape) > 0
         and weights.shape[-1] is not None
