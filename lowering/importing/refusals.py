@@ -116,9 +116,7 @@ def _guards(error: BaseException) -> Iterator[str]:
     raised, and the operations that were traced, each with its line, a few frames above.
     """
     graph = _local(error, "gm", torch.fx.GraphModule)
-    # In what raised the bound, or where bounds that contradict each other were put together.
-    environment = _local(error.__context__, "self", ShapeEnv) or _local(error, "shape_env", ShapeEnv)
-    environment = environment or _local(error.__context__, "shape_env", ShapeEnv)
+    environment = _local(error.__context__, "self", ShapeEnv)
     if graph is None or environment is None:
         return
     sizes = {symbol: _name(sources[0]) for symbol, sources in environment.var_to_sources.items() if sources}
