@@ -32,6 +32,12 @@ SCRATCH_SIZE = ASYNC + "_transients_size"
 INITIAL = "state$initial"
 """The function that returns the initial values of ``Signature.stored``."""
 
+RESERVED = (
+    *("functions", "session", "state", "state_dict", "reset", "save", "load", "close"),
+    INITIAL.partition("$")[0],
+)
+"""What no function of a program may be called: what programs have themselves."""
+
 Dim = int | str | None
 """A size; a symbol or an expression of symbols in ``+ - * // % **``; None: whatever it is."""
 
@@ -212,6 +218,11 @@ def sizes_of(leaf: Leaf) -> tuple[Dim, ...]:
     if isinstance(leaf, Integer):
         return (leaf.size,)
     return (leaf.shape or ()) if isinstance(leaf, TensorSpec) else ()
+
+
+def sizes_are_open(leaf: Leaf) -> bool:
+    """Tell whether a size of ``leaf`` may differ from call to call."""
+    return any(not isinstance(dim, int) for dim in sizes_of(leaf))
 
 
 # --- sizes -------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ new values take the memory of the old is decided in ``lowering.program.in_place`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,9 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
 
+from ..errors import CompileError
 from ..signature import TensorSpec, Written
+from .naming import Names, identity
 
 _ATEN = torch.ops.aten
 _KEPT = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
@@ -36,16 +38,37 @@ class Mutations:
     written: tuple[Written, ...] = ()
 
 
-def explicit(exported: ExportedProgram) -> tuple[ExportedProgram, Mutations]:
-    """The same program without side effects: state as arguments, new values as results."""
+def kept(exported: ExportedProgram) -> set[Hashable]:
+    """What tells the tensors apart that the program keeps: the buffers that it writes to."""
+    signature = exported.graph_signature
+    targets = {spec.target for spec in signature.output_specs if spec.kind in _KEPT}
+    values = {spec.target: _value(exported, spec) for spec in signature.input_specs if spec.target in targets}
+    return {identity(value, str(target)) for target, value in values.items()}
+
+
+def explicit(
+    exported: ExportedProgram, function: str, names: Names, state: Collection[Hashable]
+) -> tuple[ExportedProgram, Mutations]:
+    """The same program without side effects: state as arguments, new values as results.
+
+    state: what tells the tensors apart that are kept, by this function of a program or by another.
+    """
     before = exported.graph_signature
     changes = [spec for spec in before.output_specs if spec.kind in _MUTATIONS]
-    if not changes:
+    tensors = {
+        spec.target: _value(exported, spec)
+        for spec in before.input_specs
+        if spec.kind in (InputKind.BUFFER, InputKind.PARAMETER)
+    }
+    found = {target for target, value in tensors.items() if identity(value, str(target)) in state}
+    if not changes and not found:
         return exported, Mutations()
-    kept = {spec.target: spec for spec in changes if spec.kind in _KEPT}
-    buffers = [spec for spec in before.input_specs if _is_of(spec, kept)]
-    others = [spec for spec in before.input_specs if not _is_of(spec, kept)]
-    state = {str(spec.target): _value(exported, spec) for spec in buffers}
+    buffers = [spec for spec in before.input_specs if spec.target in found and spec.target in tensors]
+    others = [spec for spec in before.input_specs if spec not in buffers]
+    named = {
+        names.of(function, tensors[spec.target], str(spec.target)): tensors[spec.target] for spec in buffers
+    }
+    _check_sizes(named)
     inputs = [*others, *(replace(spec, kind=InputKind.USER_INPUT, target=None) for spec in buffers)]
     graph = exported.graph_module.graph
     _pass_last(graph, [spec.arg.name for spec in buffers])
@@ -61,11 +84,17 @@ def explicit(exported: ExportedProgram) -> tuple[ExportedProgram, Mutations]:
         Written(placed[str(spec.target)], len(returned) + number) for number, spec in enumerate(changes)
     )
     signature = replace(before, input_specs=inputs, output_specs=outputs)
-    return exported._update(exported.graph_module, signature), Mutations(state, written)
+    return exported._update(exported.graph_module, signature), Mutations(named, written)
 
 
-def _is_of(spec: InputSpec, kept: Mapping[str | None, OutputSpec]) -> bool:
-    return spec.kind in (InputKind.BUFFER, InputKind.PARAMETER) and spec.target in kept
+def _check_sizes(state: Mapping[str, Tensor]) -> None:
+    """Refuse what has no room for anything."""
+    for name, tensor in state.items():
+        if not tensor.numel():
+            raise CompileError(
+                f"the model writes to {name}, which has no elements, {list(tensor.shape)}: nothing can be "
+                "kept there; give the cache a capacity of 1 or more"
+            )
 
 
 def _value(exported: ExportedProgram, spec: InputSpec) -> Tensor:
