@@ -131,7 +131,8 @@ class Signature:
     state: the tensors that live from call to call, passed behind the arguments; their names are the same in
     all functions of a program.  stored: the names of those that begin as other than zeros, as the function
     ``INITIAL`` returns them.  written: what a call gives new values; those that are returned are behind the
-    results.  Since version 4.
+    results.  checks: what the model asserts of values, each named by what is said where it does not hold;
+    they are the last that is returned.  Since version 4.
     """
 
     target: str
@@ -147,6 +148,7 @@ class Signature:
     state: tuple[TensorSpec, ...] = ()
     stored: tuple[str, ...] = ()
     written: tuple[Written, ...] = ()
+    checks: tuple[TensorSpec, ...] = ()
     version: int = VERSION
 
     def to_json(self) -> str:
@@ -164,6 +166,7 @@ class Signature:
             data["placed"] = tuple(map(tuple, data.get("placed", ())))
             data["conditions"] = tuple(data.get("conditions", ()))
             data["state"] = _leaves(data.get("state", []))
+            data["checks"] = _leaves(data.get("checks", []))
             data["stored"] = tuple(data.get("stored", ()))
             data["written"] = tuple(Written(**item) for item in data.get("written", ()))
             data["parameters"] = Parameters(**data["parameters"]) if data["parameters"] else None
@@ -188,13 +191,13 @@ def _leaf(item: dict[str, Any]) -> Leaf:
 
 
 def returned_tensors(signature: Signature) -> tuple[TensorSpec, ...]:
-    """The tensors that a function returns: of its result, and behind them new values of what it is passed."""
+    """The tensors that a function returns: its results, new values of what it is passed, and its checks."""
     results = tuple(leaf for leaf in signature.outputs or () if isinstance(leaf, TensorSpec))
     passed = [
         leaf for leaf in (*(signature.inputs or ()), *signature.state) if not isinstance(leaf, Constant)
     ]
     new = [passed[item.argument] for item in signature.written if item.result is not None]
-    return (*results, *(leaf for leaf in new if isinstance(leaf, TensorSpec)))
+    return (*results, *(leaf for leaf in new if isinstance(leaf, TensorSpec)), *signature.checks)
 
 
 def known_sizes(signature: Signature) -> tuple[int, ...]:

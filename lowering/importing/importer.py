@@ -125,6 +125,7 @@ class Program:
             state=state_specs(self.mutations.state),
             stored=stored,
             written=self.mutations.written,
+            checks=self.mutations.checks,
         )
 
 

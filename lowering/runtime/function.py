@@ -163,7 +163,12 @@ class Function:
                 results[number] = tensor.view(self._dtypes[number])
         for number, layout in self._strided:
             results[number] = ops.from_physical(results[number], plan.leading(number), layout)
-        return [results[number] for number in range(len(results))]
+        found = [results[number] for number in range(len(results))]
+        count = len(found) - len(self.signature.checks)
+        for check, holds_ in zip(self.signature.checks, found[count:], strict=True):
+            if not holds_.all():
+                raise RunError(f"{self.name}: {check.name}")
+        return found[:count]
 
     def _empty(self, plan: _Plan) -> list[Tensor]:
         """Results that are all empty, which no GPU driver of IREE's can make: CUDA refuses an empty grid and
