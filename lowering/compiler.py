@@ -17,14 +17,15 @@ from typing import Any, Literal
 import torch
 from iree.compiler import ir
 
-from patterns.sites import Ledger, SiteRecord
+from patterns.sites import Ledger
 
 from . import extensions
 from .backends import devices
 from .containers import Names
 from .errors import CompileError, UsageError
-from .importing.importer import Program, Source, import_functions, parse_module
+from .importing.importer import Program, import_functions, parse_module
 from .importing.merging import Merged, merge
+from .importing.sources import Functions, sources_of
 from .isolation.culprit import find_culprit
 from .isolation.iree_steps import COMPILE, Iree, TimedOut, Unplaced
 from .isolation.iree_steps import Step as IreeStep
@@ -42,9 +43,16 @@ from .program.storage import add_entry, remove_entry
 from .program.streams import not_in_place
 from .program.sums import widen_sums
 from .program.updates import choose_elements
+from .report.records import kept, site_of
 from .report.report import Report
-from .report.sites import Change, Site
-from .signature import ASYNC, INTO, RESERVED, SIGNATURE_KEY, Signature, known_sizes, sizes_are_open
+from .signature import (
+    ASYNC,
+    INTO,
+    SIGNATURE_KEY,
+    Signature,
+    known_sizes,
+    sizes_are_open,
+)
 from .steps import BY_NAME, FUSING, State, Step, run
 from .targets import Target, resolve
 from .weights import parameters as weights
@@ -83,11 +91,6 @@ class Compiled:
         dump_kernels(self.dispatched, Path(directory))
 
 
-Functions = Mapping[str, Sequence[Any]]
-"""Models by the names of their functions: ``(module, args)``, ``(module, args, dynamic_shapes)`` or
-``(module, args, kwargs, dynamic_shapes)``."""
-
-
 def compile(
     module: torch.nn.Module | torch.export.ExportedProgram | Functions,
     args: tuple[Any, ...] = (),
@@ -123,7 +126,7 @@ def compile(
     ToolchainError when the target's kernel compiler is not installed.
     """
     pipeline = _Pipeline(resolve(target), patterns, fp8, dump_phases_to, progress, source_paths)
-    sources = _sources(module, args, kwargs, dynamic_shapes)
+    sources = sources_of(module, args, kwargs, dynamic_shapes)
     pipeline.start("import", ", ".join(type(source.module).__name__ for source in sources.values()))
     return pipeline.run(import_functions(sources, pipeline.context, output=output), parameters)
 
@@ -141,34 +144,8 @@ def explain(
 ) -> Report:
     """The report ``compile`` would give, without compiling anything; arguments as there."""
     pipeline = _Pipeline(resolve(target), patterns, fp8)
-    sources = _sources(module, args, kwargs, dynamic_shapes)
+    sources = sources_of(module, args, kwargs, dynamic_shapes)
     return pipeline.explain(import_functions(sources, pipeline.context, output=output))
-
-
-def _sources(module: Any, args: Any, kwargs: Any, dynamic_shapes: Any) -> dict[str, Source]:
-    """The models to import, by function.  Raises UsageError for what is no dictionary of functions."""
-    if not isinstance(module, Mapping):
-        return {"main": Source(module, args, kwargs, dynamic_shapes)}
-    if args or kwargs or dynamic_shapes is not None:
-        raise UsageError("of several functions each has its own arguments: {name: (module, args, shapes)}")
-    if not module:
-        raise UsageError("a program has at least one function")
-    return {name: _source(name, given) for name, given in module.items()}
-
-
-def _source(name: Any, given: Any) -> Source:
-    if not (isinstance(name, str) and name.isidentifier()) or name.startswith("_") or name in RESERVED:
-        raise UsageError(
-            f"{name!r} cannot be the name of a function: it has to be a Python name, and none that programs "
-            f"have themselves ({', '.join(RESERVED)})"
-        )
-    if not isinstance(given, (tuple, list)) or len(given) not in (2, 3, 4):
-        raise UsageError(
-            f"the function {name} is (module, args), (module, args, dynamic_shapes) or "
-            f"(module, args, kwargs, dynamic_shapes), not {type(given).__name__}"
-        )
-    module, args, *between, shapes = given if len(given) > 2 else (*given, None)
-    return Source(module, tuple(args), between[0] if between else None, shapes)
 
 
 def compile_mlir(
@@ -231,11 +208,12 @@ class _Pipeline:
             merged = merge(tuple(programs.values()))
             with weights.archived(merged.parameters, archive_path, self.progress) as archive:
                 try:
-                    signatures, vmfb = self._compile(merged, archive, done.ledger)
+                    signatures, vmfb = self._compile(merged, archive, done)
                 except Unplaced as error:
                     culprit = find_culprit(merged, lambda part, step=error.step: self._fails(part, step))
                     raise error if culprit is None else error.placed(culprit) from None
         report = _report(self.target, done, len(done.dispatched.launches), tuple(programs.values()))
+        report = replace(report, state=kept(signatures, done.reasons))
         return Compiled(self.target, report, vmfb, done.dispatched, signatures)
 
     def explain(self, programs: Mapping[str, Program]) -> Report:
@@ -267,11 +245,11 @@ class _Pipeline:
             )
             dump = lambda step, at=program.module, of=several: self.dump(f"{step}{of}", at)  # noqa: E731
             run(steps, state, dump, verified=verify.is_wanted())
-            done.add(name, state.dispatched)
+            done.add(state.dispatched)
         return done
 
     def _compile(
-        self, merged: Merged, archive: weights.Archive, ledger: Ledger
+        self, merged: Merged, archive: weights.Archive, done: _Done
     ) -> tuple[dict[str, Signature], bytes]:
         self.start("compile", self.target.name)
         signatures = {
@@ -285,13 +263,16 @@ class _Pipeline:
         while True:
             writes = any(signature.written for signature in signatures.values())
             module = lowered.operation.clone() if writes else lowered
-            made = {name: _with_entries(module, name, each, apart[name]) for name, each in signatures.items()}
+            made = {
+                name: _with_entries(module, name, each, apart[name], done)
+                for name, each in signatures.items()
+            }
             part_updates(module)
             part_searches(module)
             keep_arguments(module)
             _sign(module, made)
             self.dump("linalg", module)
-            made, vmfb, wrong = self._finish(module, made, flags, ledger)
+            made, vmfb, wrong = self._finish(module, made, flags, done.ledger)
             if not any(wrong.values()):
                 return made, vmfb
             apart = {name: apart[name] | wrong[name] for name in signatures}
@@ -363,22 +344,26 @@ class _Pipeline:
 
 @dataclass
 class _Done:
-    """What the steps made of all functions.  sites: how many there are when each is done."""
+    """What the steps made of all functions.
+
+    reasons: by function and argument, why a new value is not in its argument's memory.
+    """
 
     ledger: Ledger = field(default_factory=Ledger)
     dispatched: Dispatched = field(default_factory=Dispatched)
-    sites: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, dict[int, str]] = field(default_factory=dict)
 
-    def add(self, name: str, dispatched: Dispatched) -> None:
+    def add(self, dispatched: Dispatched) -> None:
         self.dispatched.launches += dispatched.launches
         self.dispatched.objects |= dispatched.objects
         self.dispatched.kernels |= dispatched.kernels
-        self.sites[name] = len(self.ledger.records)
 
 
-def _with_entries(module: ir.Module, name: str, signature: Signature, apart: set[int]) -> Signature:
+def _with_entries(
+    module: ir.Module, name: str, signature: Signature, apart: set[int], done: _Done
+) -> Signature:
     """Have ``@name`` write what it writes, into memory of the caller's too; how it is called then."""
-    written = update_in_place(module, name, signature.written, apart)
+    written, done.reasons[name] = update_in_place(module, name, signature.written, apart)
     placed = add_entry(module, name, known_sizes(replace(signature, written=written)))
     return replace(signature, written=written, placed=placed)
 
@@ -405,28 +390,8 @@ def _sign(module: ir.Module, signatures: Mapping[str, Signature]) -> None:
 
 def _report(target: Target, done: _Done, dispatches: int, programs: Sequence[Program]) -> Report:
     ledger = done.ledger
-    sites = tuple(map(_site, ledger.records))
+    sites = tuple(map(site_of, ledger.records))
     remarks = tuple(remark for program in programs for remark in program.remarks) + tuple(ledger.remarks)
     folded = {value.name: value for program in programs for value in program.folded}
     remarks = tuple(dict.fromkeys(remarks))
     return Report(target.name, sites, dispatches, ledger.timing, tuple(folded.values()), remarks)
-
-
-def _site(record: SiteRecord) -> Site:
-    after = record.after or record.before
-    return Site(
-        record.op,
-        record.location,
-        "fused" if record.fused else "unfused",
-        record.pattern,
-        record.kernel,
-        record.reason,
-        record.contract,
-        _change(record.before.bytes, after.bytes),
-        Change(record.before.dispatches, after.dispatches),
-        record.note,
-    )
-
-
-def _change(before: int | None, after: int | None) -> Change | None:
-    return None if before is None or after is None else Change(before, after)

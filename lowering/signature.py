@@ -63,6 +63,11 @@ class TensorSpec:
     shape: tuple[Dim, ...] | None
     strides: Strides | None = None
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The shape of a tensor all of whose sizes are known."""
+        return tuple(size for size in self.shape or () if isinstance(size, int))
+
     def __str__(self) -> str:
         sizes = "..." if self.shape is None else ", ".join("?" if d is None else str(d) for d in self.shape)
         return f"{self.dtype}[{sizes}]"

@@ -52,6 +52,7 @@ from .mutations import Mutations, explicit, kept, state_specs
 from .naming import Names
 from .results import chosen, returning, row_major, without_containers
 from .sizes import Call
+from .sources import Source
 
 # The release whose torch dialect IREE 3.13 reads; pyproject.toml has the same.
 TORCH_MLIR = "20261001"
@@ -131,16 +132,6 @@ class Program:
 
 # torch.export keeps what it is at in variables of its modules.
 _EXPORTING = threading.RLock()
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model to import, as torch.export takes it; of an ExportedProgram the module alone counts."""
-
-    module: torch.nn.Module | torch.export.ExportedProgram
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] | None = None
-    dynamic_shapes: Any = None
 
 
 def import_module(
