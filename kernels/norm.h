@@ -16,6 +16,12 @@
 #ifndef NORMED_DTYPE
 #define NORMED_DTYPE PRODUCT_DTYPE  // of the product plus the bias, under TWICE
 #endif
+#ifndef Y_DTYPE
+#define Y_DTYPE X_DTYPE     // of what is written besides the sum
+#endif
+#ifndef OTHER_DTYPE
+#define OTHER_DTYPE X_DTYPE // of the residual, up or gate
+#endif
 #ifndef GATE_FIRST
 #define GATE_FIRST 0        // 1: the gate's product is what is normed
 #endif

@@ -39,10 +39,10 @@ DEVICE float lane_amax(const Y &y) {
     u32 part[PAIRS];
     UNROLL for (int i = 0; i < PAIRS; ++i) part[i] = y.bits.word[i];
     UNROLL for (int step = PAIRS / 2; step > 0; step /= 2)
-      UNROLL for (int i = 0; i < step; ++i) part[i] = absmax16<X_DTYPE>(part[i], part[i + step]);
-    Packed<X_DTYPE> last;
+      UNROLL for (int i = 0; i < step; ++i) part[i] = absmax16<Y_DTYPE>(part[i], part[i + step]);
+    Packed<Y_DTYPE> last;
     last.word[0] = part[0];
-    f2 both = unpack<X_DTYPE>(last, 0);
+    f2 both = unpack<Y_DTYPE>(last, 0);
     return absmax(both.x, both.y);
   }
 #endif

@@ -46,7 +46,7 @@ enum { BY_INVERSE = 2, INVERTED_TWICE = 4, SCALE_IS_INVERTED = 8 };  // RECIPROC
 
 typedef struct { Floats even, odd; } Pair;
 
-INLINE Words to_bf16(Floats a) { return bf16_of(a, X_DTYPE == BF16 && WEIGHT_DTYPE == F32); }
+INLINE Words to_bf16(Floats a) { return bf16_of(a, X_DTYPE == F32 || (X_DTYPE == BF16 && WEIGHT_DTYPE == F32)); }
 
 INLINE Pair load(const void *base, i64 at, int dtype) {
   Pair p;
@@ -101,7 +101,7 @@ INLINE Site at_row(const Site *site, i64 row) {
   Site moved = *site;
   moved.x = (const u8 *)site->x + row * ((i64)X_PITCH * SIZE(X_DTYPE));
 #if ACT
-  moved.up = (const u8 *)site->up + row * ((i64)OTHER_PITCH * SIZE(X_DTYPE));
+  moved.up = (const u8 *)site->up + row * ((i64)OTHER_PITCH * SIZE(OTHER_DTYPE));
 #elif RESIDUAL
   moved.residual = (const u8 *)site->residual + row * ((i64)OTHER_PITCH * SIZE(X_DTYPE));
 #endif
@@ -152,7 +152,7 @@ INLINE Pair input(const Site *site, i64 column) {
   p = rounded_pair(X_DTYPE, p);
 #endif
 #elif GATE_FIRST
-  p = gated(load(site->up, column, X_DTYPE), p);
+  p = gated(load(site->up, column, OTHER_DTYPE), p);
 #endif
   return p;
 }
@@ -195,7 +195,7 @@ INLINE Pair normed(const Site *site, Pair p, Statistic by, i64 column) {
   p.odd += bias.odd;
   if (ROUNDING == TWICE) p = rounded_pair(NORMED_DTYPE, p);
 #endif
-  return ROUNDING == ONCE ? rounded_pair(X_DTYPE, p) : p;
+  return ROUNDING == ONCE ? rounded_pair(Y_DTYPE, p) : p;
 }
 
 // y of one step, from its input.
@@ -262,7 +262,7 @@ INLINE Site tail_of(const Site *site, Tail *tail) {
   for (int i = 0; i < STEP; ++i) tail->x[i] = tail->up[i] = tail->residual[i] = tail->weight[i] = tail->bias[i] = 0.0f;
   copy(tail->x, (const u8 *)site->x + at * SIZE(X_DTYPE), TAIL * SIZE(X_DTYPE));
 #if ACT
-  copy(tail->up, (const u8 *)site->up + at * SIZE(X_DTYPE), TAIL * SIZE(X_DTYPE));
+  copy(tail->up, (const u8 *)site->up + at * SIZE(OTHER_DTYPE), TAIL * SIZE(OTHER_DTYPE));
 #endif
 #if RESIDUAL
   copy(tail->residual, (const u8 *)site->residual + at * SIZE(X_DTYPE), TAIL * SIZE(X_DTYPE));
@@ -331,7 +331,7 @@ INLINE void step(const Site *site, i64 column, i64 to, Statistic by, Pair *y) {
 #endif
   *y = produced(site, p, by, column);
 #if WRITES_Y
-  store(site->y, to, X_DTYPE, *y);
+  store(site->y, to, Y_DTYPE, *y);
 #endif
 }
 
@@ -393,33 +393,24 @@ INLINE void one_row(const Site *first, i64 row) {
   copy((u8 *)site->sum + (to + HIDDEN - TAIL) * SIZE(X_DTYPE), tail.sum, TAIL * SIZE(X_DTYPE));
 #endif
 #if WRITES_Y
-  copy((u8 *)site->y + (to + HIDDEN - TAIL) * SIZE(X_DTYPE), tail.y, TAIL * SIZE(X_DTYPE));
+  copy((u8 *)site->y + (to + HIDDEN - TAIL) * SIZE(Y_DTYPE), tail.y, TAIL * SIZE(Y_DTYPE));
 #endif
 #endif
 #endif
 }
 
-#if X_DTYPE == F32
-typedef float X;
-#else
-typedef u16 X;
-#endif
-#if WEIGHT_DTYPE == F32
-typedef float Weight;
-#else
-typedef u16 Weight;
-#endif
-#if BIAS_DTYPE == F32
-typedef float Bias;
-#else
-typedef u16 Bias;
-#endif
+#define ELEMENT(dtype) __typeof__(__builtin_choose_expr((dtype) == F32, 0.0f, (u16)0))
+typedef ELEMENT(X_DTYPE) X;
+typedef ELEMENT(OTHER_DTYPE) Other;
+typedef ELEMENT(Y_DTYPE) Y;
+typedef ELEMENT(WEIGHT_DTYPE) Weight;
+typedef ELEMENT(BIAS_DTYPE) Bias;
 
 #define SCALES(i) __typeof__(__builtin_choose_expr(LAYOUT##i == UE8M0_PACKED, (i32)0, 0.0f))
 
 void ENTRY(BINDING(const X, x)
 #if ACT && !GATE_PACKED
-               , BINDING(const X, up)
+               , BINDING(const Other, up)
 #endif
 #if RESIDUAL
                , BINDING(const X, residual)
@@ -446,7 +437,7 @@ void ENTRY(BINDING(const X, x)
                , BINDING(X, sum)
 #endif
 #if WRITES_Y
-               , BINDING(X, y)
+               , BINDING(Y, y)
 #endif
 #if QUANTS > 0
                , BINDING(u8, q0) IF_MADE(0, , BINDING(SCALES(0), scale0))

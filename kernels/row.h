@@ -21,12 +21,13 @@ enum { BY_SCALE = 0, BY_RECIPROCAL = 1, BY_INVERSE = 2, INVERTED_TWICE = 4, SCAL
 
 template <int DTYPE> constexpr int SIZE = DTYPE == F32 ? 4 : 2;  // bytes
 // The widest access of the machine that rows are a multiple of.
-constexpr int WIDE_BYTES = HIDDEN * SIZE<X_DTYPE> % WIDEST == 0 ? WIDEST : 16;
+enum { ROW_UNIT = HIDDEN * (SIZE<Y_DTYPE> < SIZE<X_DTYPE> ? SIZE<Y_DTYPE> : SIZE<X_DTYPE>) };
+constexpr int WIDE_BYTES = ROW_UNIT % WIDEST == 0 ? WIDEST : 16;
 // The widest that every row of an input is aligned to, if its tensor is: the lowest bit of where they start.
 template <int STARTS> constexpr int ROW_BYTES =
     ANY_ALIGNMENT || STARTS % WIDE_BYTES == 0 ? WIDE_BYTES : STARTS & -STARTS;
 constexpr int X_BYTES = ROW_BYTES<(X_PITCH | X_OFFSET) * SIZE<X_DTYPE>>;
-constexpr int OTHER_BYTES = ROW_BYTES<(OTHER_PITCH | OTHER_OFFSET) * SIZE<X_DTYPE>>;
+constexpr int OTHER_BYTES = ROW_BYTES<(OTHER_PITCH | OTHER_OFFSET) * SIZE<OTHER_DTYPE>>;
 constexpr u32 INFINITE_BITS = 0x7f800000u;
 #define INFINITE as_float(INFINITE_BITS)
 
@@ -123,7 +124,7 @@ KERNEL(ENTRY)(const u8 *x
 #if ACT && GATE_PACKED
   site.other = x + OTHER_OFFSET * SIZE<X_DTYPE>;
 #elif ACT
-  site.other = up + OTHER_OFFSET * SIZE<X_DTYPE>;
+  site.other = up + OTHER_OFFSET * SIZE<OTHER_DTYPE>;
 #elif RESIDUAL
   site.other = residual + OTHER_OFFSET * SIZE<X_DTYPE>;
 #endif
@@ -152,7 +153,7 @@ KERNEL(ENTRY)(const u8 *x
   site.q[3] = q3, site.scale[3] = (u8 *)scale3, bits |= address(q3);
 #endif
   // Pointers are only sure to be aligned to their element: a view may start anywhere.
-  constexpr bool wide_rows = many::WHOLE && HIDDEN * SIZE<X_DTYPE> % WIDE_BYTES == 0;
+  constexpr bool wide_rows = many::WHOLE && ROW_UNIT % WIDE_BYTES == 0;
   const bool aligned = (bits % WIDE_BYTES | address(site.x) % X_BYTES | address(site.other) % OTHER_BYTES) == 0;
   const bool wide = wide_rows && (ANY_ALIGNMENT || aligned);
 #if FEW_ROWS

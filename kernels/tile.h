@@ -23,7 +23,7 @@ constexpr bool EVEN_WAVES = ROW_WAVES > 1 && HIDDEN % (VECTOR * WAVE) == 0;
 enum { NORM_ROUNDS = ROUNDING == ONCE || (ROUNDING == TWICE && NORMED_DTYPE == X_DTYPE) };
 constexpr bool ROUNDS = ACT && !GATE_FIRST ? GATE_ROUNDING != UNROUNDED : NORM && NORM_ROUNDS;
 // What is quantized has at most 11 significant bits.
-constexpr bool NARROW = X_DTYPE != F32 && ((!NORM && !ACT) || ROUNDS);
+constexpr bool NARROW = Y_DTYPE != F32 && ((!NORM && !ACT) || ROUNDS);
 
 // The bits of one vector as they lie in memory; two 16-bit elements share a word, the first in the low half.
 template <int DTYPE> struct Packed { u32 word[VECTOR * SIZE<DTYPE> / 4]; };
@@ -33,7 +33,7 @@ struct Vector { f2 pair[PAIRS]; };
 // The value as it is quantized, and rounded to x's dtype as it is written.
 struct Y {
   Vector value;
-  Packed<X_DTYPE> bits;
+  Packed<Y_DTYPE> bits;
 };
 
 // A vector of the weight: as read, or where it serves many rows as the factors; and of the bias.
@@ -208,9 +208,11 @@ DEVICE f2 gated_norm(f2 x, f2 gate, f2 rstd, const Weight &weight, const Bias &b
   return gated(gate, NORM_ROUNDS ? round_to<X_DTYPE>(value) : value);
 }
 
-DEVICE Y produced(const Vector &x, const Packed<X_DTYPE> &x_bits, const Packed<X_DTYPE> &other_bits, f2 rstd,
+DEVICE Y produced(const Vector &x, const Packed<X_DTYPE> &x_bits, const Packed<OTHER_DTYPE> &other_bits, f2 rstd,
                   const Weight &weight, const Bias &bias) {
-  if constexpr (!NORM && !ACT) return {x, x_bits};
+#if !NORM && !ACT
+  return {x, x_bits};
+#endif
   Y y;
   UNROLL for (int i = 0; i < PAIRS; ++i) {
     f2 value = ACT && NORM && !GATE_FIRST ? gated_norm(x.pair[i], unpack(other_bits, i), rstd, weight, bias, i)
@@ -241,24 +243,28 @@ DEVICE bool slice_has(Slice slice, int v) {
 }
 
 // What is read of one part of a row.
-struct Part { Packed<X_DTYPE> x[VECTORS], other[VECTORS]; };
+struct Part {
+  Packed<X_DTYPE> x[VECTORS];
+  Packed<OTHER_DTYPE> other[VECTORS];
+};
 
 template <bool WIDE> DEVICE Part load_part(const Site &site, u32 row, u32 first) {
   const u8 *x = site.x + (u64)row * (X_PITCH * SIZE<X_DTYPE>);
-  const u8 *other = site.other + (u64)row * (OTHER_PITCH * SIZE<X_DTYPE>);
+  const u8 *other = site.other + (u64)row * (OTHER_PITCH * SIZE<OTHER_DTYPE>);
   Part part;
   UNROLL for (int v = 0; v < VECTORS; ++v) {
-    if constexpr (!COVERED && !EVEN_WAVES) part.x[v] = part.other[v] = {};  // an idle lane adds zeros
+    if constexpr (!COVERED && !EVEN_WAVES) part.other[v] = {}, part.x[v] = {};  // an idle lane adds zeros
     if (lane_has(first, v)) {
       part.x[v] = load<X_DTYPE, WIDE ? X_BYTES : 0>(x, column_of(first, v));
-      if constexpr (RESIDUAL || ACT) part.other[v] = load<X_DTYPE, WIDE ? OTHER_BYTES : 0>(other, column_of(first, v));
+      if constexpr (RESIDUAL || ACT)
+        part.other[v] = load<OTHER_DTYPE, WIDE ? OTHER_BYTES : 0>(other, column_of(first, v));
     }
   }
   return part;
 }
 
-// Bytes from the first row of sum or y to `row`.
-DEVICE u64 row_start(u32 row) { return (u64)row * (HIDDEN * SIZE<X_DTYPE>); }
+// Bytes from the first row of sum or y, of that dtype, to `row`.
+template <int DTYPE> DEVICE u64 row_start(u32 row) { return (u64)row * (HIDDEN * SIZE<DTYPE>); }
 
 template <int DTYPE> DEVICE Weight weight_of(const Packed<DTYPE> &read) {
   if constexpr (!LOOPS) {
@@ -354,7 +360,7 @@ DEVICE Statistics summed(const Site &site, const Part &part, u32 zero, Slice sli
     }
     if constexpr (WRITES_SUM)
       if (present && lane_has(first, v) && slice_has(slice, v))
-        store<X_DTYPE, WIDE>(site.sum + row_start(row), column_of(first, v), sum);
+        store<X_DTYPE, WIDE>(site.sum + row_start<X_DTYPE>(row), column_of(first, v), sum);
   }
   return parts;
 }
@@ -411,7 +417,7 @@ DEVICE void finish_part(const Site &site, const Part &part, const Vector *x, con
     if constexpr (!WHOLE_ROW)
       y[v] = produced(x[v], part.x[v], part.other[v], rstd.of[GROUPED ? v : 0], weights.vector[v], weights.bias[v]);
     if constexpr (WRITES_Y)
-      if (stores) store<X_DTYPE, WIDE>(site.y + row_start(row), column_of(first, v), y[v].bits);
+      if (stores) store<Y_DTYPE, WIDE>(site.y + row_start<Y_DTYPE>(row), column_of(first, v), y[v].bits);
 #if QUANTS > 0
     const Amax amax = group_amax(y[v], of_row);
     if (stores) quantize_all<WIDE>(site, y[v], amax, row, column_of(first, v));

@@ -18,6 +18,7 @@ DEVICE u32 as_bits(float value) { return __float_as_uint(value); }
 DEVICE double double_of(u64 bits) { return __longlong_as_double(bits); }
 DEVICE u64 bits_of(double value) { return __double_as_longlong(value); }
 DEVICE double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
+DEVICE float square_root(float a) { return __fsqrt_rn(a); }
 DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
 DEVICE float near_reciprocal(float a) {
   float r;

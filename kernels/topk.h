@@ -1,6 +1,6 @@
-// Grouped top-k routing on GPUs: for each token of gating [T, EXPERTS] the TOPK experts of largest sigmoid(gating) +
-// bias in the TOPK_GROUP groups that are worth most, and their weights.  One wave, or part of one, has a token;
-// everything is in registers.
+// Grouped top-k routing on GPUs: for each token of gating [T, EXPERTS] the TOPK experts of largest choice, a score with
+// perhaps a bias, the choices outside of the TOPK_GROUP groups that are worth most being DROPPED, and their weights.  Of
+// equals the first is chosen, whatever ORDER says.  One wave, or part of one, has a token; everything is in registers.
 //
 // What belongs here is the arithmetic and the order of things.  What differs between machines (wave width, lane
 // exchange) is in the .cu and .hip files that include this; the numbers that specialise it (macros) come from
@@ -13,7 +13,8 @@
 // What is compared are ranks: unsigned integers that order as the float32 values do, NaN on top.  Rank 0 is below all
 // values: what is not there, not allowed or taken already.
 
-enum { BF16 = 1, F16 = 2, F32 = 3 };  // dtype codes
+#define SHARED DEVICE
+#include "scores.h"
 
 constexpr int GROUP_SIZE = EXPERTS / GROUPS;
 constexpr bool FULL = GROUP_SIZE == GROUP_LANES * PER_LANE;  // no lane of a group has fewer experts
@@ -26,9 +27,6 @@ struct Experts {
   float score[PER_LANE];
   u32 rank[PER_LANE];
 };
-
-#define SIGMOID DEVICE
-#include "sigmoid.h"
 
 DEVICE u32 smaller(u32 a, u32 b) { return a < b ? a : b; }
 DEVICE u32 larger(u32 a, u32 b) { return a > b ? a : b; }
@@ -79,7 +77,7 @@ template <int DTYPE, bool WIDE> DEVICE void load(const u8 *row, float *values) {
 
 template <bool WIDE> DEVICE void load_both(const u8 *row, const u8 *bias, float *gating, float *added) {
   load<GATING_DTYPE, WIDE>(row, gating);
-  load<BIAS_DTYPE, WIDE>(bias, added);
+  if constexpr (HAS_BIAS) load<BIAS_DTYPE, WIDE>(bias, added);
 }
 
 // Pointers are only sure to be aligned to their element: a view may start anywhere.
@@ -88,11 +86,46 @@ DEVICE bool is_aligned(const u8 *gating, const u8 *bias) {
   return ANY_ALIGNMENT || (((u64)gating & below_gating) | ((u64)bias & below_bias)) == 0;
 }
 
+// fold<K>(v) is v in the neighbouring block of K lanes, where all lanes of a block agree already.
+template <int K> DEVICE double over_token(double sum) {
+  if constexpr (K >= TOKEN_LANES) return sum;
+  else {
+    const u64 bits = bits_of(sum);
+    return over_token<2 * K>(sum + double_of((u64)fold<K>(bits >> 32) << 32 | fold<K>((u32)bits)));
+  }
+}
+
+// e^(x - m), m the largest x, over the sum of all.  A NaN, or no finite largest one, makes all NaN.
+DEVICE void softmax(const float *gating, float *score) {
+  u32 largest_rank = 0;
+  UNROLL for (int i = 0; i < PER_LANE; ++i)
+    largest_rank = larger(largest_rank, has_expert(i) ? rank_of(gating[i] + 0.0f) : 0);
+  const double most = value_of(largest<TOKEN_LANES>(largest_rank));
+  double e[PER_LANE], total = 0.0;
+  UNROLL for (int i = 0; i < PER_LANE; ++i) {
+    e[i] = has_expert(i) ? exponential(gating[i] - most) : 0.0;
+    total += e[i];
+  }
+  const double scale = reciprocal_of(over_token<1>(total));
+  UNROLL for (int i = 0; i < PER_LANE; ++i) score[i] = (float)(e[i] * scale);
+}
+
+DEVICE float score_of(float gating) {
+  return SCORES == SIGMOID ? sigmoid(gating) : SCORES == ROOT_OF_SOFTPLUS ? root_of_softplus(gating) : gating;
+}
+
+// A gating of -0 is a choice of 0: all else cannot be -0.
+DEVICE u32 rank_of_choice(float score, float added) {
+  const float choice = HAS_BIAS ? score + added : score;
+  return rank_of(SCORES == GATING ? choice + 0.0f : choice);
+}
+
 DEVICE Experts scored(const float *gating, const float *added) {
   Experts experts;
+  if constexpr (SCORES == SOFTMAX) softmax(gating, experts.score);
   UNROLL for (int i = 0; i < PER_LANE; ++i) {
-    experts.score[i] = sigmoid(gating[i]);
-    experts.rank[i] = has_expert(i) ? rank_of(experts.score[i] + added[i]) : 0;
+    if constexpr (SCORES != SOFTMAX) experts.score[i] = score_of(gating[i]);
+    experts.rank[i] = has_expert(i) ? rank_of_choice(experts.score[i], added[i]) : 0;
   }
   return experts;
 }
@@ -107,7 +140,6 @@ DEVICE Pair two_largest(Pair a, Pair b) {
   return {larger(a.first, b.first), larger(smaller(a.first, b.first), larger(a.second, b.second))};
 }
 
-// fold<K>(v) is v in the neighbouring block of K lanes, where all lanes of a block agree already.
 template <int K> DEVICE Pair over_group(Pair pair) {
   if constexpr (K >= GROUP_LANES) return pair;
   else return over_group<2 * K>(two_largest(pair, {fold<K>(pair.first), fold<K>(pair.second)}));
@@ -118,7 +150,8 @@ DEVICE bool is_kept(const Experts &experts) {
   Pair pair = {0, 0};
   UNROLL for (int i = 0; i < PER_LANE; ++i) pair = two_largest(pair, {experts.rank[i], 0});
   pair = over_group<1>(pair);
-  u32 rank = has_group() ? rank_of(value_of(pair.first) + value_of(pair.second)) : 0;
+  u32 rank = LARGEST_OF_GROUP ? pair.first : rank_of(value_of(pair.first) + value_of(pair.second));
+  if (!has_group()) rank = 0;
   bool kept = false;
   ROLLED for (int n = 0; n < TOPK_GROUP; ++n) {
     if (group_of(winner(rank)) == group_of(lane())) kept = true, rank = 0;
@@ -126,16 +159,18 @@ DEVICE bool is_kept(const Experts &experts) {
   return kept;
 }
 
-// The expert of largest rank of a lane, the first of several.
+// The expert of largest rank of a lane, the first of several, and what its weight is made of.
 struct Best {
   u32 rank, expert;
-  float score;
+  float value;
 };
 
 DEVICE Best best_of(const Experts &experts) {
   Best best = {0, 0, 0.0f};
-  UNROLL for (int i = PER_LANE - 1; i >= 0; --i)
-    if (experts.rank[i] >= best.rank) best = {experts.rank[i], first_expert() + i, experts.score[i]};
+  UNROLL for (int i = PER_LANE - 1; i >= 0; --i) {
+    const float value = WEIGHTS == OF_SCORES ? experts.score[i] : value_of(experts.rank[i]);
+    if (experts.rank[i] >= best.rank) best = {experts.rank[i], first_expert() + i, value};
+  }
   return best;
 }
 
@@ -144,56 +179,73 @@ DEVICE void take(Experts &experts, const Best &best) {
     if (first_expert() + i == best.expert) experts.rank[i] = 0;
 }
 
-// The results of a lane: those of number lane(), lane() + TOKEN_LANES, ...; the sum of all scores.
+// The results of a lane: those of number lane(), lane() + TOKEN_LANES, ...; the sum of all, for a softmax of e^(v - most).
 struct Chosen {
   u32 expert[SLOTS];
-  float score[SLOTS], total;
+  float value[SLOTS];
+  double most, total;
 };
 
 DEVICE Chosen choose(Experts &experts) {
   Chosen chosen;
-  double total = 0.0;
+  chosen.most = chosen.total = 0.0;
   Best best = best_of(experts);
   UNROLL for (int slot = 0; slot < SLOTS; ++slot) {
     const u32 left = TOPK - slot * TOKEN_LANES;
     ROLLED for (u32 n = 0; n < smaller(left, TOKEN_LANES); ++n) {
       const u32 from = winner(best.rank);
       const u32 expert = from_lane<TOKEN_LANES>(best.expert, from);
-      const float score = as_float(from_lane<TOKEN_LANES>(as_bits(best.score), from));
-      total += score;
-      if (n == lane()) chosen.expert[slot] = expert, chosen.score[slot] = score;
+      const float value = as_float(from_lane<TOKEN_LANES>(as_bits(best.value), from));
+      if (slot == 0 && n == 0) chosen.most = value;
+      chosen.total += WEIGHTS == SOFTMAX_OF_CHOICES ? exponential(value - chosen.most) : value;
+      if (n == lane()) chosen.expert[slot] = expert, chosen.value[slot] = value;
       if (from == lane()) take(experts, best), best = best_of(experts);
     }
   }
-  chosen.total = (float)total;
   return chosen;
 }
 
-DEVICE float weight_of(float score, float total) {
-  return (RENORMALIZE ? divide(score, total + EPS) : score) * FACTOR;
+DEVICE float weight_of(float value, const Chosen &chosen) {
+  if (WEIGHTS == SOFTMAX_OF_CHOICES)
+    value = (float)(exponential(value - chosen.most) * reciprocal_of(chosen.total));
+  else if (RENORMALIZE) value = divide(value, (float)chosen.total + EPS);
+  return value * FACTOR;
 }
 
-KERNEL(ENTRY)(const u8 *gating, const u8 *bias, u8 *weights, u8 *ids, int rows) {
+DEVICE void store_weight(u8 *weights, long long at, float weight) {
+  if constexpr (WEIGHT_DTYPE == F32) ((float *)weights)[at] = weight;
+  else ((u16 *)weights)[at] = WEIGHT_DTYPE == BF16 ? bf16_bits(weight) : f16_bits(weight);
+}
+
+#if HAS_BIAS
+#define BIAS const u8 *bias,
+#else
+#define BIAS
+constexpr const u8 *bias = nullptr;
+#endif
+
+KERNEL(ENTRY)(const u8 *gating, BIAS u8 *weights, u8 *ids, int rows) {
   const long long wave_token = (long long)block() * TOKENS + thread() / WAVE * (WAVE / TOKEN_LANES);
   if (wave_token >= rows) return;  // the whole wave
   const long long token = (long long)block() * TOKENS + thread() / TOKEN_LANES;
   const bool present = token < rows;
   const u8 *row = gating + (present ? token : 0) * EXPERTS * SIZE<GATING_DTYPE>;
 
-  float gate[PER_LANE], added[PER_LANE];
+  float gate[PER_LANE], added[PER_LANE] = {};
   if (FULL && is_aligned(gating, bias)) load_both<FULL>(row, bias, gate, added);
   else load_both<false>(row, bias, gate, added);
   Experts experts = scored(gate, added);
   if (TOPK_GROUP < GROUPS) {
     const bool kept = is_kept(experts);
-    UNROLL for (int i = 0; i < PER_LANE; ++i) experts.rank[i] = kept ? experts.rank[i] : 0;
+    UNROLL for (int i = 0; i < PER_LANE; ++i)
+      if (!kept) experts.rank[i] = has_expert(i) ? DROPPED : 0;
   }
 
   const Chosen chosen = choose(experts);
   UNROLL for (int slot = 0; slot < SLOTS; ++slot) {
     const u32 number = slot * TOKEN_LANES + lane();
     if (present && number < TOPK) {
-      ((float *)weights)[token * TOPK + number] = weight_of(chosen.score[slot], chosen.total);
+      store_weight(weights, token * TOPK + number, weight_of(chosen.value[slot], chosen));
       ((ID *)ids)[token * TOPK + number] = chosen.expert[slot];
     }
   }

@@ -25,6 +25,7 @@ DEVICE u32 as_bits(float value) { return __builtin_bit_cast(u32, value); }
 DEVICE double double_of(u64 bits) { return __builtin_bit_cast(double, bits); }
 DEVICE u64 bits_of(double value) { return __builtin_bit_cast(u64, value); }
 DEVICE double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
+DEVICE float square_root(float a) { return __builtin_sqrtf(a); }
 DEVICE float divide(float a, float b) { return a / b; }
 DEVICE float near_reciprocal(float a) { return __builtin_amdgcn_rcpf(a); }
 DEVICE float f16_value(u32 bits) { return (float)__builtin_bit_cast(_Float16, (u16)bits); }

@@ -1,43 +1,165 @@
-"""Compile for ``torch.compile(model, backend="lowering")``: one program per graph and set of sizes.
+"""Compile for ``torch.compile(model, backend="lowering")``: one program per graph, whatever its sizes are.
 
-For inference: the program has no gradient.  Weights are arguments of the graphs Dynamo makes, so
-they are shared with the model, not copied.
+Dynamo makes the graphs and decides which sizes are open; those are dynamic dimensions of the program.  It is
+for inference: a program has no gradient.  Weights are arguments of the graphs, so they are shared with the
+model, and only what the graph writes is written.  A graph that cannot be compiled runs in eager PyTorch,
+after one warning.  A program lives as long as its graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+import os
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, fx
 
-from .errors import UsageError
+from .errors import ArgumentError, CompileError, UnfusedError, UsageError
+from .report.report import Report
 from .targets import TARGETS
 
+# What torch.compile calls modes; programs are compiled in one way, so they say nothing here.
+_MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+# A size that the graph's own code decides by has a program of its own; this many, and the rest is eager's.
+_MOST_PROGRAMS = 8
 
-def backend(graph: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """A callable for ``graph`` that compiles at its first call with each set of sizes.
 
-    Raises CompileError at that call when the graph cannot be compiled, UsageError when its tensors
-    are on a device no target is for.
+@dataclass(frozen=True)
+class Options:
+    """What ``torch.compile(options={...})`` may ask for.
+
+    require_fused: raise UnfusedError at the first call of a graph with a site that no kernel computes.
+    report: a file (.json or .html) for the report of the first graph that is compiled; those of others are
+    beside it, numbered.
     """
-    programs: dict[Any, Callable[..., Any]] = {}
 
-    def call(*inputs: Any) -> Any:
-        key = tuple((x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else x for x in inputs)
-        if key not in programs:
-            programs[key] = _compile(graph, inputs)
-        return programs[key](*inputs)
+    require_fused: bool = False
+    report: str | os.PathLike[str] | None = None
 
-    return torch.no_grad()(call)
+    @staticmethod
+    def of(options: Mapping[str, Any] | None, mode: str | None) -> Options:
+        """Those given; UsageError names what there is not."""
+        known = Options.__dataclass_fields__
+        unknown = [name for name in options or {} if name not in known]
+        if unknown:
+            raise UsageError(f"no option {', '.join(unknown)}: there are {', '.join(known)}")
+        if mode not in _MODES:
+            raise UsageError(f"no mode {mode!r}: there are {', '.join(filter(None, _MODES))}")
+        return Options(**(options or {}))
 
 
-def _compile(graph: torch.fx.GraphModule, inputs: tuple[Any, ...]) -> Callable[..., Any]:
+def backend(
+    graph: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """A callable for ``graph`` that compiles at its first call.
+
+    mode: any of torch.compile's, without effect.  options: see ``Options``.  At a call it raises UsageError
+    where a gradient is asked for or tensors are on a device that no target is for, UnfusedError as
+    ``options`` say; it warns once where the graph runs in eager PyTorch, and says why.
+    """
+    return _Compiled(graph, Options.of(options, mode))
+
+
+class _Compiled:
+    """The programs of one graph."""
+
+    def __init__(self, graph: fx.GraphModule, options: Options):
+        self.graph, self.options = graph, options
+        self._programs: list[Callable[..., Any]] = []
+        self._sizes: set[Any] = set()  # that programs have been compiled for
+        self._warned = False
+        self._compiling = threading.Lock()
+
+    def __call__(self, *inputs: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            raise UsageError(
+                'torch.compile(backend="lowering") is for inference, and a gradient is asked for: call the '
+                "model under torch.inference_mode() or torch.no_grad(), or model.requires_grad_(False)"
+            )
+        with torch.no_grad():
+            refused = None
+            for number in itertools.count():
+                try:
+                    return self._program(number, inputs, refused)(*inputs)
+                except ArgumentError as error:  # it has not begun
+                    refused = error
+        raise AssertionError  # the count has no end
+
+    def _program(
+        self, number: int, inputs: tuple[Any, ...], refused: ArgumentError | None
+    ) -> Callable[..., Any]:
+        """The program to try after ``number`` others, the last of which ``refused``.
+
+        A new one is compiled for sizes that there is none for; where that cannot be, it is the graph itself.
+        """
+        if number < len(self._programs):
+            return self._programs[number]
+        with self._compiling:
+            if number < len(self._programs):  # by another thread
+                return self._programs[number]
+            sizes = tuple(x.shape if isinstance(x, Tensor) else x for x in inputs)
+            if sizes in self._sizes or number == _MOST_PROGRAMS:
+                return self._eager(refused)
+            self._sizes.add(sizes)
+            try:
+                self._programs.append(_compile(self.graph, inputs, self.options))
+            except CompileError as error:
+                return self._eager(error)
+            return self._programs[number]
+
+    def _eager(self, why: Exception | None) -> Callable[..., Any]:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f'torch.compile(backend="lowering") leaves a graph to eager PyTorch: {why}', stacklevel=4
+            )
+        return self.graph
+
+
+def _compile(graph: fx.GraphModule, inputs: tuple[Any, ...], options: Options) -> Callable[..., Any]:
     from . import compiler
+    from .importing.dynamo_graphs import Parts
     from .runtime import program as runtime
 
-    program = compiler.compile(graph, inputs, target=_target(inputs)).vmfb
-    return runtime.load(program, check="headers")  # it has been in this memory ever since it was made
+    target, parts = _target(inputs), Parts.of(graph)
+
+    def compiled_for(shapes: Any) -> compiler.Compiled:
+        return compiler.compile(parts.module, parts.passed(inputs), dynamic_shapes=shapes, target=target)
+
+    try:
+        compiled = compiled_for(parts.shapes(named=True))
+    except CompileError:
+        if not any(parts.open):
+            raise
+        # Sizes that the graph ties together, or to a number, without Dynamo's knowing.
+        compiled = compiled_for(parts.shapes(named=False))
+    _report(compiled.report, options)
+    # It has been in this memory ever since it was made.
+    return parts.called_with(runtime.load(compiled.vmfb, check="headers"))
+
+
+_reports: Counter[Path] = Counter()  # that this process wrote, by the path that was asked for
+
+
+def _report(report: Report, options: Options) -> None:
+    if options.report is not None:
+        path = Path(options.report)
+        number, _reports[path] = _reports[path], _reports[path] + 1
+        report.write(path.with_stem(f"{path.stem}-{number}") if number else path)
+    if options.require_fused and report.unfused:
+        sites = [f"  {s.op} at {s.location}: {s.reason}" for s in dict.fromkeys(report.unfused)]
+        raise UnfusedError("\n".join([f"require_fused: {len(sites)} sites did not fuse", *sites]))
 
 
 def _target(inputs: tuple[Any, ...]) -> str:

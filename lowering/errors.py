@@ -41,3 +41,7 @@ class VerificationError(LoweringError):
 
 class RunError(LoweringError):
     """A compiled program cannot be loaded or was called with the wrong tensors."""
+
+
+class ArgumentError(RunError):
+    """A program was called with other tensors, dtypes or sizes than it takes; nothing has run."""

@@ -7,7 +7,7 @@ the frozen values of ``patterns.contracts``:
 ``vmfuse.gated_activation``      gate_up (packed) or gate, up -> y          contract: GatedActivation
 ``vmfuse.group_quant``           x, [scale] -> q, [scale]                  contract: Quantization
 ``vmfuse.block_scaled_matmul``   a, b, a_scale, b_scale, [bias] -> out      contract: BlockScaledMatmul
-``vmfuse.grouped_topk``          gating, bias -> weights, ids              contract: GroupedTopk
+``vmfuse.grouped_topk``          gating, [bias] -> weights, ids             contract: GroupedTopk
 ``vmfuse.packed_matmul``         a, codes, scale, [zero], [bias] -> out     contract: PackedMatmul
 
 ``vmfuse.physical_scale``        scale, layout -> the buffer that holds it, of a quantization without kernel
@@ -16,7 +16,7 @@ and those that a kernel computes, made of them by the fusion:
 
 ``vmfuse.row``                   x, [up], [residual], [weight], [bias], scale* -> [sum], [y], (q, [scale])*
                                                                            spec: RowSpec
-``vmfuse.topk``                  gating, bias -> weights, ids                               spec: TopkSpec
+``vmfuse.topk``                  gating, [bias] -> weights, ids                             spec: TopkSpec
 ``vmfuse.matmul``                a, b, a_scale, b_scale, [bias] -> out                      spec: MatmulSpec
 ``vmfuse.linear``                a, b, [bias] -> out                                        spec: LinearSpec
 ``vmfuse.packed``                a, codes, scale, [zero], [bias] -> out                     spec: PackedSpec

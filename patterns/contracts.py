@@ -21,6 +21,11 @@ BiasRounding = Literal["once", "twice"]
 WeightLayout = Literal["row", "shuffled_16x16", "swizzled_128"]
 Division = Literal["true", "reciprocal"]
 Quotient = Literal["true", "reciprocal", "inverse"]
+Scores = Literal["sigmoid", "softmax", "sqrt_softplus", "gating"]
+GroupValue = Literal["two_largest", "largest"]
+Dropped = Literal["never", "least", "zero"]
+RoutingWeights = Literal["scores", "choices", "softmax"]
+ChoiceOrder = Literal["first", "torch", "torch_unsorted"]
 ScaleDivision = Quotient
 
 # How the bytes of a weight [N, K] of 8-bit floats lie in memory.  Rows of zeros are added up to a multiple of
@@ -85,6 +90,7 @@ class Norm:
         Either way the residual written back is round(x + residual) in x's dtype.
     gate
         None, or what is normed is a product: x32 = act(gate) * x, rounded as it says.  Not with a residual.
+        The gate of a float32 x may be of 16 bits.
     weight_offset
         w = float32(weight) + weight_offset, added in float32 (Gemma stores w - 1).  Such a w is float32:
         under ``twice`` the product is too.
@@ -93,6 +99,10 @@ class Norm:
         ``once``: b is added to the last product before that is rounded (a fused multiply-add in float32), as
         torch's LayerNorm does on CPUs and GPUs; not with ``twice``.
         ``twice``: the product is rounded, then the sum, as where it is written out.
+
+    dtype
+        None: y is of x's dtype, as far as it is not promoted.  Or y's dtype, where a float32 x is rounded
+        ``once`` to 16 bits.
 
     Sources besides: torch.nn.LayerNorm; Mamba2, Zamba2, Nemotron-H and Granite (gate, group).
     """
@@ -105,6 +115,7 @@ class Norm:
     group: int | None = None
     bias: BiasRounding | None = None
     gate: GatedActivation | None = None
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -177,26 +188,37 @@ class GroupedTopk:
     """Grouped top-k: route a token to ``topk`` of E experts, which lie in ``num_expert_group`` equal groups.
 
     For each token, in float32:
-        score = sigmoid(gating), the float32 nearest to the exact value (but for one value in 10^7)
-        choice = score + bias
-        value of a group = the sum of its two largest choices
-        kept are the ``topk_group`` groups of largest value, chosen are the ``topk`` experts of largest
-        choice in them, largest first; weight = score
-        ``renormalize``: weight = weight / (total + eps), total the sum of the chosen scores, rounded once
+        score = sigmoid(gating), softmax(gating) over all experts, sqrt(softplus(gating)), or gating itself,
+        as ``scores`` says: each the float32 nearest to the exact value (but for one in 10^7), the root that
+        of the softplus so rounded
+        choice = score + bias, or score where no bias is given
+        value of a group = the sum of its two largest choices, or its largest, as ``group_value`` says
+        kept are the ``topk_group`` groups of largest value; what is in others is chosen ``never``, or with a
+        choice of -inf (``least``) or ``zero``, as ``dropped`` says
+        chosen are the ``topk`` experts of largest choice; weight = the expert's score, its choice, or the
+        softmax of the chosen choices, rounded to float32 once, as ``weights`` says
+        ``renormalize``: weight = weight / (total + eps), total the sum of the chosen weights, rounded once
         weight = weight * routed_scaling_factor
-    Among equals the lower index comes first, of groups as of experts.  A NaN is larger than every number, as
-    in torch.topk; an expert of a group that is not kept is never chosen, even where choices are -inf.
+    A NaN is larger than every number, as in torch.topk.  In ``order`` ``first`` the chosen come largest
+    first, and among equals the lower index, of groups as of experts; in ``torch`` and ``torch_unsorted`` as
+    torch.topk, sorted or not, chooses and returns them: of a CPU, as eager PyTorch does there; of a GPU,
+    where PyTorch promises no order among equals, as in ``first``.
 
     Sources: DeepSeek-V3 (Hugging Face: eps 1e-20), biased_grouped_topk of AITER and SGLang (eps 0),
-    grouped_topk of vLLM (eps 1e-20).
+    grouped_topk of vLLM (eps 1e-20); DeepSeek-V2 and V4, Mixtral, Qwen3-MoE and gpt-oss of Hugging Face.
     """
 
     topk: int
-    num_expert_group: int
-    topk_group: int
+    num_expert_group: int = 1
+    topk_group: int = 1
     renormalize: bool = True
     routed_scaling_factor: float = 1.0
     eps: float = 0.0
+    scores: Scores = "sigmoid"
+    group_value: GroupValue = "two_largest"
+    dropped: Dropped = "never"
+    weights: RoutingWeights = "scores"
+    order: ChoiceOrder = "first"
 
 
 @dataclass(frozen=True)
@@ -263,7 +285,8 @@ class RowSpec:
     scale of every quantization that is static.  With a window an input's rows are part of those of a wider
     tensor, which is what the kernel is given: ``x_window`` that of x, ``other_window`` that of up or the
     residual.
-    Writes, in this order: the residual sum (``writes_sum``), y rounded to ``dtype`` (``writes_y``), and q and
+    All is of ``dtype`` but for what a norm of float32 may have otherwise: its gate (``gate_dtype``), and y.
+    Writes, in this order: the residual sum (``writes_sum``), y rounded (``writes_y``), and q and
     scale of every quantization, of a static one q alone.
     """
 
@@ -279,6 +302,16 @@ class RowSpec:
     other_window: Window | None = None
     bias_dtype: str | None = None
     gate_first: bool = False
+    gate_dtype: str | None = None
+
+    @property
+    def y_dtype(self) -> str:
+        """The dtype that y is written in."""
+        return self.norm.dtype if self.norm and self.norm.dtype else self.dtype
+
+    def dtype_of(self, name: str) -> str:
+        """The dtype of the input ``name``: x, up, gate or residual."""
+        return self.gate_dtype or self.dtype if name in ("gate", "up") else self.dtype
 
     def columns(self, name: str) -> slice:
         """The columns of the input ``name`` (x, up or residual) that the kernel reads, from the first on."""
@@ -311,15 +344,16 @@ class RowSpec:
 class TopkSpec:
     """One grouped top-k: what a kernel reads and writes for each token.
 
-    Reads gating [T, experts] in ``dtype`` and bias [experts] in ``bias_dtype``.  Writes weights, float32
-    [T, topk], and ids, ``ids_dtype`` [T, topk].
+    Reads gating [T, experts] in ``dtype`` and, unless ``bias_dtype`` is None, bias [experts] in it.  Writes
+    weights [T, topk], rounded to ``weights_dtype``, and ids, ``ids_dtype`` [T, topk].
     """
 
     experts: int
     dtype: str
-    bias_dtype: str
+    bias_dtype: str | None
     routing: GroupedTopk
     ids_dtype: str = "int32"
+    weights_dtype: str = "float32"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -112,7 +112,7 @@ class DecomposedGate:
 
 @dataclass(frozen=True)
 class Product:
-    """Hold the parts of act(gate) * up, of two tensors of one type."""
+    """Hold the parts of act(gate) * up, of two tensors of one type, or a gate of 16 bits of float32."""
 
     gate: ir.Value
     up: ir.Value
@@ -130,6 +130,8 @@ def product(value: ir.Value) -> Product | None:
         return None
     gate, up = torch_ir.widened_from(found["gate"]), torch_ir.widened_from(found["up"])
     rounding = _rounding(narrow, found)
+    if rounding is None and "inner" not in found and torch_ir.dtype_of(up) == "float32":
+        rounding = "once" if found["gate"].type == up.type == narrow.type else None
     if rounding is None:
         return None
     return Product(gate, up, GatedActivation(activation_of(found), rounding, packed=False))

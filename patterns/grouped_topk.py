@@ -1,4 +1,4 @@
-"""Raise grouped top-k, by name and written out, to ``vmfuse.grouped_topk``.
+"""Raise routing that is written out to ``vmfuse.grouped_topk``, and give each such operation to a kernel.
 
 It is recognised where its scores are float32, whatever the dtype of the gating they come from.  It is
 whole when it is raised, so one kernel computes it and nothing around it.
@@ -7,159 +7,20 @@ whole when it is raised, so one kernel computes it and nothing around it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from iree.compiler import ir
 
 from . import canonical, torch_ir
 from .contracts import GroupedTopk, TopkSpec
-from .match import ANY, Bindings, Const, Exact, Is, OneOf, Op, Pattern, first_match
-from .named_call import Arg, Fields, NamedOp
-from .near_routings import SUSPICIONS
+from .match import ANY, Bindings, Const, Exact, Is, OneOf, Op, Pattern, f32
+from .named_routings import NAMED_OPS, REFUSED
+from .near_routings import MOST_EXPERTS, SUSPICIONS
 from .operation import Operation, PatternFamily, Support, Types
 from .recogniser import Raised
 from .sites import Ledger
-from .torch_ir import TensorType
 from .well_typed import is_routing, why_no_routing
-
-# --- by name ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class NamedTopk(NamedOp):
-    """One row: ``name`` with its ``schema`` stands for a grouped top-k; ``x`` holds the gating.
-
-    routing
-        Fields of the contract but ``topk``, which the results' size gives.
-    bias
-        Name of the argument that holds it.
-    same_dtype
-        The library reads the bias as if it had the gating's dtype; where it has not there is no telling what
-        was meant.
-    """
-
-    bias: str = "correction_bias"
-    routing: Fields = field(default_factory=dict)
-    same_dtype: bool = False
-
-    def shapes(self, given: Mapping[str, Any], fp8: str) -> dict[str, tuple[tuple[Any, ...], Any]]:
-        shape = (*given[self.x].shape[:-1], given["topk"])
-        return {"weights": (shape, "float32"), "ids": (shape, "int32")}
-
-    def recognise(self, op: ir.Operation) -> Raised | None:
-        # MLIR written by hand may leave out what the schema has a value for.
-        names = self.arguments[: max(len(op.operands), self.required)]
-        results = _results(op)
-        if len(op.operands) != len(names) or len(results) != 2:
-            return None
-        operands = dict(zip(names, op.operands, strict=True))
-        values = {name: torch_ir.constant(operand) for name, operand in operands.items()}
-        fields = self._fields(values)
-        if fields is None or any(values.get(name) != value for name, value in self.requires.items()):
-            return None
-        gating, bias = operands[self.x], operands[self.bias]
-        types = [torch_ir.tensor_type(value) for value in (gating, bias, results[0])]
-        if not is_routing(types) or (
-            self.same_dtype and len({type_.dtype for type_ in types[:2] if type_}) > 1
-        ):
-            return None
-        topk = types[2].shape[-1] if types[2] is not None else None
-        assert topk is not None
-        contract = GroupedTopk(topk=topk, **fields)
-        return Raised(canonical.GROUPED_TOPK, contract, [gating, bias], results)
-
-    def _fields(self, values: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The fields of the contract; None where one of them is computed."""
-        found = {}
-        for name, given in self.routing.items():
-            value = given
-            if isinstance(given, Arg):
-                if given.name not in values:
-                    continue  # the contract's default, which is the schema's
-                value = values[given.name]
-            if value is torch_ir.NOT_CONSTANT:
-                return None
-            found[name] = value
-        return found
-
-
-def _results(op: ir.Operation) -> list[ir.Value]:
-    """The results of ``op``; where it returns a list, what that is unpacked to."""
-    if len(op.results) == 1:
-        users = torch_ir.users(op.result)
-        if len(users) == 1 and users[0].name == "torch.prim.ListUnpack":
-            return list(users[0].results)
-    return list(op.results)
-
-
-_GROUPS = {"num_expert_group": Arg("num_expert_group"), "topk_group": Arg("topk_group")}
-_SCALED = {**_GROUPS, "routed_scaling_factor": Arg("routed_scaling_factor")}
-
-
-def _aiter(name: str, kept: str, *, same_dtype: bool = True) -> NamedTopk:
-    """AITER's operation, under its own names and under vLLM's."""
-    return NamedTopk(
-        name,
-        "(Tensor gating_output, Tensor correction_bias, Tensor! topk_weights, Tensor! topk_ids, "
-        f"int num_expert_group, int {kept}, bool need_renorm, float routed_scaling_factor=1.0) -> ()",
-        ("weights", "ids"),
-        x="gating_output",
-        routing={**_SCALED, "topk_group": Arg(kept), "renormalize": Arg("need_renorm")},
-        same_dtype=same_dtype,
-    )
-
-
-def _sglang(scaled: bool) -> NamedTopk:
-    """SGLang's, which scales its weights only if told to."""
-    return NamedTopk(
-        "sgl_kernel::moe_fused_gate",
-        "(Tensor input, Tensor bias, int num_expert_group, int topk_group, int topk, "
-        "int num_fused_shared_experts, float routed_scaling_factor, "
-        "bool apply_routed_scaling_factor_on_output) -> Tensor[]",
-        ("weights", "ids"),
-        bias="bias",
-        routing=_SCALED if scaled else _GROUPS,
-        requires={"num_fused_shared_experts": 0, "apply_routed_scaling_factor_on_output": scaled},
-    )
-
-
-# How sure a row is: see patterns/named_ops.py.
-NAMED_OPS = (
-    NamedTopk(  # read: it is this project's own
-        "lowering::grouped_topk",
-        "(Tensor gating_output, Tensor correction_bias, *, int topk, int num_expert_group, int topk_group, "
-        "bool renormalize=True, float routed_scaling_factor=1.0, float eps=0.0) -> (Tensor, Tensor)",
-        ("weights", "ids"),
-        x="gating_output",
-        routing={**_SCALED, "renormalize": Arg("renormalize"), "eps": Arg("eps")},
-    ),
-    # Schemas read, arithmetic numerics.
-    _aiter("aiter::biased_grouped_topk", "topk_group"),
-    _aiter("aiter::biased_grouped_topk_hip", "topk_grp"),
-    _aiter("vllm::rocm_aiter_biased_grouped_topk", "topk_group"),
-    # Schema read, arithmetic memory; other values of scoring_func mean other scores.
-    NamedTopk(
-        "_moe_C::grouped_topk",
-        "(Tensor scores, int n_group, int topk_group, int topk, bool renormalize, "
-        "float routed_scaling_factor, Tensor bias, int scoring_func) -> (Tensor, Tensor)",
-        ("weights", "ids"),
-        x="scores",
-        bias="bias",
-        routing={
-            **_SCALED,
-            "num_expert_group": Arg("n_group"),
-            "renormalize": Arg("renormalize"),
-            "eps": 1e-20,
-        },
-        requires={"scoring_func": 1},
-    ),
-    # Schema and arithmetic read.
-    _sglang(scaled=True),
-    _sglang(scaled=False),
-)
-
 
 # --- written out -----------------------------------------------------------------------------------
 
@@ -181,95 +42,233 @@ class _Once(Pattern):
 
 
 @dataclass(frozen=True)
+class _Means(Pattern):
+    """What ``pattern`` matches means that ``field`` of the contract is ``word``."""
+
+    field: str
+    word: str
+    pattern: Pattern
+
+    def match(self, value: ir.Value, bound: Bindings) -> Iterator[Bindings]:
+        for found in self.pattern.match(value, bound):
+            yield {**found, self.field: self.word}
+
+
+@dataclass(frozen=True)
+class _Widened(Pattern):
+    """What ``pattern`` matches, as it is or widened to float32."""
+
+    pattern: Pattern
+
+    def match(self, value: ir.Value, bound: Bindings) -> Iterator[Bindings]:
+        yield from self.pattern.match(torch_ir.widened_from(value), bound)
+
+
+@dataclass(frozen=True)
 class _Largest(Pattern):
-    """The indices of the ``count`` largest of ``values`` along the last axis."""
+    """The ``result`` (0: values, 1: places) of a top-k of ``values`` along the last axis.
+
+    ``count`` is bound to how many, ``count`` with ``_op`` behind to the operation.
+    """
 
     values: Pattern
     count: str
+    result: int
+
+    def match(self, value: ir.Value, bound: Bindings) -> Iterator[Bindings]:
+        op, name = torch_ir.producer(value), f"{self.count}_op"
+        if op is None or op.name != "torch.aten.topk" or value != op.results[self.result]:
+            return
+        values, count, axis, largest, _ = (op.operands[i] for i in range(5))
+        if bound.get(name, op) == op and _is_last(axis, value) and torch_ir.constant(largest) is True:
+            for found in self.values.match(values, {**bound, name: op}):
+                yield from Const(self.count).match(count, found)
+
+
+@dataclass(frozen=True)
+class _Softmax(Pattern):
+    """A softmax of ``of`` over the last axis."""
+
+    of: Pattern
 
     def match(self, value: ir.Value, bound: Bindings) -> Iterator[Bindings]:
         op = torch_ir.producer(value)
-        if op is None or op.name != "torch.aten.topk" or value != op.results[1]:
-            return
-        values, count, axis, largest, _ = (op.operands[i] for i in range(5))
-        if torch_ir.constant(axis) == -1 and torch_ir.constant(largest) is True:
-            for found in self.values.match(values, bound):
-                yield from Const(self.count).match(count, found)
+        if op is not None and op.name == "torch.aten._softmax" and _is_last(op.operands[1], value):
+            yield from self.of.match(op.operands[0], bound)
+
+
+def _is_last(axis: ir.Value, tensor: ir.Value) -> bool:
+    type_ = torch_ir.tensor_type(tensor)
+    return type_ is not None and torch_ir.constant(axis) in (-1, len(type_.shape) - 1)
 
 
 def _sum(a: Pattern, *, keepdim: bool) -> Pattern:
     return Op("torch.aten.sum.dim_IntList", a, Is([-1]), Is(keepdim), Is(None))
 
 
-_SCORES = _Once("scores", Op("torch.aten.sigmoid", Exact("gating")))
-_CHOICES = _Once("choices", Op("torch.aten.add.Tensor", _SCORES, Exact("bias"), Is(1), commutative=True))
-_IN_GROUPS = _Once("in_groups", Op("torch.aten.view", _CHOICES, ANY))
-_GROUP_VALUES = _Once(
-    "group_values", _sum(Op("torch.aten.topk", _IN_GROUPS, Is(2), Is(-1), Is(True), ANY), keepdim=False)
+_GATING = Exact("gating")
+# As PyTorch has it: beyond 20 the gating is what float32 holds of its softplus.
+_SOFTPLUS = f32(
+    "where.self",
+    Op("torch.aten.gt.Scalar", _GATING, Is(20)),
+    _GATING,
+    f32("log1p", f32("exp", _GATING)),
 )
-# A one for each group that is kept, then for each expert in it, then a truth value.
-_KEPT = Op(
-    "torch.aten.scatter.value",
-    Op("torch.aten.full_like", _GROUP_VALUES, Is(0), ANY, ANY, ANY, ANY, ANY),
-    Const("scatter_axis"),
-    _Largest(_GROUP_VALUES, "topk_group"),
-    Is(1),
+_SCORES = _Once(
+    "scores_value",
+    OneOf(
+        _Means("scores", "sigmoid", f32("sigmoid", _GATING)),
+        _Means("scores", "softmax", _Softmax(_GATING)),
+        _Means("scores", "sqrt_softplus", f32("sqrt", _SOFTPLUS)),
+    ),
 )
-_SPREAD = _Once("spread", Op("torch.aten.expand", Op("torch.aten.unsqueeze", _KEPT, Is(-1)), ANY, ANY))
-_IS_KEPT = _Once(
-    "is_kept",
-    Op("torch.prims.convert_element_type", Op("torch.aten.view", _SPREAD, ANY), ANY, dtype="bool"),
-)
-_LEAST = OneOf(Is(-math.inf), Op("torch.aten.scalar_tensor", Is(-math.inf), ANY, ANY, ANY, ANY))
-_NOT_KEPT = OneOf(Op("torch.aten.bitwise_not", _IS_KEPT), Op("torch.aten.logical_not", _IS_KEPT))
-_ALLOWED = OneOf(
-    Op("torch.aten.where.self", _NOT_KEPT, _LEAST, _CHOICES),
-    Op("torch.aten.where.self", _IS_KEPT, _CHOICES, _LEAST),
-    _CHOICES,
-)
-_IDS = _Once("ids", _Largest(_ALLOWED, "topk"))
-_CHOSEN = _Once("chosen", Op("torch.aten.gather", _SCORES, Const("gather_axis"), _IDS, Is(False)))
-_TOTAL = _sum(_CHOSEN, keepdim=True)
-_DIVISOR = OneOf(Op("torch.aten.add.Scalar", _TOTAL, Const("eps"), Is(1)), _TOTAL)
-_RENORMALIZED = _Once("renormalized", Op("torch.aten.div.Tensor", _CHOSEN, _DIVISOR))
-_UNSCALED = OneOf(_RENORMALIZED, _CHOSEN)
-_WEIGHTS = OneOf(
-    Op("torch.aten.mul.Scalar", _UNSCALED, Const("factor")),
-    Op("torch.aten.mul.Tensor", _UNSCALED, Const("factor"), commutative=True),
-    _UNSCALED,
-)
+
+
+def _choices(scores: Pattern) -> Pattern:
+    """Scores, with a bias or without."""
+    biased = f32("add.Tensor", scores, Exact("bias"), Is(1), commutative=True)
+    return _Once("choices", OneOf(biased, scores))
+
+
+def _in_kept_groups(choices: Pattern) -> Pattern:
+    """Choices that are -inf or 0 outside of the groups that are kept; or choices without groups."""
+    in_groups = _Once("in_groups", Op("torch.aten.view", choices, ANY))
+    two = Op("torch.aten.topk", in_groups, Is(2), Is(-1), Is(True), ANY)
+    best = OneOf(
+        Op("torch.aten.max.dim", in_groups, Is(-1), Is(False)),
+        Op("torch.aten.amax", in_groups, Is([-1]), Is(False)),
+    )
+    values = _Once(
+        "group_values",
+        OneOf(
+            _Means("group_value", "two_largest", _sum(two, keepdim=False)),
+            _Means("group_value", "largest", best),
+        ),
+    )
+    # A one for each group that is kept, then for each expert in it, then a truth value.
+    kept = Op(
+        "torch.aten.scatter.value",
+        Op("torch.aten.full_like", values, Is(0), ANY, ANY, ANY, ANY, ANY),
+        Const("scatter_axis"),
+        _Largest(values, "topk_group", 1),
+        Is(1),
+    )
+    spread = _Once("spread", Op("torch.aten.expand", Op("torch.aten.unsqueeze", kept, Is(-1)), ANY, ANY))
+    flat = Op("torch.aten.view", spread, ANY)
+    is_kept = _Once("is_kept", Op("torch.prims.convert_element_type", flat, ANY, dtype="bool"))
+    not_kept = OneOf(Op("torch.aten.bitwise_not", is_kept), Op("torch.aten.logical_not", is_kept))
+    dropped = OneOf(_Means("dropped", "least", _number(-math.inf)), _Means("dropped", "zero", _number(0)))
+    return OneOf(
+        Op("torch.aten.where.self", not_kept, dropped, choices),
+        Op("torch.aten.where.self", is_kept, choices, dropped),
+        choices,
+    )
+
+
+def _number(value: float) -> Pattern:
+    return OneOf(Is(value), Op("torch.aten.scalar_tensor", Is(value), ANY, ANY, ANY, ANY))
+
+
+def _normalized(chosen: Pattern) -> Pattern:
+    """What is chosen over its sum, or as it is."""
+    once = _Once("chosen", chosen)
+    total = _sum(once, keepdim=True)
+    divisor = OneOf(Op("torch.aten.add.Scalar", total, Const("eps"), Is(1)), total)
+    return OneOf(_Once("normalized", Op("torch.aten.div.Tensor", once, divisor)), once)
+
+
+def _weights() -> Pattern:
+    """The weights of what is chosen, of its scores or of its choices."""
+    allowed = _in_kept_groups(_choices(_SCORES))
+    ids = _Largest(allowed, "topk", 1)
+    of_scores = Op("torch.aten.gather", _SCORES, Const("gather_axis"), ids, Is(False))
+    of_choices = _Largest(allowed, "topk", 0)
+    of_gating = _Widened(
+        _Largest(_choices(_Once("scores_value", _Means("scores", "gating", _GATING))), "topk", 0)
+    )
+    unscaled = OneOf(
+        _normalized(_Means("weights", "scores", of_scores)),
+        _normalized(_Means("weights", "choices", of_choices)),
+        _Means("weights", "softmax", _Softmax(of_gating)),
+    )
+    return OneOf(
+        Op("torch.aten.mul.Scalar", unscaled, Const("factor")),
+        Op("torch.aten.mul.Tensor", unscaled, Const("factor"), commutative=True),
+        unscaled,
+    )
+
+
+_WEIGHTS = _weights()
+_CAST = "torch.prims.convert_element_type"
 
 
 class DecomposedTopk:
-    """Grouped top-k as DeepSeek-V3 and the models like it write it: sigmoid, bias, groups, top-k, gather.
+    """Routing as models write it: scores, a bias, groups, top-k, weights; all but scores and top-k may lack.
 
     Without groups it is one of a single group.
     """
 
-    roots = ("torch.aten.mul.Scalar", "torch.aten.mul.Tensor", "torch.aten.div.Tensor", "torch.aten.gather")
+    roots = (
+        *("torch.aten.mul.Scalar", "torch.aten.mul.Tensor", "torch.aten.div.Tensor", "torch.aten.gather"),
+        *("torch.aten.topk", "torch.aten._softmax", _CAST),
+    )
 
     def recognise(self, op: ir.Operation) -> Raised | None:
-        found = first_match(_WEIGHTS, op.result)
-        if found is None:
-            return None
-        gating, bias = found["gating"], _vector(found["bias"])
-        types = [torch_ir.tensor_type(value) for value in (gating, bias, op.result)]
-        scores = torch_ir.tensor_type(found["scores"])
-        if not is_routing(types) or scores is None or scores.dtype != "float32":
-            return None
-        groups = _groups(found, scores)
-        last = len(scores.shape) - 1
-        if groups is None or found["gather_axis"] not in (-1, last) or not isinstance(found["topk"], int):
-            return None
-        contract = GroupedTopk(
-            topk=found["topk"],
-            num_expert_group=groups,
-            topk_group=found.get("topk_group", 1),
-            renormalize="renormalized" in found,
-            routed_scaling_factor=float(found.get("factor", 1.0)),
-            eps=float(found.get("eps", 0.0)),
+        weights = _unrounded(op)
+        return next(
+            (raised for found in _WEIGHTS.match(weights, {}) if (raised := _raised(op, weights, found))), None
         )
-        return Raised(canonical.GROUPED_TOPK, contract, [gating, bias], [op.result, found["ids"]])
+
+
+def _unrounded(op: ir.Operation) -> ir.Value:
+    """The weights that ``op`` makes; those that it rounds where nothing else reads them."""
+    result = op.results[0]
+    if op.name != _CAST or torch_ir.dtype_of(op.operands[0]) != "float32":
+        return result
+    return op.operands[0] if len(torch_ir.users(op.operands[0])) == 1 else result
+
+
+def _raised(op: ir.Operation, weights: ir.Value, found: Bindings) -> Raised | None:
+    """Make of what was found the operation whose weights replace the result of ``op``; None if it is none."""
+    gating, ids = found["gating"], found["topk_op"].results[1]
+    if not torch_ir.users(op.results[0]):
+        return None  # only the ids of this top-k are read: what the weights are is not known
+    operands = [gating, _vector(found["bias"])] if "bias" in found else [gating]
+    types = [torch_ir.tensor_type(value) for value in (*operands, op.results[0])]
+    groups = _groups(found)
+    if not is_routing(types) or groups is None or not _is_in_float32(found, weights):
+        return None
+    contract = GroupedTopk(
+        topk=found["topk"],
+        num_expert_group=groups,
+        topk_group=found.get("topk_group", 1),
+        renormalize="normalized" in found,
+        routed_scaling_factor=float(found.get("factor", 1.0)),
+        eps=float(found.get("eps", 0.0)),
+        scores=found["scores"],
+        group_value=found.get("group_value", "two_largest"),
+        dropped=found.get("dropped", "never"),
+        weights=found["weights"],
+        order="torch" if torch_ir.constant(found["topk_op"].operands[4]) is True else "torch_unsorted",
+    )
+    return Raised(canonical.GROUPED_TOPK, contract, operands, [op.results[0], ids])
+
+
+def _is_in_float32(found: Bindings, weights: ir.Value) -> bool:
+    """Tell whether experts, few enough to be such, compare as float32, and weights are rounded at the end.
+
+    What is not computed may be of 16 bits: gating that is compared itself, weights that are but a softmax.
+    """
+    scores = torch_ir.tensor_type(found["scores_value"])
+    assert scores is not None
+    last, of_gating = len(scores.shape) - 1, found["scores"] == "gating"
+    return (
+        (scores.dtype == "float32" or (of_gating and "bias" not in found))
+        and (torch_ir.dtype_of(weights) == "float32" or (of_gating and "factor" not in found))
+        and found.get("gather_axis", -1) in (-1, last)
+        and isinstance(found["topk"], int)
+        and (scores.shape[-1] or 0) <= MOST_EXPERTS
+    )
 
 
 def _vector(bias: ir.Value) -> ir.Value:
@@ -280,14 +279,15 @@ def _vector(bias: ir.Value) -> ir.Value:
     return bias
 
 
-def _groups(found: Bindings, scores: TensorType) -> int | None:
+def _groups(found: Bindings) -> int | None:
     """Count the groups; None where the views around them are of other sizes."""
-    if "in_groups" not in found:
+    if "topk_group" not in found:
         return 1
-    *lead, experts = scores.shape
-    grouped, spread, mask = (torch_ir.tensor_type(found[name]) for name in ("in_groups", "spread", "is_kept"))
-    if grouped is None or spread is None or mask is None or experts is None:
+    names = ("scores_value", "in_groups", "spread", "is_kept")
+    scores, grouped, spread, mask = (torch_ir.tensor_type(found[name]) for name in names)
+    if scores is None or grouped is None or spread is None or mask is None or scores.shape[-1] is None:
         return None
+    *lead, experts = scores.shape
     *before, groups, size = grouped.shape
     # Of two unknown sizes a view may make one of the other.
     settled = lead.count(None) <= 1 and before == lead
@@ -329,12 +329,12 @@ def _fuse(routing: ir.Operation, ledger: Ledger, support: Support) -> None:
 
 
 def _spec(routing: ir.Operation) -> TopkSpec:
-    gating, bias = (torch_ir.tensor_type(operand) for operand in routing.operands)
-    ids = torch_ir.tensor_type(routing.results[1])
-    assert gating is not None and bias is not None and ids is not None
-    experts = gating.shape[-1]
-    assert experts is not None
-    return TopkSpec(experts, gating.dtype, bias.dtype, canonical.routing_contract(routing), ids.dtype)
+    gating = torch_ir.tensor_type(routing.operands[0])
+    bias = torch_ir.dtype_of(routing.operands[1]) if len(routing.operands) > 1 else None
+    weights, ids = (torch_ir.dtype_of(result) for result in routing.results)
+    assert gating is not None and gating.shape[-1] is not None and weights is not None and ids is not None
+    contract = canonical.routing_contract(routing)
+    return TopkSpec(gating.shape[-1], gating.dtype, bias, contract, ids, weights)
 
 
 def _why_no_kernel(spec: TopkSpec, operands: Types, results: Types) -> str | None:
@@ -347,7 +347,7 @@ OPERATION = Operation(
 FAMILY = PatternFamily(
     operations=(OPERATION, Operation(canonical.TOPK, TopkSpec, _why_no_kernel, is_kernel=True)),
     recognisers=(*NAMED_OPS, DecomposedTopk()),
-    suspicions=SUSPICIONS,
+    suspicions=(REFUSED, *SUSPICIONS),
     named=NAMED_OPS,
     fuse=fuse_routings,
 )

@@ -20,7 +20,7 @@ from iree.compiler import ir
 
 from . import canonical, gated_activation, torch_ir
 from .contracts import LARGEST_FINITE, GatedActivation, Norm, Quantization, static_quantization
-from .recogniser import Raised
+from .recogniser import NearMiss, Raised
 from .torch_ir import TensorType
 from .well_typed import is_given_scale, norm_dtype
 
@@ -28,7 +28,7 @@ FUNCTIONAL = "vmfuse_functional"
 # What the twin of a quantization is told besides: how the caller laid out the tensor for the scales.
 LAYOUT = "scale_layout"
 
-Role = Literal["y", "sum", "q", "scale", "weights", "ids", "mean", "rstd"]
+Role = Literal["y", "sum", "q", "scale", "weights", "ids", "source", "mean", "rstd"]
 
 # Arguments that hold tensors, besides x: fields of a row that name them.
 _TENSORS = ("weight", "bias", "residual", "given")
@@ -69,6 +69,8 @@ class NamedOp:
         What other arguments must be; with any other value the operation is not recognised.
     unwritten
         Arguments that the schema says are written, and such a call leaves out.
+    refused
+        Why no contract says what it computes: it is in the table so that a call is refused with this.
     is_declared
         Whether declaring the table declares it; models that register operations themselves often do others.
     """
@@ -89,6 +91,7 @@ class NamedOp:
     dtypes: Mapping[str, Fields] = field(default_factory=dict)
     requires: Fields = field(default_factory=dict)
     unwritten: tuple[str, ...] = ()
+    refused: str | None = None
     is_declared: bool = True
 
     def shapes(self, given: Mapping[str, Any], fp8: str) -> dict[str, tuple[tuple[Any, ...], Any]]:
@@ -153,24 +156,42 @@ class NamedOp:
     def recognise(self, op: ir.Operation) -> Raised | None:
         try:
             return self._read(op)
-        except _Refusal:
+        except Refusal:
             return None
 
     def why_not(self, op: ir.Operation) -> str | None:
         """Say why this row does not stand for the call ``op``; None if it does."""
         try:
             self._read(op)
-        except _Refusal as refusal:
+        except Refusal as refusal:
             return str(refusal)
         return None
 
     def accepts(self, op: ir.Operation) -> bool:
         """Tell whether the call has what the row requires, so that a refusal is about the call itself."""
         try:
-            call = _Call.of(self, op)
-        except _Refusal:
+            self._check_required(self._operands(op))
+        except Refusal:
             return False
-        return all(call.value(name) == value for name, value in self.requires.items())
+        return True
+
+    def _operands(self, op: ir.Operation) -> dict[str, ir.Value]:
+        """The operands of the call ``op`` by name; refuses where their number is none there may be."""
+        names = self.arguments
+        if len(op.operands) == len(names) + 1 and self.mutated and "scale" in self.results:
+            names = (*names, LAYOUT)
+        # MLIR written by hand may leave out what the schema has a value for, and so do older libraries.
+        names = names[: max(len(op.operands), self.required)]
+        fits = len(op.operands) == len(names)
+        require(fits, f"its arguments and results are not those of {self.name}{self.schema}")
+        return dict(zip(names, op.operands, strict=True))
+
+    def _check_required(self, operands: Mapping[str, ir.Value]) -> None:
+        """Refuse where an argument is not what is required; one left out has its default, which is."""
+        require(self.refused is None, str(self.refused))
+        for name, value in self.requires.items():
+            found = torch_ir.constant(operands[name]) if name in operands else value
+            require(found == value, f"{name} is {shown(found)}, not {value}")
 
     @property
     def site(self) -> str:
@@ -182,9 +203,8 @@ class NamedOp:
         return f"{(self.gate or {})['activation']}_mul"
 
     def _read(self, op: ir.Operation) -> Raised:
-        call = _Call.of(self, op)
-        for name, value in self.requires.items():
-            _require(call.value(name) == value, f"{name} is {_shown(call.value(name))}, not {value}")
+        call = Call.of(self, op)
+        self._check_required(call.operands)
         producer = self._producer(call)
         if self.quantization is None:
             return producer
@@ -193,7 +213,7 @@ class NamedOp:
             quantized = torch_ir.tensor_type(quantized)
         return self._quantization(call, producer, quantized)
 
-    def _producer(self, call: _Call) -> Any:
+    def _producer(self, call: Call) -> Any:
         """Give what makes the row: a Raised, or x itself where nothing does."""
         if self.norm is not None:
             return self._norm(call, self.norm)
@@ -201,7 +221,7 @@ class NamedOp:
             return self._gate(call, self.gate)
         return call.tensors["x"]
 
-    def _norm(self, call: _Call, row: Fields) -> Raised:
+    def _norm(self, call: Call, row: Fields) -> Raised:
         values = call.fields(row)
         self._check_norm(call)
         if values.get("eps") is None:  # torch's default
@@ -212,71 +232,65 @@ class NamedOp:
         values["bias"] = "once" if "bias" in call.tensors else None
         contract = Norm(**values)
         wanted = _with_dtype(call.x, norm_dtype(contract, call.x, weight))
-        _require(
-            "y" not in self.results or y == wanted, f"its result is {y}, where the contract has {wanted}"
-        )
-        tensors = dict(call.tensors)
-        gated = None if contract.residual else gated_activation.product(call.source)
-        if gated is not None and gated.up.type == call.source.type:
-            contract = replace(contract, gate=gated.contract)
-            tensors |= {"x": gated.up, "gate": gated.gate}
+        require("y" not in self.results or y == wanted, f"its result is {y}, where the contract has {wanted}")
+        contract, tensors = _within(contract, {"y": wanted, **call.tensors})
         names = ("x", "gate", "residual", "weight", "bias")
         operands = [tensors[name] for name in names if name in tensors]
-        results = [call.tensors.get("y", wanted)]
+        results = [tensors["y"]]
         if contract.residual is not None:
             results.append(call.tensors.get("sum", call.x))
         return Raised(canonical.NORM, contract, operands, results)
 
-    def _check_norm(self, call: _Call) -> None:
+    def _check_norm(self, call: Call) -> None:
         """Check that the tensors are those of a norm over the last axis."""
         for name, role in ((self.weight, "weight"), (self.bias, "bias")):
             if (vector := call.types.get(role)) is not None:
                 row = TensorType((call.hidden,), vector.dtype)
-                _require(vector == row, f"{name} is {vector}, not a vector over the last axis of {call.x}")
-                _require(vector.dtype in _FLOATS, f"{name} is {vector.dtype}, not one of {_FLOATS}")
+                require(vector == row, f"{name} is {vector}, not a vector over the last axis of {call.x}")
+                require(vector.dtype in _FLOATS, f"{name} is {vector.dtype}, not one of {_FLOATS}")
         residual = call.types.get("residual")
         same = residual is None or residual == call.x
-        _require(same, f"{self.residual} is {residual} and {self.x} is {call.x}: they must be the same")
+        require(same, f"{self.residual} is {residual} and {self.x} is {call.x}: they must be the same")
         statistics = [call.tensors[role] for role in ("mean", "rstd") if role in call.tensors]
         unread = not any(torch_ir.users(value) for value in statistics)
-        _require(unread, "its mean or its rstd is read as well, which a kernel does not write")
+        require(unread, "its mean or its rstd is read as well, which a kernel does not write")
         if self.shape is not None:
             known = call.hidden is not None
-            _require(
+            require(
                 known, "the size of the last axis is unknown until run time; a kernel is made for one size"
             )
             axes = call.value(self.shape)
             last = axes == [call.hidden]
-            _require(last, f"{self.shape} is {_shown(axes)}; a kernel norms the last axis alone")
+            require(last, f"{self.shape} is {shown(axes)}; a kernel norms the last axis alone")
 
-    def _gate(self, call: _Call, row: Fields) -> Raised:
+    def _gate(self, call: Call, row: Fields) -> Raised:
         values = call.fields(row)
         halves = call.hidden is not None and call.hidden % 2 == 0
-        _require(halves, f"the last axis of {self.x}, {call.x}, has no two halves of known size")
+        require(halves, f"the last axis of {self.x}, {call.x}, has no two halves of known size")
         rounding = values.get("rounding", "once")
         if rounding == "twice" and call.x.dtype == "float32":
             values["rounding"] = "once"  # nothing is rounded in between, and one contract is enough
         y = call.x.with_last((call.hidden or 0) // 2, "float32" if rounding == "none" else None)
         fits = "y" not in self.results or call.types["y"] == y
-        _require(fits, f"its result is {call.types.get('y')}, where the contract has {y}")
+        require(fits, f"its result is {call.types.get('y')}, where the contract has {y}")
         contract = GatedActivation(**values)
         return Raised(canonical.GATED_ACTIVATION, contract, [call.tensors["x"]], [call.tensors.get("y", y)])
 
-    def _quantization(self, call: _Call, producer: Any, y: TensorType | None) -> Raised:
+    def _quantization(self, call: Call, producer: Any, y: TensorType | None) -> Raised:
         values, q = call.fields(self.quantization or {}), call.types["q"]
         known = y is not None and y.shape[-1] is not None
-        _require(known, "the size of the last axis, which holds the groups, is unknown until run time")
-        _require(q.dtype in LARGEST_FINITE, f"its values are {q.dtype}, not one of {tuple(LARGEST_FINITE)}")
+        require(known, "the size of the last axis, which holds the groups, is unknown until run time")
+        require(q.dtype in LARGEST_FINITE, f"its values are {q.dtype}, not one of {tuple(LARGEST_FINITE)}")
         if self.dtypes:
-            _require(q.dtype in self.dtypes, f"its values are {q.dtype}, not one of {tuple(self.dtypes)}")
+            require(q.dtype in self.dtypes, f"its values are {q.dtype}, not one of {tuple(self.dtypes)}")
             values |= self.dtypes[q.dtype]
         if self.given is not None:
             return self._static(call, producer, values)
         scale = call.types["scale"]
         limit = values.pop("limit", None)
         lower = call.value(self.lower) if self.lower else None
-        bounds = f"{self.lower} is {_shown(lower)} and the upper bound {_shown(limit)}: they must be opposite"
-        _require(self.lower is None or lower == -limit, bounds)
+        bounds = f"{self.lower} is {shown(lower)} and the upper bound {shown(limit)}: they must be opposite"
+        require(self.lower is None or lower == -limit, bounds)
         largest = LARGEST_FINITE[q.dtype]
         values["limit"] = None if limit == largest else limit
         group = values.get("group")
@@ -285,17 +299,17 @@ class NamedOp:
             values["layout"] = "ue8m0_packed"
         contract = Quantization(dtype=q.dtype, **values)
         packed = contract.layout == "ue8m0_packed"
-        _require(packed == (scale.dtype == "int32"), f"scales in layout {contract.layout} are {scale.dtype}")
-        _require(contract.qmax <= largest, f"its bound {contract.qmax:g} is more than {q.dtype} holds")
+        require(packed == (scale.dtype == "int32"), f"scales in layout {contract.layout} are {scale.dtype}")
+        require(contract.qmax <= largest, f"its bound {contract.qmax:g} is more than {q.dtype} holds")
         assert y is not None
         wanted = canonical.quantized_types(y, contract)
-        _require((q, scale) == wanted, f"its results are {q} and {scale}, not {wanted[0]} and {wanted[1]}")
+        require((q, scale) == wanted, f"its results are {q} and {scale}, not {wanted[0]} and {wanted[1]}")
         return Raised(canonical.GROUP_QUANT, contract, [producer], [call.tensors["q"], call.tensors["scale"]])
 
-    def _static(self, call: _Call, producer: Any, values: dict[str, Any]) -> Raised:
+    def _static(self, call: Call, producer: Any, values: dict[str, Any]) -> Raised:
         """Read a quantization by a scale that is given."""
         q, given = call.types["q"], call.types.get("given")
-        _require(is_given_scale(given), f"{self.given} is {given}, not one float32")
+        require(is_given_scale(given), f"{self.given} is {given}, not one float32")
         contract = static_quantization(q.dtype, **values)
         operands = [producer, call.tensors["given"]]
         return Raised(canonical.GROUP_QUANT, contract, operands, [call.tensors["q"]])
@@ -306,21 +320,36 @@ def nearest(rows: Sequence[NamedOp], op: ir.Operation) -> NamedOp:
     return next((row for row in rows if row.accepts(op)), rows[0])
 
 
-class _Refusal(Exception):
+class RefusedCall:
+    """A call of an operation of a table that none of its ``rows`` stands for."""
+
+    def __init__(self, rows: Sequence[NamedOp]):
+        self.rows = rows
+        self.roots = tuple(dict.fromkeys(root for row in rows for root in row.roots))
+
+    def why_not(self, op: ir.Operation) -> NearMiss | None:
+        rows = [row for row in self.rows if torch_ir.op_name(op) in row.roots]
+        row = nearest(rows, op)
+        return NearMiss(row.site, f"{row.name}: {row.why_not(op)}")
+
+
+class Refusal(Exception):
     """Say why a row does not stand for a call: which argument is what, and what it would have to be."""
 
 
-def _require(condition: bool, refusal: str) -> None:
+def require(condition: bool, refusal: str) -> None:
+    """Raise ``refusal`` unless ``condition`` holds."""
     if not condition:
-        raise _Refusal(refusal)
+        raise Refusal(refusal)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Spell the value of an argument for a refusal."""
     return "computed" if value is torch_ir.NOT_CONSTANT else str(value)
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """The operands and results of one operation, by name and by role."""
 
     operands: Mapping[str, ir.Value]
@@ -328,16 +357,11 @@ class _Call:
     types: Mapping[str, TensorType]
 
     @staticmethod
-    def of(row: NamedOp, op: ir.Operation) -> _Call:
+    def of(row: NamedOp, op: ir.Operation) -> Call:
         """Raises a refusal where the operation is not of the row's schema."""
-        names = row.arguments
-        if len(op.operands) == len(names) + 1 and row.mutated and "scale" in row.results:
-            names = (*names, LAYOUT)
-        # MLIR written by hand may leave out what the schema has a value for.
-        names = names[: max(len(op.operands), row.required)]
-        counts = (len(op.operands), len(op.results)) == (len(names), len(row.results))
-        _require(counts, f"its arguments and results are not those of {row.name}{row.schema}")
-        operands = dict(zip(names, op.operands, strict=True))
+        operands = row._operands(op)
+        fits = len(op.results) == len(row.results)
+        require(fits, f"its arguments and results are not those of {row.name}{row.schema}")
         tensors: dict[str, ir.Value] = dict(zip(row.results, op.results, strict=True))
         named = (("x", row.x), *((role, getattr(row, role)) for role in _TENSORS))
         for role, name in named:
@@ -347,11 +371,11 @@ class _Call:
         known = {role: type_ for role, type_ in types.items() if type_ is not None}
         x = known.get("x")
         unknown = ", ".join(role for role in types if role not in known)
-        _require(not unknown, f"rank or dtype of {unknown} is not known")
-        _require(x is not None and bool(x.shape), f"{row.x} is {x}, which has no last axis")
+        require(not unknown, f"rank or dtype of {unknown} is not known")
+        require(x is not None and bool(x.shape), f"{row.x} is {x}, which has no last axis")
         assert x is not None
-        _require(x.dtype in _FLOATS, f"{row.x} is {x.dtype}, not one of {', '.join(_FLOATS)}")
-        return _Call(operands, tensors, known)
+        require(x.dtype in _FLOATS, f"{row.x} is {x.dtype}, not one of {', '.join(_FLOATS)}")
+        return Call(operands, tensors, known)
 
     @property
     def x(self) -> TensorType:
@@ -379,9 +403,9 @@ class _Call:
                     continue  # the contract's default, which is the schema's
                 value = self.value(given.name)
                 computed = value is torch_ir.NOT_CONSTANT
-                _require(not computed, f"{given.name} is computed; it must be a constant")
+                require(not computed, f"{given.name} is computed; it must be a constant")
                 if given.becomes is not None:
-                    _require(value in given.becomes, f"{given.name} is {value}, which has no meaning here")
+                    require(value in given.becomes, f"{given.name} is {value}, which has no meaning here")
                     value = given.becomes[value]
             values[name] = value
         return values
@@ -392,6 +416,22 @@ def _arguments(schema: str) -> list[tuple[str, str]]:
     inside = schema[schema.index("(") + 1 : schema.rindex("->")].strip()[:-1]
     parts = [part.split("=")[0].split() for part in re.split(r",\s*", inside)]
     return [(part[-1], part[0]) for part in parts if part != ["*"]]
+
+
+def _within(contract: Norm, tensors: dict[str, Any]) -> tuple[Norm, dict[str, Any]]:
+    """Let a norm that adds nothing do the gate before it and the rounding behind it, if there are any."""
+    if contract.residual is not None:
+        return contract, tensors
+    y = torch_ir.rounded_later(tensors["y"]) if isinstance(tensors["y"], ir.Value) else None
+    if y is not None and contract.rounding == "once":
+        exact, dtype = torch_ir.widened_from(tensors["x"]), torch_ir.dtype_of(y)
+        is_exact = torch_ir.dtype_of(exact) == dtype
+        contract = replace(contract, dtype=None if is_exact else dtype)
+        tensors = {**tensors, "x": exact if is_exact else tensors["x"], "y": y}
+    gated = gated_activation.product(tensors["x"])
+    if gated is None or gated.up.type != tensors["x"].type:
+        return contract, tensors
+    return replace(contract, gate=gated.contract), {**tensors, "x": gated.up, "gate": gated.gate}
 
 
 def _with_dtype(type_: TensorType, dtype: str) -> TensorType:

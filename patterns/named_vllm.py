@@ -1,9 +1,9 @@
-"""List vLLM's quantizations, and the norms and activations it fuses with them, by name.
+"""List vLLM's norms, activations and quantizations by name, and those it fuses.
 
 The schemas and the arithmetic were read in its sources of 2026.  What is not here: one scale for a whole
 tensor, and zero points, which no contract has; bounds of a scale that are tensors;
-``per_token_group_quant_int8``, which cuts off what is behind the point.  Models register these operations
-themselves where vLLM is not installed, so declaring the table leaves them alone.
+``per_token_group_quant_int8``, which cuts off what is behind the point.  Models register the fused ones
+themselves where vLLM is not installed, so declaring the table leaves those alone.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Iterable
 
 from .named_call import SCALE_LAYOUT, Arg, Fields, NamedOp
 
-VLLM_NORM = {"eps": Arg("epsilon"), "rounding": "twice"}
+_NORM = {"eps": Arg("epsilon"), "rounding": "twice"}
 # vLLM's own bound for fnuz.
-VLLM_LIMITS = {"float8_e4m3fn": {}, "float8_e4m3fnuz": {"limit": 224.0}}
+_LIMITS = {"float8_e4m3fn": {}, "float8_e4m3fnuz": {"limit": 224.0}}
 # The least scales: of fp8 1 over 512 times the bound, of int8 the float32 epsilon.
 _VLLM_FP8 = {
     "float8_e4m3fn": {"scale_floor": 1 / (448 * 512)},
@@ -22,13 +22,47 @@ _VLLM_FP8 = {
 }
 _VLLM_8_BIT = {**_VLLM_FP8, "int8": {"scale_floor": 2.0**-23, "quotient": "reciprocal"}}
 _VLLM_8_BIT_DIVIDED = {**_VLLM_8_BIT, "int8": {"scale_floor": 2.0**-23}}
-_VLLM_STATIC = {"quotient": "reciprocal"}
+_STATIC = {"quotient": "reciprocal"}
 _ROW = {"group": None, "amax_floor": 0.0}
 _GROUPS = {
     "group": Arg("group_size"),
     "amax_floor": 0.0,
     "layout": SCALE_LAYOUT,
 }
+# vLLM's and SGLang's CUDA kernels: true divisions; every bound is an argument.
+_CUDA_QUANT = {
+    "group": Arg("group_size"),
+    "amax_floor": Arg("eps"),
+    "limit": Arg("fp8_max"),
+    "layout": SCALE_LAYOUT,
+}
+_FLOAT_SCALE = {"scale_ue8m0": False}
+_UE8M0_SCALE = {"scale_ue8m0": True}
+_POWER_OF_TWO = {"scale": "ue8m0", "scale_floor": 1e-10}
+
+
+def gates_of(namespace: str, rounding: str, arguments: str) -> Iterable[NamedOp]:
+    """act(first half) * second half, as every library spells it."""
+    for prefix, activation in (("silu", "silu"), ("gelu", "gelu"), ("gelu_tanh", "gelu_tanh")):
+        yield NamedOp(
+            f"{namespace}::{prefix}_and_mul",
+            f"({arguments}) -> ()",
+            ("y",),
+            gate={"activation": activation, "rounding": rounding},
+        )
+
+
+def cuda_quants(name: str, arguments: str) -> Iterable[NamedOp]:
+    """One quantization whose scales are float32 or powers of two, as an argument says."""
+    for requires, scale in ((_FLOAT_SCALE, {}), (_UE8M0_SCALE, _POWER_OF_TWO)):
+        yield NamedOp(
+            name,
+            f"({arguments}) -> ()",
+            ("q", "scale"),
+            quantization={**_CUDA_QUANT, **scale},
+            lower="fp8_min",
+            requires=requires,
+        )
 
 
 def _with_or_without_residual(
@@ -44,12 +78,12 @@ def _with_or_without_residual(
         "is_declared": False,
     }
     alone = {"requires": {**requires, "residual": None}, "unwritten": ("residual",)}
-    yield NamedOp(name, results=("q", "scale"), norm=VLLM_NORM, **alone, **shared)
+    yield NamedOp(name, results=("q", "scale"), norm=_NORM, **alone, **shared)
     yield NamedOp(
         name,
         results=("q", "scale", "sum"),
         residual="residual",
-        norm={**VLLM_NORM, "residual": "exact"},
+        norm={**_NORM, "residual": "exact"},
         requires=requires,
         **shared,
     )
@@ -61,19 +95,19 @@ def _static_fp8(requires: Fields) -> NamedOp:
         "(Tensor! result, Tensor input, Tensor scale, int[]? group_shape=None) -> ()",
         ("q",),
         given="scale",
-        quantization=_VLLM_STATIC,
-        dtypes=VLLM_LIMITS,
+        quantization=_STATIC,
+        dtypes=_LIMITS,
         requires=requires,
         is_declared=False,
     )
 
 
-VLLM_QUANTS = (
+_QUANTS = (
     NamedOp(
         "_C::rms_norm_weightless",
         "(Tensor! result, Tensor input, float epsilon) -> ()",
         ("y",),
-        norm=VLLM_NORM,
+        norm=_NORM,
         is_declared=False,
     ),
     NamedOp(
@@ -81,7 +115,7 @@ VLLM_QUANTS = (
         "(Tensor! input, Tensor! residual, float epsilon) -> ()",
         ("y", "sum"),
         residual="residual",
-        norm={**VLLM_NORM, "residual": "exact"},
+        norm={**_NORM, "residual": "exact"},
         is_declared=False,
     ),
     NamedOp(
@@ -121,9 +155,9 @@ VLLM_QUANTS = (
         ("q",),
         weight="weight",
         given="scale",
-        norm=VLLM_NORM,
-        quantization=_VLLM_STATIC,
-        dtypes=VLLM_LIMITS,
+        norm=_NORM,
+        quantization=_STATIC,
+        dtypes=_LIMITS,
         is_declared=False,
     ),
     NamedOp(
@@ -133,9 +167,9 @@ VLLM_QUANTS = (
         weight="weight",
         residual="residual",
         given="scale",
-        norm={**VLLM_NORM, "residual": "exact"},
-        quantization=_VLLM_STATIC,
-        dtypes=VLLM_LIMITS,
+        norm={**_NORM, "residual": "exact"},
+        quantization=_STATIC,
+        dtypes=_LIMITS,
         is_declared=False,
     ),
     *_with_or_without_residual(
@@ -157,8 +191,8 @@ VLLM_QUANTS = (
         ("q",),
         given="scale",
         gate={"activation": "silu", "rounding": "none"},
-        quantization=_VLLM_STATIC,
-        dtypes=VLLM_LIMITS,
+        quantization=_STATIC,
+        dtypes=_LIMITS,
         is_declared=False,
     ),
     NamedOp(
@@ -172,4 +206,76 @@ VLLM_QUANTS = (
         requires={"scale_ub": None},
         is_declared=False,
     ),
+)
+
+ROWS = (
+    # read: the native definitions, whose casts follow the weight's dtype.
+    NamedOp(
+        "vllm_ir::rms_norm",
+        "(Tensor x, Tensor? weight, float epsilon, int? variance_size=None) -> Tensor",
+        ("y",),
+        x="x",
+        weight="weight",
+        norm=_NORM,
+        requires={"variance_size": None},
+    ),
+    NamedOp(
+        "vllm_ir::fused_add_rms_norm",
+        "(Tensor x, Tensor x_residual, Tensor? weight, float epsilon, int? variance_size=None)"
+        " -> (Tensor, Tensor)",
+        ("y", "sum"),
+        x="x",
+        weight="weight",
+        residual="x_residual",
+        norm={**_NORM, "residual": "exact"},
+        requires={"variance_size": None},
+    ),
+    # Schemas read, arithmetic numerics: the kernels of 2025 round twice, those of 2026 once, and in
+    # both the sum of fused_add_rms_norm is rounded before the statistic where numerics has it exact.
+    NamedOp(
+        "_C::rms_norm",
+        "(Tensor! result, Tensor input, Tensor? weight, float epsilon) -> ()",
+        ("y",),
+        weight="weight",
+        norm=_NORM,
+    ),
+    NamedOp(
+        "_C::fused_add_rms_norm",
+        "(Tensor! input, Tensor! residual, Tensor? weight, float epsilon) -> ()",
+        ("y", "sum"),
+        weight="weight",
+        residual="residual",
+        norm={**_NORM, "residual": "exact"},
+    ),
+    # read: the activation is rounded to the element type before the product.
+    *gates_of("_C", "twice", "Tensor! result, Tensor input"),
+    # read
+    *cuda_quants(
+        "_C::per_token_group_fp8_quant",
+        "Tensor input, Tensor! output_q, Tensor! output_s, int group_size, float eps, float fp8_min, "
+        "float fp8_max, bool scale_ue8m0, bool dummy_is_scale_transposed=False, "
+        "bool dummy_is_tma_aligned=False",
+    ),
+    NamedOp(
+        "_C::per_token_group_fp8_quant_packed",
+        "(Tensor input, Tensor! output_q, Tensor! output_s_packed, int group_size, float eps, "
+        "float fp8_min, float fp8_max) -> ()",
+        ("q", "scale"),
+        quantization={**_CUDA_QUANT, **_POWER_OF_TWO},
+        lower="fp8_min",
+    ),
+    # read: the scale by a reciprocal, the values by a division, and vLLM's own bound for fnuz.
+    NamedOp(
+        "vllm::triton_per_token_group_quant_fp8",
+        "(Tensor x, int group_size) -> (Tensor, Tensor)",
+        ("q", "scale"),
+        x="x",
+        quantization={
+            "group": Arg("group_size"),
+            "amax_floor": 1e-10,
+            "scale_division": "reciprocal",
+        },
+        dtypes=_LIMITS,
+    ),
+    *_QUANTS,
 )

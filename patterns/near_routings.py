@@ -17,7 +17,7 @@ from .recogniser import NearMiss
 _TOPK = "torch.aten.topk"
 _SOFTMAX = ("torch.aten._softmax", "torch.aten.softmax.int")
 _SCORES = ("torch.aten.sigmoid", *_SOFTMAX)
-_MOST_EXPERTS = 2048  # more columns are the words of a vocabulary
+MOST_EXPERTS = 2048  # more columns are the words of a vocabulary
 _INSIDE = (
     *BOUNDS,
     *FACTORS,
@@ -43,7 +43,7 @@ class UnmatchedRouting:
 
     def why_not(self, op: ir.Operation) -> NearMiss | None:
         gating = torch_ir.tensor_type(op.operands[0])
-        if gating is None or not gating.shape or not 1 < (gating.shape[-1] or 0) <= _MOST_EXPERTS:
+        if gating is None or not gating.shape or not 1 < (gating.shape[-1] or 0) <= MOST_EXPERTS:
             return None
         above = list(_inside(op.operands[0]))
         scores = next((maker for maker in above if maker.name in _SCORES), None)
@@ -97,21 +97,19 @@ def _makes_weights(values: ir.Value) -> bool:
 
 
 def _why_no_routing(topk: ir.Operation, above: list[ir.Operation], scores: ir.Operation | None) -> str:
+    if scores is None and any(_softplus(above)):
+        return f"its scores are made of a softplus, of which the routing kernel takes the root; {_WRITE_IT}"
     if scores is None:
-        made = "made of a softplus" if any(_softplus(above)) else "of the chosen experts alone"
-        return f"its scores are {made}, and the routing kernel's are a sigmoid of every expert's; {_WRITE_IT}"
-    if scores.name in _SOFTMAX:
-        return f"its scores are a softmax, and the routing kernel's are a sigmoid; {_WRITE_IT}"
+        made = "the values of its chosen experts become weights, of which the kernel makes a softmax alone"
+        return f"{made}; {_WRITE_IT}"
     dtype = torch_ir.dtype_of(scores.result)
     if dtype != "float32":
-        return f"its scores are rounded to {dtype} before the bias is added; widen the gating with .float()"
-    if not any(op.name in SUMS for op in above):
-        return f"no bias is added to its scores, and the routing kernel adds one; {_WRITE_IT}"
+        return f"its scores are rounded to {dtype} before experts are chosen; widen the gating with .float()"
     gathered = [user for user in torch_ir.users(topk.results[1]) if user.name == "torch.aten.gather"]
     narrow = [torch_ir.dtype_of(op.result) for op in gathered if torch_ir.dtype_of(op.result) != "float32"]
     if narrow:
         return f"its weights are rounded to {narrow[0]}; gather float32 scores"
-    return f"its groups, mask or top-k are not those of the routing kernel; {_WRITE_IT}"
+    return f"its groups, mask, top-k or weights are not those of the routing kernel; {_WRITE_IT}"
 
 
 SUSPICIONS = (UnmatchedRouting(),)

@@ -144,6 +144,7 @@ class DecomposedNorm:
             rows.group,
             None if "bias" not in found else "twice",
             inputs.activation,
+            _narrow_dtype(result, inputs.type) if rounding == "once" else None,
         )
         bias = torch_ir.widened_from(found["bias"]) if "bias" in found else None
         given = (inputs.x, inputs.gate, inputs.residual, weight, bias)
@@ -235,12 +236,17 @@ def _outcome(value: ir.Value, found: Bindings, x: TensorType) -> tuple[Rounding,
         return ("twice", value) if inner == x.dtype and result == promoted and written else None
     if "bias" in found and result != "float32":
         return None  # a product of 16 bits, or a sum
+    later = torch_ir.rounded_later(value)
+    if later is not None and x.dtype in ("float32", torch_ir.dtype_of(later)):
+        return "once", later
     if result == x.dtype:
         return "once", value
-    casts = torch_ir.users(value)
-    if len(casts) == 1 and casts[0].name == _CAST and torch_ir.dtype_of(casts[0].result) == x.dtype:
-        return "once", casts[0].result
     return ("none", value) if result == "float32" and views.only_quantized(value) else None
+
+
+def _narrow_dtype(y: ir.Value, x: TensorType) -> str | None:
+    """The dtype of ``y`` where it is not that of ``x``, a float32."""
+    return None if torch_ir.dtype_of(y) == x.dtype else torch_ir.dtype_of(y)
 
 
 _OFFSET_WEIGHT = Op("torch.aten.add.Scalar", Exact("weight"), Const("offset"), Is(1), dtype="float32")

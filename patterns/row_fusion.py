@@ -130,9 +130,9 @@ def _why_no_row(value: ir.Value) -> str | None:
 
 def _why_not_written(value: ir.Value, spec: RowSpec) -> str | None:
     type_ = torch_ir.tensor_type(value)
-    if not spec.writes_y or type_ is None or type_.dtype == spec.dtype:
+    if not spec.writes_y or type_ is None or type_.dtype == spec.y_dtype:
         return None
-    return f"something reads its {type_.dtype} value, and the row kernel writes {spec.dtype}, as it reads"
+    return f"something reads its {type_.dtype} value, and the row kernel writes {spec.y_dtype}, as it reads"
 
 
 def _producer_inputs(producer: ir.Operation) -> Inputs:
@@ -240,6 +240,7 @@ def _supported(
 
 
 def _spec(inputs: Inputs, value: ir.Value, quants: list[ir.Operation], *, writes_y: bool = False) -> RowSpec:
+    gate = torch_ir.dtype_of(inputs.up) if inputs.up is not None and inputs.gate_first else None
     type_, source = torch_ir.tensor_type(value), torch_ir.tensor_type(inputs.x)
     weight, bias = (
         torch_ir.tensor_type(vector) if vector is not None else None
@@ -254,6 +255,7 @@ def _spec(inputs: Inputs, value: ir.Value, quants: list[ir.Operation], *, writes
         weight_dtype=weight.dtype if weight else None,
         bias_dtype=bias.dtype if bias else None,
         gate_first=inputs.gate_first,
+        gate_dtype=None if gate in (None, source.dtype) else gate,
         writes_sum=inputs.sum is not None and _read_besides_norm(inputs),
         writes_y=writes_y and inputs.before not in quants,
         quantizations=tuple(quantization for quantization, _ in _distinct(quants)),
@@ -324,8 +326,8 @@ def _create(
 ) -> ir.Operation:
     y = torch_ir.tensor_type(value)
     assert y is not None
-    type_ = replace(y, dtype=spec.dtype)  # y may go on unrounded; what is written is in x's dtype
-    results = [type_] * (spec.writes_sum + spec.writes_y)
+    type_ = replace(y, dtype=spec.y_dtype)  # y may go on unrounded; what is written is rounded
+    results = [replace(y, dtype=spec.dtype)] * spec.writes_sum + [type_] * spec.writes_y
     for quantization in spec.quantizations:
         results += canonical.quantized_types(type_, quantization)
     numbers = [canonical.to_attribute(canonical.site_of(op)) for op in sites]
@@ -388,7 +390,7 @@ def _why_no_kernel(spec: RowSpec, operands: Types, results: Types) -> str | None
     """x, [up], [residual], [weight], [bias], scale* -> [sum], [y], (q, [scale])*; inputs may be windows."""
     inputs = ["x"] + ["up"] * bool(spec.gate and not spec.gate.packed)
     inputs += ["residual"] * bool(spec.norm and spec.norm.residual)
-    read = [(spec.pitch(name), spec.dtype) for name in inputs]
+    read = [(spec.pitch(name), spec.dtype_of(name)) for name in inputs]
     read += [(spec.hidden, dtype) for dtype in (spec.weight_dtype, spec.bias_dtype) if dtype is not None]
     x = (operands or [None])[0]
     rows = TensorType((*x.shape[:-1], spec.hidden), spec.dtype) if x is not None else None
@@ -398,7 +400,7 @@ def _why_no_kernel(spec: RowSpec, operands: Types, results: Types) -> str | None
         return f"it reads {given}, and its kernel {read}"
     if len(scales) != spec.given_scales or not all(map(is_given_scale, scales)):
         return f"it is given the scales {list(map(str, scales))}, and its kernel reads {spec.given_scales}"
-    written = [rows] * (spec.writes_sum + spec.writes_y)
+    written = [rows] * spec.writes_sum + [replace(rows, dtype=spec.y_dtype)] * spec.writes_y
     for quantization in spec.quantizations:
         written += canonical.quantized_types(rows, quantization)
     return (

@@ -333,6 +333,15 @@ def widened_from(value: ir.Value) -> ir.Value:
     return op.operands[0] if widens else value
 
 
+def rounded_later(value: ir.Value) -> ir.Value | None:
+    """What the float32 ``value`` is rounded to 16 bits as; None if anything but one such cast reads it."""
+    casts = users(value)
+    if len(casts) != 1 or casts[0].name != "torch.prims.convert_element_type":
+        return None
+    narrow = dtype_of(casts[0].result) in ("bfloat16", "float16") and dtype_of(value) == "float32"
+    return casts[0].result if narrow else None
+
+
 def is_plain_add(op: ir.Operation) -> bool:
     """Tell whether ``op`` adds two tensors of one type, as they are."""
     if op.name != "torch.aten.add.Tensor" or constant(op.operands[2]) != 1:

@@ -22,9 +22,13 @@ def why_no_norm(norm: Norm, operands: Types, results: Types) -> str | None:
     x, *rest = operands or (None,)
     if x is None or not x.shape or x.dtype not in (*FLOATS, "float64"):
         return f"its x is {x}"
-    for name, has in (("gate", norm.gate), ("residual", norm.residual)):
-        if has is not None and (not rest or rest.pop(0) != x):
-            return f"its {name} is no {x}"
+    gate = rest.pop(0) if rest and norm.gate is not None else None
+    if norm.gate is not None and gate not in (x, *_narrower(x)):
+        return f"its gate is {gate}, and x {x}"
+    if norm.residual is not None and (not rest or rest.pop(0) != x):
+        return f"its residual is no {x}"
+    if norm.dtype is not None and (norm.rounding != "once" or _with_dtype(x, norm.dtype) not in _narrower(x)):
+        return f"its {x} is not rounded once to {norm.dtype}"
     if norm.group is not None and (x.shape[-1] is None or x.shape[-1] % norm.group):
         return f"it norms groups of {norm.group} of {x}"
     vectors = len(rest) - (norm.bias is not None)
@@ -42,10 +46,19 @@ def norm_dtype(norm: Norm, x: TensorType, weight: TensorType | None, bias: Tenso
     """The dtype of y."""
     if norm.rounding == "none":
         return "float32"
-    dtype = x.dtype
+    dtype = norm.dtype or x.dtype
     if norm.rounding == "twice" and weight is not None:
         dtype = promoted(dtype, "float32" if norm.weight_offset else weight.dtype)
     return promoted(dtype, bias.dtype) if norm.rounding == "twice" and bias is not None else dtype
+
+
+def _with_dtype(type_: TensorType, dtype: str) -> TensorType:
+    return TensorType(type_.shape, dtype)
+
+
+def _narrower(x: TensorType) -> tuple[TensorType, ...]:
+    """The types of 16 bits that a tensor may have which is widened to the float32 ``x``."""
+    return tuple(_with_dtype(x, dtype) for dtype in ("bfloat16", "float16") if x.dtype == "float32")
 
 
 def promoted(x: str, weight: str) -> str:
@@ -90,8 +103,8 @@ def is_given_scale(type_: TensorType | None) -> bool:
 
 
 def why_no_routing(routing: GroupedTopk, operands: Types, results: Types) -> str | None:
-    """gating, bias -> weights, ids."""
-    if len(operands) != 2 or len(results) != 2 or not is_routing((*operands, results[0])):
+    """gating, [bias] -> weights, ids."""
+    if len(results) != 2 or not is_routing((*operands, results[0])):
         return f"it takes {_listed(operands)} to {_listed(results)}"
     weights, ids = results
     if ids is None or weights is None or ids.shape != weights.shape or weights.shape[-1] != routing.topk:
@@ -100,16 +113,15 @@ def why_no_routing(routing: GroupedTopk, operands: Types, results: Types) -> str
 
 
 def is_routing(types: Types) -> bool:
-    """Tell whether these are gating [.., E], bias [E] and float32 weights [.., k], E and k known."""
+    """Tell whether these are gating [.., E], perhaps a bias [E], and weights [.., k], E and k known."""
     known = [type_ for type_ in types if type_ is not None]
-    if len(known) != 3 or len(types) != 3:
+    if len(known) != len(types) or not 2 <= len(known) <= 3:
         return False
-    gating, bias, weights = known
+    gating, *bias, weights = known
     return (
-        gating.dtype in FLOATS
-        and bias.dtype in FLOATS
-        and weights.dtype == "float32"
-        and bias.shape == gating.shape[-1:] != (None,)
+        all(type_.dtype in FLOATS for type_ in known)
+        and gating.shape[-1:] != (None,)
+        and all(type_.shape == gating.shape[-1:] for type_ in bias)
         and weights.shape[:-1] == gating.shape[:-1]
         and len(weights.shape) == len(gating.shape) > 0
         and weights.shape[-1] is not None

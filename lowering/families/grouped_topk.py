@@ -21,7 +21,8 @@ from .base import Family, Reference
 from .instance import Binding, GridRule, KernelInstance, float32_literal
 from .row_mapping import Tile
 
-MAX_EXPERTS = 512
+# What a wave has registers for; a CPU's kernel has the scores on its stack.
+MAX_EXPERTS = {"cpu": 2048, "cuda": 512, "hip": 512}
 MAX_GROUPS = 32
 MAX_TOPK = 32
 
@@ -34,6 +35,18 @@ _IDS = {
     "int64": {"cpu": "i64", "cuda": "u64", "hip": "u64"},
 }
 
+# How the sources call the words of a contract.
+_SCORES = {
+    "sigmoid": "SIGMOID",
+    "softmax": "SOFTMAX",
+    "sqrt_softplus": "ROOT_OF_SOFTPLUS",
+    "gating": "GATING",
+}
+_WEIGHTS = {"scores": "OF_SCORES", "choices": "OF_CHOICES", "softmax": "SOFTMAX_OF_CHOICES"}
+_ORDERS = {"first": "FIRST", "torch": "TORCH_SORTED", "torch_unsorted": "TORCH_UNSORTED"}
+# The rank of an expert whose group is dropped: none, or that of the float32.
+_DROPPED = {"never": "0u", "least": "0x007fffffu", "zero": "0x80000000u"}
+
 # Experts a lane should have before a token is spread over more lanes: with fewer there is little to do
 # between two exchanges.
 _LEAST_PER_LANE = 4
@@ -43,22 +56,29 @@ _CPU_EXPERTS = 4096
 
 
 def why_unsupported(spec: TopkSpec, target: Target) -> str | None:
-    """Say in a sentence why the kernel cannot do ``spec``, on any target; None if it can."""
-    routing = spec.routing
-    if reason := why_impossible(routing, spec.experts):
+    """Say in a sentence why the kernel cannot do ``spec`` on ``target``; None if it can."""
+    if reason := why_impossible(spec.routing, spec.experts):
         return reason
-    for name, dtype in (("gating", spec.dtype), ("a bias", spec.bias_dtype)):
-        if dtype not in _CODES:
-            return f"The routing kernel takes {name} of bfloat16, float16 or float32, not {dtype}."
+    for name, dtype in (
+        ("takes gating", spec.dtype),
+        ("takes a bias", spec.bias_dtype),
+        ("writes weights", spec.weights_dtype),
+    ):
+        if dtype is not None and dtype not in _CODES:
+            return f"The routing kernel {name} of bfloat16, float16 or float32, not {dtype}."
     if spec.ids_dtype not in _IDS:
         return f"The routing kernel writes ids of int32 or int64, not {spec.ids_dtype}."
-    for what, value, most in (
-        ("experts", spec.experts, MAX_EXPERTS),
-        ("groups", routing.num_expert_group, MAX_GROUPS),
-        ("chosen experts", routing.topk, MAX_TOPK),
-    ):
+    return _why_too_large(spec, target)
+
+
+def _why_too_large(spec: TopkSpec, target: Target) -> str | None:
+    limits = [("experts", spec.experts, MAX_EXPERTS[target.backend])]
+    if target.is_gpu:
+        limits.append(("groups", spec.routing.num_expert_group, MAX_GROUPS))
+        limits.append(("chosen experts", spec.routing.topk, MAX_TOPK))
+    for what, value, most in limits:
         if value > most:
-            return f"The routing kernel knows at most {most} {what}, not {value}."
+            return f"The routing kernel knows at most {most} {what} on {target.name}, not {value}."
     return None
 
 
@@ -80,10 +100,11 @@ def instance(spec: TopkSpec, target: Target, tile: Tile | None = None) -> Kernel
 def bindings(spec: TopkSpec) -> tuple[Binding, ...]:
     """List the tensors of ``spec`` in dispatch order."""
     topk = spec.routing.topk
+    bias = [] if spec.bias_dtype is None else [Binding("bias", spec.bias_dtype, (spec.experts,), "read")]
     return (
         Binding("gating", spec.dtype, ("T", spec.experts), "read"),
-        Binding("bias", spec.bias_dtype, (spec.experts,), "read"),
-        Binding("weights", "float32", ("T", topk), "write"),
+        *bias,
+        Binding("weights", spec.weights_dtype, ("T", topk), "write"),
         Binding("ids", spec.ids_dtype, ("T", topk), "write"),
     )
 
@@ -116,8 +137,15 @@ def _defines(spec: TopkSpec, target: Target) -> tuple[tuple[str, str], ...]:
         "TOPK_GROUP": routing.topk_group,
         "TOPK": routing.topk,
         "GATING_DTYPE": _CODES[spec.dtype],
-        "BIAS_DTYPE": _CODES[spec.bias_dtype],
+        "HAS_BIAS": int(spec.bias_dtype is not None),
+        "BIAS_DTYPE": _CODES[spec.bias_dtype or spec.dtype],
+        "WEIGHT_DTYPE": _CODES[spec.weights_dtype],
         "ID": _IDS[spec.ids_dtype][target.backend],
+        "SCORES": _SCORES[routing.scores],
+        "LARGEST_OF_GROUP": int(routing.group_value == "largest"),
+        "DROPPED": _DROPPED[routing.dropped],
+        "WEIGHTS": _WEIGHTS[routing.weights],
+        "ORDER": _ORDERS[routing.order],
         "RENORMALIZE": int(routing.renormalize),
         "EPS": float32_literal(routing.eps),
         "FACTOR": float32_literal(routing.routed_scaling_factor),
@@ -145,12 +173,16 @@ def _stem(spec: TopkSpec) -> str:
 def _reference(op: ir.Operation) -> Reference:
     """Give the eager definition.  Raises CompileError where the sizes are impossible."""
     routing = canonical.routing_contract(op)
-    gating, ids = torch_ir.tensor_type(op.operands[0]), torch_ir.tensor_type(op.results[1])
-    assert gating is not None and gating.shape[-1] is not None and ids is not None
+    gating = torch_ir.tensor_type(op.operands[0])
+    dtypes = [getattr(torch, torch_ir.dtype_of(result) or "") for result in op.results]
+    assert gating is not None and gating.shape[-1] is not None
     if reason := why_impossible(routing, gating.shape[-1]):
         raise CompileError(f"{torch_ir.location(op)}: grouped_topk cannot be done: {reason}")
-    dtype = getattr(torch, ids.dtype)
-    return (routing, dtype), lambda x, bias: ops.grouped_topk_reference(x, bias, routing, dtype)
+
+    def reference(x: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        return ops.grouped_topk_reference(x, bias, routing, dtypes[1], dtypes[0])
+
+    return (routing, *dtypes), reference
 
 
 FAMILY = Family(
@@ -160,9 +192,9 @@ FAMILY = Family(
     instance=instance,
     why_unsupported=why_unsupported,
     sources={
-        "topk.c": ("cpu.h", "sigmoid.h"),
-        "topk.cu": ("topk.h", "sigmoid.h"),
-        "topk.hip": ("topk.h", "sigmoid.h"),
+        "topk.c": ("cpu.h", "scores.h", "order.h"),
+        "topk.cu": ("topk.h", "scores.h"),
+        "topk.hip": ("topk.h", "scores.h"),
     },
     references={canonical.GROUPED_TOPK: _reference},
 )

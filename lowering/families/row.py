@@ -95,7 +95,7 @@ def bindings(spec: RowSpec) -> tuple[Binding, ...]:
     if spec.writes_sum:
         out.append(Binding("sum", spec.dtype, row, "write"))
     if spec.writes_y:
-        out.append(Binding("y", spec.dtype, row, "write"))
+        out.append(Binding("y", spec.y_dtype, row, "write"))
     for i, quantization in enumerate(spec.quantizations):
         out.append(Binding(f"q{i}", quantization.dtype, row, "write", quantization))
         if not quantization.static:
@@ -106,7 +106,7 @@ def bindings(spec: RowSpec) -> tuple[Binding, ...]:
 def _input_binding(name: str, spec: RowSpec) -> Binding:
     pitch, columns = spec.pitch(name), spec.columns(name)
     part = (columns.start, columns.stop) if pitch > columns.stop - columns.start else None
-    return Binding(name, spec.dtype, ("T", pitch), "read", columns=part)
+    return Binding(name, spec.dtype_of(name), ("T", pitch), "read", columns=part)
 
 
 def _scale_binding(name: str, quantization: Quantization, hidden: int) -> Binding:
@@ -168,6 +168,10 @@ def _unusual(spec: RowSpec, product: str) -> dict[str, int | str]:
         "STATISTIC_GROUP": norm.group or 0,
         "BIAS_FUSED": int(norm.bias == "once"),
     }
+    if spec.y_dtype != spec.dtype:
+        values["Y_DTYPE"] = CODES[spec.y_dtype]
+    if spec.gate_dtype:
+        values["OTHER_DTYPE"] = CODES[spec.gate_dtype]
     if spec.bias_dtype:
         values["BIAS_DTYPE"] = CODES[spec.bias_dtype]
         values["NORMED_DTYPE"] = CODES[_promoted(product, spec.bias_dtype)]
@@ -274,8 +278,8 @@ def _scale(amax: float, qmax: float, inverse: float | None) -> float:
 def _is_rounded_to_bfloat16(spec: RowSpec) -> bool:
     """Tell whether what is quantized has the 8 significant bits of a bfloat16."""
     producer = spec.norm if spec.gate_first else spec.gate or spec.norm
-    if spec.dtype != "bfloat16" or producer is None:
-        return spec.dtype == "bfloat16"
+    if spec.y_dtype != "bfloat16" or producer is None:
+        return spec.y_dtype == "bfloat16"
     if spec.gate and not spec.gate_first:
         return producer.rounding != "none"
     offset = spec.norm.weight_offset if spec.norm else 0.0
@@ -321,7 +325,14 @@ def _stem(spec: RowSpec) -> str:
         parts.insert(0 if spec.gate_first else len(parts), f"{spec.gate.activation}_mul")
     parts += [_quant_stem(quantization) for quantization in spec.quantizations]
     within = ["window"] if spec.x_window or spec.other_window else []
-    return "_".join([*(parts or ["copy"]), _SHORT[spec.dtype], f"h{spec.hidden}", *within])
+    return "_".join(
+        [
+            *(parts or ["copy"]),
+            *dict.fromkeys((_SHORT[spec.dtype], _SHORT[spec.y_dtype])),
+            f"h{spec.hidden}",
+            *within,
+        ]
+    )
 
 
 def _quant_stem(quantization: Quantization) -> str:

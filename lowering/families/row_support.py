@@ -47,6 +47,10 @@ def _why_not_dtypes(spec: RowSpec) -> str | None:
     known = "bfloat16, float16 and float32"
     if spec.dtype not in CODES:
         return f"The row kernel takes x of {known}, not {spec.dtype}."
+    if spec.y_dtype != spec.dtype and (spec.dtype != "float32" or spec.y_dtype not in CODES):
+        return f"The row kernel writes {spec.y_dtype} of float32, not of {spec.dtype}."
+    if spec.gate_dtype and not (spec.gate_first and spec.dtype == "float32" and spec.gate_dtype in CODES):
+        return f"The row kernel has a gate of {spec.gate_dtype} before a norm of float32 alone."
     for name, dtype in (("weight", spec.weight_dtype), ("bias", spec.bias_dtype)):
         if dtype is not None and dtype not in CODES:
             return f"The row kernel takes a {name} of {known}, not {dtype}."
@@ -98,6 +102,8 @@ def _why_not_statistic(norm: Norm, spec: RowSpec) -> str | None:
         return f"The row kernel norms by {listed(STATISTICS)}, not by {norm.statistic}."
     if norm.group is not None and (norm.group % STATISTIC_MULTIPLE or norm.group < 1):
         return f"The row kernel norms groups of multiples of {STATISTIC_MULTIPLE} elements, not {norm.group}."
+    if norm.dtype and (norm.rounding != "once" or (spec.gate and not spec.gate_first)):
+        return f"The row kernel rounds float32 to {norm.dtype} once, and gates it before or not at all."
     if norm.group is not None and spec.hidden % norm.group:
         return f"Rows of {spec.hidden} elements do not divide into groups of {norm.group} that are normed."
     if (norm.bias is None) != (spec.bias_dtype is None) or norm.bias not in (None, "once", "twice"):

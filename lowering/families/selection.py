@@ -63,5 +63,10 @@ def bindings(spec: SelectionSpec) -> tuple[Binding, ...]:
 
 
 FAMILY = Family(
-    "selection", PATTERNS, SelectionSpec, instance, why_unsupported, sources={"select.c": ("cpu.h",)}
+    "selection",
+    PATTERNS,
+    SelectionSpec,
+    instance,
+    why_unsupported,
+    sources={"select.c": ("cpu.h", "order.h")},
 )

@@ -59,6 +59,14 @@ def not_decomposed(error: Exception) -> CompileError:
     return CompileError(f"torch.export could not decompose the exported program: {_told(error)}")
 
 
+def not_read(error: Exception) -> CompileError:
+    """The importer's words without what it prints of a node, and the line of the model that this names."""
+    said, _, of_node = str(error).partition(", {'stack_trace'")
+    lines = [line for line in _FRAME.findall(of_node.replace("\\n", "\n")) if _is_theirs(line[0])]
+    where = "".join(f"\n  {file}:{line}: {code}" for file, line, code in lines[-1:])
+    return CompileError(f"the exported program cannot be imported: {type(error).__name__}: {said}{where}")
+
+
 def _told(error: Exception) -> str:
     where = list(dict.fromkeys(filter(None, [_line_of(error), *_guards(error)])))
     advice = [text for pattern, text in _ADVICE if re.search(pattern, str(error))]

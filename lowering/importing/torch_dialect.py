@@ -21,12 +21,11 @@ from torch_mlir.extras.fx_importer import FxImporter, FxImporterHooks, GraphNode
 
 from patterns import torch_ir
 
-from ..errors import CompileError, LoweringError
+from ..errors import LoweringError
 from . import parameters, refusals
 from .naming import Names
+from .size_arithmetic import spell_sizes
 
-# Functions of sizes, which the importer knows as operations only.
-_OF_SIZES = {torch.sym_min: torch.ops.prim.min.int, torch.sym_max: torch.ops.prim.max.int}
 # The operator that a parameter is until its module has crossed.
 _PLACEHOLDER = "lowering.parameter"
 
@@ -42,8 +41,7 @@ def import_graph(
 
     written: the arguments that the model writes to, which are marked on the function.
     """
-    for node in exported.graph.nodes:
-        node.target = _OF_SIZES.get(node.target, node.target)
+    spell_sizes(exported.graph)
     there = mlir.Context()
     register_dialect(there)
     placeholders = _Placeholders(function, names)
@@ -56,8 +54,7 @@ def import_graph(
     except LoweringError:
         raise
     except Exception as error:  # the importer also asserts, and looks up what may not be there
-        kind = type(error).__name__
-        raise CompileError(f"the exported program cannot be imported: {kind}: {error}") from error
+        raise refusals.not_read(error) from error
     code = io.BytesIO()
     importer.module.operation.write_bytecode(code)
     module = ir.Module.parse(code.getvalue(), context=context)

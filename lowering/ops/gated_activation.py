@@ -16,7 +16,7 @@ from .checks import FLOAT_DTYPES, check_dtype, check_rank
 def gated_activation_reference(gate: Tensor, up: Tensor, gate_activation: GatedActivation) -> Tensor:
     """``act(gate) * up``, as ``gate_activation`` says.
 
-    gate, up: [..., H], already split where the contract is ``packed``.  Returns [..., H] in gate's dtype
+    gate, up: [..., H], already split where the contract is ``packed``.  Returns [..., H] in up's dtype
     (``once``), the promoted dtype of gate and up (``twice``) or float32 (``none``).
 
     The activation itself is torch's, in float32.
@@ -27,7 +27,7 @@ def gated_activation_reference(gate: Tensor, up: Tensor, gate_activation: GatedA
     if gate_activation.rounding == "twice":
         return activated.to(gate.dtype) * up
     y = activated * up.to(torch.float32)
-    return y if gate_activation.rounding == "none" else y.to(gate.dtype)
+    return y if gate_activation.rounding == "none" else y.to(up.dtype)
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

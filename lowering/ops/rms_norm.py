@@ -35,7 +35,7 @@ def norm_reference(
     for name, given, says in (("bias", bias, norm.bias), ("gate", gate, norm.gate)):
         if (given is None) != (says is None):
             raise ValueError(f"{name}: the contract says {says!r}")
-    dtype = x.dtype
+    dtype = x.dtype if norm.dtype is None else getattr(torch, norm.dtype)
     if gate is not None and norm.gate is not None:
         x = gated_activation_reference(gate, x, norm.gate)
     x32, total = _statistic_input(x, residual, norm)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..containers import load
-from ..errors import RunError
+from ..errors import ArgumentError
 from ..signature import (
     Constant,
     Integer,
@@ -49,7 +49,7 @@ def without_constants(specs: tuple[Leaf, ...], leaves: Sequence[Any]) -> list[An
             kept.append(leaf)
         elif isinstance(leaf, Tensor) or type(leaf) is not type(spec.value) or leaf != spec.value:
             got = "a tensor" if isinstance(leaf, Tensor) else repr(leaf)
-            raise RunError(f"argument {position} was compiled as the constant {spec.value!r}, got {got}")
+            raise ArgumentError(f"argument {position} was compiled as the constant {spec.value!r}, got {got}")
     return kept
 
 
@@ -60,13 +60,13 @@ def check_kinds(specs: Sequence[Argument] | None, values: Sequence[Any], device:
         name = str(position) if spec is None else spec.name
         if isinstance(spec, Integer):
             if type(value) is not int:
-                raise RunError(f"argument {name}: expected an int, got {type(value).__name__}")
+                raise ArgumentError(f"argument {name}: expected an int, got {type(value).__name__}")
             if not -_INT64 <= value < _INT64:
-                raise RunError(f"argument {name}: {value} has more than 64 bits")
+                raise ArgumentError(f"argument {name}: {value} has more than 64 bits")
         elif not isinstance(value, Tensor):
-            raise RunError(f"argument {name}: expected a tensor, got {type(value).__name__}")
+            raise ArgumentError(f"argument {name}: expected a tensor, got {type(value).__name__}")
         elif value.device != device:
-            raise RunError(f"argument {name} is on {value.device}, the program runs on {device}")
+            raise ArgumentError(f"argument {name} is on {value.device}, the program runs on {device}")
 
 
 def bind(specs: Sequence[Argument], values: Sequence[Any]) -> Symbols:
@@ -103,14 +103,14 @@ def _sizes(spec: Argument, value: Any) -> tuple[int, ...]:
     return () if spec.shape is None else tuple(value.shape)
 
 
-def _mismatch(spec: Argument, value: Any, why: str = "") -> RunError:
+def _mismatch(spec: Argument, value: Any, why: str = "") -> ArgumentError:
     got = repr(value)
     if isinstance(value, Tensor):
         got = f"{dtype_name(value.dtype)}[{', '.join(str(size) for size in value.shape)}]"
-    return RunError(f"argument {spec.name}: expected {spec}, got {got}{why}")
+    return ArgumentError(f"argument {spec.name}: expected {spec}, got {got}{why}")
 
 
-def not_exported_for(condition: str, specs: Sequence[Argument], values: Sequence[Any]) -> RunError:
+def not_exported_for(condition: str, specs: Sequence[Argument], values: Sequence[Any]) -> ArgumentError:
     """The condition in terms of the arguments, with the size that each of its symbols is seen by."""
     seen: list[str] = []
     for name in sorted(names_in(condition)):
@@ -128,7 +128,7 @@ def not_exported_for(condition: str, specs: Sequence[Argument], values: Sequence
             seen[-1] += f" ({dim})"
         known_as = spec.name if of_int else f"{spec.name}.shape[{axis}]"
         condition = re.sub(rf"\b{name}\b", known_as if dim == name else name, condition)
-    return RunError(f"{'; '.join(seen)}: the model was exported for sizes with {condition}")
+    return ArgumentError(f"{'; '.join(seen)}: the model was exported for sizes with {condition}")
 
 
 def described(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

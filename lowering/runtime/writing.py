@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import RunError
+from ..errors import ArgumentError
 from ..signature import Signature, TensorSpec
 from .arguments import passed
 from .session import Session
@@ -37,7 +37,7 @@ class Writing:
     def lend(self, values: Sequence[Any], session: Session) -> tuple[list[Any], list[Callable[[], Any]]]:
         """What to pass for ``values``, and what brings new values back that went into copies.
 
-        Raises RunError for a tensor that shares memory with another, or with itself: what the program
+        Raises ArgumentError for a tensor that shares memory with another, or with itself: what the program
         would read there after it has written is not defined.
         """
         prepared, finish = list(values), []
@@ -52,7 +52,7 @@ class Writing:
         tensor: Tensor = values[number]
         # PyTorch's own answer, 1 for elements that are one; it is what an operation in place asks there.
         if torch._debug_has_internal_overlap(tensor) == 1:
-            raise RunError(
+            raise ArgumentError(
                 f"argument {self._names[number]} is written, and several of its elements are one in memory "
                 "(expand): pass a tensor of its own"
             )
@@ -62,7 +62,7 @@ class Writing:
                 continue
             first, last = _span(value)
             if first < end and begin < last:
-                raise RunError(
+                raise ArgumentError(
                     f"argument {self._names[number]} is written and shares memory with argument "
                     f"{self._names[other]}: pass a copy of one of them"
                 )

@@ -21,12 +21,12 @@ def spec(hidden: int, dtype: str = "bfloat16", rounding: str | None = "once", **
     """A RowSpec in short: ``rounding`` None is no norm at all; ``quants`` its quantizations."""
     norm = None
     if rounding and "gate" not in fields:
-        given = {name: fields.pop(name) for name in ("residual", "statistic", "group") if name in fields}
+        given = {name: fields.pop(name) for name in ("residual", "statistic", "group", "y") if name in fields}
         bias = ("twice" if rounding == "twice" else "once") if fields.get("bias_dtype") else None
         bias = fields.pop("bias", bias)
-        norm = Norm(
-            fields.pop("eps", 1e-6), rounding, weight_offset=fields.pop("offset", 0.0), bias=bias, **given
-        )
+        given["dtype"] = given.pop("y", None)
+        eps, offset = fields.pop("eps", 1e-6), fields.pop("offset", 0.0)
+        norm = Norm(eps, rounding, weight_offset=offset, bias=bias, **given)  # type: ignore[arg-type]
     weight = fields.pop("weight", dtype if norm else None)
     quantizations = tuple(fields.pop("quants", ()))
     return RowSpec(hidden, dtype, norm, weight_dtype=weight, quantizations=quantizations, **fields)
@@ -118,6 +118,22 @@ CASES = {
     "gate_first": norm_of_gated(1536, gate="twice", writes_y=True, quants=[Quantization(64)]),
     "gate_groups_f16": norm_of_gated(
         1024, "float16", rounding="once", group=64, weight="float32", writes_y=True
+    ),
+    # A gate and y of 16 bits, as Mamba2's mixers have them, and a stream of float32.
+    "gate_groups_wide": norm_of_gated(
+        8192,
+        "float32",
+        "once",
+        rounding="once",
+        group=1024,
+        weight="bfloat16",
+        y="bfloat16",
+        gate_dtype="bfloat16",
+        writes_y=True,
+        quants=[Q128, Quantization(None)],
+    ),
+    "layer_narrow": layer_norm(
+        1003, "float32", residual="exact", y="float16", writes_sum=True, writes_y=True
     ),
     "norm_only": spec(1000, rounding="twice", residual="rounded", writes_sum=True, writes_y=True),
     "norm_any_length": spec(131, "float16", writes_y=True),
@@ -241,6 +257,7 @@ def integer_inputs(spec: RowSpec, rows: int, seed: int = 0) -> list[torch.Tensor
         # Where the activation is exact: silu(g) is g, 0 and -0 here, and so are the others.
         exact = torch.tensor([-512.0, 0.0, 32.0, 64.0] + [40.0, 56.0, 112.0] * (not spec.gate_first))
         gate = exact[torch.randint(len(exact), (rows, spec.hidden), generator=generator)].to(dtype)
+        gate = gate.to(getattr(torch, spec.gate_dtype or spec.dtype))
         inputs = [torch.cat([gate, inputs[0]], -1)] if spec.gate.packed else [gate, inputs[0]]
         if spec.norm:
             inputs.reverse()

@@ -52,7 +52,7 @@ def reference(spec: RowSpec, tensors: Sequence[torch.Tensor]) -> list[torch.Tens
     if gate is not None and not spec.gate_first:
         y = _gated(spec, gate, y)
     if spec.writes_y:
-        outputs.append(y.to(dtype))
+        outputs.append(y.to(getattr(torch, spec.y_dtype)))
     for quantization in spec.quantizations:
         if quantization.static:
             outputs.append(_by_given_scale(y.float(), given.pop(0), quantization))
@@ -84,14 +84,14 @@ def _normed(
     else:
         value = value if weight is None else value * weight.float()
         value = value if bias is None else value + bias.float()
-    return value.to(dtype) if spec.norm.rounding == "once" else value
+    return value.to(getattr(torch, spec.y_dtype)) if spec.norm.rounding == "once" else value
 
 
 def _gated(spec: RowSpec, gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
     assert spec.gate
     if up is None:
         gate, up = gate.chunk(2, -1)
-    dtype = gate.dtype
+    dtype = up.dtype
     value = ACTIVATIONS[spec.gate.activation](gate.float())
     if spec.gate.rounding == "twice":
         return value.to(dtype) * up

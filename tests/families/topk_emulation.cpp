@@ -23,6 +23,7 @@ DEVICE double double_of(u64 bits) { double v; memcpy(&v, &bits, 8); return v; }
 DEVICE u64 bits_of(double value) { u64 v; memcpy(&v, &value, 8); return v; }
 DEVICE double fused(double a, double b, double c) { return std::fma(a, b, c); }
 DEVICE float divide(float a, float b) { return a / b; }
+DEVICE float square_root(float a) { return std::sqrt(a); }
 // Up to an ulp off, as the machines' own may be.
 DEVICE float near_reciprocal(float a) { return as_float(as_bits(1.0f / a) + as_bits(a) % 3 - 1); }
 DEVICE float f16_value(u32 bits) { _Float16 h; u16 b = (u16)bits; memcpy(&h, &b, 2); return (float)h; }
@@ -74,7 +75,11 @@ static void *const *arguments;
 static int row_count;
 
 static void one_thread() {
+#if HAS_BIAS
   ENTRY((const u8 *)arguments[0], (const u8 *)arguments[1], (u8 *)arguments[2], (u8 *)arguments[3], row_count);
+#else
+  ENTRY((const u8 *)arguments[0], (u8 *)arguments[1], (u8 *)arguments[2], row_count);
+#endif
 }
 
 extern "C" void launch(void *const *pointers, int rows, int blocks) {

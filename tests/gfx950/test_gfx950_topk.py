@@ -13,7 +13,7 @@ from lowering.ops.grouped_topk import grouped_topk_reference
 from lowering.targets import Target
 from tests.families import test_topk
 from tests.families.host_kernels import run
-from tests.families.test_topk import CASES, GFX942, GFX950, assert_routed, tokens
+from tests.families.test_topk import CASES, EXACT, GFX942, GFX950, assert_routed, expected_of, tokens
 from tests.gfx950 import gfx950_kernels
 
 
@@ -33,17 +33,19 @@ def test_kernel_equals_reference(name: str, target: Target, launcher) -> None:
 
 
 @pytest.mark.parametrize("ulp", [1, -1])
-def test_no_result_hangs_on_an_approximation(ulp: int) -> None:
-    """Nor when v_rcp_f32 is off by one in the last place."""
-    case = CASES["deepseek_v3"]
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v4", "gpt_oss"])
+def test_no_result_hangs_on_an_approximation(name: str, ulp: int) -> None:
+    """Nor when v_rcp_f32 and v_sqrt_f32 are off by one in the last place."""
+    case = CASES[name]
     kernel = instance(case, GFX950)
-    gating, bias = tokens(case, 37, seed=ulp)
-    expected = grouped_topk_reference(gating, bias, case.routing)
-    assert_routed(run(kernel, gfx950_kernels.launcher(kernel, ulp=ulp), [gating, bias], 37), expected)
+    given = tokens(case, 37, seed=ulp)
+    actual = run(kernel, gfx950_kernels.launcher(kernel, ulp=ulp), given, 37)
+    assert_routed(actual, expected_of(case, GFX950, *given))
 
 
-def test_scores_are_the_nearest_float32(launcher) -> None:
-    test_topk.test_scores_are_the_nearest_float32(GFX950, launcher)
+@pytest.mark.parametrize("scores", EXACT)
+def test_scores_are_the_nearest_float32(scores: str, launcher) -> None:
+    test_topk.test_scores_are_the_nearest_float32(scores, GFX950, launcher)
 
 
 def test_a_full_batch(launcher) -> None:

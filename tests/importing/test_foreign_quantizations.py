@@ -29,14 +29,44 @@ WEIGHT, GATE_UP, SCALE = randn(HIDDEN, seed=1), randn(5, 2 * HIDDEN, seed=2), to
 
 TWICE, ADDED = Norm(1e-6, "twice"), Norm(1e-6, "twice", "exact")
 NONE, NONE_ADDED = Norm(1e-6, "none"), Norm(1e-6, "none", "exact")
+ONCE, ONCE_ADDED = Norm(1e-6), Norm(1e-6, residual="exact")
 SILU = GatedActivation("silu", "none")
 ROW_FP8 = Quantization(None, amax_floor=0.0, scale_floor=1 / (448 * 512))
 ROW_INT8 = Quantization(None, "int8", amax_floor=0.0, scale_floor=2.0**-23, quotient="reciprocal")
 GROUPS = replace(ROW_FP8, group=128)
 STATIC = static_quantization(quotient="reciprocal")
+AITER_GROUPS = Quantization(128, scale_division="reciprocal", quotient="reciprocal")
 LEAST = static_quantization("int8", lowest=-128.0)
 
 Function = Callable[..., Any]
+
+
+def sglang(name: str, *rest: Any, dtype: torch.dtype = FP8, scale: bool = False) -> Function:
+    """A call whose first arguments are x, the codes and the scales, made or given; then ``rest``."""
+
+    def function(x: Tensor, *given: Tensor) -> Any:
+        q, groups = torch.empty_like(x, dtype=dtype), HIDDEN // rest[0] if len(rest) > 1 else 1
+        made = [torch.empty(x.shape[0], groups)] if scale else []
+        op(name)(x, q, *made, *given, *rest)
+        return [q, *made]
+
+    return function
+
+
+def aiter(name: str, *rest: Any, out: bool = False, groups: int = 0) -> Function:
+    """One of AITER's norms, quantized where there are ``groups`` of scales; ``rest`` follows epsilon."""
+
+    def function(x: Tensor, w: Tensor, residual: Tensor | None = None, smooth: Tensor | None = None) -> Any:
+        added = [] if residual is None else [residual, torch.empty_like(residual)]
+        scales = [torch.empty(x.shape[0], groups)] if groups else []
+        if not (out or groups):
+            return op(name)(x, w, 1e-6, *rest)
+        made = torch.empty_like(x, dtype=FP8 if groups else None)
+        smoothing = [] if smooth is None else [smooth]
+        op(name)(made, x, *added, *smoothing, *scales, w, 1e-6, *rest)
+        return [made, *scales, *added[1:]]
+
+    return function
 
 
 def quantized(
@@ -156,14 +186,93 @@ CALLS: dict[str, tuple[Function, tuple[Tensor, ...], list[Any]]] = {
         (X, RESIDUAL, WEIGHT, SCALE),
         [NONE_ADDED, STATIC],
     ),
+    "sgl_kernel::sgl_per_token_quant_fp8": (
+        sglang("sgl_kernel::sgl_per_token_quant_fp8", scale=True),
+        (X,),
+        [Quantization(None, amax_floor=1e-35, quotient="reciprocal")],
+    ),
+    "sgl_kernel::sgl_per_tensor_quant_fp8": (
+        sglang("sgl_kernel::sgl_per_tensor_quant_fp8", True),
+        (X, SCALE),
+        [STATIC],
+    ),
+    "aiter::rms_norm": (aiter("aiter::rms_norm"), (X, WEIGHT), [ONCE]),
+    "aiter::rmsnorm2d_fwd": (aiter("aiter::rmsnorm2d_fwd"), (X, WEIGHT), [ONCE]),
+    "aiter::rms_norm_cu": (aiter("aiter::rms_norm_cu", out=True), (X, WEIGHT), [ONCE]),
+    "aiter::rmsnorm": (aiter("aiter::rmsnorm", out=True), (X, WEIGHT), [ONCE]),
+    "aiter::rmsnorm gemma": (
+        aiter("aiter::rmsnorm", True, out=True),
+        (X, WEIGHT),
+        [replace(ONCE, weight_offset=1.0)],
+    ),
+    "aiter::add_rmsnorm": (aiter("aiter::add_rmsnorm", out=True), (X, WEIGHT, RESIDUAL), [ONCE_ADDED]),
+    "aiter::rmsnorm2d_fwd_with_add": (
+        aiter("aiter::rmsnorm2d_fwd_with_add", False, 0, out=True),
+        (X, WEIGHT, RESIDUAL),
+        [ONCE_ADDED],
+    ),
+    "aiter::rmsnorm_quant": (aiter("aiter::rmsnorm_quant", 128, groups=2), (X, WEIGHT), [NONE, AITER_GROUPS]),
+    "aiter::add_rmsnorm_quant": (
+        aiter("aiter::add_rmsnorm_quant", groups=1),
+        (X, WEIGHT, RESIDUAL),
+        [NONE_ADDED, replace(AITER_GROUPS, group=None)],
+    ),
+    "aiter::rmsnorm2d_fwd_with_dynamicquant": (
+        aiter("aiter::rmsnorm2d_fwd_with_dynamicquant", groups=1),
+        (X, WEIGHT),
+        [NONE, replace(AITER_GROUPS, group=None)],
+    ),
+    "aiter::rmsnorm2d_fwd_with_add_dynamicquant": (
+        aiter("aiter::rmsnorm2d_fwd_with_add_dynamicquant", 0, 128, groups=2),
+        (X, WEIGHT, RESIDUAL),
+        [NONE_ADDED, AITER_GROUPS],
+    ),
 }
+
+REFUSED: dict[str, tuple[Function, str]] = {
+    "sgl_kernel::sgl_per_token_group_quant_int8": (
+        sglang(
+            "sgl_kernel::sgl_per_token_group_quant_int8", 128, 1e-10, -128.0, 127.0, dtype=INT8, scale=True
+        ),
+        "its codes are cut off behind the point",
+    ),
+    "sgl_kernel::sgl_per_tensor_quant_fp8, dynamic": (
+        lambda x: sglang("sgl_kernel::sgl_per_tensor_quant_fp8", False)(x, SCALE),
+        "is_static is False, not True",
+    ),
+    "aiter::rmsnorm2d_fwd_with_smoothquant": (
+        lambda x: aiter("aiter::rmsnorm2d_fwd_with_smoothquant", groups=1)(x, x[0], smooth=x[0].float()),
+        "it multiplies columns by smoothing scales",
+    ),
+    "aiter::rmsnorm2d_fwd_with_add_smoothquant": (
+        lambda x: aiter("aiter::rmsnorm2d_fwd_with_add_smoothquant", groups=1)(
+            x, x[0], x, smooth=x[0].float()
+        ),
+        "it multiplies columns by smoothing scales",
+    ),
+    "aiter::rmsnorm_quant, shuffled": (
+        lambda x: aiter("aiter::rmsnorm_quant", 128, True, groups=2)(x, x[0]),
+        "shuffle_scale is True, not False",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_contract_says_is_refused_by_name(name: str) -> None:
+    function, reason = REFUSED[name]
+    (site,) = lowering.explain(others.Calls(function), (X,)).sites
+    assert (
+        site.status == "unfused"
+        and reason in (site.reason or "")
+        and name.split(",")[0] in (site.reason or "")
+    )
 
 
 def test_every_row_has_a_test() -> None:
     tables = (others.NORMS, others.ADD_NORMS, others.GATES, others.QUANTS, others.FUSED, CALLS)
-    assert {name.split(" ")[0] for table in tables for name in table} == {
-        row.name for row in named_ops.NAMED_OPS
-    }
+    tested = {name.split(" ")[0].rstrip(",") for table in (*tables, REFUSED) for name in table}
+    tested |= {"aten::layer_norm", "aten::native_layer_norm"}  # tests/patterns
+    assert tested == {row.name for row in named_ops.NAMED_OPS}
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -22,13 +22,13 @@
 // BOTH:         tensor.expand_shape
 // BOTH:         torch.operator "vmfuse.grouped_topk"
 // BOTH:       // site 0: grouped_topk at line {{[0-9]+}} fused as grouped_topk in [[ENTRY]]
-// BOTH-NEXT:  // site 1: grouped_topk at line {{[0-9]+}} unfused: The routing kernel knows at most 32 groups, not 33.
-func.func @main(%g: !g, %b: !b, %g2: !torch.vtensor<[?,66],f32>, %b2: !torch.vtensor<[66],f32>) -> (!w, !i, !torch.vtensor<[?,6],f32>, !torch.vtensor<[?,6],si32>) {
+// BOTH-NEXT:  // site 1: grouped_topk at line {{[0-9]+}} unfused: The routing kernel knows at most {{2048 experts on cpu|512 experts on gfx950}}, not 2079.
+func.func @main(%g: !g, %b: !b, %g2: !torch.vtensor<[?,2079],f32>, %b2: !torch.vtensor<[2079],f32>) -> (!w, !i, !torch.vtensor<[?,6],f32>, !torch.vtensor<[?,6],si32>) {
   %topk = torch.constant.int 6
   %groups = torch.constant.int 8
   %kept = torch.constant.int 3
   %many = torch.constant.int 33
   %w, %i = torch.operator "torch.lowering.grouped_topk"(%g, %b, %topk, %groups, %kept) : (!g, !b, !torch.int, !torch.int, !torch.int) -> (!w, !i)
-  %w2, %i2 = torch.operator "torch.lowering.grouped_topk"(%g2, %b2, %topk, %many, %kept) : (!torch.vtensor<[?,66],f32>, !torch.vtensor<[66],f32>, !torch.int, !torch.int, !torch.int) -> (!torch.vtensor<[?,6],f32>, !torch.vtensor<[?,6],si32>)
+  %w2, %i2 = torch.operator "torch.lowering.grouped_topk"(%g2, %b2, %topk, %many, %kept) : (!torch.vtensor<[?,2079],f32>, !torch.vtensor<[2079],f32>, !torch.int, !torch.int, !torch.int) -> (!torch.vtensor<[?,6],f32>, !torch.vtensor<[?,6],si32>)
   return %w, %i, %w2, %i2 : !w, !i, !torch.vtensor<[?,6],f32>, !torch.vtensor<[?,6],si32>
 }

@@ -11,7 +11,7 @@
 
 // What the schema has a value for may be left out.
 // CHECK-LABEL: func.func @by_name
-// CHECK-NEXT:    torch.operator "vmfuse.grouped_topk"(%arg0, %arg1) {contract = {num_expert_group = 4 : i64, topk = 2 : i64, topk_group = 1 : i64}, site = 0 : i64} : (!torch.vtensor<[?,8],bf16>, !torch.vtensor<[8],f32>) -> (!torch.vtensor<[?,2],f32>, !torch.vtensor<[?,2],si32>)
+// CHECK-NEXT:    torch.operator "vmfuse.grouped_topk"(%arg0, %arg1) {contract = {num_expert_group = 4 : i64, topk = 2 : i64}, site = 0 : i64} : (!torch.vtensor<[?,8],bf16>, !torch.vtensor<[8],f32>) -> (!torch.vtensor<[?,2],f32>, !torch.vtensor<[?,2],si32>)
 // CHECK:       // site 0: grouped_topk at line [[# @LINE + 5]] open
 func.func @by_name(%g: !g, %b: !b) -> (!w, !i) {
   %topk = torch.constant.int 2
@@ -24,7 +24,7 @@ func.func @by_name(%g: !g, %b: !b) -> (!w, !i) {
 // A number of groups that is computed is part of no contract.
 // CHECK-LABEL: func.func @computed_groups
 // CHECK:         torch.lowering.grouped_topk
-// CHECK-NOT:   // site
+// CHECK:       // site 0: grouped_topk at line {{[0-9]+}} unfused: lowering::grouped_topk: num_expert_group is computed; it must be a constant
 func.func @computed_groups(%g: !g, %b: !b, %groups: !torch.int) -> (!w, !i) {
   %topk = torch.constant.int 2
   %kept = torch.constant.int 1
@@ -32,24 +32,24 @@ func.func @computed_groups(%g: !g, %b: !b, %groups: !torch.int) -> (!w, !i) {
   return %w, %i : !w, !i
 }
 
-// Softmax scores, scoring_func 0, are not ours.
+// scoring_func 2 is none that has a meaning.
 // CHECK-LABEL: func.func @other_scores
 // CHECK:         torch._moe_C.grouped_topk
-// CHECK-NOT:   // site
+// CHECK:       // site 0: grouped_topk at line {{[0-9]+}} unfused: _moe_C::grouped_topk: scoring_func is 2, which has no meaning here
 func.func @other_scores(%g: !g, %b: !b) -> (!w, !i) {
   %topk = torch.constant.int 2
   %groups = torch.constant.int 4
   %kept = torch.constant.int 1
   %true = torch.constant.bool true
   %factor = torch.constant.float 1.0
-  %softmax = torch.constant.int 0
-  %w, %i = torch.operator "torch._moe_C.grouped_topk"(%g, %groups, %kept, %topk, %true, %factor, %b, %softmax) : (!g, !torch.int, !torch.int, !torch.int, !torch.bool, !torch.float, !b, !torch.int) -> (!w, !i)
+  %unknown = torch.constant.int 2
+  %w, %i = torch.operator "torch._moe_C.grouped_topk"(%g, %groups, %kept, %topk, %true, %factor, %b, %unknown) : (!g, !torch.int, !torch.int, !torch.int, !torch.bool, !torch.float, !b, !torch.int) -> (!w, !i)
   return %w, %i : !w, !i
 }
 
 // Results in a list.
 // CHECK-LABEL: func.func @in_a_list
-// CHECK-NEXT:    %[[OUT:.*]]:2 = torch.operator "vmfuse.grouped_topk"(%arg0, %arg1) {contract = {num_expert_group = 4 : i64, routed_scaling_factor = 2.500000e+00 : f64, topk = 2 : i64, topk_group = 1 : i64}
+// CHECK-NEXT:    %[[OUT:.*]]:2 = torch.operator "vmfuse.grouped_topk"(%arg0, %arg1) {contract = {num_expert_group = 4 : i64, routed_scaling_factor = 2.500000e+00 : f64, topk = 2 : i64}
 // CHECK-NEXT:    return %[[OUT]]#0, %[[OUT]]#1
 func.func @in_a_list(%g: !g, %b: !b) -> (!w, !i) {
   %topk = torch.constant.int 2
@@ -66,7 +66,7 @@ func.func @in_a_list(%g: !g, %b: !b) -> (!w, !i) {
 // Without groups it is one group; the gating is read as it was before it was widened; the ids are read before the
 // weights are made.
 // CHECK-LABEL: func.func @without_groups
-// CHECK-NEXT:    %[[OUT:.*]]:2 = torch.operator "vmfuse.grouped_topk"(%arg0, %arg1) {contract = {num_expert_group = 1 : i64, renormalize = false, topk = 2 : i64, topk_group = 1 : i64}
+// CHECK-NEXT:    %[[OUT:.*]]:2 = torch.operator "vmfuse.grouped_topk"(%arg0, %arg1) {contract = {order = "torch", renormalize = false, topk = 2 : i64}
 // CHECK-NEXT:    %[[NEG:.*]] = torch.aten.neg %[[OUT]]#1
 // CHECK-NEXT:    return %[[OUT]]#0, %[[NEG]]
 func.func @without_groups(%g: !g, %b: !b) -> (!w, !l) {

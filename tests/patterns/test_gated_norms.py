@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -131,8 +132,48 @@ BEFORE: dict[str, tuple[Callable[..., Tensor], Norm]] = {
         lambda w, x, z: (normed32(x * F.silu(z.float())) * w[:HEAD]).to(x.dtype),
         Norm(1e-6, gate=UNROUNDED),
     ),
+    # The mixers of transformers' state-space models: float32 all along, with a gate of 16 bits.
+    "float32, rounded behind": (
+        lambda w, x, z: of_gated(32)(w, x.float(), z).to(x.dtype),
+        Norm(1e-6, "once", group=32, gate=UNROUNDED),
+    ),
+    "float32 x": (
+        lambda w, x, z: of_gated(32)(w, x.float() * 3.0, z).to(x.dtype),
+        Norm(1e-6, "once", group=32, gate=GatedActivation("silu", "once", packed=False), dtype="bfloat16"),
+    ),
     "rounded": (rounded_gate, Norm(1e-6, gate=GatedActivation("silu", "twice", packed=False))),
 }
+
+
+MODULES = {
+    "mamba2": "MambaRMSNormGated",
+    "zamba2": "Zamba2RMSNormGated",
+    "nemotron_h": "NemotronHRMSNormGated",
+    "granitemoehybrid": "GraniteMoeHybridRMSNormGated",
+    "bamba": "BambaRMSNormGated",
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_modules_of_transformers(name: str) -> None:
+    """As their mixers call them: y of float32, a gate of 16 bits, and a linear layer of 16 bits behind."""
+    modeling = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    norm = getattr(modeling, MODULES[name])(256, 64, eps=1e-5).bfloat16()
+
+    class Mixer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, y: Tensor, gate: Tensor) -> Any:
+            return ops.group_quant(self.norm(y, gate).to(torch.bfloat16), 128)
+
+    y, gate = torch.randn(3, 5, 256), torch.randn(3, 5, 256).bfloat16()
+    wide = GatedActivation("silu", "once", packed=False)
+    contract = Norm(1e-5, group=64, gate=wide, dtype="bfloat16")
+    assert contracts(Mixer(), y, gate) == [contract, Quantization(128)]
+    (pattern,) = {record.pattern for record in sites(Mixer(), y, gate).records}
+    assert pattern == "silu_mul_norm_quant"
 
 
 def normed32(h: Tensor) -> Tensor:

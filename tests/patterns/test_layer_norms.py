@@ -67,6 +67,14 @@ SPELLINGS: dict[str, tuple[Callable[..., Tensor], Norm]] = {
         lambda w, b, x: F.layer_norm(x, (HIDDEN,), w + 1, b, EPS),
         Norm(EPS, statistic="variance", bias="once"),
     ),
+    "torch's, of float32 (OLMo)": (
+        lambda w, b, x: F.layer_norm(x.float(), (HIDDEN,), None, None, EPS).to(x.dtype),
+        WRITTEN,
+    ),
+    "torch's, of a float32 stream": (
+        lambda w, b, x: F.layer_norm(x.float() * 3.0, (HIDDEN,), w.float(), b.float(), EPS).half(),
+        Norm(EPS, statistic="variance", bias="once", dtype="float16"),
+    ),
     "Cohere's": (cohere, WRITTEN),
     "of a variance": (lambda w, b, x: of_variance(w, b, x).to(x.dtype), WRITTEN),
     "of a variance, weight and bias": (
@@ -115,7 +123,13 @@ def test_they_compute_what_eager_computes() -> None:
     for got, expected in zip(lowering.load(compiled.vmfb)(x), module(x), strict=True):
         assert got.dtype == expected.dtype and got.shape == expected.shape
         error = (got.float() - expected.float()).abs()
-        step = {torch.bfloat16: 2**-7, torch.float32: 2**-7, torch.float8_e4m3fn: 2**-3, torch.int8: 1.0}
+        step = {
+            torch.float16: 2**-10,
+            torch.bfloat16: 2**-7,
+            torch.float32: 2**-7,
+            torch.float8_e4m3fn: 2**-3,
+            torch.int8: 1.0,
+        }
         assert (error <= step[got.dtype] * expected.float().abs() + 2e-6 + (got.dtype == torch.int8)).all()
         assert (error > 2e-6).float().mean() < 2e-3
 

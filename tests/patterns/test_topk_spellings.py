@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ class Router(nn.Module):
 
 
 def eager(
-    gating: torch.Tensor, bias: torch.Tensor, contract: GroupedTopk
+    gating: torch.Tensor, bias: torch.Tensor | None, contract: GroupedTopk
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.ops.lowering.grouped_topk(gating, bias, **contract.__dict__)
 
@@ -67,30 +69,123 @@ def sglang(scaled: bool) -> Callable[..., Any]:
     return lambda gating, bias: tuple(fused_gate(gating, bias, 8, 3, 6, 0, 2.5, scaled))
 
 
-NAMED: dict[str, tuple[Callable[..., Any], GroupedTopk]] = {
-    "lowering::grouped_topk": (lambda gating, bias: eager(gating, bias, CONTRACT), CONTRACT),
-    "aiter::biased_grouped_topk": (aiter("aiter::biased_grouped_topk"), CONTRACT),
-    "aiter::biased_grouped_topk_hip": (aiter("aiter::biased_grouped_topk_hip"), CONTRACT),
-    "vllm::rocm_aiter_biased_grouped_topk": (aiter("vllm::rocm_aiter_biased_grouped_topk"), CONTRACT),
+def ungrouped(name: str, *arguments: Any, source: bool = True, biased: bool = False) -> Callable[..., Any]:
+    """A call that writes weights and ids, and the places it read them from where there is a ``source``."""
+    namespace, _, op = name.partition("::")
+
+    def function(gating: torch.Tensor, bias: torch.Tensor) -> Any:
+        weights = gating.new_empty((gating.shape[0], 6), dtype=torch.float32)
+        ids, places = (gating.new_empty((gating.shape[0], 6), dtype=torch.int32) for _ in range(2))
+        given = [bias if argument == "bias" else argument for argument in arguments]
+        getattr(getattr(torch.ops, namespace), op)(
+            weights, ids, *([places] if source else []), gating, *given
+        )
+        return weights, ids
+
+    return function
+
+
+def grouped(name: str, scores: Any) -> Callable[..., Any]:
+    namespace, _, op = name.partition("::")
+
+    def function(gating: torch.Tensor, bias: torch.Tensor) -> Any:
+        weights = gating.new_empty((gating.shape[0], 6), dtype=torch.float32)
+        ids = gating.new_empty((gating.shape[0], 6), dtype=torch.int32)
+        getattr(getattr(torch.ops, namespace), op)(gating, weights, ids, 8, 3, True, scores, 2.5)
+        return weights, ids
+
+    return function
+
+
+SOFTMAX = {"scores": "softmax"}
+OF_LARGEST = GroupedTopk(6, 8, 3, True, 2.5, **SOFTMAX, group_value="largest")
+SOFTPLUS = GroupedTopk(6, routed_scaling_factor=1.5, scores="sqrt_softplus")
+
+# Each with whether a bias is among what it takes.
+NAMED: dict[str, tuple[Callable[..., Any], GroupedTopk, bool]] = {
+    "lowering::grouped_topk": (lambda gating, bias: eager(gating, bias, CONTRACT), CONTRACT, True),
+    "lowering::grouped_topk, unbiased": (lambda gating, _: eager(gating, None, SOFTPLUS), SOFTPLUS, False),
+    "aiter::biased_grouped_topk": (aiter("aiter::biased_grouped_topk"), CONTRACT, True),
+    "aiter::biased_grouped_topk_hip": (aiter("aiter::biased_grouped_topk_hip"), CONTRACT, True),
+    "vllm::rocm_aiter_biased_grouped_topk": (aiter("vllm::rocm_aiter_biased_grouped_topk"), CONTRACT, True),
+    "aiter::grouped_topk": (grouped("aiter::grouped_topk", True), OF_LARGEST, False),
+    "vllm::rocm_aiter_grouped_topk": (grouped("vllm::rocm_aiter_grouped_topk", "softmax"), OF_LARGEST, False),
     "_moe_C::grouped_topk": (
         lambda gating, bias: torch.ops._moe_C.grouped_topk(gating, 8, 3, 6, False, 2.5, bias, 1),
         GroupedTopk(6, 8, 3, renormalize=False, routed_scaling_factor=2.5, eps=1e-20),
+        True,
     ),
-    "sgl_kernel::moe_fused_gate": (sglang(scaled=True), CONTRACT),
-    "sgl_kernel::moe_fused_gate, unscaled": (sglang(scaled=False), GroupedTopk(6, 8, 3)),
+    "_moe_C::grouped_topk, scores given": (
+        lambda gating, bias: torch.ops._moe_C.grouped_topk(gating, 8, 3, 6, True, 2.5, bias, 0),
+        GroupedTopk(6, 8, 3, True, 2.5, 1e-20, "gating"),
+        True,
+    ),
+    "sgl_kernel::moe_fused_gate": (sglang(scaled=True), CONTRACT, True),
+    "sgl_kernel::moe_fused_gate, unscaled": (sglang(scaled=False), GroupedTopk(6, 8, 3), True),
+    "_moe_C::topk_softmax": (ungrouped("_moe_C::topk_softmax", True), GroupedTopk(6, **SOFTMAX), False),
+    "_moe_C::topk_softmax, biased": (
+        ungrouped("_moe_C::topk_softmax", False, "bias"),
+        GroupedTopk(6, renormalize=False, **SOFTMAX),
+        True,
+    ),
+    "_moe_C::topk_sigmoid": (
+        ungrouped("_moe_C::topk_sigmoid", True, "bias", 2.5),
+        GroupedTopk(6, routed_scaling_factor=2.5),
+        True,
+    ),
+    "_moe_C::topk_softplus_sqrt": (ungrouped("_moe_C::topk_softplus_sqrt", True, 1.5), SOFTPLUS, False),
+    "vllm::rocm_aiter_topk_softmax": (
+        ungrouped("vllm::rocm_aiter_topk_softmax", True),
+        GroupedTopk(6, **SOFTMAX),
+        False,
+    ),
+    "sgl_kernel::topk_softmax": (
+        ungrouped("sgl_kernel::topk_softmax", True, source=False),
+        GroupedTopk(6, **SOFTMAX),
+        False,
+    ),
+    "sgl_kernel::topk_sigmoid": (
+        ungrouped("sgl_kernel::topk_sigmoid", False, source=False),
+        GroupedTopk(6, renormalize=False),
+        False,
+    ),
 }
 
 
+class Routers(nn.Module):
+    """All of them, of one gating and one bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bias", (torch.randn(64) * 0.1).bfloat16())
+
+    def forward(self, gating: torch.Tensor) -> Any:
+        return [tuple(function(gating, self.bias)) for function, _, _ in NAMED.values()]
+
+
+@pytest.fixture(scope="module")
+def named() -> tuple[Any, list[Any]]:
+    """The report of a model that calls every name, and what it and the contracts compute."""
+    model, gating = Routers(), torch.randn(9, 64).bfloat16()
+    actual, report = compiled(model, gating)
+    expected = [
+        eager(gating, model.bias if biased else None, contract) for _, contract, biased in NAMED.values()
+    ]
+    return report, list(zip(actual, expected, strict=True))
+
+
+def test_by_name_is_one_dispatch(named: tuple[Any, list[Any]]) -> None:
+    report, _ = named
+    assert [(site.op, site.contract) for site in report.sites] == [
+        ("grouped_topk", contract) for _, contract, _ in NAMED.values()
+    ]
+    assert report.summary() == {"fused": len(NAMED), "unfused": 0, "dispatches": len(NAMED)}
+
+
 @pytest.mark.parametrize("name", NAMED)
-def test_by_name(name: str) -> None:
-    """One dispatch, which computes what the contract says, bit for bit."""
-    function, contract = NAMED[name]
-    gating = torch.randn(9, 64).bfloat16()
-    model = Router(function, torch.bfloat16)
-    (weights, ids), report = compiled(model, gating)
-    assert report.summary() == {"fused": 1, "unfused": 0, "dispatches": 1}
-    assert (report.sites[0].op, report.sites[0].contract) == ("grouped_topk", contract)
-    expected = eager(gating, model.bias, contract)
+def test_by_name(name: str, named: tuple[Any, list[Any]]) -> None:
+    """What the contract says, bit for bit."""
+    (weights, ids), expected = named[1][list(NAMED).index(name)]
     assert torch.equal(weights, expected[0]) and torch.equal(ids, expected[1])
     assert ids.dtype == torch.int32
 
@@ -99,18 +194,39 @@ def test_every_name_has_a_test() -> None:
     assert {row.name for row in grouped_topk.NAMED_OPS} == {name.partition(",")[0] for name in NAMED}
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        aiter("aiter::biased_grouped_topk"),  # reads a float32 bias as if it were bfloat16
-        lambda gating, bias: torch.ops._moe_C.grouped_topk(gating, 8, 3, 6, True, 2.5, bias, 0),
+REFUSED = {
+    "another bias dtype": (
+        aiter("aiter::biased_grouped_topk"),
+        "it reads the bias as if it had the gating's dtype, and they have bfloat16 and float32",
+    ),
+    "unknown scores": (
+        lambda gating, bias: torch.ops._moe_C.grouped_topk(gating, 8, 3, 6, True, 2.5, bias, 2),
+        "scoring_func is 2, which has no meaning here",
+    ),
+    "a shared expert": (
         lambda gating, bias: tuple(torch.ops.sgl_kernel.moe_fused_gate(gating, bias, 8, 3, 6, 1, 2.5, True)),
-    ],
-    ids=["another bias dtype", "scores given", "a shared expert"],
-)
-def test_other_meanings_of_a_name_are_left_alone(function: Callable[..., Any]) -> None:
-    report = lowering.explain(Router(function), (torch.randn(9, 64).bfloat16(),))
-    assert report.sites == ()
+        "num_fused_shared_experts is 1, not 0",
+    ),
+    "a bias taken away again": (
+        ungrouped("sgl_kernel::topk_sigmoid", True, "bias", source=False),
+        "correction_bias is computed, not None",
+    ),
+    "capped gating": (
+        ungrouped("sgl_kernel::topk_softmax", True, 30.0, None, source=False),
+        "moe_softcapping is 30.0, not 0.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_meanings_of_a_name_are_refused(name: str) -> None:
+    """In the report with what is wrong; and there is nothing to compile."""
+    function, reason = REFUSED[name]
+    model, gating = Router(function), torch.randn(9, 64).bfloat16()
+    (site,) = lowering.explain(model, (gating,)).sites
+    assert (site.op, site.status) == ("grouped_topk", "unfused") and reason in (site.reason or "")
+    with pytest.raises(CompileError, match=re.escape(reason)):
+        lowering.compile(model, (gating,))
 
 
 def test_impossible_routing_is_refused_with_its_line() -> None:
@@ -125,49 +241,127 @@ def test_impossible_routing_is_refused_with_its_line() -> None:
 # -- written out --------------------------------------------------------------------------------------
 
 
-def assert_same_routing(actual: tuple, expected: tuple) -> None:
-    """The same experts, whatever their order, with weights that agree within the rounding of a sum."""
-    for weights, ids in (actual, expected):
-        assert weights.dtype == torch.float32 and ids.dtype in (torch.int32, torch.int64)
-    order, wanted = actual[1].argsort(-1), expected[1].argsort(-1)
-    assert torch.equal(actual[1].gather(-1, order).long(), expected[1].gather(-1, wanted).long())
-    torch.testing.assert_close(
-        actual[0].gather(-1, order), expected[0].gather(-1, wanted), rtol=2**-21, atol=0.0
-    )
+EXPERTS = 32
+DEEPSEEK = {"n_routed_experts": EXPERTS, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 5}
+V3 = GroupedTopk(5, 4, 2, True, 2.5, 1e-20, dropped="least", order="torch_unsorted")
+SORTED = {"scores": "softmax", "weights": "choices", "order": "torch"}
+V2 = {**SORTED, "renormalize": False, "routed_scaling_factor": 16.0, "order": "torch_unsorted"}
 
 
-ROUTERS = {
-    "deepseek_v3": "DeepseekV3TopkRouter",
-    "glm4_moe": "Glm4MoeTopkRouter",
-    "dots1": "Dots1TopkRouter",
+@dataclass(frozen=True)
+class HuggingFace:
+    """A router of transformers: its family and class, its configuration, and what it computes."""
+
+    family: str
+    router: str
+    options: dict[str, Any]
+    contract: GroupedTopk
+    dtype: torch.dtype = torch.float32
+
+    def make(self) -> nn.Module:
+        """A router of as many features as experts, whose product leaves them as they are."""
+        module = importlib.import_module(f"transformers.models.{self.family}.modeling_{self.family}")
+        name = re.sub("Top[kK]Router", "", self.router)
+        options = {"hidden_size": EXPERTS, "num_attention_heads": 4, "num_experts_per_tok": 5}
+        config = getattr(transformers, f"{name}Config")(**{**options, **self.options})
+        for count in ("num_experts", "num_local_experts"):
+            setattr(config, count, EXPERTS)
+        router = getattr(module, self.router)(config).eval()
+        with torch.no_grad():
+            for parameter in router.parameters():
+                parameter.copy_(torch.eye(EXPERTS) if parameter.ndim == 2 else torch.zeros(EXPERTS))
+        for buffer in router.buffers():
+            torch.nn.init.normal_(buffer, std=0.1)
+        return router.to(self.dtype)
+
+
+HF = {
+    "deepseek_v3": HuggingFace(
+        "deepseek_v3", "DeepseekV3TopkRouter", {**DEEPSEEK, "routed_scaling_factor": 2.5}, V3
+    ),
+    "not renormalized": HuggingFace(
+        *("deepseek_v3", "DeepseekV3TopkRouter"),
+        {**DEEPSEEK, "routed_scaling_factor": 2.5, "norm_topk_prob": False},
+        replace(V3, renormalize=False, eps=0.0),
+    ),
+    "glm4_moe": HuggingFace("glm4_moe", "Glm4MoeTopkRouter", {**DEEPSEEK, "routed_scaling_factor": 2.5}, V3),
+    "dots1": HuggingFace(
+        "dots1", "Dots1TopkRouter", {**DEEPSEEK, "norm_topk_prob": True, "routed_scaling_factor": 2.5}, V3
+    ),
+    "deepseek_v2": HuggingFace(
+        *("deepseek_v2", "DeepseekV2TopkRouter"),
+        {**DEEPSEEK, "topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0},
+        GroupedTopk(5, 4, 2, **V2, group_value="largest", dropped="zero"),
+    ),
+    "greedy": HuggingFace(
+        *("deepseek_v2", "DeepseekV2TopkRouter"),
+        {**DEEPSEEK, "topk_method": "greedy", "routed_scaling_factor": 16.0},
+        GroupedTopk(5, **V2),
+    ),
+    "deepseek_v4": HuggingFace(
+        *("deepseek_v4", "DeepseekV4TopKRouter"),
+        {"routed_scaling_factor": 1.5},
+        GroupedTopk(5, routed_scaling_factor=1.5, eps=1e-20, scores="sqrt_softplus", order="torch_unsorted"),
+    ),
+    "mixtral": HuggingFace("mixtral", "MixtralTopKRouter", {}, GroupedTopk(5, **SORTED), torch.bfloat16),
+    "qwen2_moe": HuggingFace(
+        "qwen2_moe", "Qwen2MoeTopKRouter", {}, GroupedTopk(5, renormalize=False, **SORTED)
+    ),
+    "qwen3_moe": HuggingFace(
+        *("qwen3_moe", "Qwen3MoeTopKRouter"),
+        {"norm_topk_prob": True},
+        GroupedTopk(5, **SORTED),
+        torch.bfloat16,
+    ),
+    "olmoe": HuggingFace(
+        *("olmoe", "OlmoeTopKRouter"), {}, GroupedTopk(5, renormalize=False, **SORTED), torch.bfloat16
+    ),
+    "gpt_oss": HuggingFace(
+        *("gpt_oss", "GptOssTopKRouter", {}),
+        GroupedTopk(5, renormalize=False, scores="gating", weights="softmax", order="torch"),
+        torch.bfloat16,
+    ),
 }
 
 
-@pytest.mark.parametrize("family", ROUTERS)
-@pytest.mark.parametrize("renormalize", [True, False])
-def test_hugging_face_routers(family: str, renormalize: bool) -> None:
-    """The router of each is its matrix product and one dispatch, for any number of tokens."""
-    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    config = getattr(module, ROUTERS[family].removesuffix("TopkRouter") + "Config")(
-        hidden_size=48, n_routed_experts=32, n_group=4, topk_group=2, num_experts_per_tok=5
-    )
-    config.num_local_experts, config.norm_topk_prob, config.routed_scaling_factor = 32, renormalize, 2.5
-    router = getattr(module, ROUTERS[family])(config).eval()
-    torch.nn.init.normal_(router.weight)
-    torch.nn.init.normal_(router.e_score_correction_bias, std=0.1)
-    shapes = ({0: torch.export.Dim("tokens")},)
-    result = lowering.compile(router, (torch.randn(7, 48),), dynamic_shapes=shapes)
-    (site,) = result.report.sites
-    eps = 1e-20 if renormalize else 0.0
-    assert site.fused and site.contract == GroupedTopk(5, 4, 2, renormalize, 2.5, eps)
-    program = lowering.load(result.vmfb)
-    for tokens in (1, 7, 64):
-        x = torch.randn(tokens, 48)
-        logits, *actual = program(x)
-        expected_logits, *expected = router(x)
-        torch.testing.assert_close(logits, expected_logits)
-        assert_same_routing(tuple(actual), tuple(expected))
-        assert actual[1].dtype == torch.int64
+class AllRouters(nn.Module):
+    """One after another, so that they are compiled once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.routers = nn.ModuleList(router.make() for router in HF.values())
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return [router(x.to(next(router.parameters()).dtype)) for router in self.routers]
+
+
+@pytest.fixture(scope="module")
+def hugging_face() -> tuple[AllRouters, Any, lowering.Report]:
+    model, shapes = AllRouters(), ({0: torch.export.Dim("tokens")},)
+    result = lowering.compile(model, (torch.randn(7, EXPERTS),), dynamic_shapes=shapes)
+    return model, lowering.load(result.vmfb), result.report
+
+
+def test_hugging_face_routers_are_one_dispatch_each(hugging_face: Any) -> None:
+    _, _, report = hugging_face
+    assert [site.contract for site in report.sites] == [router.contract for router in HF.values()]
+    assert all(site.fused for site in report.sites)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 64])
+def test_hugging_face_routers(hugging_face: Any, tokens: int) -> None:
+    """The experts that eager chooses, in its order, among many equals: gating is of few values.
+
+    Weights within the roundings of scores and of their sum in eager, and of the dtype that holds them.
+    """
+    model, program, _ = hugging_face
+    x = (torch.randn(tokens, EXPERTS) * 4).round() / 4
+    for name, actual, expected in zip(HF, program(x), model(x), strict=True):
+        assert torch.equal(actual[0], expected[0]), name
+        assert torch.equal(actual[2], expected[2]) and actual[2].dtype == torch.int64, name
+        ulp = 2**-8 if expected[1].dtype == torch.bfloat16 else 2**-20
+        assert actual[1].dtype == expected[1].dtype, name
+        torch.testing.assert_close(actual[1], expected[1], rtol=ulp, atol=0.0, msg=name)
 
 
 @pytest.mark.slow
@@ -218,58 +412,147 @@ def test_hugging_face_deepseek_v3() -> None:
 
 
 def written_out(
-    gating: torch.Tensor, bias: torch.Tensor, *, sigmoid: Callable = torch.sigmoid, fill: float = -torch.inf
+    gating: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    score: Callable = torch.sigmoid,
+    largest: bool = False,
+    fill: float = -torch.inf,
+    gathered: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Routing as SGLang and vLLM write it in PyTorch."""
-    scores = sigmoid(gating)
-    choices = scores.view(gating.shape[0], -1) + bias.unsqueeze(0)
-    values = choices.view(gating.shape[0], 8, -1).topk(2, dim=-1)[0].sum(dim=-1)
+    scores = score(gating)
+    choices = scores if bias is None else scores.view(gating.shape[0], -1) + bias.unsqueeze(0)
+    in_groups = choices.view(gating.shape[0], 8, -1)
+    values = in_groups.max(dim=-1).values if largest else in_groups.topk(2, dim=-1)[0].sum(dim=-1)
     groups = torch.topk(values, k=3, dim=-1, sorted=False)[1]
     mask = torch.zeros_like(values).scatter_(1, groups, 1)
     mask = mask.unsqueeze(-1).expand(gating.shape[0], 8, 8).reshape(gating.shape[0], -1)
-    ids = torch.topk(choices.masked_fill(~mask.bool(), fill), k=6, dim=-1, sorted=False)[1]
-    weights = scores.gather(1, ids)
+    chosen = torch.topk(choices.masked_fill(~mask.bool(), fill), k=6, dim=-1, sorted=False)
+    weights = scores.gather(1, chosen.indices) if gathered else chosen.values
     weights = weights / weights.sum(dim=-1, keepdim=True)
-    return weights * 2.5, ids.to(torch.int32)
+    return weights * 2.5, chosen.indices.to(torch.int32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_written_out_by_serving_stacks(dtype: torch.dtype) -> None:
-    model = Router(lambda gating, bias: written_out(gating.float(), bias.float()), torch.bfloat16)
-    gating = torch.randn(9, 64).to(dtype)
-    actual, report = compiled(model, gating)
-    assert report.summary() == {"fused": 1, "unfused": 0, "dispatches": 1}
-    assert report.sites[0].contract == CONTRACT
-    assert_same_routing(actual, model(gating))
+def softmax(gating: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(gating, dim=-1)
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"sigmoid": lambda gating: torch.sigmoid(gating.bfloat16()).float()}, "rounded to bfloat16 before"),
-        ({"sigmoid": lambda gating: torch.softmax(gating, dim=-1)}, "its scores are a softmax"),
-        ({"fill": 0.0}, "its groups, mask or top-k are not those of the routing kernel"),
-    ],
-    ids=["scores rounded", "softmax", "dropped groups at zero"],
-)
-def test_nearly_this_routing_is_left_alone_and_named(options: dict[str, Any], reason: str) -> None:
-    model = Router(lambda gating, bias: written_out(gating, bias, **options))
-    (site,) = lowering.explain(model, (torch.randn(9, 64),)).sites
-    assert (site.op, site.status) == ("grouped_topk", "unfused")
-    assert site.reason is not None and reason in site.reason
-    assert "test_topk_spellings.py" in site.location
+def root_of_softplus(gating: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.softplus(gating).sqrt()
 
 
-def test_a_choice_without_a_bias_has_no_kernel() -> None:
+def best_of(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The largest scores, gathered."""
+    ids = scores.topk(6, dim=-1)[1]
+    return scores.gather(1, ids), ids
 
-    def largest(gating: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        scores = torch.sigmoid(gating)
-        return scores.gather(1, scores.topk(6, dim=-1)[1])
 
-    (site,) = lowering.explain(Router(largest), (torch.randn(9, 64),)).sites
-    assert (site.op, site.status) == ("grouped_topk", "unfused")
-    assert "no bias is added to its scores" in (site.reason or "")
+def normed_after(gating: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Top-k first, of what is not widened; then a softmax, scaled."""
+    values, ids = gating.topk(6, dim=-1, sorted=False)
+    return torch.softmax(values.float(), dim=-1) * 2.5, ids
+
+
+SERVING: dict[str, tuple[Callable[..., Any], GroupedTopk]] = {
+    "biased groups": (
+        lambda gating, bias: written_out(gating.float(), bias.float()),
+        replace(CONTRACT, dropped="least", order="torch_unsorted"),
+    ),
+    "dropped at zero": (
+        lambda gating, bias: written_out(gating.float(), bias, fill=0.0),
+        replace(CONTRACT, dropped="zero", order="torch_unsorted"),
+    ),
+    "groups of largest softmax": (
+        lambda gating, _: written_out(gating.float(), score=softmax, largest=True, fill=0.0, gathered=False),
+        GroupedTopk(6, 8, 3, True, 2.5, 0.0, "softmax", "largest", "zero", "choices", "torch_unsorted"),
+    ),
+    "a softmax with a bias": (
+        lambda gating, bias: written_out(gating.float(), bias, score=softmax),
+        replace(CONTRACT, scores="softmax", dropped="least", order="torch_unsorted"),
+    ),
+    "groups of roots of softplus": (
+        lambda gating, bias: written_out(gating.float(), bias, score=root_of_softplus),
+        replace(CONTRACT, scores="sqrt_softplus", dropped="least", order="torch_unsorted"),
+    ),
+    "neither groups nor bias": (
+        lambda gating, _: best_of(torch.sigmoid(gating.float())),
+        GroupedTopk(6, renormalize=False, order="torch"),
+    ),
+    "a softmax afterwards": (
+        lambda gating, _: normed_after(gating),
+        GroupedTopk(*(6, 1, 1, False, 2.5), scores="gating", weights="softmax", order="torch_unsorted"),
+    ),
+}
+
+
+class Serving(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bias", torch.randn(64) * 0.1)
+
+    def forward(self, gating: torch.Tensor) -> Any:
+        return [tuple(function(gating, self.bias)) for function, _ in SERVING.values()]
+
+
+def test_written_out_by_serving_stacks() -> None:
+    """The experts that eager chooses in its order; weights within the roundings of its scores and sums."""
+    model, gating = Serving(), ((torch.randn(40, 64) * 4).round() / 4).bfloat16()
+    actual, report = compiled(model, gating)
+    assert report.summary() == {"fused": len(SERVING), "unfused": 0, "dispatches": len(SERVING)}
+    assert [site.contract for site in report.sites] == [contract for _, contract in SERVING.values()]
+    for name, mine, wanted in zip(SERVING, actual, model(gating), strict=True):
+        assert torch.equal(mine[1], wanted[1]), name
+        torch.testing.assert_close(mine[0], wanted[0], rtol=2**-20, atol=0.0, msg=name)
+
+
+def clamped(gating: torch.Tensor) -> torch.Tensor:
+    weights, _ = best_of(softmax(gating))
+    return weights / weights.sum(-1, keepdim=True).clamp(min=1e-12)
+
+
+NEARLY = {
+    "scores rounded": (
+        lambda gating, bias: written_out(
+            gating, bias, score=lambda gating: torch.sigmoid(gating.bfloat16()).float()
+        ),
+        "its scores are rounded to bfloat16 before",
+    ),
+    "a softplus": (
+        lambda gating, bias: written_out(gating, bias, score=torch.nn.functional.softplus),
+        "made of a softplus, of which the routing kernel takes the root",
+    ),
+    "a sigmoid of the chosen": (
+        lambda gating, _: torch.sigmoid(gating.topk(6, dim=-1)[0]),
+        "the values of its chosen experts become weights",
+    ),
+    "another softmax axis": (
+        lambda gating, _: best_of(torch.softmax(gating, dim=0))[0] * 2,
+        "its groups, mask, top-k or weights are not those of the routing kernel",
+    ),
+}
+
+
+def test_nearly_this_routing_is_left_alone_and_named() -> None:
+    class Nearly(nn.Module):
+        def forward(self, gating: torch.Tensor, bias: torch.Tensor) -> Any:
+            return [function(gating, bias) for function, _ in NEARLY.values()]
+
+    sites = lowering.explain(Nearly(), (torch.randn(9, 64), torch.randn(64))).sites
+    for site, (name, (_, reason)) in zip(sites, NEARLY.items(), strict=True):
+        assert (site.op, site.status) == ("grouped_topk", "unfused"), name
+        assert reason in (site.reason or ""), name
+        assert "test_topk_spellings.py" in site.location
+
+
+def test_what_is_made_of_weights_is_left_to_others() -> None:
+    """A sum that is clamped is no sum: the top-k before it is a routing, what follows plain operations."""
+    gating = torch.randn(9, 64)
+    actual, report = compiled(Router(lambda gating, bias: clamped(gating)), gating)
+    assert [site.contract for site in report.sites] == [
+        GroupedTopk(6, renormalize=False, scores="softmax", order="torch")
+    ]
+    torch.testing.assert_close(actual, clamped(gating), rtol=2**-20, atol=0.0)
 
 
 # -- left to IREE, and reported -----------------------------------------------------------------------
@@ -279,15 +562,17 @@ def test_a_choice_without_a_bias_has_no_kernel() -> None:
 def test_what_has_no_kernel_is_still_computed(target: str) -> None:
     """The reference becomes plain operations for IREE; on the CPU its weights may differ in the last bits."""
     contract = GroupedTopk(topk=3, num_expert_group=33, topk_group=4)
+    most = 2048 if target == "cpu" else 512
 
     class Wide(nn.Module):
         def forward(self, gating: torch.Tensor, bias: torch.Tensor) -> Any:
             return eager(gating, bias, contract)
 
-    gating, bias = torch.randn(5, 66), torch.randn(66) * 0.1
+    gating, bias = torch.randn(5, 2079), torch.randn(2079) * 0.1
     result = lowering.compile(Wide(), (gating, bias), target=target)
     assert result.report.summary() == {"fused": 0, "unfused": 1, "dispatches": 0}
-    assert result.report.sites[0].reason == "The routing kernel knows at most 32 groups, not 33."
+    reason = f"The routing kernel knows at most {most} experts on {target}, not 2079."
+    assert result.report.sites[0].reason == reason
     if target == "cpu":
         weights, ids = lowering.load(result.vmfb)(gating, bias)
         expected = eager(gating, bias, contract)

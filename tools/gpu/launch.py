@@ -206,7 +206,7 @@ def reference(spec: RowSpec, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if spec.writes_sum and total is not None:
         written["sum"] = total
     if spec.writes_y:
-        written["y"] = y.to(getattr(torch, spec.dtype))
+        written["y"] = y.to(getattr(torch, spec.y_dtype))
     for index, quantization in enumerate(spec.quantizations):
         if quantization.static:
             written[f"q{index}"] = static_quant_reference(y, inputs[f"scale{index}"], quantization)
