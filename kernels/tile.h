@@ -36,9 +36,10 @@ struct Y {
   Packed<Y_DTYPE> bits;
 };
 
-// A vector of the weight: as read, or where it serves many rows as the factors; and of the bias.
+// A vector of the weight: as read, or where it serves many rows as the factors; and of the bias, which takes half the
+// registers as it is read.
 constexpr int WEIGHT_AS = WEIGHT_DTYPE == NONE || LOOPS ? F32 : WEIGHT_DTYPE;
-enum { BIAS_AS = BIAS_DTYPE == NONE || LOOPS ? F32 : BIAS_DTYPE };
+enum { BIAS_AS = BIAS_DTYPE == NONE ? F32 : BIAS_DTYPE };
 using Weight = Packed<WEIGHT_AS>;
 using Bias = Packed<BIAS_AS>;
 
@@ -276,16 +277,6 @@ template <int DTYPE> DEVICE Weight weight_of(const Packed<DTYPE> &read) {
   }
 }
 
-template <int DTYPE> DEVICE Bias bias_of(const Packed<DTYPE> &read) {
-  if constexpr (!LOOPS) {
-    return read;
-  } else {
-    Bias bias;
-    UNROLL for (int i = 0; i < PAIRS; ++i) pack<F32>(bias, i, kept(unpack<DTYPE>(read, i)));
-    return bias;
-  }
-}
-
 struct Weights {
   Weight vector[VECTORS];
   Bias bias[VECTORS];
@@ -301,7 +292,7 @@ template <bool WIDE> DEVICE Weights load_weights(const Site &site, u32 first) {
   if constexpr (BIAS_DTYPE != NONE)
     UNROLL for (int v = 0; v < VECTORS; ++v)
       if (lane_has(first, v))
-        weights.bias[v] = bias_of<BIAS_DTYPE>(load<BIAS_DTYPE, WIDE ? WIDE_BYTES : 0>(site.bias, column_of(first, v)));
+        weights.bias[v] = load<BIAS_DTYPE, WIDE ? WIDE_BYTES : 0>(site.bias, column_of(first, v));
   return weights;
 }
 

@@ -101,7 +101,8 @@ class UnmatchedNorm:
         has_root = way.root is not None or op.name == _LENGTH
         if not (has_root and way.divides and (is_mean or way.scaled)):
             return None
-        return NearMiss("rms_norm" if op.name not in _SPREADS else "layer_norm", _why_no_norm(op, found, way))
+        centred = op.name in _SPREADS or first_match(norms.CENTRED, torch_ir.widened_from(found["h"]))
+        return NearMiss("layer_norm" if centred else "rms_norm", _why_no_norm(op, found, way))
 
 
 def _squares(reduction: ir.Operation) -> Bindings | None:

@@ -42,10 +42,10 @@ _CAST = "torch.prims.convert_element_type"
 # A product of 16-bit and float32 tensors is taken in float32: of what was widened, or as it is.
 _H = Exact("h")
 _X = Exact("x")
-_CENTRED = f32("sub.Tensor", _X, Aside(Statistic("mean.dim", _X)), Is(1))
+CENTRED = f32("sub.Tensor", _X, Aside(Statistic("mean.dim", _X)), Is(1))
 _SQUARE = OneOf(
-    *(f32("pow.Tensor_Scalar", squared, Is(2)) for squared in (_H, _CENTRED)),
-    *(f32("mul.Tensor", squared, squared) for squared in (_H, _CENTRED)),
+    *(f32("pow.Tensor_Scalar", squared, Is(2)) for squared in (_H, CENTRED)),
+    *(f32("mul.Tensor", squared, squared) for squared in (_H, CENTRED)),
 )
 _SUM = Aside(Statistic("sum.dim_IntList", _SQUARE))
 _MEAN = Aside(
@@ -157,7 +157,7 @@ def _centred(found: Bindings) -> tuple[StatisticName, ir.Value] | None:
 
     x, if found, is what it is the variance of, in one operation or as the mean of squares of deviations.
     """
-    deviation = first_match(_CENTRED, found["h"])
+    deviation = first_match(CENTRED, found["h"])
     if "x" not in found:
         return ("mean_square", found["h"]) if deviation is None else ("variance", deviation["x"])
     return None if deviation is None or deviation["x"] != found["x"] else ("variance", found["x"])

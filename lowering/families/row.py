@@ -385,7 +385,15 @@ FAMILY = Family(
     instance=instance,
     why_unsupported=why_unsupported,
     sources={
-        "row.c": ("cpu.h", "vectors.h", "given.h", "norm.h", "quantize_cpu.h", "activation.h"),
+        "row.c": (
+            "cpu.h",
+            "vectors.h",
+            "given.h",
+            "norm.h",
+            "statistic_cpu.h",
+            "quantize_cpu.h",
+            "activation.h",
+        ),
         "row.cu": _GPU_HEADERS,
         "row.hip": _GPU_HEADERS,
     },

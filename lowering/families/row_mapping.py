@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +87,19 @@ class Mapping:
 def choose_mapping(spec: RowSpec, target: Target) -> Mapping:
     """The mapping of rows to lanes: what was measured on the target for rows like these, else a rule."""
     if measured := _measured(target.name).get(tuning_key(spec)):
-        return measured
+        return _with_room(measured, spec)
     if target.name in _LIKE_H200 and tuning_key(spec) and spec.hidden >= _LONG:
-        return _long_rows(spec, target)
+        return _with_room(_long_rows(spec, target), spec)
     return Mapping(_default_tile(spec, target))
+
+
+def _with_room(mapping: Mapping, spec: RowSpec) -> Mapping:
+    """Let a multiprocessor hold fewer workgroups that go through the rows where each keeps a bias too."""
+    resident = -(-mapping.resident * 2 // 3)
+    if spec.bias_dtype is None or not mapping.many.blocks or mapping.resident <= 2:
+        return mapping
+    blocks = mapping.many.blocks * resident // mapping.resident
+    return replace(mapping, many=replace(mapping.many, blocks=blocks), resident=resident)
 
 
 def _long_rows(spec: RowSpec, target: Target) -> Mapping:

@@ -75,6 +75,14 @@ def test_nothing_spills_and_the_wanted_workgroups_fit(name: str, hidden: int, ta
     assert mapping.many.blocks == 0 or mapping.resident * 132 <= mapping.many.blocks
 
 
+# Of a bias at 7168 on sm_100, which was not measured, 10 of 128 registers are stored for a while.
+@pytest.mark.parametrize(("hidden", "target"), [(1536, "sm_90"), (7168, "sm_90"), (1536, "sm_100")])
+@pytest.mark.parametrize("name", ["layer norm, by a given scale", "norm of silu*x in groups, of float32"])
+def test_a_bias_and_groups_do_not_spill(name: str, hidden: int, target: str) -> None:
+    code = code_of(instance(families.CHECKED[name](hidden), resolve(target)))
+    assert not [i for i in code.instructions if i.name.startswith(("LDL", "STL"))]
+
+
 def test_a_path_goes_around_what_is_rare() -> None:
     def line(text: str, guard: str = "", *labels: str) -> sass.Instruction:
         return sass.Instruction(guard, text, labels)

@@ -12,7 +12,7 @@ from lowering.families.row_mapping import Mapping, Tile, choose_mapping
 from lowering.targets import Target
 from patterns.contracts import Quantization
 from tests.families.host_kernels import assert_same, run
-from tests.families.row_cases import CASES, Q128, SM90, SM100, integer_inputs, spec
+from tests.families.row_cases import CASES, Q128, SM90, SM100, integer_inputs, layer_norm, spec
 from tests.families.row_reference import reference
 
 
@@ -41,6 +41,22 @@ MAPPINGS = {
         spec(7168, residual="exact", writes_sum=True, writes_y=True, quants=[Q128, Quantization(None)]),
         Mapping(Tile(224, 2, 16), Tile(224, 4, 8, slices=4), 4, 8),
         [1, 2, 3, 4, 5],
+    ),
+    "layer_looped": (
+        layer_norm(1536, quants=[Q128, Quantization(None)]),
+        Mapping(Tile(96, 1, 16, blocks=3), Tile(96, 2, 8, slices=2), 3, 4),
+        [1, 2, 4, 9],
+    ),
+    # Groups that a wave folds by itself, and those of several waves, idle lanes behind the last.
+    "groups_looped": (
+        spec(1536, rounding="twice", group=512, quants=[Q128]),
+        Mapping(Tile(96, 1, 16, blocks=3), Tile(96, 2, 8, slices=2), 3, 4),
+        [1, 2, 4, 9],
+    ),
+    "groups_sliced": (
+        layer_norm(3200, group=800, writes_y=True, quants=[Q128]),
+        Mapping(Tile(224, 1, 16, blocks=2), Tile(224, 2, 8, slices=2), 2, 2),
+        [1, 2, 3, 5],
     ),
     "idle_lanes": (
         spec(3200, quants=[Q128, Quantization(32, layout="column_tma")]),

@@ -26,6 +26,15 @@ def named_norm(s: Scope) -> Step:
     return Step(code, (out,), ("rms_norm",))
 
 
+def layer_norm(s: Scope) -> Step:
+    """torch's LayerNorm, with weight and bias, one or neither."""
+    x, out = s.real(_row), s.out()
+    weight, bias = (s.choice(["None", s.weight((x.last,), x.dtype)]) for _ in range(2))
+    return Step(
+        f"{out} = F.layer_norm({x}, ({x.last},), {weight}, {bias}, {s.choice(_EPS)})", (out,), ("layer_norm",)
+    )
+
+
 def added_norm(s: Scope) -> Step:
     """A residual add and its norm, as one operation."""
     x = s.real(_row)
@@ -39,14 +48,15 @@ _SQUARES = ("h.pow(2)", "h * h", "h.square()", "h ** 2")
 
 
 def written_norm(s: Scope) -> Step:
-    """A norm written out, the residual added before it in some."""
+    """A norm written out: a residual, a mean or a gate before it in some, and the statistics of groups."""
     x, out, eps = s.real(_row), s.out(), s.choice(_EPS)
-    hidden, square = x.last, s.choice(_SQUARES)
+    square, groups = s.choice(_SQUARES), 2 if x.last % 64 == 0 and s.chance(0.2) else 1
+    hidden = x.last // groups
     mean = s.choice(
         [
             f"({square}).mean(-1, keepdim=True)",
             f"torch.mean({square}, dim=-1, keepdim=True)",
-            f"({square}).mean({x.rank - 1}, keepdim=True)",
+            f"({square}).mean({x.rank - (groups == 1)}, keepdim=True)",
             f"({square}).mean(-1).unsqueeze(-1)",
             f"({square}).mean(-1)[..., None]",
             f"({square}).sum(-1, keepdim=True) / {hidden}",
@@ -61,7 +71,15 @@ def written_norm(s: Scope) -> Step:
     else:
         lines.append(f"x = {x}")
         total = False
-    lines += ["h = x.float()", f"m = {mean}"]
+    lines.append("h = x.float()")
+    op = "layer_norm" if s.chance(0.2) else "rms_norm"
+    if not total and s.chance(0.2):
+        lines.append(f"h = h * F.silu({s.real(x.like)}.float())")
+    if groups > 1:
+        lines.append(f"h = h.unflatten(-1, ({groups}, {hidden}))")
+    if op == "layer_norm":
+        lines.append("h = h - h.mean(-1, keepdim=True)")
+    lines.append(f"m = {mean}")
     lines.append(
         s.choice(
             [f"h = h * torch.rsqrt(m + {eps})"] * 3
@@ -72,7 +90,9 @@ def written_norm(s: Scope) -> Step:
             ]
         )
     )
-    weight = s.weight((hidden,), s.choice([x.dtype, *FLOATS]))
+    if groups > 1:
+        lines.append("h = h.flatten(-2)")
+    weight = s.weight((x.last,), s.choice([x.dtype, *FLOATS]))
     lines.append(
         s.choice(
             [
@@ -90,11 +110,11 @@ def written_norm(s: Scope) -> Step:
     if total:
         outs = (out, s.out())
         lines.append(f"{outs[1]} = x")
-    return Step("\n".join(lines), outs, ("rms_norm",))
+    return Step("\n".join(lines), outs, (op,))
 
 
 def other_norm(s: Scope) -> Step:
-    """What is near a norm of rows and is none: statistics of another axis, of another tensor, layer norms."""
+    """What is near a norm of rows and is none: statistics of another axis or of another tensor."""
     x, out = s.real(lambda v: v.rank >= 2 and v.last >= 8), s.out()
     code = s.choice(
         [
@@ -106,7 +126,6 @@ def other_norm(s: Scope) -> Step:
             f"{out} = {x} * torch.rsqrt({x}.pow(2).mean((-1, -2), keepdim=True) + 1e-6)",
             f"{out} = ({x}.float() * torch.rsqrt({x}.float().var(-1, keepdim=True) + 1e-6)).to({x}.dtype)",
             f"{out} = {x} * torch.rsqrt({x}.abs().mean(-1, keepdim=True) + 1e-6)",
-            f"{out} = F.layer_norm({x}, ({x.last},), {s.weight((x.last,), x.dtype)})",
             f"{out} = F.normalize({x}, dim=-1)",
             f"{out} = {x} / torch.linalg.vector_norm({x}, dim=-1, keepdim=True).clamp(min=1e-6)",
         ]
@@ -190,6 +209,7 @@ def softmax_routing(s: Scope) -> Step:
 
 STEPS = (
     (3, named_norm),
+    (2, layer_norm),
     (2, added_norm),
     (5, written_norm),
     (2, other_norm),
