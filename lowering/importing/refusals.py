@@ -39,6 +39,11 @@ _FIXED = (
     "the model's own code decides by these sizes, or loops over them: compile it with them fixed, a program "
     "for each size (leave them out of dynamic_shapes), or write the loop as torch.while_loop"
 )
+_FIXES_SIZES = re.compile(r"Constraints violated|Specializations unexpectedly required")
+_LOOP = re.compile(r":\d+: (for|while)\b")
+# torch's spelling of the size of an argument, and of what is asked of it.
+_SIZE = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
+_RELATION = re.compile(r"(Eq|Ne)\(([^,()]*(?:\(\d+\))?), ([^,()]*(?:\(\d+\))?)\)")
 _LINES, _WIDTH = 8, 200
 _NO_TYPE = (torch.uint16, torch.uint32, torch.uint64)
 _INSTEAD = {
@@ -68,10 +73,16 @@ def not_read(error: Exception) -> CompileError:
 
 
 def _told(error: Exception) -> str:
+    fixes_sizes = _FIXES_SIZES.search(str(error)) is not None
     where = list(dict.fromkeys(filter(None, [_line_of(error), *_guards(error)])))
+    # What follows a loop over a size has that size too.
+    where = [line for line in where if _LOOP.search(line)] or where
     advice = [text for pattern, text in _ADVICE if re.search(pattern, str(error))]
-    lines = [*(advice or _summary(error)), *where[:_LINES]]
-    if re.search(r"Constraints violated|Specializations unexpectedly required", str(error)):
+    summary = _summary(error)
+    if fixes_sizes and where:
+        summary = summary[:1]  # what torch suggests is its own options, and the size of the example
+    lines = [*(advice or summary), *where[:_LINES]]
+    if fixes_sizes:
         lines.append(_FIXED)
     return f"{type(error).__name__}: " + "\n  ".join(lines)
 
@@ -116,7 +127,7 @@ def _guards(error: BaseException) -> Iterator[str]:
         if concerned.isdisjoint(guard.expr.free_symbols):
             continue
         asking = getattr(guard.sloc.framework_loc, "name", "")
-        needed = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(guard.expr))[:_WIDTH]
+        needed = _spelled(re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(guard.expr)))
         asked = guard.sloc.framework_loc
         if asked is not None and _is_theirs(asked.filename):
             # A loop over a size, an index or a branch of the model itself.
@@ -124,6 +135,13 @@ def _guards(error: BaseException) -> Iterator[str]:
         for node in graph.graph.nodes:
             if isinstance(node.target, OpOverload) and _asks(node.target, asking):
                 yield f"{model_line(node)}{node.target} needs {needed}"
+
+
+def _spelled(needed: str) -> str:
+    """``Eq(L['ids'].size()[1], 9)`` as ``ids.size(1) == 9``."""
+    sizes = _SIZE.sub(r"\1.size(\2)", needed)
+    relations = {"Eq": "==", "Ne": "!="}
+    return _RELATION.sub(lambda found: f"{found[2]} {relations[found[1]]} {found[3]}", sizes)[:_WIDTH]
 
 
 def _name(source: Any) -> str:
