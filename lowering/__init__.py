@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import nn, ops
     from .checkpoints.adopt import adopt
+    from .checkpoints.decoder import export_decoder
     from .checkpoints.pretrained import from_pretrained
     from .compiler import Compiled, compile, compile_mlir, explain
     from .errors import (
@@ -53,6 +54,7 @@ _HOME = {
     "ops": "ops",
     "quantize": "nn",
     "adopt": "checkpoints.adopt",
+    "export_decoder": "checkpoints.decoder",
     "from_pretrained": "checkpoints.pretrained",
     "Report": "report.report",
     "Site": "report.report",
@@ -88,6 +90,7 @@ __all__ = [
     "compile_mlir",
     "declare_ops",
     "explain",
+    "export_decoder",
     "from_pretrained",
     "load",
     "nn",

@@ -8,15 +8,17 @@ after one warning.  A program lives as long as its graph.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import threading
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -74,7 +76,10 @@ def backend(
 class _Compiled:
     """The programs of one graph."""
 
+    alive: ClassVar[weakref.WeakSet[_Compiled]] = weakref.WeakSet()
+
     def __init__(self, graph: fx.GraphModule, options: Options):
+        self.alive.add(self)
         self.graph, self.options = graph, options
         self._programs: list[Callable[..., Any]] = []
         self._sizes: set[Any] = set()  # that programs have been compiled for
@@ -118,6 +123,10 @@ class _Compiled:
                 return self._eager(error)
             return self._programs[number]
 
+    def forget(self) -> None:
+        """Let go of the programs."""
+        self._programs.clear()
+
     def _eager(self, why: Exception | None) -> Callable[..., Any]:
         if not self._warned:
             self._warned = True
@@ -125,6 +134,13 @@ class _Compiled:
                 f'torch.compile(backend="lowering") leaves a graph to eager PyTorch: {why}', stacklevel=4
             )
         return self.graph
+
+
+@atexit.register
+def _forget() -> None:
+    """Dynamo keeps its graphs until the interpreter has gone, when IREE's objects can no longer be freed."""
+    for each in list(_Compiled.alive):
+        each.forget()
 
 
 def _compile(graph: fx.GraphModule, inputs: tuple[Any, ...], options: Options) -> Callable[..., Any]:

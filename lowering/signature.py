@@ -32,6 +32,12 @@ SCRATCH_SIZE = ASYNC + "_transients_size"
 INITIAL = "state$initial"
 """The function that returns the initial values of ``Signature.stored``."""
 
+RESERVED = (
+    *("functions", "session", "state", "state_dict", "reset", "save", "load", "close"),
+    INITIAL.partition("$")[0],
+)
+"""What no function of a program may be called: what programs have themselves."""
+
 Dim = int | str | None
 """A size; a symbol or an expression of symbols in ``+ - * // % **``; None: whatever it is."""
 
@@ -56,6 +62,11 @@ class TensorSpec:
     dtype: str
     shape: tuple[Dim, ...] | None
     strides: Strides | None = None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The shape of a tensor all of whose sizes are known."""
+        return tuple(size for size in self.shape or () if isinstance(size, int))
 
     def __str__(self) -> str:
         sizes = "..." if self.shape is None else ", ".join("?" if d is None else str(d) for d in self.shape)
@@ -125,7 +136,8 @@ class Signature:
     state: the tensors that live from call to call, passed behind the arguments; their names are the same in
     all functions of a program.  stored: the names of those that begin as other than zeros, as the function
     ``INITIAL`` returns them.  written: what a call gives new values; those that are returned are behind the
-    results.  Since version 4.
+    results.  checks: what the model asserts of values, each named by what is said where it does not hold;
+    they are the last that is returned.  Since version 4.
     """
 
     target: str
@@ -141,6 +153,7 @@ class Signature:
     state: tuple[TensorSpec, ...] = ()
     stored: tuple[str, ...] = ()
     written: tuple[Written, ...] = ()
+    checks: tuple[TensorSpec, ...] = ()
     version: int = VERSION
 
     def to_json(self) -> str:
@@ -158,6 +171,7 @@ class Signature:
             data["placed"] = tuple(map(tuple, data.get("placed", ())))
             data["conditions"] = tuple(data.get("conditions", ()))
             data["state"] = _leaves(data.get("state", []))
+            data["checks"] = _leaves(data.get("checks", []))
             data["stored"] = tuple(data.get("stored", ()))
             data["written"] = tuple(Written(**item) for item in data.get("written", ()))
             data["parameters"] = Parameters(**data["parameters"]) if data["parameters"] else None
@@ -182,13 +196,13 @@ def _leaf(item: dict[str, Any]) -> Leaf:
 
 
 def returned_tensors(signature: Signature) -> tuple[TensorSpec, ...]:
-    """The tensors that a function returns: of its result, and behind them new values of what it is passed."""
+    """The tensors that a function returns: its results, new values of what it is passed, and its checks."""
     results = tuple(leaf for leaf in signature.outputs or () if isinstance(leaf, TensorSpec))
     passed = [
         leaf for leaf in (*(signature.inputs or ()), *signature.state) if not isinstance(leaf, Constant)
     ]
     new = [passed[item.argument] for item in signature.written if item.result is not None]
-    return (*results, *(leaf for leaf in new if isinstance(leaf, TensorSpec)))
+    return (*results, *(leaf for leaf in new if isinstance(leaf, TensorSpec)), *signature.checks)
 
 
 def known_sizes(signature: Signature) -> tuple[int, ...]:
@@ -212,6 +226,11 @@ def sizes_of(leaf: Leaf) -> tuple[Dim, ...]:
     if isinstance(leaf, Integer):
         return (leaf.size,)
     return (leaf.shape or ()) if isinstance(leaf, TensorSpec) else ()
+
+
+def sizes_are_open(leaf: Leaf) -> bool:
+    """Tell whether a size of ``leaf`` may differ from call to call."""
+    return any(not isinstance(dim, int) for dim in sizes_of(leaf))
 
 
 # --- sizes -------------------------------------------------------------------------------------

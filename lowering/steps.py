@@ -18,7 +18,7 @@ from .importing.importer import Program
 from .passes.check_scales import check_scales
 from .passes.dispatch import Dispatched, dispatch, return_physical_scales
 from .passes.expand import Expander
-from .passes.fold import fold
+from .passes.fold import Folding, fold
 from .passes.fuse import fuse
 from .passes.lay_out import check, lay_out, reads_of
 from .passes.normalize import normalize
@@ -38,6 +38,7 @@ class State:
     program: the function's weights and signature; None for a function of a bare module, whose steps that need
     weights do nothing.  directory: gets the objects that IREE reads from files, and must live until it has.
     recognisers: None for those of all families.  native_floats: retarget quantizations to the target's e4m3.
+    folding, objects: what the functions of a program have in common, filled by each.
     """
 
     module: ir.Module
@@ -50,6 +51,8 @@ class State:
     native_floats: bool = False
     progress: Callable[[str, str], None] = lambda phase, detail: None
     dispatched: Dispatched = field(default_factory=Dispatched)
+    folding: Folding = field(default_factory=Folding)
+    objects: dict[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ def _dispatch(state: State) -> None:
         state.ledger,
         state.directory,
         lambda entry: state.progress("kernels", entry),
+        state.objects,
     )
     if state.program is not None:
         strides = return_physical_scales(
@@ -100,7 +104,7 @@ STEPS: tuple[Step, ...] = (
     Step("layout", lambda state: lay_out(state.function, state.ledger, reads_of(state.target))),
     Step(
         "fold",
-        lambda state: state.program and fold(state.program),
+        lambda state: state.program and fold(state.program, state.folding),
         applies=lambda state: state.program is not None,
     ),
     Step("dispatch", _dispatch),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
+import sys
+import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -160,6 +163,18 @@ def test_options(compiled: list[Any], tmp_path: Path) -> None:
     for wrong in ({"options": {"fused": True}}, {"mode": "fastest"}):
         with pytest.raises(Exception, match="there are"):
             torch.compile(Model(), backend="lowering", **wrong)(integers(3, 256))
+
+
+def test_a_process_ends_without_a_word() -> None:
+    """Dynamo keeps graphs to the end, and what IREE finds alive there it complains of."""
+    code = """
+        import torch
+        print(torch.compile(torch.nn.ReLU(), backend="lowering")(-torch.ones(2)))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    )
+    assert (done.stdout.strip(), done.stderr) == ("tensor([0., 0.])", "")
 
 
 def test_a_program_dies_with_its_graph(compiled: list[Any]) -> None:

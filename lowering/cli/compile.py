@@ -23,7 +23,7 @@ from ..targets import TARGETS, Target
 from ..targets import resolve as resolve_target
 from .command import DEBUG, guarded, tell, write
 from .outputs import Output, Outputs, check_apart, check_dump, make_directory, writing
-from .source import MlirText, Model, check_form, resolve, source_file
+from .source import MlirText, Model, Models, check_form, resolve, source_file
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -43,7 +43,8 @@ _EPILOG = f"""\
 sources:
   file.py:callable          call a function of a file; it returns (module, args),
                             (module, args, dynamic_shapes) or (module, args, kwargs, dynamic_shapes),
-                            args being a tuple of example tensors, kwargs a dict of them
+                            args being a tuple of example tensors, kwargs a dict of them;
+                            or a dict of these: functions of one program, which share weights and state
   package.module:callable   the same, of an importable module
   model.pt2                 what torch.export.save wrote
   hf:FOLDER                 a checkpoint of a causal language model on this machine: config.json and
@@ -210,7 +211,7 @@ def _run(options: argparse.Namespace) -> None:
         compiled.save(vmfb.temporary)
         if options.verify:
             progress("verify", "compiled beside eager")
-            assert isinstance(model, Model)  # _load refused anything else
+            assert not isinstance(model, MlirText)  # _load refused that
             progress.note = _verify(model, compiled, vmfb, irpa, _output(options))
         vmfb.commit()
         if irpa is not None:
@@ -244,7 +245,7 @@ def _check_files(options: argparse.Namespace) -> None:
         check_dump(options.dump_kernels, r"kernels\.json|.*\.(o|cubin|hsaco)", files)
 
 
-def _load(options: argparse.Namespace, target: Target) -> Model | MlirText:
+def _load(options: argparse.Namespace, target: Target) -> Model | Models | MlirText:
     if options.verify:
         from .verify import require_device
 
@@ -252,13 +253,20 @@ def _load(options: argparse.Namespace, target: Target) -> Model | MlirText:
     model = resolve(options.source, trusted=options.trust_source)
     if options.only_output and isinstance(model, MlirText):
         raise UsageError("--only-output names parts of a PyTorch model's result; an MLIR source has no names")
-    if options.verify and isinstance(model, Model) and not (model.args or model.kwargs):
-        raise UsageError(f"--verify needs arguments to run on, and {options.source} comes with none")
+    if options.verify and not isinstance(model, MlirText):
+        without = [name for name, each in _functions(model).items() if not (each.args or each.kwargs)]
+        if without:
+            of = f", for {', '.join(without)}" if isinstance(model, Models) else ""
+            raise UsageError(f"--verify needs arguments to run on, and {options.source} comes with none{of}")
     return model
 
 
+def _functions(model: Model | Models) -> dict[str, Model]:
+    return model.functions if isinstance(model, Models) else {"main": model}
+
+
 def _compile(
-    model: Model | MlirText, options: argparse.Namespace, irpa: Output | None, progress: Progress
+    model: Model | Models | MlirText, options: argparse.Namespace, irpa: Output | None, progress: Progress
 ) -> Compiled:
     from .. import compiler
 
@@ -274,7 +282,14 @@ def _compile(
     with object_cache.placed(options.cache_dir, enabled=not options.no_cache):
         if isinstance(model, MlirText):
             return compiler.compile_mlir(model.text, **settings)
-        shapes, output = model.dynamic_shapes, _output(options)
+        output = _output(options)
+        if isinstance(model, Models):
+            functions = {
+                name: (each.module, each.args, each.kwargs, each.dynamic_shapes)
+                for name, each in model.functions.items()
+            }
+            return compiler.compile(functions, output=output, **settings)
+        shapes = model.dynamic_shapes
         return compiler.compile(
             model.module, model.args, kwargs=model.kwargs, dynamic_shapes=shapes, output=output, **settings
         )
@@ -312,7 +327,9 @@ def _require_fused(report: Report) -> None:
     )
 
 
-def _verify(model: Model, compiled: Compiled, vmfb: Output, irpa: Output | None, output: Names | None) -> str:
+def _verify(
+    model: Model | Models, compiled: Compiled, vmfb: Output, irpa: Output | None, output: Names | None
+) -> str:
     import torch
     from torch.utils import _pytree as pytree
 
@@ -322,14 +339,28 @@ def _verify(model: Model, compiled: Compiled, vmfb: Output, irpa: Output | None,
 
     device = require_device(compiled.target)
     program = runtime.load(vmfb.temporary, parameters=irpa.temporary if irpa else None)
-    args, kwargs = pytree.tree_map(
-        lambda a: a.to(device) if isinstance(a, torch.Tensor) else a, (model.args, model.kwargs)
-    )
-    shapes = model.dynamic_shapes
-    if isinstance(model.module, torch.export.ExportedProgram):
-        shapes = exported_shapes(model.module)
-    eager = model.eager().to(device)
-    return str(verify(program, eager, args, kwargs, dynamic_shapes=shapes, output=output))
+    functions = _functions(model)
+    eager = {name: each.eager().to(device) for name, each in functions.items()}
+    said = []
+    for name, each in functions.items():
+        args, kwargs = pytree.tree_map(
+            lambda a: a.to(device) if isinstance(a, torch.Tensor) else a, (each.args, each.kwargs)
+        )
+        shapes = each.dynamic_shapes
+        if isinstance(each.module, torch.export.ExportedProgram):
+            shapes = exported_shapes(each.module)
+        found = verify(
+            program,
+            eager[name],
+            args,
+            kwargs,
+            dynamic_shapes=shapes,
+            output=output,
+            function=name if len(functions) > 1 else None,
+            beside=tuple(eager.values()),
+        )
+        said.append(f"{name}: {found}" if len(functions) > 1 else str(found))
+    return "; ".join(said)
 
 
 def _result(report: Report, path: Path) -> str:

@@ -29,7 +29,10 @@ FORMS = (
     "or - (MLIR text on standard input)"
 )
 _FOLDER = "hf:"
-_RETURNS = "(module, args), (module, args, dynamic_shapes) or (module, args, kwargs, dynamic_shapes)"
+_RETURNS = (
+    "(module, args), (module, args, dynamic_shapes) or (module, args, kwargs, dynamic_shapes), or a dict "
+    "of these by the names of functions"
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,13 @@ class Model:
         if isinstance(self.module, torch.export.ExportedProgram):
             return self.module.module()
         return self.module
+
+
+@dataclass(frozen=True)
+class Models:
+    """Several models to compile, as functions of one program, by name."""
+
+    functions: dict[str, Model]
 
 
 @dataclass(frozen=True)
@@ -104,8 +114,8 @@ def source_file(source: str) -> Path | None:
     return Path(file) if file else None
 
 
-def resolve(source: str, stdin: IO[str] | None = None, *, trusted: bool = False) -> Model | MlirText:
-    """The model or MLIR text that ``source`` names; ``trusted``: code inside a .pt2 may be run."""
+def resolve(source: str, stdin: IO[str] | None = None, *, trusted: bool = False) -> Model | Models | MlirText:
+    """The models or MLIR text that ``source`` names; ``trusted``: code inside a .pt2 may be run."""
     check_form(source)
     if source == "-":
         return _mlir(_read_stream(stdin or sys.stdin), "standard input")
@@ -245,12 +255,14 @@ def _is_candidate(value: Any, module: ModuleType) -> bool:
     return callable(value) and getattr(value, "__module__", None) == module.__name__
 
 
-def _call(function: Callable[[], Any], source: str, module: ModuleType) -> Model:
+def _call(function: Callable[[], Any], source: str, module: ModuleType) -> Model | Models:
     file = Path(module.__file__) if module.__file__ else None
     try:
         returned = function()
     except (Exception, SystemExit) as error:
         raise UsageError(f"{source} raised {_describe(error, file)}") from error
+    if isinstance(returned, dict) and returned:
+        return Models({name: _checked(each, f"{source}, of {name}, ") for name, each in returned.items()})
     return _checked(returned, source)
 
 

@@ -22,7 +22,6 @@ from ..containers import Names, register, select
 from ..errors import LoweringError, UsageError, VerificationError
 from ..importing.sizes import Call, other_arguments
 from ..runtime.program import Program
-from ..runtime.state import StateTensor
 from .sensitivity import exact, nudged, plain, state_kept
 
 if TYPE_CHECKING:
@@ -95,15 +94,20 @@ def verify(
     *,
     dynamic_shapes: Any = None,
     output: Names | None = None,
+    function: str | None = None,
+    beside: Sequence[torch.nn.Module] = (),
 ) -> Comparison:
     """Compare ``program`` with ``module`` on these arguments; raise VerificationError where they differ.
 
     dynamic_shapes: as for torch.export; where it leaves a size open, other sizes are tried as well.
-    output: what the program keeps of the model's result, as for ``lowering.compile``.
+    output: what the program keeps of the model's result, as for ``lowering.compile``.  function: the one that
+    the module became, of several.  beside: the modules of the others, which name the state they share.
     """
     notes = []
     call = Call(tuple(args), dict(kwargs or {}))
-    part = _Part(module, output, tuple(each.name for each in _state(program)))
+    if isinstance(program, Program):
+        program = _Function(program, function)
+    part = _Part(module, output, _kept(program, [module, *beside]))
     with torch.no_grad():
         outputs = _compared(program, part, call, "")
         other = other_arguments(call.args, dynamic_shapes, call.kwargs)
@@ -113,11 +117,12 @@ def verify(
             outputs += more
     comparison = Comparison(tuple(outputs), tuple(notes))
     if not comparison.ok:
+        of = f"'s function {function}" if function else ""
         problems = "\n".join(
             f"  output {o.index}{o.call}: {o.problem}" for o in comparison.outputs if o.problem
         )
         raise VerificationError(
-            f"the compiled program and the eager model differ\n{problems}\n\n{comparison.table()}\n"
+            f"the compiled program{of} and the eager model differ\n{problems}\n\n{comparison.table()}\n"
             f"allowed: {LIMIT:g} x what eager itself changes by when the last bits of its sums do"
         )
     return comparison
@@ -125,17 +130,11 @@ def verify(
 
 @dataclass(frozen=True)
 class _Part:
-    """A model, what is kept of its result, and the names of its buffers that it writes to."""
+    """A model, what is kept of its result, and its buffers that are the program's state, by name."""
 
     module: torch.nn.Module
     output: Names | None
-    state: tuple[str, ...] = ()
-
-    def buffers(self) -> list[torch.Tensor]:
-        """What the program keeps as its state."""
-        buffers = dict(self.module.named_buffers(remove_duplicate=False))
-        named = buffers | dict(self.module.named_parameters(remove_duplicate=False))
-        return [named[name] for name in self.state]
+    state: dict[str, torch.Tensor]
 
     def __call__(self, call: Call) -> Any:
         result = self.module(*call.args, **call.kwargs)
@@ -173,7 +172,7 @@ def _compared(program: Callable[..., Any], model: _Part, call: Call, sizes: str)
     actual = _called(program, mine, sizes)
     results = len(actual)
     labels = [sizes] * results + [f", the state {name}{sizes}" for name in model.state]
-    actual += _values(program)
+    actual += _values(program).values()
     if untouched:
         _check_arguments(mine, call, sizes)
     else:
@@ -217,24 +216,38 @@ def _run(model: _Part, call: Call, mode: Any) -> tuple[list[torch.Tensor], bool]
     with state_kept(model.module), mode:
         # Cloned: a model may return an argument, a parameter, or a buffer that it writes to.
         results = [tensor.detach().clone() for tensor in _tensors(model(copies))]
-        results += [tensor.detach().clone() for tensor in model.buffers()]
+        results += [tensor.detach().clone() for tensor in model.state.values()]
     untouched = all(map(_same, _tensors(copies), _tensors(call)))
     return results + ([] if untouched else _tensors(copies)), untouched
 
 
-def _state(program: Callable[..., Any]) -> tuple[StateTensor, ...]:
-    return program.state() if isinstance(program, Program) else ()
+@dataclass(frozen=True)
+class _Function:
+    """A function of a program, called from the state that the program begins with."""
+
+    program: Program
+    name: str | None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.program.reset()
+        return (self.program if self.name is None else self.program[self.name])(*args, **kwargs)
 
 
-def _values(program: Callable[..., Any]) -> list[torch.Tensor]:
-    return list(program.state_dict().values()) if isinstance(program, Program) else []
+def _kept(program: Callable[..., Any], modules: Iterable[torch.nn.Module]) -> dict[str, torch.Tensor]:
+    """The buffers that are the state of a program."""
+    named: dict[str, torch.Tensor] = {}
+    for module in modules:
+        for tensors in (module.named_parameters, module.named_buffers):
+            named = {**dict(tensors(remove_duplicate=False)), **named}
+    return {name: named[name] for name in _values(program)}
+
+
+def _values(program: Callable[..., Any]) -> dict[str, torch.Tensor]:
+    return program.program.state_dict() if isinstance(program, _Function) else {}
 
 
 def _called(program: Callable[..., Any], call: Call, sizes: str) -> list[torch.Tensor]:
-    """The results of a call, from the state that the program begins with."""
     try:
-        if isinstance(program, Program):
-            program.reset()
         return _tensors(program(*call.args, **call.kwargs))
     except LoweringError as error:
         kind = _Refused if str(error).startswith("argument ") else VerificationError

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import ModuleType
@@ -48,9 +48,11 @@ from .conditions import conditions, forget_multiples
 from .decompositions import decompositions
 from .exporting import drop_assertions, export
 from .foreign import functionalize
-from .mutations import Mutations, explicit, state_specs
+from .mutations import Mutations, explicit, kept, state_specs
+from .naming import Names
 from .results import chosen, returning, row_major, without_containers
 from .sizes import Call
+from .sources import Source
 
 # The release whose torch dialect IREE 3.13 reads; pyproject.toml has the same.
 TORCH_MLIR = "20261001"
@@ -68,10 +70,14 @@ _KEPT = (
 
 @dataclass
 class Program:
-    """An imported model: its IR, the tensors its globals name, and how it is called."""
+    """An imported model: its IR, the tensors its globals name, and how it is called.
+
+    It is one function of a program, called ``name``.
+    """
 
     module: ir.Module
     parameters: dict[str, torch.Tensor | Recipe]
+    name: str = "main"
     inputs: tuple[Leaf, ...] | None = None
     outputs: tuple[Leaf, ...] | None = None
     input_tree: str | None = None
@@ -87,10 +93,10 @@ class Program:
         return self.module.context
 
     def main(self) -> ir.Operation:
-        """The function that is compiled and called: ``@main``, or the only public one."""
+        """The function that is compiled and called: that of its name, or the only public one."""
         functions = [op.operation for op in self.module.body if op.operation.name == "func.func"]
         public = [f for f in functions if "sym_visibility" not in f.attributes]
-        named = [f for f in public if ir.StringAttr(f.attributes["sym_name"]).value == "main"]
+        named = [f for f in public if ir.StringAttr(f.attributes["sym_name"]).value == self.name]
         if not (named or public):
             raise CompileError("the module has no public function")
         return (named or public)[0]
@@ -104,7 +110,9 @@ class Program:
             outputs[place] = replace(leaf, strides=layout)
         self.outputs = tuple(outputs) if self.outputs is not None else None
 
-    def signature(self, target: Target, parameters: Parameters | None) -> Signature:
+    def signature(
+        self, target: Target, parameters: Parameters | None, stored: tuple[str, ...] = ()
+    ) -> Signature:
         return Signature(
             target=target.name,
             backend=target.backend,
@@ -116,8 +124,9 @@ class Program:
             parameters=parameters,
             conditions=self.conditions,
             state=state_specs(self.mutations.state),
-            stored=tuple(name for name in self.mutations.state if name in self.parameters),
+            stored=stored,
             written=self.mutations.written,
+            checks=self.mutations.checks,
         )
 
 
@@ -134,21 +143,54 @@ def import_module(
     dynamic_shapes: Any = None,
     output: containers.Names | None = None,
 ) -> Program:
-    """Export ``module`` for ``args`` and import it into ``context``.
+    """Export ``module`` for ``args`` and import it into ``context``: as ``import_functions``, of one."""
+    sources = {"main": Source(module, args, kwargs, dynamic_shapes)}
+    return import_functions(sources, context, output=output)["main"]
+
+
+def import_functions(
+    sources: Mapping[str, Source], context: ir.Context, *, output: containers.Names | None = None
+) -> dict[str, Program]:
+    """Export each model and import it into ``context``, as a function of one program.
 
     An ExportedProgram is taken as it is; of a module, quantized layers of other libraries are adopted while
     it is exported.  output: the results that are kept, as ``containers.select`` has them; None: all.
-    Raises CompileError with torch.export's own words when the module cannot be exported, UsageError where
-    ``output`` names no result.  One thread at a time exports, the others wait.
+    Tensors that are one in memory are one in all functions, and what one of them writes to is state of all.
+    Raises CompileError with torch.export's own words when a module cannot be exported, and where two
+    functions have different tensors of one name; UsageError where ``output`` names no result.  One thread at
+    a time exports, the others wait.
     """
     with _EXPORTING:
-        if isinstance(module, torch.export.ExportedProgram):
-            return _import(module, context, output=output)
-        with adopted(module) as adopting, _results(adopting, output):
-            exported, asserted = _export(adopting, args, dict(kwargs or {}), dynamic_shapes)
-            program = _import(exported, context, asserted=asserted)
-        program.remarks = checkpoints.dequantized(module)
-        return program
+        models = {name: _exported(source, output) for name, source in sources.items()}
+        names = Names(tuple(sources))
+        state = set().union(*(kept(model.functional) for model in models.values()))
+        return {name: _import(model, context, name, names, state) for name, model in models.items()}
+
+
+@dataclass(frozen=True)
+class _Exported:
+    """A model as torch.export has it, and as it is imported.
+
+    asserted: conditions beside those that the program has.  inputs, outputs: the leaves of its arguments and
+    of what is kept of its result, whose tree ``tree`` is.
+    """
+
+    exported: torch.export.ExportedProgram
+    functional: torch.export.ExportedProgram
+    inputs: tuple[Leaf, ...]
+    outputs: tuple[Leaf, ...]
+    tree: pytree.TreeSpec
+    asserted: tuple[str, ...]
+    remarks: tuple[Remark, ...]
+
+
+def _exported(source: Source, output: containers.Names | None) -> _Exported:
+    module = source.module
+    if isinstance(module, torch.export.ExportedProgram):
+        return _made_functional(module, output, (), ())
+    with adopted(module) as adopting, _results(adopting, output):
+        exported, asserted = _export(adopting, source.args, dict(source.kwargs or {}), source.dynamic_shapes)
+        return _made_functional(exported, None, asserted, checkpoints.dequantized(module))
 
 
 @contextmanager
@@ -165,13 +207,12 @@ def _results(module: torch.nn.Module, output: containers.Names | None) -> Iterat
         hook.remove()
 
 
-def _import(
+def _made_functional(
     exported: torch.export.ExportedProgram,
-    context: ir.Context,
-    *,
-    output: containers.Names | None = None,
-    asserted: Sequence[str] = (),
-) -> Program:
+    output: containers.Names | None,
+    asserted: tuple[str, ...],
+    remarks: tuple[Remark, ...],
+) -> _Exported:
     as_exported = exported  # what follows may lose the guards of a program that was saved
     forget_multiples(exported)
     with warnings.catch_warnings():
@@ -186,21 +227,32 @@ def _import(
         _check_ints(inputs, outputs)
         drop_assertions(exported)
         exported = returning(exported, [n for n in numbers if isinstance(all_outputs[n], TensorSpec)])
-        rows = row_major(exported)
-        exported, mutations = explicit(exported)
+    return _Exported(as_exported, exported, inputs, outputs, tree, asserted, remarks)
+
+
+def _import(
+    model: _Exported, context: ir.Context, name: str, names: Names, state: Collection[Hashable]
+) -> Program:
+    rows = row_major(model.functional)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+        exported, mutations = explicit(model.functional, name, names, state)
     torch_dialect = _torch_dialect()
     refusals.check(exported, torch_dialect.importable)
-    module, parameters = torch_dialect.import_graph(exported, context, mutations)
+    written = [item.argument for item in mutations.written]
+    module, parameters = torch_dialect.import_graph(exported, context, name, names, written)
     return Program(
         module=module,
         parameters={**parameters},
-        inputs=inputs,
-        outputs=outputs,
-        input_tree=_dumped(as_exported.call_spec.in_spec),
-        output_tree=_dumped(tree),
+        name=name,
+        inputs=model.inputs,
+        outputs=model.outputs,
+        input_tree=_dumped(model.exported.call_spec.in_spec),
+        output_tree=_dumped(model.tree),
         row_major=rows | {item.result for item in mutations.written if item.result is not None},
         mutations=mutations,
-        conditions=conditions(as_exported, inputs, asserted),
+        conditions=conditions(model.exported, model.inputs, model.asserted),
+        remarks=model.remarks,
     )
 
 

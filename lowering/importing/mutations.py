@@ -1,4 +1,4 @@
-"""Make what a model writes to explicit: buffers and arguments that it changes come in, and go out, as values.
+"""Make what a model does beside computing explicit: what it writes to, and what it asserts of values.
 
 torch.export says of a model that writes which buffers and arguments have new values when it is done.  Here a
 buffer that is written becomes an argument behind the others, which the runtime keeps (the program's *state*),
@@ -8,7 +8,7 @@ new values take the memory of the old is decided in ``lowering.program.in_place`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,9 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
 
+from ..errors import CompileError
 from ..signature import TensorSpec, Written
+from .naming import Names, identity
 
 _ATEN = torch.ops.aten
 _KEPT = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
@@ -30,27 +32,51 @@ class Mutations:
 
     state: the initial value of each buffer that is written, by name, in the order of the arguments that they
     became.  written: the tensors that are passed and have new values, and the results that these are.
+    checks: the results behind them, each named by what is said where it is false.
     """
 
     state: Mapping[str, Tensor] = field(default_factory=dict)
     written: tuple[Written, ...] = ()
+    checks: tuple[TensorSpec, ...] = ()
 
 
-def explicit(exported: ExportedProgram) -> tuple[ExportedProgram, Mutations]:
-    """The same program without side effects: state as arguments, new values as results."""
+def kept(exported: ExportedProgram) -> set[Hashable]:
+    """What tells the tensors apart that the program keeps: the buffers that it writes to."""
+    signature = exported.graph_signature
+    targets = {spec.target for spec in signature.output_specs if spec.kind in _KEPT}
+    values = {spec.target: _value(exported, spec) for spec in signature.input_specs if spec.target in targets}
+    return {identity(value, str(target)) for target, value in values.items()}
+
+
+def explicit(
+    exported: ExportedProgram, function: str, names: Names, state: Collection[Hashable]
+) -> tuple[ExportedProgram, Mutations]:
+    """The same program without side effects: state as arguments, new values as results.
+
+    state: what tells the tensors apart that are kept, by this function of a program or by another.
+    """
     before = exported.graph_signature
     changes = [spec for spec in before.output_specs if spec.kind in _MUTATIONS]
-    if not changes:
-        return exported, Mutations()
-    kept = {spec.target: spec for spec in changes if spec.kind in _KEPT}
-    buffers = [spec for spec in before.input_specs if _is_of(spec, kept)]
-    others = [spec for spec in before.input_specs if not _is_of(spec, kept)]
-    state = {str(spec.target): _value(exported, spec) for spec in buffers}
-    inputs = [*others, *(replace(spec, kind=InputKind.USER_INPUT, target=None) for spec in buffers)]
+    tensors = {
+        spec.target: _value(exported, spec)
+        for spec in before.input_specs
+        if spec.kind in (InputKind.BUFFER, InputKind.PARAMETER)
+    }
+    found = {target for target, value in tensors.items() if identity(value, str(target)) in state}
     graph = exported.graph_module.graph
+    asserted = list(_taken_assertions(graph))
+    if not changes and not found and not asserted:
+        return exported, Mutations()
+    buffers = [spec for spec in before.input_specs if spec.target in found and spec.target in tensors]
+    others = [spec for spec in before.input_specs if spec not in buffers]
+    named = {
+        names.of(function, tensors[spec.target], str(spec.target)): tensors[spec.target] for spec in buffers
+    }
+    _check_sizes(named)
+    inputs = [*others, *(replace(spec, kind=InputKind.USER_INPUT, target=None) for spec in buffers)]
     _pass_last(graph, [spec.arg.name for spec in buffers])
     returned = [spec for spec in before.output_specs if spec.kind not in _MUTATIONS]
-    new = _return_last(graph, before.output_specs)
+    new = _return_last(graph, before.output_specs, [node for node, _ in asserted])
     exported.graph_module.recompile()
     outputs = [
         *returned,
@@ -61,11 +87,19 @@ def explicit(exported: ExportedProgram) -> tuple[ExportedProgram, Mutations]:
         Written(placed[str(spec.target)], len(returned) + number) for number, spec in enumerate(changes)
     )
     signature = replace(before, input_specs=inputs, output_specs=outputs)
-    return exported._update(exported.graph_module, signature), Mutations(state, written)
+    return exported._update(exported.graph_module, signature), Mutations(
+        named, written, tuple(_spec(said, node.meta["val"]) for node, said in asserted)
+    )
 
 
-def _is_of(spec: InputSpec, kept: Mapping[str | None, OutputSpec]) -> bool:
-    return spec.kind in (InputKind.BUFFER, InputKind.PARAMETER) and spec.target in kept
+def _check_sizes(state: Mapping[str, Tensor]) -> None:
+    """Refuse what has no room for anything."""
+    for name, tensor in state.items():
+        if not tensor.numel():
+            raise CompileError(
+                f"the model writes to {name}, which has no elements, {list(tensor.shape)}: nothing can be "
+                "kept there; give the cache a capacity of 1 or more"
+            )
 
 
 def _value(exported: ExportedProgram, spec: InputSpec) -> Tensor:
@@ -94,14 +128,24 @@ def _pass_last(graph: fx.Graph, names: list[str]) -> None:
             last.append(placeholders[name])
 
 
-def _return_last(graph: fx.Graph, specs: list[OutputSpec]) -> list[fx.Node]:
-    """Return the new values behind the results; they are returned here as well."""
+def _taken_assertions(graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
+    """Take the assertions of values out of the graph: what each is of, and what it says."""
+    for node in list(graph.nodes):
+        condition = node.args[0] if node.target is _ATEN._assert_async.msg else None
+        if isinstance(condition, fx.Node) and condition.meta["val"].dtype == torch.bool:
+            yield condition, str(node.args[1])
+            graph.erase_node(node)
+
+
+def _return_last(graph: fx.Graph, specs: list[OutputSpec], checks: list[fx.Node]) -> list[fx.Node]:
+    """Return the new values and then the checks behind the results; both are returned here as well."""
     node = graph.output_node()
     results: Any = node.args[0]
     pairs = list(zip(results, specs, strict=True))
     new = [_updated_whole(graph, value) for value, spec in pairs if spec.kind in _MUTATIONS]
     results = node.args[0]  # as it is now
     pairs = list(zip(results, specs, strict=True))
+    new += checks
     node.args = ((*(value for value, spec in pairs if spec.kind not in _MUTATIONS), *new),)
     return new
 
@@ -156,7 +200,8 @@ def _read_once(node: Any, target: Any) -> fx.Node | None:
 
 def state_specs(state: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
     """The state as a signature has it."""
-    return tuple(
-        TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-        for name, tensor in state.items()
-    )
+    return tuple(_spec(name, tensor) for name, tensor in state.items())
+
+
+def _spec(name: str, tensor: Tensor) -> TensorSpec:
+    return TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))

@@ -8,13 +8,14 @@ crosses as a placeholder: a parameter is an operator that names it, and becomes 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch_mlir.ir as mlir
 from iree.compiler import ir
+from torch.export.graph_signature import InputKind
 from torch_mlir.dialects.torch import register_dialect
 from torch_mlir.extras.fx_importer import FxImporter, FxImporterHooks, GraphNodeImporter
 
@@ -22,7 +23,7 @@ from patterns import torch_ir
 
 from ..errors import LoweringError
 from . import parameters, refusals
-from .mutations import Mutations
+from .naming import Names
 from .size_arithmetic import spell_sizes
 
 # The operator that a parameter is until its module has crossed.
@@ -30,20 +31,23 @@ _PLACEHOLDER = "lowering.parameter"
 
 
 def import_graph(
-    exported: torch.export.ExportedProgram, context: ir.Context, mutations: Mutations
+    exported: torch.export.ExportedProgram,
+    context: ir.Context,
+    function: str,
+    names: Names,
+    written: Sequence[int] = (),
 ) -> tuple[ir.Module, dict[str, torch.Tensor]]:
-    """``exported`` as a module in ``context`` with the function ``@main``; the tensors its globals name.
+    """``exported`` as a module in ``context`` with the function of that name; the tensors its globals name.
 
-    What of it ``mutations`` says is written is marked on the function, and the module has a function of the
-    initial values that are no zeros.
+    written: the arguments that the model writes to, which are marked on the function.
     """
     spell_sizes(exported.graph)
     there = mlir.Context()
     register_dialect(there)
-    placeholders = _Placeholders()
+    placeholders = _Placeholders(function, names)
     importer = FxImporter(context=there, hooks=placeholders, graph_node_importer_cls=_NodeImporter)
     try:
-        main = importer.import_program(exported, func_name="main")
+        main = importer.import_program(exported, func_name=function)
         with there:
             torch_ir.set_example(main, _examples(exported), mlir)
         importer.module.operation.verify()
@@ -56,9 +60,8 @@ def import_graph(
     module = ir.Module.parse(code.getvalue(), context=context)
     with context, ir.Location.unknown():
         _resolve(module, placeholders.tensors)
-        initial = parameters.declare_initial(module.operation, mutations.state)
-        torch_ir.mark_written(_functions(module)["main"], [item.argument for item in mutations.written])
-    return module, {**placeholders.tensors, **initial}
+        torch_ir.mark_written(_functions(module)[function], written)
+    return module, placeholders.tensors
 
 
 def importable(operator: str) -> bool:
@@ -120,22 +123,22 @@ def _factors(size: torch.SymInt) -> list[str]:
 class _Placeholders(FxImporterHooks):
     """Importer hooks that turn every tensor the program carries into an operator that names it."""
 
+    function: str
+    names: Names
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    _names: dict[tuple[Any, ...], str] = field(default_factory=dict)
 
     def resolve_input(self, gni: GraphNodeImporter, value: Any, info: Any) -> mlir.Value | None:
-        return self._named(value, str(info.input_spec.target))
+        is_constant = info.input_spec.kind == InputKind.CONSTANT_TENSOR
+        return self._named(value, str(info.input_spec.target), is_constant=is_constant)
 
     def resolve_literal(self, gni: GraphNodeImporter, literal: Any, info: Any) -> mlir.Value | None:
         if not isinstance(literal, torch.Tensor) or literal.numel() <= 1:
             return None
-        return self._named(literal, f"constant.{len(self.tensors)}")
+        return self._named(literal, f"constant.{len(self.tensors)}", is_constant=True)
 
-    def _named(self, tensor: torch.Tensor, name: str) -> mlir.Value:
+    def _named(self, tensor: torch.Tensor, name: str, *, is_constant: bool) -> mlir.Value:
         tensor = tensor.detach()
-        # Tied weights are one parameter: same storage, same view of it.
-        identity = (tensor.data_ptr() or name, tensor.dtype, tuple(tensor.shape), tensor.stride())
-        name = self._names.setdefault(identity, name)
+        name = self.names.of(self.function, tensor, name, is_constant=is_constant)
         self.tensors.setdefault(name, tensor)
         return mlir.Operation.create(
             "torch.operator",

@@ -231,7 +231,7 @@ def _compile(asked: dict[str, Any], directory: Path, diagnostics: list[tuple[str
 
 def _execute(invocation: Any, asked: dict[str, Any], directory: Path) -> bool:
     """Compile; where it is asked for, write the program down where its memory has been laid out."""
-    if not asked["streams"]:
+    if not asked.get("streams"):
         return invocation.execute()
     from iree.compiler.api import Output, ctypes_dl
 

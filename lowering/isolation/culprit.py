@@ -8,33 +8,53 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from iree.compiler import ir
 from iree.compiler.dialects import func
 
 from patterns import torch_ir
 
-from ..importing.importer import Program
+from ..importing.merging import Merged
+from ..signature import INITIAL
 
 # A search that takes longer than this is given up; an error without a line is better than none for minutes.
 _SECONDS = 60.0
 _CASTS = ("torch_c.from_builtin_tensor", "torch_c.to_builtin_tensor", "tensor.cast")
 
 
-def find_culprit(program: Program, fails: Callable[[ir.Module], bool]) -> ir.Operation | None:
-    """The first operation of ``program``, in the torch dialect, with which a part of it fails.
+def find_culprit(merged: Merged, fails: Callable[[ir.Module], bool]) -> ir.Operation | None:
+    """The first operation of a function, in the torch dialect, with which a part of the program fails.
 
     None where no part fails, or where it takes too long to tell.
     """
     deadline = time.monotonic() + _SECONDS
     bytecode = io.BytesIO()
-    program.module.operation.write_bytecode(bytecode)
-    operations = list(torch_ir.block_of(program.main()).operations)[:-1]
+    merged.module.operation.write_bytecode(bytecode)
+    for name in merged.functions:
+        others = {*merged.functions, INITIAL} - {name}
+        found = _in_function(merged, name, others, bytecode.getvalue(), fails, deadline)
+        if found is not None:
+            return found
+    return None
+
+
+def _in_function(
+    merged: Merged,
+    name: str,
+    others: Collection[str],
+    bytecode: bytes,
+    fails: Callable[[ir.Module], bool],
+    deadline: float,
+) -> ir.Operation | None:
+    operations = list(torch_ir.block_of(_functions(merged.module)[name]).operations)[:-1]
 
     def part_fails(count: int) -> bool:
-        part = ir.Module.parse(bytecode.getvalue(), context=program.context)
-        return _keep(Program(part, {}).main(), count) and fails(part)
+        part = ir.Module.parse(bytecode, context=merged.module.context)
+        for other in others:
+            if (function := _functions(part).get(other)) is not None:
+                function.erase()
+        return _keep(_functions(part)[name], count) and fails(part)
 
     well, badly = 0, len(operations)
     if not part_fails(badly):
@@ -48,6 +68,11 @@ def find_culprit(program: Program, fails: Callable[[ir.Module], bool]) -> ir.Ope
         else:
             well = middle
     return _made_by(operations[badly - 1].operation)
+
+
+def _functions(module: ir.Module) -> dict[str, ir.Operation]:
+    functions = [op.operation for op in module.body.operations if op.operation.name == "func.func"]
+    return {ir.StringAttr(function.attributes["sym_name"]).value: function for function in functions}
 
 
 def _made_by(op: ir.Operation) -> ir.Operation:

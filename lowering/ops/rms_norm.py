@@ -63,7 +63,8 @@ def _statistics(groups: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
         groups = groups - groups.mean(dim=-1, keepdim=True)
     # In float64, so that both roundings are to nearest wherever this runs: on the CPU float32 torch.sqrt is
     # off by one unit in the last place for one value in seven, and on CUDA torch.rsqrt is an approximation.
-    mean = torch.mean(groups * groups, dim=-1, keepdim=True) + float32(norm.eps)
+    eps = norm.eps if groups.dtype == torch.float64 else float32(norm.eps)
+    mean = torch.mean(groups * groups, dim=-1, keepdim=True) + eps
     return groups, torch.reciprocal(torch.sqrt(mean.to(torch.float64)).to(groups.dtype))
 
 

@@ -55,23 +55,27 @@ def dispatch(
     ledger: Ledger,
     directory: Path,
     progress: Callable[[str], None] = lambda entry: None,
+    objects: dict[str, bytes] | None = None,
 ) -> Dispatched:
     """Replace every operation of ``function`` that a kernel computes by a call of that kernel, in place.
 
     ``directory`` gets the objects IREE reads from files; it must live until IREE has run.
-    ``progress`` is told each kernel's entry before it is compiled.
+    ``progress`` is told each kernel's entry before it is compiled.  ``objects``: those of kernels that were
+    compiled for other functions, to which this one's are added.
 
     Raises CompileError when an object's parameters are not what the dispatch passes and
     ToolchainError when the target's kernel compiler is missing.
     """
-    done = Dispatched()
+    done, known = Dispatched(), {} if objects is None else objects
     chosen = choose_kernels(function, target, ledger)
     # Before any call is made: what a call returns no longer knows the sizes of the example.
     example_rows = [_example_rows(op, kernel) for op, kernel in chosen]
     for (op, kernel), rows in zip(chosen, example_rows, strict=True):
         if kernel.entry not in done.objects:
-            progress(kernel.entry)
-            done.objects[kernel.entry] = _checked_object(kernel)
+            if kernel.entry not in known:
+                progress(kernel.entry)
+                known[kernel.entry] = _checked_object(kernel)
+            done.objects[kernel.entry] = known[kernel.entry]
             done.kernels[kernel.entry] = kernel
             kernel_functions.define(module, kernel, done.objects[kernel.entry], directory)
         done.launches.append(Launch(kernel, rows))

@@ -47,17 +47,28 @@ _CODES = (
 _PLACEMENT = ("Device", "Layout", "MemoryFormat", "Generator")
 
 
-def fold(program: Program) -> None:
+@dataclass
+class Folding:
+    """What was folded before, in other functions of a program: the same value is the same parameter."""
+
+    names: dict[Recipe, str] = field(default_factory=dict)
+    sources: dict[Any, Recipe] = field(default_factory=dict)
+    calls: dict[Any, Call] = field(default_factory=dict)
+
+
+def fold(program: Program, folding: Folding | None = None) -> None:
     """Fold, in place, what depends on parameters alone; ``program.folded`` says what that was.
 
-    A folded value is a ``Recipe`` among ``program.parameters``.
+    A folded value is a ``Recipe`` among ``program.parameters``.  folding: shared by the functions of a
+    program.
     """
+    folding = folding or Folding()
     block = torch_ir.block_of(program.main())
-    trace = _Trace(program)
+    trace = _Trace(program, folding)
     for op in [op.operation for op in block.operations]:
         trace.follow(op)
     chosen = _choose(trace.read)
-    names = _names(chosen, program)
+    names = _names(chosen, program, folding)
     _substitute(program, block, trace, names)
     dropped = _drop_unread(program)
     program.folded = tuple(_described(names, dropped))
@@ -75,10 +86,9 @@ class _Trace:
     """The recipes of a function's values, and which of them are read by what has none."""
 
     program: Program
+    folding: Folding
     recipes: dict[ir.Value, Recipe] = field(default_factory=dict)
     read: dict[Recipe, None] = field(default_factory=dict)
-    _sources: dict[Any, Recipe] = field(default_factory=dict)
-    _calls: dict[Any, Call] = field(default_factory=dict)
 
     def follow(self, op: ir.Operation) -> None:
         """Take the next operation of the block into account."""
@@ -105,11 +115,11 @@ class _Trace:
         tensor = self.program.parameters.get(name)
         if not isinstance(tensor, torch.Tensor):
             return None
-        if name not in self._sources:
+        if name not in self.folding.sources:
             # A bool parameter is stored and read as bytes, and cast where it is read.
             stored = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
-            self._sources[name] = Recipe(Source(name, stored))
-        return [self._sources[name]]
+            self.folding.sources[name] = Recipe(Source(name, stored))
+        return [self.folding.sources[name]]
 
     def _call(self, op: ir.Operation) -> Call | None:
         """The call that ``op`` is, the same for the same operation on the same operands."""
@@ -122,12 +132,12 @@ class _Trace:
         except _Unknown:
             return None
         key = (overload, _key(args))
-        if key not in self._calls:
+        if key not in self.folding.calls:
             call = traced(overload, args, torch_ir.location(op))
             if call is None or [_type(meta) for meta in call.metas] != types:
                 return None
-            self._calls[key] = call
-        return self._calls[key]
+            self.folding.calls[key] = call
+        return self.folding.calls[key]
 
     def _arguments(self, op: ir.Operation, overload: torch._ops.OpOverload) -> tuple[Any, ...]:
         schema = overload._schema.arguments
@@ -158,10 +168,10 @@ class _Trace:
         if type_ is None:
             raise _Unknown
         key = (type_, repr(constant))
-        if key not in self._sources:
+        if key not in self.folding.sources:
             tensor = torch.full([1] * len(type_.shape), constant, dtype=getattr(torch, type_.dtype))
-            self._sources[key] = Recipe(Source(None, tensor))
-        return self._sources[key]
+            self.folding.sources[key] = Recipe(Source(None, tensor))
+        return self.folding.sources[key]
 
 
 def _flat(operands: Any) -> Iterator[ir.Value]:
@@ -324,13 +334,16 @@ def _is_free(call: Call, meta: torch.Tensor) -> bool:
 # --- changing the program --------------------------------------------------------------------------
 
 
-def _names(chosen: Iterable[Recipe], program: Program) -> dict[Recipe, str]:
-    """A name for each value, after the first parameter it is made from."""
-    taken, names = set(program.parameters), {}
+def _names(chosen: Iterable[Recipe], program: Program, folding: Folding) -> dict[Recipe, str]:
+    """A name for each value, after the first parameter it is made from, unless it has one already."""
+    taken, names = {*program.parameters, *folding.names.values()}, {}
     for recipe in chosen:
+        if recipe in folding.names:
+            names[recipe] = folding.names[recipe]
+            continue
         first = next((source.name for source in recipe.sources() if source.name), "constant")
         candidates = itertools.chain([f"{first}.folded"], (f"{first}.folded.{n}" for n in itertools.count(2)))
-        names[recipe] = next(name for name in candidates if name not in taken)
+        names[recipe] = folding.names[recipe] = next(name for name in candidates if name not in taken)
         taken.add(names[recipe])
     return names
 

@@ -86,6 +86,19 @@ def _updated(value: ir.Value) -> ir.Value | None:
     return value if updated else None
 
 
+def why_not_in_place(new: ir.Value) -> str:
+    """Say why the ``new`` value of an argument is not made in its memory."""
+    value, updated = new, False
+    while (op := torch_ir.producer(value)) is not None and op.name in (*_UPDATES, *_VIEWS):
+        updated = updated or op.name in _UPDATES
+        value = op.operands[_UPDATES.get(op.name, 0) % len(op.operands)]
+        readers = [use.owner.operation for use in value.uses if use.owner.operation.name != "tensor.dim"]
+        others = [torch_ir.location(reader) for reader in readers if reader != op]
+        if updated and others:
+            return f"copied in each call, since something else reads it before this update ({others[0]})"
+    return "computed as a whole in each call, into a second memory, with which it changes places"
+
+
 def part_updates(module: ir.Module) -> None:
     """Give each update of a tensor that something else reads or updates too a copy of it to update.
 

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Literal
 from patterns.contracts import in_words
 
 from .sites import Site
-from .words import by_kernel, folding_text, headline, short_location, size_text, traffic_text, with_counts
+from .words import (
+    by_kernel,
+    folding_text,
+    headline,
+    short_location,
+    size_text,
+    state_text,
+    traffic_text,
+    with_counts,
+)
 
 if TYPE_CHECKING:
     from .report import Report
@@ -81,7 +90,7 @@ text.addEventListener('input', show); status.addEventListener('change', show); s
 
 
 def page(report: Report) -> str:
-    """The page: what did not fuse, then each kernel with its sites, remarks, and what was folded."""
+    """The page: what did not fuse, each kernel with its sites, remarks, what was folded, and the state."""
     sections = []
     if report.unfused:
         sections.append(_section("Left unfused", report.unfused, last_column="reason"))
@@ -91,6 +100,8 @@ def page(report: Report) -> str:
         sections.append(_remarks_section(report))
     if report.folded:
         sections.append(_folded_section(report))
+    if report.state:
+        sections.append(_state_section(report))
     controls = _CONTROLS if report.sites else ""
     script = f"<script>{_SCRIPT}</script>" if report.sites else ""
     return (
@@ -195,3 +206,16 @@ def _folded_section(report: Report) -> str:
     heads = ("parameter", "source", "operations", "made from", "stored", "saved per call")
     title = f"Folded<small>{html.escape(folding_text(report))}</small>"
     return _aside(title, (f"<th>{head}</th>" for head in heads), rows)
+
+
+def _state_section(report: Report) -> str:
+    rows = (
+        f"<tr><td><code>{html.escape(kept.name)}</code></td>"
+        f"<td><code>{html.escape(kept.dtype)}{list(kept.shape)}</code></td>"
+        f'<td class="bytes">{size_text(kept.bytes)}</td><td>'
+        + "<br>".join(html.escape(f"{function}: {how}") for function, how in kept.functions.items())
+        + "</td></tr>"
+        for kept in report.state
+    )
+    heads = ("<th>tensor</th>", "<th>type</th>", "<th>bytes</th>", "<th>written</th>")
+    return _aside(f"State<small>{html.escape(state_text(report))}</small>", heads, rows)

@@ -15,7 +15,7 @@ from patterns.contracts import GatedActivation, GroupedTopk, Norm, Quantization
 from patterns.sites import Remark, Timing
 
 from ..errors import UsageError
-from .sites import Change, Folded, Site
+from .sites import Change, Folded, Kept, Site
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -27,8 +27,9 @@ class Report:
 
     ``dispatches`` counts the custom kernel launches of one call; what IREE generates itself is not
     counted, since IREE decides about it after the report is made.  ``remarks`` are on operations that are no
-    sites, such as a product that no kernel computes.  ``timing`` is what finding and fusing took; it differs
-    from run to run and is not part of what is written.
+    sites, such as a product that no kernel computes.  ``state`` is what the program keeps from call to call,
+    and how each of its functions writes it.  ``timing`` is what finding and fusing took; it differs from run
+    to run and is not part of what is written.
     """
 
     target: str
@@ -37,9 +38,10 @@ class Report:
     timing: Timing | None = field(default=None, compare=False)
     folded: tuple[Folded, ...] = ()
     remarks: tuple[Remark, ...] = ()
+    state: tuple[Kept, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("sites", "folded", "remarks"):
+        for name in ("sites", "folded", "remarks", "state"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @property
@@ -66,13 +68,14 @@ class Report:
         return {"fused": len(self.fused), "unfused": len(self.unfused), "dispatches": self.dispatches}
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values: target, sites, summary, folded, remarks."""
+        """The report as plain values: target, sites, summary, folded, remarks, state."""
         return {
             "target": self.target,
             "sites": [{**asdict(site), "contract": _contract(site)} for site in self.sites],
             "summary": self.summary(),
             "folded": [asdict(value) for value in self.folded],
             "remarks": [asdict(remark) for remark in self.remarks],
+            "state": [{**asdict(kept), "shape": list(kept.shape)} for kept in self.state],
         }
 
     def to_json(self) -> str:
@@ -86,7 +89,9 @@ class Report:
         sites = tuple(map(_site, data["sites"]))
         folded = tuple(map(_folded, data["folded"]))
         remarks = tuple(Remark(**remark) for remark in data["remarks"])
-        return cls(data["target"], sites, data["summary"]["dispatches"], folded=folded, remarks=remarks)
+        state = tuple(Kept(**{**kept, "shape": tuple(kept["shape"])}) for kept in data.get("state", ()))
+        dispatches = data["summary"]["dispatches"]
+        return cls(data["target"], sites, dispatches, folded=folded, remarks=remarks, state=state)
 
     def to_html(self) -> str:
         """The report as one self-contained page: no script, style or font comes from elsewhere."""

@@ -9,6 +9,9 @@ from patterns.contracts import Contract
 
 Status = Literal["fused", "unfused"]
 
+IN_PLACE, READ = "in place", "read"
+"""What a function does with a tensor of the state that it is passed."""
+
 
 @dataclass(frozen=True)
 class Change:
@@ -96,3 +99,21 @@ class Folded:
     sources: tuple[str, ...]
     bytes: Change
     saved: int
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One tensor that the program keeps from call to call.
+
+    name, dtype, shape, bytes
+        as ``Program.state()`` has them.
+    functions
+        by the name of each function that is passed the tensor, what a call does with it: ``in place``,
+        ``read``, or a sentence saying why it is written anew or copied.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    functions: dict[str, str]

@@ -11,7 +11,16 @@ from rich.text import Text
 
 from patterns.sites import Timing
 
-from .words import by_kernel, folding_text, headline, short_location, totals, with_counts
+from .words import (
+    by_kernel,
+    folding_text,
+    headline,
+    not_in_place,
+    short_location,
+    state_text,
+    totals,
+    with_counts,
+)
 
 if TYPE_CHECKING:
     from .report import Report
@@ -44,6 +53,10 @@ def table_of(report: Report) -> RenderableType:
         times = f" ({count} times)" if count > 1 else ""
         line = f"{remark.op} at {short_location(remark.location, 1)}{times}: {remark.text}"
         title = Group(title, Text(line, "yellow"))
+    if state := state_text(report):
+        title = Group(title, Text(state, "dim"))
+    for text, count in not_in_place(report):
+        title = Group(title, Text(f"{text} ({count} tensor{'s' * (count != 1)})", "yellow"))
     if not report.sites:
         return title
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import PurePath
 from typing import TYPE_CHECKING, TypeVar
 
-from .sites import Change, Site
+from .sites import IN_PLACE, READ, Change, Site
 
 if TYPE_CHECKING:
     from .report import Report
@@ -80,3 +80,22 @@ def totals(report: Report) -> list[str]:
         f"launches of all sites {launches.before} → {launches.after}",
         *([f"bytes {traffic_text(traffic)}"] if traffic else []),
     ]
+
+
+def state_text(report: Report) -> str:
+    """Say how much the program keeps; '' for nothing."""
+    if not report.state:
+        return ""
+    count, size = len(report.state), size_text(sum(kept.bytes for kept in report.state))
+    return f"state: {count} tensor{'s' * (count != 1)}, {size}"
+
+
+def not_in_place(report: Report) -> list[tuple[str, int]]:
+    """What of the state is written otherwise than in place, and how many tensors are."""
+    said = [
+        f"state{f' in {function}' if len(kept.functions) > 1 else ''}: {how}"
+        for kept in report.state
+        for function, how in kept.functions.items()
+        if how not in (IN_PLACE, READ)
+    ]
+    return list(Counter(said).items())

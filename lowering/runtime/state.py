@@ -78,6 +78,10 @@ class State:
         """The memory of a tensor, as a program is passed it; the state is held."""
         return self._memory[name][1]
 
+    def tensor(self, name: str) -> Tensor:
+        """The memory of a tensor, as torch knows it; the state is held."""
+        return self._memory[name][0]
+
     def spare(self, name: str) -> Memory:
         """The memory that the new value of a tensor is to be put in; the state is held."""
         if name not in self._spare:

@@ -32,6 +32,7 @@ class Writing:
             for item in signature.written
             if item.result is not None and item.argument >= len(arguments)
         }
+        self._apart: list[tuple[int, int]] = []
         self.first = sum(isinstance(leaf, TensorSpec) for leaf in signature.outputs or ())
 
     def lend(self, values: Sequence[Any], session: Session) -> tuple[list[Any], list[Callable[[], Any]]]:
@@ -41,31 +42,37 @@ class Writing:
         would read there after it has written is not defined.
         """
         prepared, finish = list(values), []
+        # Of the same addresses it was found out before: a graph may have hundreds of weights.
+        addresses = [(x.data_ptr(), x.nbytes) for x in values if isinstance(x, Tensor)]
+        if addresses != self._apart:
+            self._check_apart(values)
+            self._apart = addresses
         for number in self.arguments:
-            self._check_apart(number, values)
+            if not values[number].is_contiguous():
+                self._check_elements(number, values[number])
             if number not in self.results:
                 prepared[number], bring_back = session.lend(values[number])
                 finish += [bring_back] if bring_back is not None else []
         return prepared, finish
 
-    def _check_apart(self, number: int, values: Sequence[Any]) -> None:
-        tensor: Tensor = values[number]
+    def _check_elements(self, number: int, tensor: Tensor) -> None:
         # PyTorch's own answer, 1 for elements that are one; it is what an operation in place asks there.
         if torch._debug_has_internal_overlap(tensor) == 1:
             raise ArgumentError(
                 f"argument {self._names[number]} is written, and several of its elements are one in memory "
                 "(expand): pass a tensor of its own"
             )
-        begin, end = _span(tensor)
-        for other, value in enumerate(values):
-            if other == number or not isinstance(value, Tensor):
-                continue
-            first, last = _span(value)
-            if first < end and begin < last:
-                raise ArgumentError(
-                    f"argument {self._names[number]} is written and shares memory with argument "
-                    f"{self._names[other]}: pass a copy of one of them"
-                )
+
+    def _check_apart(self, values: Sequence[Any]) -> None:
+        spans = [_span(value) if isinstance(value, Tensor) else (0, 0) for value in values]
+        for number in self.arguments:
+            begin, end = spans[number]
+            for other, (first, last) in enumerate(spans):
+                if other != number and first < end and begin < last:
+                    raise ArgumentError(
+                        f"argument {self._names[number]} is written and shares memory with argument "
+                        f"{self._names[other]}: pass a copy of one of them"
+                    )
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from iree.compiler import ir
 import lowering
 from lowering.errors import CompileError, UsageError
 from lowering.importing.importer import import_module, parse_module
+from lowering.importing.merging import merge
 from lowering.isolation import child as isolated
 from lowering.isolation import process as isolation
 from lowering.isolation.culprit import find_culprit
@@ -177,7 +178,7 @@ def test_the_first_operation_without_which_a_part_compiles_is_found() -> None:
             return x.cos() + y, x.sin().tan()
 
     context = ir.Context()
-    program = import_module(Several(), (torch.ones(4), torch.ones(4)), context)
+    program = merge([import_module(Several(), (torch.ones(4), torch.ones(4)), context)])
 
     def fails(part: ir.Module) -> bool:
         assert part.operation.verify()
@@ -199,7 +200,8 @@ func.func @main(%x: tensor<4xf32>) -> !torch.vtensor<[4],f32> {
 
 
 def test_not_the_cast_behind_it() -> None:
-    found = find_culprit(parse_module(CASTS, ir.Context()), lambda part: "arith.negf" in str(part))
+    program = merge([parse_module(CASTS, ir.Context())])
+    found = find_culprit(program, lambda part: "arith.negf" in str(part))
     assert found is not None
     assert found.name == "arith.negf"
 

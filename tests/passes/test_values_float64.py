@@ -30,6 +30,8 @@ class Doubles(torch.nn.Module):
             d // 0.3,
             d.amax(-1),
             (d * 1e10).long(),
+            torch.nn.functional.layer_norm(d * 0.01, (64,), self.shift, 1 - self.shift),
+            torch.nn.functional.rms_norm(d * 0.01, (64,), eps=1e-5),
         )
 
 

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from lowering.report.report import Report
-from lowering.report.sites import Change, Folded, Site
+from lowering.report.sites import Change, Folded, Kept, Site
 from patterns.contracts import Norm, Quantization
 from patterns.sites import Remark, Tally, Timing
 
@@ -92,6 +92,7 @@ def test_json_has_exactly_the_schema_of_the_contract():
                 "text": "left to IREE: <no> kernel",
             }
         ],
+        "state": [],
     }
 
 
@@ -229,3 +230,20 @@ def test_write_goes_by_the_suffix(tmp_path):
     REPORT.write(tmp_path / "r.html")
     assert (tmp_path / "r.json").read_text() == REPORT.to_json()
     assert (tmp_path / "r.html").read_text() == REPORT.to_html()
+
+
+KEPT = Kept(
+    "keys", "float32", (2, 8), 64, {"prefill": "in place", "decode": "copied in each call, since it is"}
+)
+
+
+def test_the_state_is_shown_and_what_of_it_is_not_in_place():
+    report = dataclasses.replace(REPORT, state=(KEPT, dataclasses.replace(KEPT, name="values")))
+    assert Report.from_json(report.to_json()) == report
+    assert report.to_dict()["state"][0]["functions"]["prefill"] == "in place"
+    text = rendered(report)
+    assert "state: 2 tensors, 128 B" in text
+    assert "state in decode: copied in each call, since it is (2 tensors)" in " ".join(text.split())
+    page = report.to_html()
+    assert "<code>float32[2, 8]</code>" in page
+    assert "prefill: in place<br>decode: copied" in page

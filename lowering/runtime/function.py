@@ -1,0 +1,311 @@
+"""Call one function of a loaded program: check what it is given, plan, run, and hand out what it returns."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from iree import runtime as iree
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .. import containers, ops
+from ..errors import RunError
+from ..signature import (
+    INTO,
+    SCRATCH_SIZE,
+    Constant,
+    Integer,
+    Signature,
+    Symbols,
+    TensorSpec,
+    evaluate,
+    holds,
+    resolve,
+    returned_tensors,
+)
+from .arguments import (
+    bind,
+    check_kinds,
+    described,
+    keywords_of,
+    not_exported_for,
+    passed,
+    positional_count,
+    result_tree,
+    tensor_specs,
+    without_constants,
+)
+from .files import function_of
+from .session import Memory, Session, Storage, reported
+from .state import State
+from .writing import Writing
+
+# Calls with new shapes are checked and planned; the plans of this many are kept, then all are made anew.
+_REMEMBERED_PLANS = 1024
+
+
+class Function:
+    """One exported function of a program."""
+
+    def __init__(
+        self, name: str, signature: Signature, session: Session, module: iree.VmModule, state: State
+    ):
+        self.name = name
+        self.signature = signature
+        self.passed_inputs = passed(signature.inputs)
+        """The arguments of ``run``; None when the program does not say."""
+        self.tensor_outputs = tensor_specs(signature.outputs)
+        """The results of ``run``; None when the program does not say."""
+        self._session, self._state = session, state
+        self._writing = Writing(signature)
+        into = bool(signature.placed)
+        self._function = function_of(module, name + INTO if into else name)
+        # A program that needs no scratch memory has no such function.
+        self._scratch_size = module.lookup_function(name + INTO + SCRATCH_SIZE) if into else None
+        self._in_tree = containers.load(signature.input_tree)
+        self._result_tree = result_tree(signature.output_tree)
+        self._keywords = keywords_of(signature.input_tree)
+        self._positional = positional_count(self._in_tree, signature.inputs)
+        self._all_tensors = self.tensor_outputs == signature.outputs
+        outputs = self._returned_tensors = returned_tensors(signature)
+        self._strided = [(i, spec.strides) for i, spec in enumerate(outputs) if spec.strides]
+        self._dtypes = tuple(getattr(torch, spec.dtype) for spec in outputs)
+        placed = {number for numbers in signature.placed for number in numbers}
+        self._returned = [i for i in range(len(outputs)) if i not in placed]
+        self._returned_dtypes = [self._dtypes[i] for i in self._returned]
+        self._plans: dict[Any, _Plan] = {}
+
+    def with_state(self, state: State) -> Function:
+        """The same function on another state."""
+        other = copy.copy(self)
+        other._state = state
+        return other
+
+    @property
+    def device(self) -> torch.device:
+        """Say where arguments must be and results are."""
+        return self._session.place.device
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        plain = len(args) == self._positional and not kwargs and all(isinstance(x, Tensor) for x in args)
+        values = args if plain else self._leaves(args, kwargs)
+        results: list[Any] = self.run(*values)
+        if not self._all_tensors:
+            results = list(self._with_others(results, values))
+        tree = self._result_tree
+        if tree is not None and tree.num_leaves == len(results):
+            return pytree.tree_unflatten(results, tree)
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def run(self, *values: Any) -> list[Tensor]:
+        """Call with the tensors and ints of ``passed_inputs``, flat; returns the tensors of the result.
+
+        What the model writes to among them is written.
+        """
+        if not (self._writing.arguments or self.signature.state):
+            return self._run(values, values, {})
+        with self._state.held() if self.signature.state else nullcontext():
+            return self._run_writing(values)
+
+    def _run_writing(self, values: Sequence[Any]) -> list[Tensor]:
+        """Call a function that writes to arguments, or has a state, which is held."""
+        writing, state = self._writing, self._state
+        self._plan(values)  # refuses what cannot be passed before anything is made of it
+        passed, finish = writing.lend(values, self._session)
+        passed += [state.view(spec.name) for spec in self.signature.state]
+        spare = {number: state.spare(name) for number, name in writing.state.items()}
+        results = self._run(values, passed, spare)
+        for argument, number in writing.results.items():
+            values[argument].detach().copy_(results[number])
+        for bring_back in finish:
+            bring_back()
+        for number, name in writing.state.items():
+            if results[number] is not None:  # it is not in the spare memory
+                state.put(name, results[number])
+        state.exchange([name for number, name in writing.state.items() if results[number] is None])
+        return results[: writing.first]
+
+    def _run(self, values: Sequence[Any], passed: Sequence[Any], spare: Mapping[int, Memory]) -> list[Any]:
+        """Call with what is ``passed`` for ``values`` and the state; all tensors that are returned.
+
+        spare: where new values of the state are put, by number; where that was done there is None.
+        """
+        plan = self._plan(values)
+        session = self._session
+        if plan.all_empty and not session.place.driver.on_host:
+            return self._empty(plan)
+        with reported(f"{self.name} failed"):
+            placed = self.signature.placed
+            storage = [
+                spare.get(numbers[0]) or session.allocate(each)
+                for numbers, each in zip(placed, plan.storage, strict=True)
+            ]
+            memory = [view for _, view in storage]
+            if plan.scratch is not None:
+                memory.append(session.scratch(plan.scratch))
+            views = session.invoke(self._function, passed, memory)
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        tensors += [self._state.tensor(spec.name) for spec in self.signature.state]
+        if self.tensor_outputs is None:
+            return _apart([session.to_torch(view, None) for view in views], tensors)
+        returned = self._returned
+        if len(returned) != len(views):
+            raise RunError(f"{self.name} returned {len(views)} tensors, its signature says {len(returned)}")
+        given = map(session.to_torch, views, self._returned_dtypes)
+        results: dict[int, Any] = dict(zip(returned, _apart(given, tensors), strict=True))
+        for numbers, (tensor, _) in zip(placed, storage, strict=True):
+            results[numbers[0]] = None if numbers[0] in spare else tensor
+            for number in numbers[1:]:
+                results[number] = tensor.view(self._dtypes[number])
+        for number, layout in self._strided:
+            results[number] = ops.from_physical(results[number], plan.leading(number), layout)
+        found = [results[number] for number in range(len(results))]
+        count = len(found) - len(self.signature.checks)
+        for check, holds_ in zip(self.signature.checks, found[count:], strict=True):
+            if not holds_.all():
+                raise RunError(f"{self.name}: {check.name}")
+        return found[:count]
+
+    def _empty(self, plan: _Plan) -> list[Tensor]:
+        """Results that are all empty, which no GPU driver of IREE's can make: CUDA refuses an empty grid and
+        fails the device with it; HIP has no address for an empty buffer, and the driver waits for one for
+        ever."""
+        return [
+            torch.empty([size or 0 for size in sizes], dtype=dtype, device=self.device)
+            for sizes, dtype in zip(plan.sizes, self._dtypes, strict=True)
+        ]
+
+    def _plan(self, values: Sequence[Any]) -> _Plan:
+        """Find what is known of a call with ``values``; a first one of its shapes and ints is checked."""
+        key = tuple([(x.dtype, x.shape, x.device) if isinstance(x, Tensor) else _key(x) for x in values])
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._planned(values)
+            if len(self._plans) >= _REMEMBERED_PLANS:
+                self._plans.clear()
+            self._plans[key] = plan
+        return plan
+
+    def _planned(self, values: Sequence[Any]) -> _Plan:
+        """Check the arguments of ``run`` and plan the call."""
+        plan = _Plan(self._check(values), self._returned_tensors)
+        layouts, session = dict(self._strided), self._session
+        for number, *_ in self.signature.placed:
+            shape = ops.physical_shape(plan.shape(number), layouts.get(number, "row"))
+            plan.storage.append(session.storage(shape, self._dtypes[number]))
+        if self._scratch_size is not None:
+            with reported(f"{self.name} failed"):
+                state = [self._state.view(spec.name) for spec in self.signature.state]
+                plan.scratch = session.query(self._scratch_size, [*values, *state], len(plan.storage) + 1)
+        elif plan.storage:
+            plan.scratch = 0
+        return plan
+
+    def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
+        """The arguments of ``run``."""
+        leaves = self._flatten(args, kwargs)
+        inputs = self.signature.inputs
+        if inputs is None:
+            return leaves
+        if len(leaves) != len(inputs):
+            raise RunError(f"{self._describe()}, got {len(leaves)}")
+        return without_constants(inputs, leaves)
+
+    def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
+        if self._in_tree is None:
+            if kwargs:
+                raise RunError(f"{self._describe()} and no keywords, got {', '.join(kwargs)}")
+            return args
+        if set(kwargs) == set(self._keywords):
+            # A dictionary's tree knows the order of its keys; a call may write them in any order.
+            kwargs = {name: kwargs[name] for name in self._keywords}
+        leaves, tree = pytree.tree_flatten((args, kwargs))
+        if tree != self._in_tree:
+            raise RunError(f"{self._describe()}, got {described(args, kwargs)}")
+        return leaves
+
+    def _check(self, values: Sequence[Any]) -> Symbols:
+        """Check the arguments of ``run`` and return the value of every symbol."""
+        specs = self.passed_inputs
+        check_kinds(specs, values, self.device)
+        if specs is None:
+            return {}
+        if len(values) != len(specs):
+            names = ", ".join(spec.name for spec in specs)
+            raise RunError(f"{self.name} takes {len(specs)} tensors ({names}), got {len(values)}")
+        symbols = bind(specs, values)
+        for condition in self.signature.conditions:
+            if holds(condition, symbols) is False:
+                raise not_exported_for(condition, specs, values)
+        return symbols
+
+    def _with_others(self, tensors: Sequence[Tensor], values: Sequence[Any]) -> Iterator[Any]:
+        """The leaves of the result: the tensors, between them burned-in constants and ints."""
+        remaining, symbols = iter(tensors), self._plan(values).symbols
+        for leaf in self.signature.outputs or ():
+            if isinstance(leaf, TensorSpec):
+                yield next(remaining)
+            else:
+                yield evaluate(leaf.size, symbols) if isinstance(leaf, Integer) else leaf.value
+        yield from remaining
+
+    def _describe(self) -> str:
+        """'main takes 2 arguments (x, y)'."""
+        leaves = self.signature.inputs
+        if leaves is None:
+            return f"{self.name} takes tensors"
+        names = ", ".join(str(x.value) if isinstance(x, Constant) else x.name for x in leaves)
+        keywords = f", keywords {', '.join(self._keywords)}" if self._keywords else ""
+        plural = "" if len(leaves) == 1 else "s"
+        return f"{self.name} takes {len(leaves)} argument{plural} ({names}{keywords})"
+
+
+def _key(value: Any) -> Any:
+    """What tells an int from another; every other value is refused."""
+    return value if type(value) is int else None
+
+
+def _apart(results: Iterable[Tensor], arguments: Sequence[Tensor]) -> list[Tensor]:
+    """The results, those copied that lie in an argument: IREE returns its memory where nothing changes it."""
+    results = list(results)
+    if not results:
+        return results
+    spans = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in arguments]
+    return [
+        result.clone() if any(begin <= result.data_ptr() < end for begin, end in spans) else result
+        for result in results
+    ]
+
+
+class _Plan:
+    """Hold what the arguments' dtypes and shapes decide about a call."""
+
+    def __init__(self, symbols: Symbols, outputs: Sequence[TensorSpec]):
+        self.outputs, self.symbols = outputs, symbols
+        shapes = [(None,) if spec.shape is None else spec.shape for spec in outputs]
+        self.sizes = [tuple(resolve(dim, symbols) for dim in shape) for shape in shapes]
+        """Of each result; None is a size that only the call itself tells."""
+        self.all_empty = bool(self.sizes) and all(0 in sizes and None not in sizes for sizes in self.sizes)
+        self.storage: list[Storage] = []
+        """The memory to pass for results."""
+        self.scratch: int | None = None
+        """The bytes of scratch memory to pass behind it; None where nothing is passed."""
+
+    def shape(self, number: int) -> tuple[int, ...]:
+        """Give the shape of result ``number``; RunError where a size does not follow from the arguments."""
+        return self._known(number, self.sizes[number])
+
+    def leading(self, number: int) -> tuple[int, ...]:
+        """All but the last size of ``shape``."""
+        return self._known(number, self.sizes[number][:-1])
+
+    def _known(self, number: int, sizes: tuple[int | None, ...]) -> tuple[int, ...]:
+        known = tuple(size for size in sizes if size is not None)
+        if len(known) != len(sizes):
+            spec = self.outputs[number]
+            raise RunError(f"result {spec.name}: the size of {spec} does not follow from the arguments")
+        return known

@@ -1,0 +1,162 @@
+"""A Hugging Face model as two functions with a cache: the tokens are those that it gives without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+import lowering
+from lowering import RunError, UsageError
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+    "head_dim": 16,
+    "max_position_embeddings": 96,
+}
+BATCH, CAPACITY, NEW = 3, 68, 60
+LENGTHS = torch.tensor([7, 4, 1])
+PROMPT = torch.randint(0, 97, (BATCH, 7), generator=torch.Generator().manual_seed(1))
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+
+
+def without_cache(model: Any, count: int, batch: int = BATCH) -> Tensor:
+    """Greedy tokens behind each prompt, each read anew with all before it."""
+    rows = []
+    for row, length in zip(PROMPT[:batch], LENGTHS[:batch], strict=True):
+        ids = row[None, :length]
+        for _ in range(count):
+            with torch.no_grad():
+                token = model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)
+            ids = torch.cat([ids, token], 1)
+        rows.append(ids[0, -count:])
+    return torch.stack(rows)
+
+
+def with_cache(
+    prefill: Callable[..., Tensor], decode: Callable[..., Tensor], count: int, batch: int = BATCH
+) -> Tensor:
+    with torch.no_grad():
+        tokens = [prefill(PROMPT[:batch], LENGTHS[:batch]).argmax(-1)[:, None]]
+        for _ in range(count - 1):
+            tokens.append(decode(tokens[-1]).argmax(-1)[:, None])
+    return torch.cat(tokens, 1)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> lowering.Compiled:
+    return lowering.compile(lowering.export_decoder(llama(), batch=BATCH, capacity=CAPACITY))
+
+
+@pytest.fixture
+def program(compiled: lowering.Compiled) -> lowering.Program:
+    return lowering.load(compiled.vmfb)
+
+
+def test_tokens_are_those_without_a_cache(program: lowering.Program) -> None:
+    """For prompts of different lengths together, and for fewer of them."""
+    expected = without_cache(llama(), NEW)
+    assert torch.equal(with_cache(program.prefill, program.decode, NEW), expected)
+    session = program.session()
+    assert torch.equal(with_cache(session.prefill, session.decode, 5, batch=2), expected[:2, :5])
+    assert session.state_dict()["decoder.lengths"].tolist() == [11, 8, 0]
+
+
+def test_caches_are_updated_in_place(compiled: lowering.Compiled) -> None:
+    for signature in compiled.signatures.values():
+        first = len(signature.inputs or ())
+        names = [signature.state[item.argument - first].name for item in signature.written if item.result]
+        assert names == ["decoder.lengths"]
+
+
+def test_a_prompt_in_parts_is_the_prompt(program: lowering.Program) -> None:
+    """What is appended goes on where the cache ends."""
+    whole = program.prefill(PROMPT, LENGTHS)
+    parts = program.session()
+    first = LENGTHS.clamp(max=3)
+    parts.prefill(PROMPT[:, :3].contiguous(), first)
+    rest = torch.stack([row.roll(-int(n)) for row, n in zip(PROMPT, first, strict=True)])
+    found = parts.prefill(rest[:, :4].contiguous(), LENGTHS - first)
+    torch.testing.assert_close(found[:2], whole[:2], rtol=1e-4, atol=1e-5)  # the third has nothing to add
+
+
+def test_what_does_not_fit_is_refused_and_nothing_is_written(program: lowering.Program) -> None:
+    program.prefill(PROMPT, LENGTHS)
+    full = torch.full((BATCH,), CAPACITY - 7)
+    program.prefill(torch.ones(BATCH, CAPACITY - 7, dtype=torch.long), full)
+    before = program.state_dict()
+    said = f"more than {CAPACITY} tokens, the cache's capacity"
+    for call in (
+        lambda: program.decode(torch.ones(BATCH, 1, dtype=torch.long)),
+        lambda: program.prefill(PROMPT, LENGTHS),
+    ):
+        with pytest.raises(RunError, match=said):
+            call()
+        for name, value in program.state_dict().items():
+            assert torch.equal(value, before[name]), name
+    with pytest.raises(RunError, match=rf"size {CAPACITY + 1} of axis 1"):
+        program.prefill(torch.ones(BATCH, CAPACITY + 1, dtype=torch.long), full)
+    with pytest.raises(RunError, match="size 4 of axis 0"):
+        program.decode(torch.ones(4, 1, dtype=torch.long))
+    program.reset()
+    assert torch.equal(with_cache(program.prefill, program.decode, 3), without_cache(llama(), 3))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=6)),
+        lambda: Gemma3ForCausalLM(
+            Gemma3TextConfig(**SIZES, sliding_window=6, layer_types=["sliding_attention", "full_attention"])
+        ),
+        lambda: LlamaForCausalLM(LlamaConfig(**SIZES, attn_implementation="eager")),
+    ],
+    ids=["windows", "some windows", "eager attention"],
+)
+def test_the_exported_modules_do_what_the_model_does(model: Callable[[], Any]) -> None:
+    torch.manual_seed(0)
+    made = model().eval()
+    functions = lowering.export_decoder(made, batch=BATCH, capacity=32, prompt=8)
+    prefill, decode = (functions[name][0] for name in ("prefill", "decode"))
+    assert torch.equal(with_cache(prefill, decode, 20), without_cache(made, 20))
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes", "said"),
+    [
+        (llama, {"capacity": 0}, "1 sequence of 1 token or more, not batch=1, capacity=0"),
+        (llama, {"capacity": 8, "batch": 0}, "not batch=0"),
+        (llama, {"capacity": 8, "prompt": 9}, "a prompt of 9 tokens does not fit the capacity, 8"),
+        (lambda: nn.Linear(2, 2), {"capacity": 8}, "a causal language model of transformers, not Linear"),
+        (
+            lambda: MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=50)),
+            {"capacity": 8},
+            "the cache of MambaForCausalLM has layers of .*, which export_decoder does not know",
+        ),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(model: Callable[[], Any], sizes: Any, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        lowering.export_decoder(model(), **sizes)
