@@ -75,12 +75,11 @@ def not_read(error: Exception) -> CompileError:
 def _told(error: Exception) -> str:
     fixes_sizes = _FIXES_SIZES.search(str(error)) is not None
     where = list(dict.fromkeys(filter(None, [_line_of(error), *_guards(error)])))
-    # What follows a loop over a size has that size too.
-    where = [line for line in where if _LOOP.search(line)] or where
     advice = [text for pattern, text in _ADVICE if re.search(pattern, str(error))]
-    summary = _summary(error)
-    if fixes_sizes and where:
-        summary = summary[:1]  # what torch suggests is its own options, and the size of the example
+    summary, loops = _summary(error), [line for line in where if _LOOP.search(line)]
+    if fixes_sizes and loops:
+        # What follows a loop over a size has that size too, and what torch suggests is that of the example.
+        summary, where = summary[:1], loops
     lines = [*(advice or summary), *where[:_LINES]]
     if fixes_sizes:
         lines.append(_FIXED)
