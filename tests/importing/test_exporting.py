@@ -85,12 +85,27 @@ class Loops(nn.Module):
         return state
 
 
-def test_a_loop_over_a_size_is_named_with_its_line_and_a_way_out() -> None:
+class LoopsOverChunks(nn.Module):
+    """As the linear attention of Qwen3.5 and Kimi does."""
+
+    def forward(self, x):
+        chunks = nn.functional.pad(x, (0, 0, 0, (16 - x.shape[1] % 16) % 16)).unflatten(1, (-1, 16))
+        state = torch.zeros_like(chunks[:, 0])
+        for chunk in range(chunks.shape[1]):  # LOOP OVER CHUNKS
+            state = state * 0.5 + chunks[:, chunk]
+        return state
+
+
+@pytest.mark.parametrize(
+    ("model", "mark", "size"),
+    [(Loops(), "# LOOP", ".size(1) == 13"), (LoopsOverChunks(), "# LOOP OVER CHUNKS", "//16), 1)")],
+)
+def test_a_loop_over_a_size_is_named_with_its_line_and_a_way_out(model, mark, size) -> None:
     lines = Path(__file__).read_text().splitlines()
-    line = 1 + next(number for number, text in enumerate(lines) if text.endswith("# LOOP"))
+    line = 1 + next(number for number, text in enumerate(lines) if text.endswith(mark))
     with pytest.raises(CompileError) as refused:
-        lowering.explain(Loops(), (torch.randn(2, 13, 4),), dynamic_shapes=TIME)
+        lowering.explain(model, (torch.randn(2, 13, 4),), dynamic_shapes=TIME)
     first, loop, way_out = str(refused.value).splitlines()
     assert "Constraints violated" in first
-    assert f"{THIS}:{line}: for step" in loop and loop.endswith(".size(1) == 13")
+    assert f"{THIS}:{line}: for " in loop and loop.endswith(size)
     assert "leave them out of dynamic_shapes" in way_out
