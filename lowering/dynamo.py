@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -26,6 +26,9 @@ from torch import Tensor, fx
 from .errors import ArgumentError, CompileError, UnfusedError, UsageError
 from .report.report import Report
 from .targets import TARGETS
+
+if TYPE_CHECKING:
+    from .runtime.program import Program
 
 # What torch.compile calls modes; programs are compiled in one way, so they say nothing here.
 _MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -148,10 +151,11 @@ def _compile(graph: fx.GraphModule, inputs: tuple[Any, ...], options: Options) -
     from .importing.dynamo_graphs import Parts
     from .runtime import program as runtime
 
-    target, parts = _target(inputs), Parts.of(graph)
+    device, parts = _device(inputs), Parts.of(graph)
 
     def compiled_for(shapes: Any) -> compiler.Compiled:
-        return compiler.compile(parts.module, parts.passed(inputs), dynamic_shapes=shapes, target=target)
+        args = parts.passed(inputs)
+        return compiler.compile(parts.module, args, dynamic_shapes=shapes, target=_target(device))
 
     try:
         compiled = compiled_for(parts.shapes(named=True))
@@ -162,7 +166,9 @@ def _compile(graph: fx.GraphModule, inputs: tuple[Any, ...], options: Options) -
         compiled = compiled_for(parts.shapes(named=False))
     _report(compiled.report, options)
     # It has been in this memory ever since it was made.
-    return parts.called_with(runtime.load(compiled.vmfb, check="headers"))
+    place = str(device).replace("cuda", "hip") if torch.version.hip else device
+    loaded = runtime.load(compiled.vmfb, place, check="headers")
+    return parts.called_with(_across_devices(loaded, device, parts.homes))
 
 
 _reports: Counter[Path] = Counter()  # that this process wrote, by the path that was asked for
@@ -178,19 +184,45 @@ def _report(report: Report, options: Options) -> None:
         raise UnfusedError("\n".join([f"require_fused: {len(sites)} sites did not fuse", *sites]))
 
 
-def _target(inputs: tuple[Any, ...]) -> str:
-    """The target of the device the tensors are on."""
-    devices = {x.device for x in inputs if isinstance(x, torch.Tensor)} or {torch.device("cpu")}
-    kinds = {device.type for device in devices}
-    if kinds == {"cpu"}:
-        return "cpu"
-    if kinds == {"cuda"}:
-        properties = torch.cuda.get_device_properties(next(iter(devices)))
-        # A ROCm build of torch calls its devices cuda too, and knows their gfx name.
-        name = (
-            getattr(properties, "gcnArchName", "").split(":")[0] or f"sm_{properties.major}{properties.minor}"
-        )
-        if name in {target.name for target in TARGETS}:
-            return name
+def _across_devices(
+    program: Program, device: torch.device, homes: Sequence[torch.device | None]
+) -> Callable[..., Any]:
+    """``program`` for arguments that are not all on its device, such as a length on the CPU.
+
+    homes: where its results are to be; None: no tensor.
+    """
+    written = [item.argument for item in program[next(iter(program.functions))].signature.written]
+
+    def call(*args: Any) -> Any:
+        given = [x.to(device) if isinstance(x, Tensor) else x for x in args]
+        results = program(*given) or ()  # a graph may do nothing but write
+        for number in written:
+            if given[number] is not args[number]:
+                args[number].copy_(given[number])
+        return tuple(x if home is None else x.to(home) for x, home in zip(results, homes, strict=True))
+
+    return call
+
+
+def _device(inputs: tuple[Any, ...]) -> torch.device:
+    """Where a graph runs: on the GPU that any of its tensors are on, or on the CPU."""
+    devices = {x.device for x in inputs if isinstance(x, Tensor)} - {torch.device("cpu")}
+    if len(devices) > 1 or any(device.type != "cuda" for device in devices):
+        found = ", ".join(sorted(map(str, devices)))
+        raise UsageError(f"tensors on {found}: a graph must be on the cpu or on one GPU")
+    return devices.pop() if devices else torch.device("cpu")
+
+
+def _target(device: torch.device) -> str:
+    """The name of the target of a device."""
+    name = "cpu" if device.type == "cpu" else _gpu(torch.cuda.get_device_properties(device))
+    if name not in {target.name for target in TARGETS}:
         raise UsageError(f"no target for this GPU, {name}")
-    raise UsageError(f"tensors on {', '.join(sorted(kinds))}: a graph must be on the cpu or on one GPU")
+    return name
+
+
+def _gpu(properties: Any) -> str:
+    """The same of what torch says of a GPU; a ROCm build calls its devices cuda too."""
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"  # gcnArchName is the name of the product there

@@ -10,6 +10,7 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ import transformers
 from torch import nn
 
 import lowering
-from lowering import compiler
+from lowering import compiler, dynamo
 
 
 @pytest.fixture
@@ -142,6 +143,21 @@ def test_memory_that_two_arguments_share_is_eager(compiled: list[Any]) -> None:
     assert torch.equal(ours(memory[:4], other), torch.zeros(4))
     with pytest.warns(UserWarning, match="shares memory with argument"):
         assert torch.equal(ours(memory[:4], memory[:4].view(4)), torch.full((4,), 4.0))
+
+
+@pytest.mark.parametrize(
+    ("hip", "properties", "target"),
+    [
+        (None, {"gcnArchName": "NVIDIA H200", "major": 9, "minor": 0}, "sm_90"),
+        (None, {"gcnArchName": "NVIDIA B200", "major": 10, "minor": 0}, "sm_100"),
+        ("7.1", {"gcnArchName": "gfx950:sramecc+:xnack-", "major": 9, "minor": 5}, "gfx950"),
+    ],
+)
+def test_the_target_is_that_of_the_device(
+    hip: str | None, properties: dict[str, Any], target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert dynamo._gpu(SimpleNamespace(**properties)) == target
 
 
 def test_options(compiled: list[Any], tmp_path: Path) -> None:

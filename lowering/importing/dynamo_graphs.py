@@ -29,7 +29,8 @@ class Parts:
 
     module: computes ``results``, by number, from ``arguments``, by number.  views: computes all results that
     are views of arguments, from all arguments; None: there are none.  open: of each of ``arguments`` its open
-    sizes by axis, each an expression; None: it is an int, and open.
+    sizes by axis, each an expression; None: it is an int, and open.  homes: the device of each of ``results``
+    that is a tensor.
     """
 
     module: torch.nn.Module
@@ -37,6 +38,7 @@ class Parts:
     results: tuple[int, ...]
     views: fx.GraphModule | None
     open: tuple[dict[int, str] | None, ...]
+    homes: tuple[torch.device | None, ...]
 
     @staticmethod
     def of(graph: fx.GraphModule) -> Parts:
@@ -51,7 +53,8 @@ class Parts:
         placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
         values = [placeholders[number] for number in passed]
         opened = tuple(None if isinstance(_value(node), SymInt) else _open_sizes(node) for node in values)
-        return Parts(_Traced(computes), tuple(passed), tuple(computed), views, opened)
+        homes = tuple(getattr(_value(node), "device", None) for node in _outputs(computes))
+        return Parts(_Traced(computes), tuple(passed), tuple(computed), views, opened, homes)
 
     def passed(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """The arguments of the module, of all that the graph is called with."""
@@ -79,7 +82,7 @@ class Parts:
         """The graph, called as Dynamo calls it, for a ``program`` of the module."""
 
         def call(*inputs: Any) -> Any:
-            computed = program(*self.passed(inputs)) or ()  # a graph may do nothing but write
+            computed = program(*self.passed(inputs))
             if self.views is None:
                 return computed
             made = dict(zip(self.results, computed, strict=True))

@@ -42,12 +42,19 @@ def export(
         return _exported(module, call, dynamic_shapes), ()
     except UserError as error:
         divisors, resizing = _divisors(error), Resizing.of(call, dynamic_shapes)
-        if divisors is None or resizing is None:
+        if divisors is None or resizing is None or not _on_host(call):
             raise
         general = _general(module, resizing, dynamic_shapes, max(divisors, default=1))
         if general is None:
             raise
         return general
+
+
+def _on_host(call: Call) -> bool:
+    """Tell whether the model may be tried at sizes it refuses: an index too large is an error on the CPU, and
+    the end of every CUDA call of the process on a GPU."""
+    leaves = pytree.tree_leaves((call.args, call.kwargs))
+    return all(leaf.device.type == "cpu" for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def _exported(

@@ -52,7 +52,7 @@ class _Meaning:
 class Expander:
     """Expands the ops of one module; equal ops are traced once.
 
-    Canonical ones, and attention where ``spell_attention``.
+    Canonical ones, and attention: the whole of it where ``spell_attention``, else what a mask needs.
     """
 
     spell_attention: bool = False
@@ -72,10 +72,12 @@ class Expander:
         return count
 
     def _meaning(self, op: ir.Operation) -> _Meaning | None:
-        if self.spell_attention and (found := attention.attention(op)) is not None:
+        found = attention.attention(op)
+        if found is not None and (self.spell_attention or found.masked):
             operands = attention.tensors(op)
             axes = found.axes([len(type_.shape) for type_ in _types(operands)])
-            return _Meaning(attention.reference(found), found, operands, axes)
+            spelled = attention.reference if self.spell_attention else attention.guarded
+            return _Meaning(spelled(found), found, operands, axes)
         reference = _reference(op)
         if reference is None:
             return None

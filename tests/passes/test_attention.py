@@ -82,3 +82,15 @@ def test_on_a_gpu_it_is_left_to_iree(tmp_path: Path) -> None:
     assert "scaled_dot_product_attention" in next(tmp_path.glob("*-expand.mlir")).read_text()
     lowering.compile(Attention(), tuple(tensors(8, 8, torch.float16)), dump_phases_to=tmp_path)
     assert "scaled_dot_product_attention" not in next(tmp_path.glob("*-expand.mlir")).read_text()
+
+
+@pytest.mark.parametrize("target", ["gfx950", "h200"])
+def test_on_a_gpu_no_query_may_look_at_nothing(target: str, tmp_path: Path) -> None:
+    """IREE's fused attention gives NaN for such a query: it gets another mask, and its result is chosen."""
+    boolean = torch.rand(2, 1, 8, 8) < 0.6
+    floats = torch.zeros(8, 8).masked_fill(torch.rand(8, 8) < 0.4, -torch.inf)
+    for mask in (boolean, floats):
+        arguments = (*tensors(8, 8), mask)
+        lowering.compile(Attention(), arguments, target=target, dump_phases_to=tmp_path)
+        spelled = next(tmp_path.glob("*-expand.mlir")).read_text().split("scaled_dot_product_attention")
+        assert "torch.aten.any.dim" in spelled[0] and "torch.aten.where.self" in spelled[1]
