@@ -469,16 +469,22 @@ def test_another_operation_that_writes_is_named_with_its_line(decomposed: bool) 
         foreign.functionalize(program)
 
 
-def test_writing_to_an_input_of_the_program_is_refused() -> None:
+# --- compiled ------------------------------------------------------------------------------------------
+
+
+def test_what_it_writes_of_the_program_s_arguments_is_written_in_the_caller_s_tensors() -> None:
     def function(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         torch.ops._C.fused_add_rms_norm(x, residual, weight, 1e-6)
         return x
 
-    with pytest.raises(CompileError, match="a compiled program is a function of its inputs"):
-        importer.import_module(exported(function, X, RESIDUAL, WEIGHT), (), ir.Context())
-
-
-# --- compiled ------------------------------------------------------------------------------------------
+    x, residual = (torch.randint(-8, 9, X.shape).to(X.dtype) for _ in range(2))  # squares add up exactly
+    total = x + residual
+    scale = torch.rsqrt(total.float().square().mean(-1, keepdim=True) + 1e-6)
+    expected = (total.float() * scale).to(X.dtype) * WEIGHT
+    compiled = lowering.compile(Calls(function), (X, RESIDUAL, WEIGHT))
+    assert not compiled.report.unfused
+    result = lowering.load(compiled.vmfb)(x, residual, WEIGHT)
+    assert torch.equal(residual, total) and torch.equal(x, expected) and torch.equal(result, expected)
 
 
 def test_one_norm_and_two_quantizations_of_it() -> None:
