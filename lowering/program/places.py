@@ -22,7 +22,7 @@ def part_searches(module: ir.Module) -> None:
     for function in (op.operation for op in module.body.operations if op.operation.name == "util.func"):
         for op in [op.operation for block in function.regions[0].blocks for op in block.operations]:
             if op.name == _UPDATE and _is_searched(op.operands[1]):
-                op.operands[1] = _barred(op.operands[1], op)
+                op.operands[1] = barred(op.operands[1], op)
 
 
 def _is_searched(value: ir.Value) -> bool:
@@ -33,7 +33,8 @@ def _is_searched(value: ir.Value) -> bool:
     return op is not None and op.name == _SEARCH
 
 
-def _barred(value: ir.Value, op: ir.Operation) -> ir.Value:
+def barred(value: ir.Value, op: ir.Operation) -> ir.Value:
+    """``value`` for ``op``, behind what IREE fuses nothing across."""
     with ir.InsertionPoint(op), op.location:
         dims = [size for size in tensors.sizes(value) if not isinstance(size, int)]
         return ir.Operation.create(_BARRIER, results=[value.type], operands=[value, *dims]).result

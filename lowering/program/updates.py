@@ -11,6 +11,7 @@ from iree.compiler import ir
 from iree.compiler.dialects import arith, linalg, tensor
 
 from ..passes import tensors
+from .places import barred
 from .slices import bounds, dropped, maker
 
 _P = arith.CmpIPredicate
@@ -69,8 +70,13 @@ def _is_before(one: tuple[tensors.Size, ...], other: tuple[tensors.Size, ...]) -
 
 
 def _chosen(op: ir.Operation) -> ir.Value:
-    """The updated tensor."""
+    """The updated tensor.
+
+    What is put there is computed before: of a tensor that elements are picked from by their places IREE may
+    compute these alone, in a dispatch where something else reads the whole of it.
+    """
     source, target = op.operands[0], op.operands[1]
+    source = barred(source, op) if _computed_from(source) else source
     sizes, ranges = tensors.sizes(target), list(zip(*bounds(op, 2), strict=True))
     source_sizes = tensors.sizes(source)
     left_out = dropped([size for _, size, _ in ranges], ir.RankedTensorType(source.type).shape)

@@ -108,7 +108,7 @@ def test_as_elsewhere(what: tuple, launcher) -> None:
 ROUTING = [
     *((test_topk.test_kernel_equals_reference, name) for name in test_topk.CASES),
     *((test_topk.test_any_sizes, groups) for groups in (1, 3, 8)),
-    (test_topk.test_scores_are_the_nearest_float32,),
+    *((test_topk.test_scores_are_the_nearest_float32, scores) for scores in test_topk.EXACT),
 ]
 
 

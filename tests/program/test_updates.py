@@ -250,3 +250,21 @@ def test_updates_at_indices_of_several_unknown_sizes() -> None:
         given = arguments(*sizes)
         for number, (got, expected) in enumerate(zip(program(*given), model(*given), strict=True)):
             assert torch.allclose(got, expected, atol=1e-6), (sizes, number)
+
+
+class OneRow(nn.Module):
+    """A value of one row, of which an element is put into one tensor and which another is made of."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.log1p(x.abs())
+        z = y + 1
+        z[..., 1] = y[..., 0]
+        return y.select_scatter(x[..., 0], -1, 1) * 2, z
+
+
+def test_what_an_element_is_picked_from_is_computed_whole() -> None:
+    """IREE computes the element alone, where both are made in one dispatch."""
+    x = torch.randn(1, 8)
+    program = lowering.load(lowering.compile(OneRow(), (x,)).vmfb)
+    for ours, eager in zip(program(x), OneRow()(x), strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-6, atol=1e-6)
