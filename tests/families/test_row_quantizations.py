@@ -1,4 +1,7 @@
-"""The quantizations of the row kernel against eager PyTorch, bit for bit: schemes, layouts, every amax."""
+"""The quantizations of the row kernel against eager PyTorch, bit for bit: schemes, layouts, every amax.
+
+Of AMD's little is emulated here: tests/gfx950 executes their machine code in the same tests.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,6 @@ from tests.families.row_reference import check, reference
     ("case", "target"),
     [
         *itertools.product(SCHEME_CASES, [CPU, SM90]),
-        *((case, GFX950) for case in SCHEME_CASES if case[0] in ("twice", "gemma", "add", "silu", "gelu")),
     ],
     ids=lambda value: getattr(value, "name", None) or "-".join(map(str, value)),
 )
@@ -45,7 +47,7 @@ def test_fnuz_schemes(producer: str, target: Target, launcher) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [CPU, SM90, GFX950, GFX942], ids=lambda t: t.name)
+@pytest.mark.parametrize("target", [CPU, SM90], ids=lambda t: t.name)
 @pytest.mark.parametrize("schemes", SCHEMES)
 @pytest.mark.parametrize("producer", PRODUCERS)
 def test_every_scheme_of_every_producer(producer: str, schemes: str, target: Target, launcher) -> None:
@@ -55,7 +57,7 @@ def test_every_scheme_of_every_producer(producer: str, schemes: str, target: Tar
             check(case, target, launcher)
 
 
-@pytest.mark.parametrize("target", [CPU, SM90, GFX950], ids=lambda t: t.name)
+@pytest.mark.parametrize("target", [CPU, SM90], ids=lambda t: t.name)
 def test_packed_scales(target: Target, launcher) -> None:
     """Any number of rows and of groups, from the tiniest to the largest values: pads are zero."""
     packed = Quantization(32, scale="ue8m0", layout="ue8m0_packed")
@@ -86,7 +88,7 @@ def test_special_values_of_schemes(schemes: str, target: Target, launcher) -> No
     assert_same(run(kernel, launcher(kernel), [x], len(x)), reference(case, [x]), schemes)
 
 
-@pytest.mark.parametrize("target", [CPU, SM90, GFX950], ids=lambda t: t.name)
+@pytest.mark.parametrize("target", [CPU, SM90], ids=lambda t: t.name)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_every_16_bit_amax(dtype: str, target: Target, launcher) -> None:
     """A group for each positive 16-bit float as its amax, inf and NaN among them."""
@@ -120,7 +122,7 @@ def test_quotients_of_float32(target: Target, launcher) -> None:
     assert_same(run(kernel, launcher(kernel), [x], rows), reference(case, [x]))
 
 
-@pytest.mark.parametrize("target", [CPU, SM90, GFX950], ids=lambda t: t.name)
+@pytest.mark.parametrize("target", [CPU, SM90], ids=lambda t: t.name)
 def test_given_scales_of_every_magnitude(target: Target, launcher) -> None:
     """Floats of all bits by ordinary, tiny, huge, zero, negative and infinite scales, and by no number."""
     case = spec(64, "float32", None, quants=SCHEMES["static"])

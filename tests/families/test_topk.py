@@ -280,7 +280,7 @@ def test_bad_input_is_refused_by_name(change: dict, message: str, device: str) -
 
 @pytest.mark.parametrize(
     ("name", "target"),
-    list(itertools.product(CASES, [CPU, SM90, GFX950])),
+    list(itertools.product(CASES, [CPU, SM90])),  # tests/gfx950 executes those of AMD
     ids=lambda value: getattr(value, "name", value),
 )
 def test_kernel_equals_reference(name: str, target: Target, launcher) -> None:
