@@ -122,7 +122,7 @@ def test_quotients_of_float32(target: Target, launcher) -> None:
     assert_same(run(kernel, launcher(kernel), [x], rows), reference(case, [x]))
 
 
-@pytest.mark.parametrize("target", [CPU, SM90], ids=lambda t: t.name)
+@pytest.mark.parametrize("target", [CPU, SM90, GFX950], ids=lambda t: t.name)
 def test_given_scales_of_every_magnitude(target: Target, launcher) -> None:
     """Floats of all bits by ordinary, tiny, huge, zero, negative and infinite scales, and by no number."""
     case = spec(64, "float32", None, quants=SCHEMES["static"])

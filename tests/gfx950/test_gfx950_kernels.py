@@ -93,7 +93,6 @@ AS_ELSEWHERE = [
     *((quantizations.test_every_16_bit_amax, dtype) for dtype in ("bfloat16", "float16")),
     (quantizations.test_quotients_of_float32,),
     (quantizations.test_packed_scales,),
-    (quantizations.test_given_scales_of_every_magnitude,),
     (activations.test_quantizations_of_a_random_gate,),
     (row_kernel.test_rows_of_any_length_where_nothing_depends_on_all,),
 ]
