@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from lowering.targets import resolve
+from lowering.targets import Target, resolve
 from patterns.contracts import GatedActivation, Norm, Quantization, RowSpec, static_quantization
 
 CPU, SM90, SM100 = resolve("cpu"), resolve("sm_90"), resolve("sm_100")
@@ -203,6 +203,15 @@ PRODUCERS: dict[str, dict] = {
     "gelu": {"gate": GatedActivation("gelu", "twice", packed=False), "dtype": "float16", "writes_y": True},
     "gelu_tanh": {"gate": GatedActivation("gelu_tanh", "none")},
 }
+
+
+def scheme_lengths(producer: str, schemes: str, target: Target) -> tuple[int, ...]:
+    """Short rows, which share a wave, and long ones, which need a barrier.
+
+    Of a GPU, whose kernels take long to build and run here, one of them, by turns.
+    """
+    turn = list(PRODUCERS).index(producer) + list(SCHEMES).index(schemes)
+    return (384, 3200) if target is CPU else ((384, 3200)[turn % 2],)
 
 
 def scheme_case(producer: str, schemes: str, hidden: int) -> RowSpec:

@@ -24,6 +24,7 @@ from tests.families.row_cases import (
     SCHEMES,
     SM90,
     scheme_case,
+    scheme_lengths,
     spec,
 )
 from tests.families.row_reference import check, reference
@@ -51,7 +52,7 @@ def test_fnuz_schemes(producer: str, target: Target, launcher) -> None:
 @pytest.mark.parametrize("schemes", SCHEMES)
 @pytest.mark.parametrize("producer", PRODUCERS)
 def test_every_scheme_of_every_producer(producer: str, schemes: str, target: Target, launcher) -> None:
-    for hidden in (384, 3200):
+    for hidden in scheme_lengths(producer, schemes, target):
         case = scheme_case(producer, schemes, hidden)
         if why_unsupported(case, target) is None:
             check(case, target, launcher)

@@ -31,6 +31,7 @@ from tests.families.row_cases import (
     SCHEMES,
     integer_inputs,
     scheme_case,
+    scheme_lengths,
 )
 from tests.families.row_reference import check, reference
 from tests.gfx950 import gfx950_kernels
@@ -142,7 +143,7 @@ def test_results_do_not_depend_on_the_optimiser(name: str, launcher) -> None:
 @pytest.mark.parametrize("schemes", SCHEMES)
 @pytest.mark.parametrize("producer", PRODUCERS)
 def test_every_scheme_of_every_producer(producer: str, schemes: str, target: Target, launcher) -> None:
-    for hidden in (384, 3200):
+    for hidden in scheme_lengths(producer, schemes, target):
         case = scheme_case(producer, schemes, hidden)
         if why_unsupported(case, target) is None:
             check(case, target, launcher, [(5, 0), (2, 3), (17, 1)])
