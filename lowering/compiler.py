@@ -11,6 +11,7 @@ import tempfile
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -200,6 +201,9 @@ class _Pipeline:
             (self.dump_to / f"{self.phase}-{phase}.mlir").write_text(text)
         self.phase += 1
 
+    def _dump_step(self, module: ir.Module, function: str, step: str) -> None:
+        self.dump(f"{step}{function}", module)
+
     def run(self, programs: Mapping[str, Program], parameters: str | os.PathLike[str] | None) -> Compiled:
         archive_path = Path(parameters) if parameters is not None else None
         steps = (*FUSING, BY_NAME["dispatch"], BY_NAME["expand"])
@@ -243,7 +247,7 @@ class _Pipeline:
                 folding=folding,
                 objects=objects,
             )
-            dump = lambda step, at=program.module, of=several: self.dump(f"{step}{of}", at)  # noqa: E731
+            dump = partial(self._dump_step, program.module, several)
             run(steps, state, dump, verified=verify.is_wanted())
             done.add(state.dispatched)
         return done

@@ -251,7 +251,9 @@ def _raised(op: ir.Operation, weights: ir.Value, found: Bindings) -> Raised | No
         weights=found["weights"],
         order="torch" if torch_ir.constant(found["topk_op"].operands[4]) is True else "torch_unsorted",
     )
-    return Raised(canonical.GROUPED_TOPK, contract, operands, [op.results[0], ids])
+    # Weights may be rounded long after they were made.
+    place = torch_ir.producer(weights)
+    return Raised(canonical.GROUPED_TOPK, contract, operands, [op.results[0], ids], place)
 
 
 def _is_in_float32(found: Bindings, weights: ir.Value) -> bool:

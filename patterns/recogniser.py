@@ -26,13 +26,15 @@ class Raised:
     ``operands`` are values, or other Raised whose first result is the operand (an op that stands
     for a norm and its quantization).  ``results`` are in the order of the canonical op's results:
     the old value that a result replaces (as it is or WithoutLastAxis), only its type where nothing is
-    replaced, or None where the canonical op is to be made without that result.
+    replaced, or None where the canonical op is to be made without that result.  ``place``: the operation
+    whose line a report gives, where that is not the last.
     """
 
     op: str
     contract: Contract | None
     operands: Sequence[ir.Value | Raised]
     results: Sequence[ir.Value | WithoutLastAxis | TensorType | None]
+    place: ir.Operation | None = None
 
 
 class Recogniser(Protocol):

@@ -40,7 +40,7 @@ def raise_function(function: ir.Operation, ledger: Ledger, asked: Iterable[Recog
         raised = None if torch_ir.is_left_over(op) else _recognise(op, by_root, ledger)
         if raised is not None:
             inside = _inside(raised)
-            with ir.InsertionPoint(_first(op, raised)), op.location:
+            with ir.InsertionPoint(_first(op, raised)), (raised.place or op).location:
                 _create(raised)
             torch_ir.mark_raised(inside)
     torch_ir.erase_dead(block)

@@ -84,16 +84,18 @@ def test_no_result_hangs_on_an_approximation(name: str, ulp: int) -> None:
     assert_same(actual, reference(CASES[name], inputs), (name, ulp))
 
 
+SPECIAL_SCHEMES = ("layouts", "rows", "bounds", "inverse")
 # Tests of the row kernel for this machine: the test, and its arguments before target and launcher.
 AS_ELSEWHERE = [
     *((activations.test_activations, activation) for activation in ("silu", "gelu", "gelu_tanh")),
     *((activations.test_special_gates, activation) for activation in ("silu", "gelu", "gelu_tanh")),
-    *((quantizations.test_special_values_of_schemes, schemes) for schemes in ("layouts", "rows", "bounds")),
+    *((quantizations.test_special_values_of_schemes, schemes) for schemes in SPECIAL_SCHEMES),
     *((row_kernel.test_special_values, name) for name in ("plain", "none", "f32", "f16_once", "no_floor")),
     *((row_kernel.test_random_rows, name) for name in ("once", "add_exact_all", "none")),
     *((quantizations.test_every_16_bit_amax, dtype) for dtype in ("bfloat16", "float16")),
     (quantizations.test_quotients_of_float32,),
     (quantizations.test_packed_scales,),
+    (quantizations.test_given_scales_of_every_magnitude,),
     (activations.test_quantizations_of_a_random_gate,),
     (row_kernel.test_rows_of_any_length_where_nothing_depends_on_all,),
 ]

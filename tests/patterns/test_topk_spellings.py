@@ -555,6 +555,17 @@ def test_what_is_made_of_weights_is_left_to_others() -> None:
     torch.testing.assert_close(actual, clamped(gating), rtol=2**-20, atol=0.0)
 
 
+def test_weights_that_are_rounded_later_are_reported_where_they_were_made() -> None:
+    def routed(gating: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, ids = eager(gating, bias, CONTRACT)
+        return weights.bfloat16(), ids
+
+    router = Router(routed)
+    (plain,) = lowering.explain(Router(lambda *given: eager(*given, CONTRACT)), (torch.randn(9, 64),)).sites
+    (rounded,) = lowering.explain(router, (torch.randn(9, 64),)).sites
+    assert rounded.fused and rounded.location == plain.location
+
+
 # -- left to IREE, and reported -----------------------------------------------------------------------
 
 

@@ -149,7 +149,9 @@ static inline int division_scale(Division k, double a, double s1, double s2, int
   const bool tiny_quotient = is_subnormal(s2 / s1, k.lowest) || (s2 / s1 == 0.0 && isfinite(s1));
   if (e2 - e1 >= k.apart) return *back = 1, a == s1 ? k.up : 0;
   if (is_subnormal(s1, k.lowest)) return k.up;
-  if (tiny_inverse && tiny_quotient) return *back = 1, a == s1 ? k.up : 0;
+  // The manual says up here, where s1 is too large for it: that quotient would be infinite.  Down is what makes the
+  // compiler's sequence correctly rounded, which it is on the machine.
+  if (tiny_inverse && tiny_quotient) return *back = 1, a == s1 ? -k.up : 0;
   if (tiny_inverse) return -k.up;
   if (tiny_quotient) return *back = 1, a == s2 ? k.up : 0;
   return e2 <= k.tiny ? k.up : 0;
