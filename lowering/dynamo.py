@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 # A size that the graph's own code decides by has a program of its own; this many, and the rest is eager's.
 _MOST_PROGRAMS = 8
+# What IREE's CPU driver takes as it is, and how much of other memory is worth a word.
+_ALIGNMENT, _MUCH = 64, 2**20
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,7 @@ def _compile(graph: fx.GraphModule, inputs: tuple[Any, ...], options: Options) -
         # Sizes that the graph ties together, or to a number, without Dynamo's knowing.
         compiled = compiled_for(parts.shapes(named=False))
     _report(compiled.report, options)
+    _warn_of_copies(parts.passed(inputs))
     # It has been in this memory ever since it was made.
     place = str(device).replace("cuda", "hip") if torch.version.hip else device
     loaded = runtime.load(compiled.vmfb, place, check="headers")
@@ -182,6 +185,19 @@ def _report(report: Report, options: Options) -> None:
     if options.require_fused and report.unfused:
         sites = [f"  {s.op} at {s.location}: {s.reason}" for s in dict.fromkeys(report.unfused)]
         raise UnfusedError("\n".join([f"require_fused: {len(sites)} sites did not fuse", *sites]))
+
+
+def _warn_of_copies(inputs: Sequence[Any]) -> None:
+    """Say how to keep large tensors from being copied in each call, as weights mapped from a file are."""
+    tensors = [x for x in inputs if isinstance(x, Tensor) and x.device.type == "cpu"]
+    copied = sum(x.nbytes for x in tensors if x.data_ptr() % _ALIGNMENT or not x.is_contiguous())
+    if copied >= _MUCH:
+        warnings.warn(
+            f'torch.compile(backend="lowering"): {copied / 2**20:.0f} MiB of tensors are copied in each call, '
+            f"since they do not begin at a multiple of {_ALIGNMENT} bytes or are not contiguous; once, for weights: "
+            "for p in model.parameters(): p.data = p.data.clone(memory_format=torch.contiguous_format)",
+            stacklevel=6,
+        )
 
 
 def _across_devices(

@@ -160,6 +160,21 @@ def test_the_target_is_that_of_the_device(
     assert dynamo._gpu(SimpleNamespace(**properties)) == target
 
 
+def test_weights_that_are_copied_in_each_call_are_spoken_of(compiled: list[Any]) -> None:
+    model = nn.Linear(512, 600, bias=False)
+    model.weight.data = torch.randn(600 * 512 + 1)[1:].view(600, 512)  # as those mapped from a file
+    x = torch.randn(3, 512)
+    with pytest.warns(UserWarning, match=r"1 MiB of tensors .* p.data.clone"):
+        found = torch.compile(model, backend="lowering")(x)
+    torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-4)  # sums in another order
+    for p in model.parameters():
+        p.data = p.data.clone(memory_format=torch.contiguous_format)
+    torch.compiler.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        torch.compile(model, backend="lowering")(x)
+
+
 def test_options(compiled: list[Any], tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     asked: Any = {"require_fused": True, "report": report}
