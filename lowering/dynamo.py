@@ -193,9 +193,9 @@ def _warn_of_copies(inputs: Sequence[Any]) -> None:
     copied = sum(x.nbytes for x in tensors if x.data_ptr() % _ALIGNMENT or not x.is_contiguous())
     if copied >= _MUCH:
         warnings.warn(
-            f'torch.compile(backend="lowering"): {copied / 2**20:.0f} MiB of tensors are copied in each call, '
-            f"since they do not begin at a multiple of {_ALIGNMENT} bytes or are not contiguous; once, for weights: "
-            "for p in model.parameters(): p.data = p.data.clone(memory_format=torch.contiguous_format)",
+            f'torch.compile(backend="lowering") copies {copied / 2**20:.0f} MiB of tensors in each call, '
+            f"which do not begin at a multiple of {_ALIGNMENT} bytes or are not contiguous; for weights, "
+            "once: for p in model.parameters(): p.data = p.data.clone(memory_format=torch.contiguous_format)",
             stacklevel=6,
         )
 

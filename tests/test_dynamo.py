@@ -164,7 +164,7 @@ def test_weights_that_are_copied_in_each_call_are_spoken_of(compiled: list[Any])
     model = nn.Linear(512, 600, bias=False)
     model.weight.data = torch.randn(600 * 512 + 1)[1:].view(600, 512)  # as those mapped from a file
     x = torch.randn(3, 512)
-    with pytest.warns(UserWarning, match=r"1 MiB of tensors .* p.data.clone"):
+    with pytest.warns(UserWarning, match=r"copies 1 MiB of tensors .* p.data.clone"):
         found = torch.compile(model, backend="lowering")(x)
     torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-4)  # sums in another order
     for p in model.parameters():
