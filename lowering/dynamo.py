@@ -9,7 +9,6 @@ after one warning.  A program lives as long as its graph.
 from __future__ import annotations
 
 import atexit
-import itertools
 import os
 import threading
 import warnings
@@ -88,7 +87,7 @@ class _Compiled:
         self.graph, self.options = graph, options
         self._programs: list[Callable[..., Any]] = []
         self._sizes: set[Any] = set()  # that programs have been compiled for
-        self._warned = False
+        self._complete = False  # no other program is compiled
         self._compiling = threading.Lock()
 
     def __call__(self, *inputs: Any) -> Any:
@@ -98,20 +97,20 @@ class _Compiled:
                 "model under torch.inference_mode() or torch.no_grad(), or model.requires_grad_(False)"
             )
         with torch.no_grad():
-            refused = None
-            for number in itertools.count():
+            number, refused = 0, None
+            while True:
                 try:
                     return self._program(number, inputs, refused)(*inputs)
                 except ArgumentError as error:  # it has not begun
-                    refused = error
-        raise AssertionError  # the count has no end
+                    number, refused = number + 1, error
 
     def _program(
         self, number: int, inputs: tuple[Any, ...], refused: ArgumentError | None
     ) -> Callable[..., Any]:
         """The program to try after ``number`` others, the last of which ``refused``.
 
-        A new one is compiled for sizes that there is none for; where that cannot be, it is the graph itself.
+        A new one is compiled for sizes that there is none for; where that cannot be, it is the graph itself,
+        now and for all sizes to come, since each attempt would take as long.
         """
         if number < len(self._programs):
             return self._programs[number]
@@ -119,7 +118,7 @@ class _Compiled:
             if number < len(self._programs):  # by another thread
                 return self._programs[number]
             sizes = tuple(x.shape if isinstance(x, Tensor) else x for x in inputs)
-            if sizes in self._sizes or number == _MOST_PROGRAMS:
+            if self._complete or sizes in self._sizes or number == _MOST_PROGRAMS:
                 return self._eager(refused)
             self._sizes.add(sizes)
             try:
@@ -133,8 +132,8 @@ class _Compiled:
         self._programs.clear()
 
     def _eager(self, why: Exception | None) -> Callable[..., Any]:
-        if not self._warned:
-            self._warned = True
+        if not self._complete:
+            self._complete = True
             warnings.warn(
                 f'torch.compile(backend="lowering") leaves a graph to eager PyTorch: {why}', stacklevel=4
             )

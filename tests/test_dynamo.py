@@ -133,6 +133,27 @@ def test_what_cannot_be_compiled_is_eager_after_one_warning(compiled: list[Any])
     assert compiled == []
 
 
+def test_what_cannot_be_compiled_is_tried_once_whatever_its_sizes(
+    compiled: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[Any] = []
+
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        tried.append(args)
+        raise lowering.CompileError("no")
+
+    monkeypatch.setattr(compiler, "compile", refused)
+    model = Model()
+    ours = torch.compile(model, backend="lowering")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for rows in (3, 5, 6, 9, 40):
+            x = integers(rows, 256)
+            assert_eager(ours(x), model(x))
+    # Dynamo made two graphs; the one with open sizes is tried with names for them and without.
+    assert len(tried) == 3 and sum("leaves a graph" in str(each.message) for each in said) == 2
+
+
 def test_memory_that_two_arguments_share_is_eager(compiled: list[Any]) -> None:
     def written(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         x.add_(1)
