@@ -47,23 +47,48 @@ def added_norm(s: Scope) -> Step:
 _SQUARES = ("h.pow(2)", "h * h", "h.square()", "h ** 2")
 
 
+def _means(square: str, axis: int, hidden: int) -> list[str]:
+    """The mean of squares of h, whose last axis is also ``axis`` and has ``hidden`` elements."""
+    return [
+        f"({square}).mean(-1, keepdim=True)",
+        f"torch.mean({square}, dim=-1, keepdim=True)",
+        f"({square}).mean({axis}, keepdim=True)",
+        f"({square}).mean(-1).unsqueeze(-1)",
+        f"({square}).mean(-1)[..., None]",
+        f"({square}).sum(-1, keepdim=True) / {hidden}",
+        f"({square}).sum(-1, keepdim=True) * (1.0 / {hidden})",
+        f"({square}).sum(-1, keepdim=True).div({hidden})",
+    ]
+
+
+def _scalings(eps: object) -> list[str]:
+    """h over the root of m; the usual way three times as often."""
+    return [f"h = h * torch.rsqrt(m + {eps})"] * 3 + [
+        f"h = torch.rsqrt({eps} + m) * h",
+        f"h = h / torch.sqrt(m + {eps})",
+        f"h = h * (m + {eps}).pow(-0.5)",
+    ]
+
+
+def _weightings(out: str, weight: str) -> list[str]:
+    """The result: h times a weight, or none, rounded before, after or not at all."""
+    return [
+        f"{out} = {weight} * h.to(x.dtype)",
+        f"{out} = h.to(x.dtype) * {weight}",
+        f"{out} = (h * (1.0 + {weight}.float())).type_as(x)",
+        f"{out} = (h * {weight}.float()).to(x.dtype)",
+        f"{out} = h.to(x.dtype)",
+        f"{out} = h * {weight}.float()",
+        f"{out} = h",
+    ]
+
+
 def written_norm(s: Scope) -> Step:
     """A norm written out: a residual, a mean or a gate before it in some, and the statistics of groups."""
     x, out, eps = s.real(_row), s.out(), s.choice(_EPS)
     square, groups = s.choice(_SQUARES), 2 if x.last % 64 == 0 and s.chance(0.2) else 1
     hidden = x.last // groups
-    mean = s.choice(
-        [
-            f"({square}).mean(-1, keepdim=True)",
-            f"torch.mean({square}, dim=-1, keepdim=True)",
-            f"({square}).mean({x.rank - (groups == 1)}, keepdim=True)",
-            f"({square}).mean(-1).unsqueeze(-1)",
-            f"({square}).mean(-1)[..., None]",
-            f"({square}).sum(-1, keepdim=True) / {hidden}",
-            f"({square}).sum(-1, keepdim=True) * (1.0 / {hidden})",
-            f"({square}).sum(-1, keepdim=True).div({hidden})",
-        ]
-    )
+    mean = s.choice(_means(square, x.rank - (groups == 1), hidden))
     lines = []
     if s.chance(0.3) and (others := [v for v in s.values.values() if v.like(x) and v.dtype == x.dtype]):
         lines.append(f"x = {x} + {s.choice(others)}")
@@ -80,32 +105,11 @@ def written_norm(s: Scope) -> Step:
     if op == "layer_norm":
         lines.append("h = h - h.mean(-1, keepdim=True)")
     lines.append(f"m = {mean}")
-    lines.append(
-        s.choice(
-            [f"h = h * torch.rsqrt(m + {eps})"] * 3
-            + [
-                f"h = torch.rsqrt({eps} + m) * h",
-                f"h = h / torch.sqrt(m + {eps})",
-                f"h = h * (m + {eps}).pow(-0.5)",
-            ]
-        )
-    )
+    lines.append(s.choice(_scalings(eps)))
     if groups > 1:
         lines.append("h = h.flatten(-2)")
     weight = s.weight((x.last,), s.choice([x.dtype, *FLOATS]))
-    lines.append(
-        s.choice(
-            [
-                f"{out} = {weight} * h.to(x.dtype)",
-                f"{out} = h.to(x.dtype) * {weight}",
-                f"{out} = (h * (1.0 + {weight}.float())).type_as(x)",
-                f"{out} = (h * {weight}.float()).to(x.dtype)",
-                f"{out} = h.to(x.dtype)",
-                f"{out} = h * {weight}.float()",
-                f"{out} = h",
-            ]
-        )
-    )
+    lines.append(s.choice(_weightings(out, weight)))
     outs = (out,)
     if total:
         outs = (out, s.out())
