@@ -98,6 +98,7 @@ INLINE void decode(Words words, int codes, const Decoder *decoder, Parts parts) 
 INLINE Floats multiply_add(Floats sum, Words a, Words b) { return add_pair_products(sum, a, b); }
 #else
 typedef struct { char unused; } Decoder;
+typedef signed char SignedBytes __attribute__((vector_size(4 * LANES)));
 
 INLINE Decoder decoder_of(int codes) { return (Decoder){0}; }
 
@@ -107,6 +108,25 @@ INLINE void decode(Words words, int codes, const Decoder *decoder, Parts parts) 
 }
 
 INLINE Floats multiply_add(Floats sum, Words a, Words b) { return add_product(sum, floats_of(a), floats_of(b)); }
+
+// Where weights stream past once, decoding them takes most of the time.  A code's exponent and mantissa in their places
+// of a float are its value times a power of two, subnormals and all: a third of the instructions.  Only NaN is none, and
+// is looked for.  Products stay exact: the row of a is multiplied by what both lack, but for a factor GROWN, with which
+// the largest would overflow.
+#define SHRUNK 1
+#define GROWN 2.0f
+INLINE void enlarge(int a_codes, int b_codes, Parts parts) {
+  const float whole = a_codes == E4M3FN ? 0x1p120f : 0x1p119f, half = b_codes == E4M3FN ? 0x1p119f : 0x1p118f;
+  for (int p = 0; p < PARTS; ++p) parts[p] = bits_of(floats_of(parts[p]) * whole * half);
+}
+
+// As `decode`, shrunk; tells with a bit in the words that have a code of NaN.
+INLINE Words decode_shrunk(Words words, int codes, Parts parts) {
+  for (int p = 0; p < PARTS; ++p)
+    parts[p] = (Words)((Signed)(words << (24 - 8 * p)) >> 4) & 0x87f00000u;
+  const SignedBytes bytes = (SignedBytes)words;
+  return (Words)(codes == E4M3FN ? (bytes & 0x7f) == 0x7f : bytes == -128);
+}
 #endif
 
 // Where `decode` puts elements DEPTH * n and what follows of codes that lie in order.
@@ -122,14 +142,21 @@ INLINE Place place_of(int n) {
 
 // LOAD elements of a row, in PARTS vectors.
 #define LOAD MIN2(CHUNK, 4 * LANES)
-INLINE void row_words(const u8 *from, int codes, const Decoder *decoder, Parts parts) {
+INLINE Words row_codes(const u8 *from) {
 #if LOAD == 4 * LANES
-  const Words words = *(const LooseWords *)from;
+  return *(const LooseWords *)from;
 #else
-  const Words words = join(*(const LooseHalfWords *)from, (HalfWords){0});
+  return join(*(const LooseHalfWords *)from, (HalfWords){0});
 #endif
-  decode(words, codes, decoder, parts);
 }
+INLINE void row_words(const u8 *from, int codes, const Decoder *decoder, Parts parts) {
+  decode(row_codes(from), codes, decoder, parts);
+}
+#ifdef SHRUNK
+INLINE Words row_words_shrunk(const u8 *from, int codes, Parts parts) {
+  return decode_shrunk(row_codes(from), codes, parts);
+}
+#endif
 
 // UNIT elements of each of LANES rows, loaded as quads: lane n of words[j] has those from DEPTH * j on of row n.
 #define UNIT 16

@@ -431,37 +431,72 @@ INLINE void tile_rows(const Product *p, i64 row, int rows, i64 first, int column
 
 // -- few rows ------------------------------------------------------------------------------------------------------
 
+#ifdef BITS
 // Elements n to n + BATCH - 1 of a row of the result.
 INLINE void one_row_batch(const Product *p, i64 row, i64 n, const Decoder *a_decoder, const Decoder *b_decoder,
                           float *results) {
   const u8 *a = row_of(p->a, row), *rows[BATCH];
   rows_of(p->b, n, BATCH, rows);
-#ifdef BITS
   n = n < N ? n : N - 1;
   multiply_row(a, rows, &p->weights, n, least(BATCH, N - n), a_decoder, results);
+}
 #else
+#ifndef SHRUNK  // nothing is quicker than `row_words`
+#define SHRUNK 0
+#define GROWN 1.0f
+INLINE void enlarge(int a_codes, int b_codes, Parts parts) {}
+INLINE Words row_words_shrunk(const u8 *from, int codes, Parts parts) { return (Words){0}; }
+#endif
+
+INLINE u32 any_bit(Words a) {
+  u32 bits = 0;
+  for (int i = 0; i < LANES; ++i) bits |= a[i];
+  return bits;
+}
+
+// The products of a row of a with BATCH `rows` of b, the first of which is row n.  `shrunk`: those are decoded as far as
+// they need be; where one has a NaN that is not enough, and bits are returned, not zero.
+INLINE u32 multiply_batch(const Product *p, i64 row, i64 n, const u8 *const *rows, const Decoder *a_decoder,
+                          const Decoder *b_decoder, int shrunk, float *results) {
+  const u8 *a = row_of(p->a, row);
   Floats sums[BATCH] = {{0}};
+  Words nan = {0};
   for (i64 group = 0; group < GROUPS; ++group) {
     Floats partial[BATCH] = {{0}};
 #pragma GCC unroll 4
     for (int step = 0; step < GROUP / LOAD; ++step) {
       const i64 at = (group * GROUP + step * LOAD) * BYTES;
       Parts left;
-      row_words(a + at, A_CODES, a_decoder, left);
+      if (shrunk) nan |= row_words_shrunk(a + at, A_CODES, left), enlarge(A_CODES, B_CODES, left);
+      else row_words(a + at, A_CODES, a_decoder, left);
 #pragma GCC unroll 8
       for (int i = 0; i < BATCH; ++i) {
         Parts right;
-        row_words(rows[i] + at, B_CODES, b_decoder, right);
+        // The rows that come next: rows are short, and the machine's own prefetching follows none of so many.
+        __builtin_prefetch(rows[i] + at + BATCH * (i64)K * BYTES);
+        if (shrunk) nan |= row_words_shrunk(rows[i] + at, B_CODES, right);
+        else row_words(rows[i] + at, B_CODES, b_decoder, right);
         for (int part = 0; part < PARTS; ++part) partial[i] = multiply_add(partial[i], left[part], right[part]);
       }
     }
-    const Floats scale = all(GROUPED ? *scale_of(p, row, group) * *b_scale_of(p, n < N ? n : N - 1, group) : 1.0f);
+    const Floats scale = all(GROUPED ? *scale_of(p, row, group) * *b_scale_of(p, n, group) : 1.0f);
 #pragma GCC unroll 8
-    for (int i = 0; i < BATCH; ++i) sums[i] = added(sums[i], partial[i], scale);
+    for (int i = 0; i < BATCH; ++i) sums[i] = added(sums[i], shrunk ? partial[i] * GROWN : partial[i], scale);
   }
   for (int i = 0; i < BATCH; ++i) results[i] = sum_of_lanes(sums[i]);
-#endif
+  return any_bit(nan);
 }
+
+// Elements n to n + BATCH - 1 of a row of the result.
+INLINE void one_row_batch(const Product *p, i64 row, i64 n, const Decoder *a_decoder, const Decoder *b_decoder,
+                          float *results) {
+  const u8 *rows[BATCH];
+  rows_of(p->b, n, BATCH, rows);
+  n = n < N ? n : N - 1;
+  if (!SHRUNK || multiply_batch(p, row, n, rows, a_decoder, b_decoder, 1, results))
+    multiply_batch(p, row, n, rows, a_decoder, b_decoder, 0, results);
+}
+#endif
 
 INLINE void few_rows(const Product *p, i64 row, int rows, i64 first, int columns) {
   const Decoder a_decoder = decoder_of(A_CODES), b_decoder = decoder_of(B_CODES);

@@ -203,6 +203,12 @@ def test_every_code_of_either_operand(dtype: torch.dtype, arch: str, launcher) -
         tensors = [row, single, torch.ones(256, 1), torch.ones(1, 1)]
         (found,) = run(kernel, launcher(kernel), tensors, 256)
         torch.testing.assert_close(found[:, 0], every.float(), rtol=0, atol=0, equal_nan=True)
+        for code in range(256):  # each row by itself, which is read another way
+            tensors = [row[code : code + 1], single, torch.ones(1, 1), torch.ones(1, 1)]
+            (found,) = run(kernel, launcher(kernel), tensors, 1)
+            torch.testing.assert_close(
+                found[0], every[code : code + 1].float(), rtol=0, atol=0, equal_nan=True
+            )
 
 
 @pytest.mark.parametrize("arch", VARIANTS)
