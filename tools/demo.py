@@ -1,13 +1,15 @@
 """``make demo``: a real language model, quantized to fp8, compiled for this CPU, checked against PyTorch.
 
-SmolLM2-135M-Instruct with its real weights goes through the whole compiler.  Written to demo/:
-smollm2.vmfb, report.json and report.html.  Then the compiled program answers a question, token by
-token, and what it said is compared with the same quantized model in eager PyTorch.
+SmolLM2-135M-Instruct with its real weights goes through the whole compiler, as two functions that share a
+cache.  Written to demo/: smollm2.vmfb, report.json and report.html.  Then the compiled program answers a
+question, token by token, what it said is compared with what it and the same quantized model in eager PyTorch
+say without a cache, and it is timed beside eager PyTorch with a cache.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import importlib.metadata
 import json
@@ -15,7 +17,6 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,26 +33,17 @@ from rich.table import Table
 import lowering
 from lowering.cli.compile import Progress
 from lowering.report.report import Report
+from tools.decoding import Decoder, Eager, greedy, medians, read, seconds_per_token
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo"
 VMFB, STAMP = DEMO / "smollm2.vmfb", DEMO / "stamp.json"
 GROUP = 64  # the hidden size is 576 = 9 x 64
+CAPACITY = 1024  # tokens of a conversation
 QUESTION = "What is the capital of France, and what is it known for?"
 
 console = Console(highlight=False)
 warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # torch.export's own
-
-
-class Logits(torch.nn.Module):
-    """Token ids [1, T] to logits [1, T, vocabulary]: a causal LM without its cache and its bookkeeping."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=ids, use_cache=False).logits
 
 
 def main() -> int:
@@ -61,23 +53,20 @@ def main() -> int:
     with Progress() as progress:
         progress("load", "SmolLM2-135M-Instruct")
         tokenizer, model = load_model()
-        fp32_logits = Logits(model)
-        example = torch.arange(100, 164)[None]
-        progress("time", "eager fp32, 64 tokens")
-        times = {"PyTorch eager, fp32": seconds(lambda: fp32_logits(example))}
+        others = {
+            "PyTorch eager, fp32": Eager(copy.deepcopy(model)),
+            "PyTorch eager, bf16": Eager(copy.deepcopy(model).to(torch.bfloat16)),
+        }
         prompt = chat(tokenizer, options.prompt)
+        reference = without_cache(model, prompt)
         progress("quantize", f"linear layers to fp8, groups of {GROUP}")
-        reference = fp32_logits(prompt)
         lowering.quantize(model, group_size=GROUP)
-        eager = Logits(model)
-        report = compiled(eager, prompt, progress, again=options.recompile)
+        report = compiled(model, progress, again=options.recompile)
     fused = show_report(report, layers=model.config.num_hidden_layers)
     program = lowering.load(VMFB)
-    ids = answer(program, tokenizer, prompt, options.tokens)
-    times["PyTorch eager, fp8 quantized"] = seconds(lambda: eager(example))
-    times["vmfb, fp8 quantized"] = seconds(lambda: program(example))
-    agreed = show_agreement(eager, program, ids, prompt.shape[1], reference)
-    show_times(times)
+    ids, logits = answer(program, tokenizer, prompt, options.tokens)
+    agreed = show_agreement(model, program, ids, logits, reference)
+    show_times({**others, "PyTorch eager, fp8 quantized": Eager(model), "vmfb, fp8 quantized": program}, ids)
     return 0 if fused and agreed else 1
 
 
@@ -87,7 +76,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--prompt", default=QUESTION, help="what to ask (default: %(default)s)")
     parser.add_argument(
-        "--tokens", type=int, default=32, help="how many tokens to answer with (default: %(default)s)"
+        "--tokens", type=int, default=32, help="how many tokens to answer with at most (default: %(default)s)"
     )
     parser.add_argument("--recompile", action="store_true", help="compile even if nothing changed")
     return parser.parse_args()
@@ -129,16 +118,15 @@ def chat(tokenizer: Any, question: str) -> torch.Tensor:
 # Compiling --------------------------------------------------------------------------------------
 
 
-def compiled(model: Logits, example: torch.Tensor, progress: Progress, *, again: bool) -> Report:
-    """Compile into demo/ unless what is there came from the same sources; the report either way."""
+def compiled(model: Any, progress: Progress, *, again: bool) -> Report:
+    """Compile both functions into demo/ unless what is there came from the same sources; the report."""
     stamp = fingerprint()
     report_file = DEMO / "report.json"
     if not again and VMFB.exists() and report_file.exists() and _read(STAMP) == stamp:
         progress("compile", f"nothing changed since {VMFB.relative_to(ROOT)} was made")
         return Report.from_json(report_file.read_text(encoding="utf-8"))
     STAMP.unlink(missing_ok=True)
-    tokens = torch.export.Dim("tokens", min=2, max=model.model.config.max_position_embeddings)
-    result = lowering.compile(model, (example,), dynamic_shapes={"ids": {1: tokens}}, progress=progress)
+    result = lowering.compile(lowering.export_decoder(model, capacity=CAPACITY), progress=progress)
     result.save(VMFB)
     result.report.write(report_file)
     result.report.write(DEMO / "report.html")
@@ -179,7 +167,7 @@ def show_report(report: Report, *, layers: int) -> bool:
     quantizing = {site.kernel for site in report.fused if site.op == "group_quant"}
     norms = [site for site in report.sites if site.op in ("rms_norm", "add_rms_norm")]
     fused = sum(site.fused and site.kernel in quantizing for site in norms)
-    feeding = 2 * layers
+    feeding = 2 * layers * len(("prefill", "decode"))
     console.print(
         f"{feeding} of {len(norms)} norms feed quantized layers; {fused} of them are one kernel with their "
         f"quantizations. The last norm feeds lm_head, which is not quantized."
@@ -197,34 +185,42 @@ def _shown(path: Path) -> Path:
 # Answering --------------------------------------------------------------------------------------
 
 
-def greedy(program: Callable[[torch.Tensor], Any], ids: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
-    """``count`` next tokens [1, 1], each the most probable one after a full forward over all before."""
-    for _ in range(count):
-        token = program(ids)[:, -1:].argmax(-1)
-        ids = torch.cat([ids, token], dim=1)
-        yield token
+def answer(
+    program: Decoder, tokenizer: Any, prompt: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stream the answer to the terminal, ``count`` tokens at most.
 
-
-def answer(program: Callable[..., Any], tokenizer: Any, prompt: torch.Tensor, count: int) -> torch.Tensor:
-    """Stream the answer to the terminal; the ids [1, T] of the conversation with it."""
+    Returns the ids [1, T] of the conversation with it, and the logits [N, V] that chose each of its tokens.
+    """
     question = tokenizer.decode(prompt[0]).split("user\n")[-1].split("<|im_end|>")[0]
     console.print(f"[bold]{question}[/]")
-    start = time.perf_counter()
-    ids, shown = prompt, ""
-    for token in greedy(program, prompt, count):
-        ids = torch.cat([ids, token], dim=1)
-        text = tokenizer.decode(ids[0, prompt.shape[1] :])
+    start, shown, chosen, logits = time.perf_counter(), "", [], []
+    for row in greedy(program, prompt):
+        logits.append(row)
+        chosen.append(int(row.argmax(-1)))
+        if len(chosen) == 1:
+            first = time.perf_counter()
+        text = tokenizer.decode(chosen, skip_special_tokens=True)
         sys.stdout.write(text[len(shown) :])
         sys.stdout.flush()
         shown = text
-    took = time.perf_counter() - start
-    console.print(
-        f"\n[dim]{count} tokens, {took / count:.2f} s each, the whole conversation recomputed for each[/]\n"
-    )
-    return ids
+        if len(chosen) == count or chosen[-1] == tokenizer.eos_token_id:
+            break
+    rate = (len(chosen) - 1) / (time.perf_counter() - first)
+    console.print(f"\n[dim]first token after {1e3 * (first - start):.0f} ms, then {rate:.0f} tokens/s[/]\n")
+    return torch.cat([prompt, torch.tensor([chosen])], dim=1), torch.cat(logits)
 
 
 # Comparing --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tie:
+    """A token that another way of computing does not choose: by how much, and how much noise moves."""
+
+    step: int
+    preference: float
+    moved: float
 
 
 @dataclass(frozen=True)
@@ -232,11 +228,12 @@ class Agreement:
     """Compiled beside eager on the same tokens; differences are of logits, root mean square."""
 
     difference: float
+    cached: float  # compiled with its cache beside compiled without
     noise: tuple[float, ...]  # eager beside itself, its input nudged by one unit in the last place
     quantization: float  # eager quantized beside eager fp32, on the prompt
     spread: float
-    equal: int
-    ties: tuple[tuple[int, float, float], ...]  # (step, how much eager prefers its own, what noise moves)
+    eager: list[Tie]
+    anew: list[Tie]
     tokens: int
 
     # Two noises of the same size differ by sqrt(2) of it; the rest is for having measured only a few.
@@ -246,14 +243,26 @@ class Agreement:
 
     @property
     def ok(self) -> bool:
-        within = self.difference <= self.LIMIT * max(self.noise)
-        return within and all(preference <= moved for _, preference, moved in self.ties)
+        within = max(self.difference, self.cached) <= self.LIMIT * max(self.noise)
+        return within and all(tie.preference <= tie.moved for tie in self.eager + self.anew)
+
+
+def without_cache(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Eager logits [T, V] at each of ids [1, T]."""
+    return model(input_ids=ids, use_cache=False).logits[0]
+
+
+def read_anew(program: Decoder, ids: torch.Tensor, start: int) -> torch.Tensor:
+    """The program's logits [N, V] behind ids [1, start + N] up to each of the last N, all read for each."""
+    return torch.cat([read(program, ids[:, :end]) for end in range(start, ids.shape[1])])
 
 
 def agreement(
-    eager: Logits, program: Callable[..., Any], ids: torch.Tensor, start: int, reference: torch.Tensor
+    model: Any, actual: torch.Tensor, anew: torch.Tensor, ids: torch.Tensor, reference: torch.Tensor
 ) -> Agreement:
-    """Compare logits at every position, and the token each position of the answer chooses.
+    """Compare the logits [N, V] that chose the last N of ids [1, T], and what they choose.
+
+    anew: the program's without its cache.  reference: eager fp32 logits of the prompt.
 
     Eager sees the compiled program's own tokens.  If it picks the same next token at every one of
     them, it would have generated the same text, so one forward stands for a whole generation.
@@ -264,31 +273,39 @@ def agreement(
     different order agree more closely than that, eager on two inputs one float32 ulp apart included;
     so that is measured, and the compiled program must be no further away.
     """
-    expected, actual = eager(ids), program(ids)
-    nudged = [_nudged(eager, ids, seed) - expected for seed in range(2)]
-    ties, choices = [], ids[0, start:]
-    for step, (row, chosen) in enumerate(zip(expected[0, start - 1 : -1], choices, strict=True)):
-        if row.argmax() != chosen:
-            moved = Agreement.TIE * max(_rms(n[0, start - 1 + step]) for n in nudged)
-            ties.append((step, float(row.max() - row[chosen]), moved))
+    start = ids.shape[1] - len(actual)
+    everywhere = without_cache(model, ids)
+    expected = everywhere[start - 1 : -1]
+    nudged = [_nudged(model, ids, seed)[start - 1 : -1] - expected for seed in range(2)]
+    moved = [Agreement.TIE * max(map(_rms, each)) for each in zip(*nudged, strict=True)]
     return Agreement(
         difference=_rms(actual - expected),
-        noise=tuple(_rms(n) for n in nudged),
-        quantization=_rms(expected[:, :start] - reference),
+        cached=_rms(actual - anew),
+        noise=tuple(map(_rms, nudged)),
+        quantization=_rms(everywhere[:start] - reference),
         spread=float(expected.std()),
-        equal=len(choices) - len(ties),
-        ties=tuple(ties),
-        tokens=len(choices),
+        eager=_ties(expected, ids[0, start:], moved),
+        anew=_ties(anew, ids[0, start:], moved),
+        tokens=len(actual),
     )
 
 
-def _nudged(eager: Logits, ids: torch.Tensor, seed: int) -> torch.Tensor:
-    """Eager logits with every embedding moved up or down by one float32 unit in the last place."""
-    embedded = eager.model.get_input_embeddings()(ids)
+def _ties(logits: torch.Tensor, choices: torch.Tensor, moved: list[float]) -> list[Tie]:
+    """Where logits [N, V] choose other tokens than ``choices`` [N]."""
+    return [
+        Tie(step, float(row.max() - row[chosen]), limit)
+        for step, (row, chosen, limit) in enumerate(zip(logits, choices, moved, strict=True))
+        if row.argmax() != chosen
+    ]
+
+
+def _nudged(model: Any, ids: torch.Tensor, seed: int) -> torch.Tensor:
+    """Eager logits [T, V] with every embedding moved up or down by one float32 unit in the last place."""
+    embedded = model.get_input_embeddings()(ids)
     up = torch.randint(0, 2, embedded.shape, generator=torch.Generator().manual_seed(seed)).bool()
     infinity = torch.full_like(embedded, torch.inf)
     moved = torch.nextafter(embedded, torch.where(up, infinity, -infinity))
-    return eager.model(inputs_embeds=moved, use_cache=False).logits
+    return model(inputs_embeds=moved, use_cache=False).logits[0]
 
 
 def _rms(difference: torch.Tensor) -> float:
@@ -296,42 +313,39 @@ def _rms(difference: torch.Tensor) -> float:
 
 
 def show_agreement(
-    eager: Logits, program: Callable[..., Any], ids: torch.Tensor, start: int, reference: torch.Tensor
+    model: Any, program: Decoder, ids: torch.Tensor, logits: torch.Tensor, reference: torch.Tensor
 ) -> bool:
-    """Print the comparison; whether it holds."""
-    found = agreement(eager, program, ids, start, reference)
-    table = Table("logits, compiled and eager", "root mean square")
+    """Print how the answer compares with eager and with the program without its cache; whether it holds."""
+    anew = read_anew(program, ids, ids.shape[1] - len(logits))
+    found = agreement(model, logits, anew, ids, reference)
+    table = Table("logits", "root mean square")
     table.add_row("compiled - eager", f"{found.difference:.3f}", style="bold")
+    table.add_row("compiled - compiled without its cache", f"{found.cached:.3f}", style="bold")
     table.add_row("eager, input moved by one float32 ulp", " ".join(f"{n:.3f}" for n in found.noise))
     table.add_row("eager quantized - eager fp32", f"{found.quantization:.3f}")
     table.add_row("spread of the logits", f"{found.spread:.3f}")
     console.print(table)
-    console.print(f"{found.equal} of {found.tokens} tokens are the ones eager chooses.")
-    for step, preference, moved in found.ties:
-        console.print(
-            f"  token {step + 1}: eager prefers another by {preference:.2f} logits, a tie below {moved:.2f}"
-        )
+    for who, ties in (("eager", found.eager), ("the program without its cache", found.anew)):
+        console.print(f"{found.tokens - len(ties)} of {found.tokens} tokens are those that {who} chooses.")
+        for tie in ties:
+            console.print(
+                f"  token {tie.step + 1}: it prefers another by {tie.preference:.2f} logits, "
+                f"a tie below {tie.moved:.2f}"
+            )
     verdict = "[green]they agree[/]" if found.ok else "[bold red]they differ[/]"
     console.print(f"limit: {found.LIMIT:g} x what one ulp does; {verdict}\n")
     return found.ok
 
 
-def seconds(call: Callable[[], Any], repeat: int = 7) -> float:
-    """The best time of a call, after one to warm up: what else the machine does only adds to it."""
-    call()
-    times = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def show_times(times: dict[str, float]) -> None:
-    """Print one line per program."""
-    table = Table("one forward over 64 tokens, best of 7", "ms", title_justify="left")
-    for name, value in times.items():
-        table.add_row(name, f"{1e3 * value:.0f}")
+def show_times(decoders: dict[str, Decoder], ids: torch.Tensor) -> None:
+    """Print what each takes to read 64 tokens, and how many it gives a second behind a conversation."""
+    example = torch.arange(100, 164)[None]
+    reading = medians({name: lambda each=each: read(each, example) for name, each in decoders.items()}, 3, 1)
+    giving = seconds_per_token(decoders, ids, rounds=4)
+    title = "all with a cache, in turn, medians"
+    table = Table(title, "64 tokens read, ms", "tokens/s", title_justify="left")
+    for name in decoders:
+        table.add_row(name, f"{1e3 * reading[name]:.0f}", f"{1 / giving[name]:.1f}")
     console.print(table)
 
 

@@ -30,9 +30,9 @@ SIZES = {
     "num_key_value_heads": 2,
     "vocab_size": 97,
     "head_dim": 16,
-    "max_position_embeddings": 96,
+    "max_position_embeddings": 256,
 }
-BATCH, CAPACITY, NEW = 3, 68, 60
+BATCH, CAPACITY, NEW = 3, 208, 200
 LENGTHS = torch.tensor([7, 4, 1])
 PROMPT = torch.randint(0, 97, (BATCH, 7), generator=torch.Generator().manual_seed(1))
 
