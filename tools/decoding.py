@@ -20,17 +20,21 @@ _SETTLE = 1  # calls of a turn that are not counted: threads of the contender be
 
 
 class Eager:
-    """A causal language model of transformers with the cache that it makes for itself."""
+    """A causal language model of transformers with its own cache: one that grows, or of a capacity."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, model: Any, capacity: int | None = None) -> None:
+        self._model, self._capacity = model, capacity
         self.reset()
 
     def reset(self) -> None:
         """Empty the cache."""
-        from transformers import DynamicCache
+        from transformers import DynamicCache, StaticCache
 
-        self._cache = DynamicCache(config=self._model.config)
+        config = self._model.config
+        if self._capacity is None:
+            self._cache = DynamicCache(config=config)
+        else:
+            self._cache = StaticCache(config=config, max_cache_len=self._capacity)
 
     def prefill(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Append all of int64 ids [1, T]; the logits [1, V] behind them."""

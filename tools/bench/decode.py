@@ -21,7 +21,7 @@ import torch
 
 import lowering
 from tools import demo
-from tools.decoding import Eager, read, times
+from tools.decoding import Decoder, Eager, read, times
 
 _READ = 1 << 28  # bytes of a read, far more than any cache
 
@@ -54,10 +54,13 @@ def _parser() -> argparse.ArgumentParser:
 def _contenders(program: lowering.Program, model: Any, ids: torch.Tensor) -> dict[str, Callable[[], Any]]:
     """Calls that decode one token each, by name, and one that reads memory."""
     memory = torch.ones(_READ // 4)
-    decoders: dict[str, lowering.Program | Eager] = {
+    narrow, capacity = copy.deepcopy(model).to(torch.bfloat16), demo.CAPACITY
+    decoders: dict[str, Decoder] = {
         "vmfb, fp8 quantized": program,
-        "eager, fp32": Eager(model),
-        "eager, bf16": Eager(copy.deepcopy(model).to(torch.bfloat16)),
+        "eager, fp32, growing": Eager(model),
+        "eager, fp32, static": Eager(model, capacity),
+        "eager, bf16, growing": Eager(narrow),
+        "eager, bf16, static": Eager(narrow, capacity),
     }
     tokens = {name: read(each, ids).argmax(-1)[:, None] for name, each in decoders.items()}
     return {
