@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     Gemma3ForCausalLM,
@@ -17,6 +19,8 @@ from transformers import (
 
 import lowering
 from lowering import RunError, UsageError
+from lowering.cli import compile as compile_command
+from lowering.cli import run as run_command
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -171,3 +175,44 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(program: lowering.P
 def test_what_cannot_be_exported_is_refused(model: Callable[[], Any], sizes: Any, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         lowering.export_decoder(model(), **sizes)
+
+
+def test_the_commands_make_a_decoder_of_a_folder(tmp_path: Path) -> None:
+    config = LlamaConfig(**{**SIZES, "num_hidden_layers": 1})
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "folder")
+    vmfb = tmp_path / "m.vmfb"
+    assert compile_command.main([f"hf:{tmp_path}/folder", "-o", str(vmfb), "--decoder", "16"]) == 0
+    out = tmp_path / "logits.safetensors"
+    call = [str(vmfb), "--output", f"@{out}", "--function"]
+    assert run_command.main([*call, "prefill", "--input", "1x3xi64=5,7,9", "--input", "1xi64=3"]) == 0
+    with torch.no_grad():
+        wanted = model(input_ids=torch.tensor([[5, 7, 9]])).logits[:, -1]
+    torch.testing.assert_close(load_file(out)["output_0"], wanted, rtol=1e-4, atol=1e-5)
+    assert run_command.main([*call, "decode", "--input", "1x1xi64=5"]) == 0
+    with torch.no_grad():
+        wanted = model(input_ids=torch.tensor([[5]])).logits[:, -1]
+    torch.testing.assert_close(load_file(out)["output_0"], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["model.py:build", "--decoder", "8"],
+            "--decoder makes functions of a checkpoint, hf:FOLDER, not of",
+        ),
+        (["hf:{}", "--batch", "2"], "--batch and --prompt are sizes of a decoder: give --decoder CAPACITY"),
+        (["hf:{}", "--decoder", "0"], "1 sequence of 1 token or more, not batch=1, capacity=0"),
+        (["hf:{}", "--decoder", "4", "--prompt", "5"], "a prompt of 5 tokens does not fit the capacity, 4"),
+    ],
+)
+def test_a_decoder_that_cannot_be_is_a_wrong_request(
+    words: list[str], said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.py").write_text("")
+    LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_hidden_layers": 1})).save_pretrained(tmp_path / "folder")
+    words = [word.format(tmp_path / "folder").replace("model.py", f"{tmp_path}/model.py") for word in words]
+    assert compile_command.main([*words, "-o", str(tmp_path / "m.vmfb")]) == 2
+    assert said in capfd.readouterr().err
+    assert not (tmp_path / "m.vmfb").exists()
