@@ -1,6 +1,6 @@
 // Scores of a router as the float32 nearest to the exact value, the same on every machine: in float64, and rounded once.
 // Shared by topk.h (C++) and topk.c (C), which name the operations: SHARED, fused (a*b + c), as_bits, as_float, bits_of,
-// double_of, square_root, near_reciprocal (within 2^-20).
+// double_of, square_root, near_reciprocal (within 2^-20), divide, f16_value (of bits).
 //
 // Before the rounding the error is about 2^-51, so that one value in 10^8 may be rounded to its other neighbour.
 // NaN gives NaN; infinities give what the limit is.
@@ -20,6 +20,7 @@
 #define OF_SCORES 1
 #define OF_CHOICES 2
 #define SOFTMAX_OF_CHOICES 3
+#define SIGMOID_OF_CHOICES 4
 
 // and ORDER: of equals the first, or as torch.topk chooses them on a CPU.
 #define FIRST 1
@@ -96,4 +97,34 @@ SHARED u32 f16_bits(float value) {
   // Below the smallest normal number, 0.5 and its last place count in the steps of the subnormal ones.
   if (magnitude < 0x38800000u) return sign | (as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u);
   return sign | (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+}
+
+// `value` rounded to a dtype.
+SHARED float rounded(float value, int dtype) {
+  if (dtype == F32) return value;
+  return dtype == BF16 ? as_float(bf16_bits(value) << 16) : f16_value(f16_bits(value));
+}
+
+// What is compared: a score with its bias, of which a gating of -0, or what is rounded to -0, counts as 0.  All else cannot
+// be -0.
+SHARED float choice_of(float score, float added) {
+  const float choice = HAS_BIAS ? rounded(score + added, CHOICE_DTYPE) : score;
+  return SCORES == GATING || CHOICE_DTYPE != F32 ? choice + 0.0f : choice;
+}
+
+// What a group of these two largest choices is worth.
+SHARED float sum_of_two(float first, float second) {
+  const float sum = rounded(first + second, CHOICE_DTYPE);
+  return CHOICE_DTYPE != F32 ? sum + 0.0f : sum;
+}
+
+// A weight, given the sum of all: neither is rounded yet.
+SHARED float weight_of_total(float weight, double sum) {
+  if (RENORMALIZE) {
+    float total = rounded(rounded((float)sum, STEP_DTYPE) + EPS, STEP_DTYPE);
+    const float least = rounded(LEAST_TOTAL, STEP_DTYPE);
+    if (HAS_LEAST_TOTAL && total < least) total = least;
+    weight = rounded(divide(weight, total), STEP_DTYPE);
+  }
+  return rounded(weight * FACTOR, STEP_DTYPE);
 }

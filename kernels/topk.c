@@ -34,6 +34,13 @@ INLINE double double_of(u64 bits) {
 }
 INLINE float near_reciprocal(float a) { return 1.0f / a; }
 INLINE float square_root(float a) { return __builtin_sqrtf(a); }
+INLINE float divide(float a, float b) { return a / b; }
+INLINE float f16_value(u32 half) {
+  u32 magnitude = (half & 0x7fffu) << 13;
+  u32 bits = word_of(float_of(magnitude) * 0x1p112f);
+  bits = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : bits;
+  return float_of(bits | (half & 0x8000u) << 16);
+}
 
 #define SHARED INLINE
 #include "scores.h"
@@ -47,13 +54,6 @@ INLINE float value_of(u32 rank) { return float_of(rank ^ ((u32)(~(i32)rank >> 31
 
 INLINE u32 smaller(u32 a, u32 b) { return a < b ? a : b; }
 INLINE u32 larger(u32 a, u32 b) { return a > b ? a : b; }
-
-INLINE float f16_value(u32 half) {
-  u32 magnitude = (half & 0x7fffu) << 13;
-  u32 bits = word_of(float_of(magnitude) * 0x1p112f);
-  bits = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : bits;
-  return float_of(bits | (half & 0x8000u) << 16);
-}
 
 INLINE float element(const void *base, i64 at, int dtype) {
   if (dtype == F32) return ((const float *)base)[at];
@@ -99,7 +99,7 @@ INLINE u32 rank_of_group(const u32 *ranks) {
     second = larger(second, smaller(first, ranks[i]));
     first = larger(first, ranks[i]);
   }
-  return LARGEST_OF_GROUP ? first : rank_of(value_of(first) + value_of(second));
+  return LARGEST_OF_GROUP ? first : rank_of(sum_of_two(value_of(first), value_of(second)));
 }
 
 // The rank DROPPED for the experts of all groups but the TOPK_GROUP that are worth most.
@@ -156,23 +156,19 @@ INLINE void score_all(const Gating *gating, float *scores) {
     scores[i] = SCORES == SIGMOID ? sigmoid(gate) : SCORES == ROOT_OF_SOFTPLUS ? root_of_softplus(gate) : gate;
   }
   if (SCORES == SOFTMAX) softmax(scores, EXPERTS, scores);
-}
-
-// A gating of -0 is a choice of 0: all else cannot be -0.
-INLINE u32 rank_of_choice(float score, const float *added) {
-  const float choice = HAS_BIAS ? score + *added : score;
-  return rank_of(SCORES == GATING ? choice + 0.0f : choice);
+  for (int i = 0; i < EXPERTS; ++i) scores[i] = rounded(scores[i], SCORE_DTYPE);
 }
 
 // The weights of the chosen, given what they are made of.
 INLINE void weigh(float *chosen) {
-  if (WEIGHTS == SOFTMAX_OF_CHOICES) {
-    softmax(chosen, TOPK, chosen);
-  } else if (RENORMALIZE) {
-    double total = 0.0;
-    for (int n = 0; n < TOPK; ++n) total += chosen[n];
-    for (int n = 0; n < TOPK; ++n) chosen[n] = chosen[n] / ((float)total + EPS);
+  double total = 0.0;
+  if (WEIGHTS == SOFTMAX_OF_CHOICES) softmax(chosen, TOPK, chosen);
+  for (int n = 0; n < TOPK; ++n) {
+    if (WEIGHTS == SIGMOID_OF_CHOICES) chosen[n] = sigmoid(chosen[n]);
+    chosen[n] = rounded(chosen[n], STEP_DTYPE);
+    total += chosen[n];
   }
+  for (int n = 0; n < TOPK; ++n) chosen[n] = weight_of_total(chosen[n], total);
 }
 
 INLINE Weight stored(float weight) {
@@ -188,7 +184,7 @@ INLINE void one_token(const Gating *gating, const float *bias, Weight *weights, 
   u32 ranks[EXPERTS], left[EXPERTS];
   i32 places[TOPK];
   score_all(gating, scores);
-  for (int i = 0; i < EXPERTS; ++i) ranks[i] = rank_of_choice(scores[i], bias + i);
+  for (int i = 0; i < EXPERTS; ++i) ranks[i] = rank_of(choice_of(scores[i], HAS_BIAS ? bias[i] : 0.0f));
   if (TOPK_GROUP < GROUPS) keep_groups(ranks);
   for (int i = 0; i < EXPERTS; ++i) left[i] = ranks[i];
   take_largest(left, EXPERTS, TOPK, ORDER, places);
@@ -197,7 +193,7 @@ INLINE void one_token(const Gating *gating, const float *bias, Weight *weights, 
     chosen[n] = WEIGHTS == OF_SCORES ? scores[places[n]] : value_of(ranks[places[n]]);
   }
   weigh(chosen);
-  for (int n = 0; n < TOPK; ++n) weights[n] = stored(chosen[n] * FACTOR);
+  for (int n = 0; n < TOPK; ++n) weights[n] = stored(chosen[n]);
 }
 
 #if HAS_BIAS

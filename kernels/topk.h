@@ -114,18 +114,13 @@ DEVICE float score_of(float gating) {
   return SCORES == SIGMOID ? sigmoid(gating) : SCORES == ROOT_OF_SOFTPLUS ? root_of_softplus(gating) : gating;
 }
 
-// A gating of -0 is a choice of 0: all else cannot be -0.
-DEVICE u32 rank_of_choice(float score, float added) {
-  const float choice = HAS_BIAS ? score + added : score;
-  return rank_of(SCORES == GATING ? choice + 0.0f : choice);
-}
-
 DEVICE Experts scored(const float *gating, const float *added) {
   Experts experts;
   if constexpr (SCORES == SOFTMAX) softmax(gating, experts.score);
   UNROLL for (int i = 0; i < PER_LANE; ++i) {
     if constexpr (SCORES != SOFTMAX) experts.score[i] = score_of(gating[i]);
-    experts.rank[i] = has_expert(i) ? rank_of_choice(experts.score[i], added[i]) : 0;
+    experts.score[i] = rounded(experts.score[i], SCORE_DTYPE);
+    experts.rank[i] = has_expert(i) ? rank_of(choice_of(experts.score[i], added[i])) : 0;
   }
   return experts;
 }
@@ -150,7 +145,7 @@ DEVICE bool is_kept(const Experts &experts) {
   Pair pair = {0, 0};
   UNROLL for (int i = 0; i < PER_LANE; ++i) pair = two_largest(pair, {experts.rank[i], 0});
   pair = over_group<1>(pair);
-  u32 rank = LARGEST_OF_GROUP ? pair.first : rank_of(value_of(pair.first) + value_of(pair.second));
+  u32 rank = LARGEST_OF_GROUP ? pair.first : rank_of(sum_of_two(value_of(pair.first), value_of(pair.second)));
   if (!has_group()) rank = 0;
   bool kept = false;
   ROLLED for (int n = 0; n < TOPK_GROUP; ++n) {
@@ -179,6 +174,12 @@ DEVICE void take(Experts &experts, const Best &best) {
     if (first_expert() + i == best.expert) experts.rank[i] = 0;
 }
 
+// What a weight begins as, of a score or choice.  A softmax is made once all are chosen.
+DEVICE float made_of(float value) {
+  if (WEIGHTS == SOFTMAX_OF_CHOICES) return value;
+  return rounded(WEIGHTS == SIGMOID_OF_CHOICES ? sigmoid(value) : value, STEP_DTYPE);
+}
+
 // The results of a lane: those of number lane(), lane() + TOKEN_LANES, ...; the sum of all, for a softmax of e^(v - most).
 struct Chosen {
   u32 expert[SLOTS];
@@ -195,7 +196,7 @@ DEVICE Chosen choose(Experts &experts) {
     ROLLED for (u32 n = 0; n < smaller(left, TOKEN_LANES); ++n) {
       const u32 from = winner(best.rank);
       const u32 expert = from_lane<TOKEN_LANES>(best.expert, from);
-      const float value = as_float(from_lane<TOKEN_LANES>(as_bits(best.value), from));
+      const float value = made_of(as_float(from_lane<TOKEN_LANES>(as_bits(best.value), from)));
       if (slot == 0 && n == 0) chosen.most = value;
       chosen.total += WEIGHTS == SOFTMAX_OF_CHOICES ? exponential(value - chosen.most) : value;
       if (n == lane()) chosen.expert[slot] = expert, chosen.value[slot] = value;
@@ -207,9 +208,8 @@ DEVICE Chosen choose(Experts &experts) {
 
 DEVICE float weight_of(float value, const Chosen &chosen) {
   if (WEIGHTS == SOFTMAX_OF_CHOICES)
-    value = (float)(exponential(value - chosen.most) * reciprocal_of(chosen.total));
-  else if (RENORMALIZE) value = divide(value, (float)chosen.total + EPS);
-  return value * FACTOR;
+    value = rounded((float)(exponential(value - chosen.most) * reciprocal_of(chosen.total)), STEP_DTYPE);
+  return weight_of_total(value, chosen.total);
 }
 
 DEVICE void store_weight(u8 *weights, long long at, float weight) {

@@ -24,7 +24,8 @@ Quotient = Literal["true", "reciprocal", "inverse"]
 Scores = Literal["sigmoid", "softmax", "sqrt_softplus", "gating"]
 GroupValue = Literal["two_largest", "largest"]
 Dropped = Literal["never", "least", "zero"]
-RoutingWeights = Literal["scores", "choices", "softmax"]
+RoutingWeights = Literal["scores", "choices", "softmax", "sigmoid"]
+RoutingDtype = Literal["float32", "bfloat16", "float16"]
 ChoiceOrder = Literal["first", "torch", "torch_unsorted"]
 ScaleDivision = Quotient
 
@@ -190,22 +191,27 @@ class GroupedTopk:
     For each token, in float32:
         score = sigmoid(gating), softmax(gating) over all experts, sqrt(softplus(gating)), or gating itself,
         as ``scores`` says: each the float32 nearest to the exact value (but for one in 10^7), the root that
-        of the softplus so rounded
-        choice = score + bias, or score where no bias is given
-        value of a group = the sum of its two largest choices, or its largest, as ``group_value`` says
+        of the softplus so rounded; then rounded to ``score_dtype``
+        choice = score + bias, rounded to ``choice_dtype``, or score where no bias is given
+        value of a group = the sum of its two largest choices, rounded to ``choice_dtype``, or its largest, as
+        ``group_value`` says
         kept are the ``topk_group`` groups of largest value; what is in others is chosen ``never``, or with a
         choice of -inf (``least``) or ``zero``, as ``dropped`` says
-        chosen are the ``topk`` experts of largest choice; weight = the expert's score, its choice, or the
-        softmax of the chosen choices, rounded to float32 once, as ``weights`` says
-        ``renormalize``: weight = weight / (total + eps), total the sum of the chosen weights, rounded once
+        chosen are the ``topk`` experts of largest choice; weight = the expert's score, its choice, the
+        softmax of the chosen choices, or the sigmoid of its choice, rounded to float32 once, as ``weights``
+        says
+        ``renormalize``: weight = weight / (total + eps), total the sum of the chosen weights, rounded once;
+        with a ``least_total`` what is divided by is at least that
         weight = weight * routed_scaling_factor
+        each of these, the weight before them included, rounded to ``step_dtype``
     A NaN is larger than every number, as in torch.topk.  In ``order`` ``first`` the chosen come largest
     first, and among equals the lower index, of groups as of experts; in ``torch`` and ``torch_unsorted`` as
     torch.topk, sorted or not, chooses and returns them: of a CPU, as eager PyTorch does there; of a GPU,
     where PyTorch promises no order among equals, as in ``first``.
 
     Sources: DeepSeek-V3 (Hugging Face: eps 1e-20), biased_grouped_topk of AITER and SGLang (eps 0),
-    grouped_topk of vLLM (eps 1e-20); DeepSeek-V2 and V4, Mixtral, Qwen3-MoE and gpt-oss of Hugging Face.
+    grouped_topk of vLLM (eps 1e-20); DeepSeek-V2 and V4, Mixtral, Qwen3-MoE, gpt-oss, Llama 4 (sigmoid of the
+    chosen), Ernie 4.5 (a least total) and LFM2 (16 bits) of Hugging Face.
     """
 
     topk: int
@@ -219,6 +225,10 @@ class GroupedTopk:
     dropped: Dropped = "never"
     weights: RoutingWeights = "scores"
     order: ChoiceOrder = "first"
+    least_total: float | None = None
+    score_dtype: RoutingDtype = "float32"
+    choice_dtype: RoutingDtype = "float32"
+    step_dtype: RoutingDtype = "float32"
 
 
 @dataclass(frozen=True)

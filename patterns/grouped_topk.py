@@ -1,7 +1,7 @@
 """Raise routing that is written out to ``vmfuse.grouped_topk``, and give each such operation to a kernel.
 
-It is recognised where its scores are float32, whatever the dtype of the gating they come from.  It is
-whole when it is raised, so one kernel computes it and nothing around it.
+It is recognised whatever the dtype of the gating and of the scores: what is rounded to 16 bits on the way is
+part of the contract.  It is whole when it is raised, so one kernel computes it and nothing around it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from iree.compiler import ir
 
@@ -20,7 +21,7 @@ from .near_routings import MOST_EXPERTS, SUSPICIONS
 from .operation import Operation, PatternFamily, Support, Types
 from .recogniser import Raised
 from .sites import Ledger
-from .well_typed import is_routing, why_no_routing
+from .well_typed import FLOATS, is_routing, why_no_routing
 
 # --- written out -----------------------------------------------------------------------------------
 
@@ -114,19 +115,28 @@ _SOFTPLUS = f32(
     _GATING,
     f32("log1p", f32("exp", _GATING)),
 )
-_SCORES = _Once(
-    "scores_value",
+_CAST = "torch.prims.convert_element_type"
+
+
+def _or_cast(value: Pattern) -> Pattern:
+    """A value as it is, or cast to another dtype."""
+    return OneOf(value, Op(_CAST, value, ANY))
+
+
+_MADE_SCORES = _Once(
+    "made_scores",
     OneOf(
-        _Means("scores", "sigmoid", f32("sigmoid", _GATING)),
+        _Means("scores", "sigmoid", Op("torch.aten.sigmoid", _GATING)),
         _Means("scores", "softmax", _Softmax(_GATING)),
         _Means("scores", "sqrt_softplus", f32("sqrt", _SOFTPLUS)),
     ),
 )
+_SCORES = _Widened(_Once("scores_value", _or_cast(_MADE_SCORES)))
 
 
 def _choices(scores: Pattern) -> Pattern:
     """Scores, with a bias or without."""
-    biased = f32("add.Tensor", scores, Exact("bias"), Is(1), commutative=True)
+    biased = Op("torch.aten.add.Tensor", scores, Exact("bias"), Is(1), commutative=True)
     return _Once("choices", OneOf(biased, scores))
 
 
@@ -169,12 +179,25 @@ def _number(value: float) -> Pattern:
     return OneOf(Is(value), Op("torch.aten.scalar_tensor", Is(value), ANY, ANY, ANY, ANY))
 
 
-def _normalized(chosen: Pattern) -> Pattern:
-    """What is chosen over its sum, or as it is."""
-    once = _Once("chosen", chosen)
-    total = _sum(once, keepdim=True)
-    divisor = OneOf(Op("torch.aten.add.Scalar", total, Const("eps"), Is(1)), total)
-    return OneOf(_Once("normalized", Op("torch.aten.div.Tensor", once, divisor)), once)
+def _steps(raw: Pattern) -> Pattern:
+    """What is done with weights, cast or not: they are divided by their sum, multiplied, both or neither."""
+    raw = _Once("raw", raw)
+    chosen = _Once("chosen", _or_cast(raw))
+    total = _sum(chosen, keepdim=True)
+    shifted = OneOf(Op("torch.aten.add.Scalar", total, Const("eps"), Is(1)), total)
+    divisor = OneOf(
+        Op("torch.aten.clamp", shifted, Const("least_total"), Is(None)),
+        Op("torch.aten.clamp_min", shifted, Const("least_total")),
+        shifted,
+    )
+    normalized = _Once("normalized", Op("torch.aten.div.Tensor", chosen, divisor))
+    unscaled = OneOf(normalized, chosen)
+    return OneOf(
+        Op("torch.aten.mul.Scalar", unscaled, Const("factor")),
+        Op("torch.aten.mul.Tensor", unscaled, Const("factor"), commutative=True),
+        normalized,
+        raw,
+    )
 
 
 def _weights() -> Pattern:
@@ -186,20 +209,15 @@ def _weights() -> Pattern:
     of_gating = _Widened(
         _Largest(_choices(_Once("scores_value", _Means("scores", "gating", _GATING))), "topk", 0)
     )
-    unscaled = OneOf(
-        _normalized(_Means("weights", "scores", of_scores)),
-        _normalized(_Means("weights", "choices", of_choices)),
-        _Means("weights", "softmax", _Softmax(of_gating)),
-    )
     return OneOf(
-        Op("torch.aten.mul.Scalar", unscaled, Const("factor")),
-        Op("torch.aten.mul.Tensor", unscaled, Const("factor"), commutative=True),
-        unscaled,
+        _steps(_Means("weights", "scores", of_scores)),
+        _steps(_Means("weights", "choices", of_choices)),
+        _steps(_Means("weights", "sigmoid", Op("torch.aten.sigmoid", of_gating))),
+        _steps(_Means("weights", "softmax", _Softmax(of_gating))),
     )
 
 
 _WEIGHTS = _weights()
-_CAST = "torch.prims.convert_element_type"
 
 
 class DecomposedTopk:
@@ -210,7 +228,7 @@ class DecomposedTopk:
 
     roots = (
         *("torch.aten.mul.Scalar", "torch.aten.mul.Tensor", "torch.aten.div.Tensor", "torch.aten.gather"),
-        *("torch.aten.topk", "torch.aten._softmax", _CAST),
+        *("torch.aten.topk", "torch.aten._softmax", "torch.aten.sigmoid", _CAST),
     )
 
     def recognise(self, op: ir.Operation) -> Raised | None:
@@ -235,9 +253,10 @@ def _raised(op: ir.Operation, weights: ir.Value, found: Bindings) -> Raised | No
         return None  # only the ids of this top-k are read: what the weights are is not known
     operands = [gating, _vector(found["bias"])] if "bias" in found else [gating]
     types = [torch_ir.tensor_type(value) for value in (*operands, op.results[0])]
-    groups = _groups(found)
-    if not is_routing(types) or groups is None or not _is_in_float32(found, weights):
+    groups, dtypes = _groups(found), _dtypes(found, weights)
+    if not is_routing(types) or groups is None or dtypes is None or not _is_of_experts(found):
         return None
+    least = found.get("least_total")
     contract = GroupedTopk(
         topk=found["topk"],
         num_expert_group=groups,
@@ -250,27 +269,51 @@ def _raised(op: ir.Operation, weights: ir.Value, found: Bindings) -> Raised | No
         dropped=found.get("dropped", "never"),
         weights=found["weights"],
         order="torch" if torch_ir.constant(found["topk_op"].operands[4]) is True else "torch_unsorted",
+        least_total=None if least is None else float(least),
+        **dtypes,
     )
     # Weights may be rounded long after they were made.
     place = torch_ir.producer(weights)
     return Raised(canonical.GROUPED_TOPK, contract, operands, [op.results[0], ids], place)
 
 
-def _is_in_float32(found: Bindings, weights: ir.Value) -> bool:
-    """Tell whether experts, few enough to be such, compare as float32, and weights are rounded at the end.
-
-    What is not computed may be of 16 bits: gating that is compared itself, weights that are but a softmax.
-    """
+def _is_of_experts(found: Bindings) -> bool:
+    """Tell whether what is compared are experts, few enough to be such, and gathered along their axis."""
     scores = torch_ir.tensor_type(found["scores_value"])
     assert scores is not None
-    last, of_gating = len(scores.shape) - 1, found["scores"] == "gating"
     return (
-        (scores.dtype == "float32" or (of_gating and "bias" not in found))
-        and (torch_ir.dtype_of(weights) == "float32" or (of_gating and "factor" not in found))
-        and found.get("gather_axis", -1) in (-1, last)
+        found.get("gather_axis", -1) in (-1, len(scores.shape) - 1)
         and isinstance(found["topk"], int)
         and (scores.shape[-1] or 0) <= MOST_EXPERTS
     )
+
+
+def _dtypes(found: Bindings, weights: ir.Value) -> dict[str, Any] | None:
+    """To which dtypes scores, choices and weights are rounded; None where a kernel rounds them otherwise.
+
+    Those that round nothing are left out: a gating is not rounded, nor the best choice of a group.
+    """
+    names = ("scores_value", "choices", "raw", "chosen")
+    scores, choices, raw, chosen = (torch_ir.dtype_of(found.get(name, weights)) for name in names)
+    if not {scores, choices, raw, chosen} <= set(FLOATS):
+        return None
+    dtypes: dict[str, Any] = {}
+    if found["scores"] != "gating":
+        if torch_ir.dtype_of(found["made_scores"]) not in (scores, "float32"):
+            return None  # rounded twice
+        dtypes["score_dtype"] = scores
+    if "bias" in found or found.get("group_value") == "two_largest":
+        dtypes["choice_dtype"] = choices
+    if "normalized" in found or "factor" in found:
+        if torch_ir.dtype_of(weights) != chosen or (_is_made(found) and raw not in (chosen, "float32")):
+            return None
+        dtypes["step_dtype"] = chosen
+    return dtypes
+
+
+def _is_made(found: Bindings) -> bool:
+    """Tell whether weights are computed of what was chosen."""
+    return found["weights"] in ("softmax", "sigmoid")
 
 
 def _vector(bias: ir.Value) -> ir.Value:

@@ -194,13 +194,15 @@ NAMED_OPS = (
         "(Tensor gating_output, Tensor? correction_bias=None, *, int topk, int num_expert_group=1, "
         "int topk_group=1, bool renormalize=True, float routed_scaling_factor=1.0, float eps=0.0, "
         "str scores='sigmoid', str group_value='two_largest', str dropped='never', str weights='scores', "
-        "str order='first') -> (Tensor, Tensor)",
+        "str order='first', float? least_total=None, str score_dtype='float32', str choice_dtype='float32', "
+        "str step_dtype='float32') -> (Tensor, Tensor)",
         ("weights", "ids"),
         bias="correction_bias",
         routing={
             **_SCALED,
-            **{name: Arg(name) for name in ("renormalize", "eps")},
+            **{name: Arg(name) for name in ("renormalize", "eps", "least_total")},
             **{name: Arg(name) for name in ("scores", "group_value", "dropped", "weights", "order")},
+            **{name: Arg(name) for name in ("score_dtype", "choice_dtype", "step_dtype")},
         },
     ),
     # Schemas read, arithmetic numerics.

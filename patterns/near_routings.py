@@ -13,6 +13,7 @@ from iree.compiler import ir
 from . import torch_ir
 from .near_norms import BOUNDS, CAST, FACTORS, RESHAPES, SUMS
 from .recogniser import NearMiss
+from .well_typed import FLOATS
 
 _TOPK = "torch.aten.topk"
 _SOFTMAX = ("torch.aten._softmax", "torch.aten.softmax.int")
@@ -52,7 +53,7 @@ class UnmatchedRouting:
             return None
         if any(user != op and op in list(_inside(user.operands[0])) for user in _topks(op)):
             return None  # of groups, within the routing that ``user`` ends
-        return NearMiss("grouped_topk", _why_no_routing(op, above, scores))
+        return NearMiss("grouped_topk", _why_no_routing(above, scores))
 
 
 def _inside(value: ir.Value) -> Iterator[ir.Operation]:
@@ -96,19 +97,15 @@ def _makes_weights(values: ir.Value) -> bool:
     )
 
 
-def _why_no_routing(topk: ir.Operation, above: list[ir.Operation], scores: ir.Operation | None) -> str:
+def _why_no_routing(above: list[ir.Operation], scores: ir.Operation | None) -> str:
     if scores is None and any(_softplus(above)):
         return f"its scores are made of a softplus, of which the routing kernel takes the root; {_WRITE_IT}"
     if scores is None:
-        made = "the values of its chosen experts become weights, of which the kernel makes a softmax alone"
+        made = "the values of its chosen experts become weights otherwise than by a softmax or sigmoid"
         return f"{made}; {_WRITE_IT}"
     dtype = torch_ir.dtype_of(scores.result)
-    if dtype != "float32":
-        return f"its scores are rounded to {dtype} before experts are chosen; widen the gating with .float()"
-    gathered = [user for user in torch_ir.users(topk.results[1]) if user.name == "torch.aten.gather"]
-    narrow = [torch_ir.dtype_of(op.result) for op in gathered if torch_ir.dtype_of(op.result) != "float32"]
-    if narrow:
-        return f"its weights are rounded to {narrow[0]}; gather float32 scores"
+    if dtype not in FLOATS:
+        return f"its scores are {dtype}; convert the gating with .float()"
     return f"its groups, mask, top-k or weights are not those of the routing kernel; {_WRITE_IT}"
 
 

@@ -42,7 +42,12 @@ _SCORES = {
     "sqrt_softplus": "ROOT_OF_SOFTPLUS",
     "gating": "GATING",
 }
-_WEIGHTS = {"scores": "OF_SCORES", "choices": "OF_CHOICES", "softmax": "SOFTMAX_OF_CHOICES"}
+_WEIGHTS = {
+    "scores": "OF_SCORES",
+    "choices": "OF_CHOICES",
+    "softmax": "SOFTMAX_OF_CHOICES",
+    "sigmoid": "SIGMOID_OF_CHOICES",
+}
 _ORDERS = {"first": "FIRST", "torch": "TORCH_SORTED", "torch_unsorted": "TORCH_UNSORTED"}
 # The rank of an expert whose group is dropped: none, or that of the float32.
 _DROPPED = {"never": "0u", "least": "0x007fffffu", "zero": "0x80000000u"}
@@ -146,8 +151,13 @@ def _defines(spec: TopkSpec, target: Target) -> tuple[tuple[str, str], ...]:
         "DROPPED": _DROPPED[routing.dropped],
         "WEIGHTS": _WEIGHTS[routing.weights],
         "ORDER": _ORDERS[routing.order],
+        "SCORE_DTYPE": _CODES[routing.score_dtype],
+        "CHOICE_DTYPE": _CODES[routing.choice_dtype],
+        "STEP_DTYPE": _CODES[routing.step_dtype],
         "RENORMALIZE": int(routing.renormalize),
         "EPS": float32_literal(routing.eps),
+        "HAS_LEAST_TOTAL": int(routing.least_total is not None),
+        "LEAST_TOTAL": float32_literal(routing.least_total or 0.0),
         "FACTOR": float32_literal(routing.routed_scaling_factor),
     }
     return tuple((name, str(value)) for name, value in values.items())

@@ -12,7 +12,15 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from patterns.contracts import ChoiceOrder, Dropped, GroupedTopk, GroupValue, RoutingWeights, Scores
+from patterns.contracts import (
+    ChoiceOrder,
+    Dropped,
+    GroupedTopk,
+    GroupValue,
+    RoutingDtype,
+    RoutingWeights,
+    Scores,
+)
 
 from .checks import FLOAT_DTYPES, check_dtype, check_rank, check_shape
 
@@ -34,19 +42,39 @@ def grouped_topk_reference(
 
     Source: ``GroupedTopk`` names those of each variant.
     """
-    scores = _scores(gating, routing)
-    choices = scores if bias is None else scores + bias.to(torch.float32)
-    if routing.scores == "gating":
-        choices = choices + 0.0  # of a -0 the choice is 0
+    scores = _rounded(_scores(gating, routing), routing.score_dtype)
+    choices = scores if bias is None else _rounded(scores + bias.to(torch.float32), routing.choice_dtype)
+    choices = choices + 0.0  # of a -0 the choice is 0
     choose = _chosen_first if routing.order == "first" else _chosen_by_torch
     chosen, ids = choose(choices, routing)
     weights = torch.gather(scores, -1, ids.to(torch.int64)) if routing.weights == "scores" else chosen
+    return _steps(weights, routing).to(weights_dtype), ids.to(ids_dtype)
+
+
+def _steps(chosen: Tensor, routing: GroupedTopk) -> Tensor:
+    """Make float32 weights of what is chosen, each step rounded."""
+
+    def step(value: Tensor) -> Tensor:
+        return _rounded(value, routing.step_dtype)
+
+    weights = chosen
     if routing.weights == "softmax":
         weights = torch.softmax(weights.to(torch.float64), dim=-1).to(torch.float32)
-    elif routing.renormalize:
-        total = weights.to(torch.float64).sum(dim=-1, keepdim=True).to(torch.float32)
-        weights = weights / (total + routing.eps)
-    return (weights * routing.routed_scaling_factor).to(weights_dtype), ids.to(ids_dtype)
+    if routing.weights == "sigmoid":
+        weights = torch.sigmoid(weights.to(torch.float64)).to(torch.float32)
+    weights = step(weights)
+    if routing.renormalize:
+        total = step(weights.to(torch.float64).sum(dim=-1, keepdim=True).to(torch.float32))
+        total = step(total + routing.eps)
+        if routing.least_total is not None:
+            total = total.clamp(min=float(step(torch.tensor(routing.least_total))))
+        weights = step(weights / total)
+    return step(weights * routing.routed_scaling_factor)
+
+
+def _rounded(value: Tensor, dtype: RoutingDtype) -> Tensor:
+    """``value``, a float32, rounded to ``dtype``, which float32 holds exactly."""
+    return value if dtype == "float32" else value.to(getattr(torch, dtype)).to(torch.float32)
 
 
 def _scores(gating: Tensor, routing: GroupedTopk) -> Tensor:
@@ -89,7 +117,7 @@ def _chosen_by_torch(choices: Tensor, routing: GroupedTopk) -> tuple[Tensor, Ten
 def _group_values(choices: Tensor, routing: GroupedTopk) -> Tensor:
     if routing.group_value == "largest":
         return choices.amax(dim=-1)
-    return choices.topk(2, dim=-1).values.sum(dim=-1)
+    return _rounded(choices.topk(2, dim=-1).values.sum(dim=-1), routing.choice_dtype)
 
 
 def _ordinal(values: Tensor) -> Tensor:
@@ -136,7 +164,7 @@ def _in_kept_groups(ordinals: Tensor, routing: GroupedTopk) -> Tensor:
         values = of_groups.amax(dim=-1)
     else:
         best = _value(_largest(of_groups, 2).values)
-        values = _ordinal(best[..., 0] + best[..., 1])
+        values = _ordinal(_rounded(best[..., 0] + best[..., 1], routing.choice_dtype) + 0.0)
     kept = _largest(values, routing.topk_group).rest == _NEVER
     return kept.repeat_interleave(size, dim=-1)
 
@@ -145,7 +173,8 @@ _SCHEMA = (
     "(Tensor gating_output, Tensor? correction_bias=None, *, int topk, int num_expert_group=1, "
     "int topk_group=1, bool renormalize=True, float routed_scaling_factor=1.0, float eps=0.0, "
     "str scores='sigmoid', str group_value='two_largest', str dropped='never', str weights='scores', "
-    "str order='first') -> (Tensor, Tensor)"
+    "str order='first', float? least_total=None, str score_dtype='float32', str choice_dtype='float32', "
+    "str step_dtype='float32') -> (Tensor, Tensor)"
 )
 
 
@@ -202,6 +231,9 @@ _WORDS = {
     "dropped": Dropped,
     "weights": RoutingWeights,
     "order": ChoiceOrder,
+    "score_dtype": RoutingDtype,
+    "choice_dtype": RoutingDtype,
+    "step_dtype": RoutingDtype,
 }
 
 
@@ -214,6 +246,8 @@ def why_impossible(routing: GroupedTopk, experts: int) -> str | None:
         return f"routed_scaling_factor: expected a finite number, got {routing.routed_scaling_factor}"
     if not 0 <= routing.eps < math.inf:
         return f"eps: expected a number of at least 0, got {routing.eps}"
+    if routing.least_total is not None and not 0 <= routing.least_total < math.inf:
+        return f"least_total: expected a number of at least 0, got {routing.least_total}"
     if routing.weights == "softmax" and routing.renormalize:
         return "renormalize: weights that are a softmax add up to one already"
     return _why_no_groups(routing, experts)

@@ -15,6 +15,8 @@ from iree.compiler import ir
 
 from patterns import torch_ir, view_chains, views
 
+from .scatters import compute_before_scatters
+
 _CHECKS = (
     "torch.aten._assert_tensor_metadata",
     "torch.aten._assert_scalar",
@@ -55,6 +57,8 @@ def normalize(function: ir.Operation) -> None:
             _rename(op, "torch.aten.view")
         elif name == "torch.prim.ListUnpack":
             _split_to_slices(op)
+    torch_ir.erase_dead(block)
+    compute_before_scatters(block)
     _merge_equal(block)
     torch_ir.erase_dead(block)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from .arguments import (
     without_constants,
 )
 from .files import function_of
-from .session import Memory, Session, Storage, reported
+from .session import Memory, Outcome, Session, Storage, reported, returned
 from .state import State
 from .writing import Writing
 
@@ -107,7 +108,9 @@ class Function:
         What the model writes to among them is written.
         """
         if not (self._writing.arguments or self.signature.state):
-            return self._run(values, values, {})
+            call = self._prepared(values, {})
+            self._invoke(call, values)
+            return self._results(call)
         with self._state.held() if self.signature.state else nullcontext():
             return self._run_writing(values)
 
@@ -115,60 +118,70 @@ class Function:
         """Call a function that writes to arguments, or has a state, which is held."""
         writing, state = self._writing, self._state
         self._plan(values)  # refuses what cannot be passed before anything is made of it
-        passed, finish = writing.lend(values, self._session)
+        passed, bring_back = writing.lend(values, self._session)
         passed += [state.view(spec.name) for spec in self.signature.state]
-        spare = {number: state.spare(name) for number, name in writing.state.items()}
-        results = self._run(values, passed, spare)
+        spare = state.spare(writing.state)
+        call = self._prepared(values, spare)
+        state.begin(writing.state, spare, lambda: self._results(call) if call.outcome else None)
+        self._invoke(call, passed)
+        results = self._results(call)
         for argument, number in writing.results.items():
             values[argument].detach().copy_(results[number])
-        for bring_back in finish:
-            bring_back()
-        for number, name in writing.state.items():
-            if results[number] is not None:  # it is not in the spare memory
-                state.put(name, results[number])
-        state.exchange([name for number, name in writing.state.items() if results[number] is None])
+        for each in bring_back:
+            each()
+        state.finish(results)
         return results[: writing.first]
 
-    def _run(self, values: Sequence[Any], passed: Sequence[Any], spare: Mapping[int, Memory]) -> list[Any]:
-        """Call with what is ``passed`` for ``values`` and the state; all tensors that are returned.
-
-        spare: where new values of the state are put, by number; where that was done there is None.
-        """
+    def _prepared(self, values: Sequence[Any], spare: Mapping[int, Memory]) -> _Call:
+        """A call with the arguments of ``run``; spare: where new values of the state are put, by number."""
         plan = self._plan(values)
-        session = self._session
-        if plan.all_empty and not session.place.driver.on_host:
-            return self._empty(plan)
         with reported(f"{self.name} failed"):
-            placed = self.signature.placed
-            storage = [
-                spare.get(numbers[0]) or session.allocate(each)
-                for numbers, each in zip(placed, plan.storage, strict=True)
-            ]
-            memory = [view for _, view in storage]
-            if plan.scratch is not None:
-                memory.append(session.scratch(plan.scratch))
-            views = session.invoke(self._function, passed, memory)
-        tensors = [value for value in values if isinstance(value, Tensor)]
+            placed = zip(self.signature.placed, plan.storage, strict=True)
+            storage = [spare.get(numbers[0]) or self._session.allocate(each) for numbers, each in placed]
+        return _Call(plan, values, spare, storage)
+
+    def _invoke(self, call: _Call, passed: Sequence[Any]) -> None:
+        """Run the program with what is ``passed`` for the arguments and the state."""
+        session = self._session
+        if call.plan.all_empty and not session.place.driver.on_host:
+            return
+        with reported(f"{self.name} failed"):
+            memory = [view for _, view in call.storage]
+            if call.plan.scratch is not None:
+                memory.append(session.scratch(call.plan.scratch))
+            session.invoke(self._function, passed, memory, call.outcome)
+
+    def _results(self, call: _Call) -> list[Any]:
+        """All tensors that a call returned, which is over: None for one that is in the spare memory."""
+        session, plan = self._session, call.plan
+        if not call.outcome:
+            return self._empty(plan)
+        views = returned(call.outcome)
+        tensors = [value for value in call.values if isinstance(value, Tensor)]
         tensors += [self._state.tensor(spec.name) for spec in self.signature.state]
         if self.tensor_outputs is None:
             return _apart([session.to_torch(view, None) for view in views], tensors)
-        returned = self._returned
-        if len(returned) != len(views):
-            raise RunError(f"{self.name} returned {len(views)} tensors, its signature says {len(returned)}")
+        numbers = self._returned
+        if len(numbers) != len(views):
+            raise RunError(f"{self.name} returned {len(views)} tensors, its signature says {len(numbers)}")
         given = map(session.to_torch, views, self._returned_dtypes)
-        results: dict[int, Any] = dict(zip(returned, _apart(given, tensors), strict=True))
-        for numbers, (tensor, _) in zip(placed, storage, strict=True):
-            results[numbers[0]] = None if numbers[0] in spare else tensor
-            for number in numbers[1:]:
+        results: dict[int, Any] = dict(zip(numbers, _apart(given, tensors), strict=True))
+        for placed, (tensor, _) in zip(self.signature.placed, call.storage, strict=True):
+            results[placed[0]] = None if placed[0] in call.spare else tensor
+            for number in placed[1:]:
                 results[number] = tensor.view(self._dtypes[number])
         for number, layout in self._strided:
             results[number] = ops.from_physical(results[number], plan.leading(number), layout)
-        found = [results[number] for number in range(len(results))]
-        count = len(found) - len(self.signature.checks)
-        for check, holds_ in zip(self.signature.checks, found[count:], strict=True):
+        return self._checked([results[number] for number in range(len(results))])
+
+    def _checked(self, results: list[Any]) -> list[Any]:
+        """The results without those that tell whether the values of the arguments are allowed."""
+        checks = self.signature.checks
+        count = len(results) - len(checks)
+        for check, holds_ in zip(checks, results[count:], strict=True):
             if not holds_.all():
                 raise RunError(f"{self.name}: {check.name}")
-        return found[:count]
+        return results[:count]
 
     def _empty(self, plan: _Plan) -> list[Tensor]:
         """Results that are all empty, which no GPU driver of IREE's can make: CUDA refuses an empty grid and
@@ -279,6 +292,17 @@ def _apart(results: Iterable[Tensor], arguments: Sequence[Tensor]) -> list[Tenso
         result.clone() if any(begin <= result.data_ptr() < end for begin, end in spans) else result
         for result in results
     ]
+
+
+@dataclass(slots=True)  # not frozen, which takes a microsecond more of each call
+class _Call:
+    """Hold one call: its plan and arguments, and the memory for results; ``spare`` is that of the state's."""
+
+    plan: _Plan
+    values: Sequence[Any]
+    spare: Mapping[int, Memory]
+    storage: list[Memory]
+    outcome: Outcome = field(default_factory=list)
 
 
 class _Plan:

@@ -200,6 +200,9 @@ class Storage:
 Memory = tuple[Tensor, iree.HalBufferView]
 """A tensor, and the same memory as a program is passed it."""
 
+Outcome = list[tuple[None, iree.VmVariantList]]
+"""What a call returned; empty until it is over."""
+
 
 class Session:
     """One IREE context on one device; calls take turns."""
@@ -225,12 +228,18 @@ class Session:
             self._context = None
 
     def invoke(
-        self, function: iree.VmFunction, values: Sequence[Any], storage: Sequence[iree.HalBufferView] = ()
+        self,
+        function: iree.VmFunction,
+        values: Sequence[Any],
+        storage: Sequence[iree.HalBufferView] = (),
+        outcome: Outcome | None = None,
     ) -> list[iree.HalBufferView]:
         """Call ``function`` with ``values``, tensors, views and ints, then ``storage``; wait for its results.
 
+        outcome: knows whether the call is over, also where an interrupt keeps this from returning.
         Raises what the IREE runtime raises: see ``reported``; RunError in a forked process, and when closed.
         """
+        outcome = [] if outcome is None else outcome
         _refuse_forked()
         arguments = iree.VmVariantList(len(values) + len(storage))
         self._push(arguments, values)
@@ -241,8 +250,10 @@ class Session:
             # After the conversions and allocations: copies may be queued, and freed memory still in use.
             torch.cuda.current_stream(self.place.device).synchronize()
         with self._lock:
-            self._open().invoke(function, arguments, results)
-        return [results.get_as_object(i, iree.HalBufferView) for i in range(len(results))]
+            invoke = self._open().invoke
+            # One step for Python, which raises KeyboardInterrupt between steps: afterwards the outcome knows.
+            outcome.extend(zip(map(invoke, (function,), (arguments,), (results,)), (results,), strict=True))
+        return returned(outcome)
 
     def _open(self) -> iree.VmContext:
         if self._context is None:
@@ -393,6 +404,12 @@ class Session:
             raise RunError(f"a result is {dtype_name(tensor.dtype)}, the signature says {dtype_name(dtype)}")
         # IREE's integers have no sign: an unsigned result arrives as a signed one.
         return tensor.view(dtype)
+
+
+def returned(outcome: Outcome) -> list[iree.HalBufferView]:
+    """What the call returned, which is over."""
+    ((_, results),) = outcome
+    return [results.get_as_object(i, iree.HalBufferView) for i in range(len(results))]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -3,6 +3,11 @@
 They are memory of the runtime's own, passed to a program behind the arguments of a call, which updates them
 in place.  A tensor that a call computes as a whole has a second memory, where the new value is put; then
 the two change places.
+
+An interrupt (Ctrl-C) leaves the state as it is before a call, or as it is after it: Python raises it as
+soon as the program has run, when tensors updated in place are new already and no others.  So a call notes
+first what is to be done behind it, and whoever takes the state next does what was left.  Each step may be
+done twice.
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +42,20 @@ class StateTensor:
     bytes: int
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """A call that changes the state.
+
+    names: of the tensors that it computes as a whole, by number of the result.  before, after: their memory.
+    results: gives what the call returned, None for what is in the memory of ``after``; None until it is over.
+    """
+
+    names: Mapping[int, str]
+    before: Mapping[int, Memory]
+    after: Mapping[int, Memory]
+    results: Callable[[], Sequence[Tensor | None] | None]
+
+
 class State:
     """The state of one session; memory is taken when it is first used.
 
@@ -50,7 +69,10 @@ class State:
         self._specs = {spec.name: spec for spec in specs}
         self._memory: dict[str, Memory] = {}
         self._spare: dict[str, Memory] = {}
-        self._lock = threading.Lock()
+        self._begun: _Begun | None = None
+        # The thread that has the state.  No lock: an interrupt between taking it and the ``try`` would leave
+        # it taken, while a thread that is here again has been interrupted.
+        self._user: dict[str, int] = {}
 
     def __bool__(self) -> bool:
         return bool(self._specs)
@@ -62,7 +84,8 @@ class State:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep other threads from the state; RunError where one has it.  Its memory is there."""
-        if not self._lock.acquire(blocking=False):
+        thread = threading.get_ident()
+        if self._user.setdefault("thread", thread) != thread:
             raise RunError(
                 "another thread is using this session: its state is for one at a time; give each thread a "
                 "session of its own, program.session()"
@@ -70,9 +93,10 @@ class State:
         try:
             if not self._memory:
                 self._allocate()
+            self._finish_interrupted()
             yield
         finally:
-            self._lock.release()
+            self._user.pop("thread", None)
 
     def view(self, name: str) -> iree.HalBufferView:
         """The memory of a tensor, as a program is passed it; the state is held."""
@@ -82,16 +106,47 @@ class State:
         """The memory of a tensor, as torch knows it; the state is held."""
         return self._memory[name][0]
 
-    def spare(self, name: str) -> Memory:
-        """The memory that the new value of a tensor is to be put in; the state is held."""
-        if name not in self._spare:
-            self._spare[name] = self._new(self._specs[name])
-        return self._spare[name]
+    def spare(self, names: Mapping[int, str]) -> dict[int, Memory]:
+        """The memory that the new values of tensors are to be put in; the state is held."""
+        for name in names.values():
+            if name not in self._spare:
+                self._spare[name] = self._new(self._specs[name])
+        return {number: self._spare[name] for number, name in names.items()}
 
-    def exchange(self, names: Sequence[str]) -> None:
-        """Take what is in the spare memory of these tensors as their values; the state is held."""
-        for name in names:
-            self._memory[name], self._spare[name] = self._spare[name], self._memory[name]
+    def begin(
+        self,
+        names: Mapping[int, str],
+        spare: Mapping[int, Memory],
+        results: Callable[[], Sequence[Tensor | None] | None],
+    ) -> None:
+        """Note that a call begins whose results of these numbers are new values; the state is held.
+
+        spare: where it puts them.  results: gives all results, None for those there; None until it is over.
+        """
+        before = {number: self._memory[name] for number, name in names.items()}
+        self._begun = _Begun(names, before, spare, results)
+
+    def finish(self, results: Sequence[Tensor | None]) -> None:
+        """Take the new values of the call that was begun, which gave these results; the state is held."""
+        begun = self._begun
+        if begun is None:
+            return
+        for number, name in begun.names.items():
+            value = results[number]
+            if value is None:
+                self._memory[name], self._spare[name] = begun.after[number], begun.before[number]
+            else:
+                self.put(name, value)
+        self._begun = None
+
+    def _finish_interrupted(self) -> None:
+        if self._begun is None:
+            return
+        with suppress(RunError):  # the call was refused by a check of its own, and said so
+            results = self._begun.results()
+            if results is not None:
+                self.finish(results)
+        self._begun = None
 
     def put(self, name: str, value: Tensor) -> None:
         """Give a tensor a new value; the state is held."""

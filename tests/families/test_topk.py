@@ -92,6 +92,36 @@ CASES = {
         *(72, 9, 4, 33 - 1, "bfloat16", "bfloat16"),
         **{"scores": "gating", "weights": "softmax", "renormalize": False, "dropped": "least"},
     ),
+    "ernie_4_5": spec(64, 1, 1, 6, "float32", scores="softmax", least_total=0.5, order="torch"),
+    "llama_4": spec(
+        *(128, 1, 1, 3, "bfloat16", None),
+        **{
+            "scores": "gating",
+            "weights": "sigmoid",
+            "renormalize": False,
+            "order": "torch",
+            "made": "bfloat16",
+        },
+    ),
+    "lfm2": spec(
+        *(32, 1, 1, 4, "bfloat16"),
+        **{"score_dtype": "bfloat16", "step_dtype": "bfloat16", "eps": 1e-6, "order": "torch"},
+        **{"routed_scaling_factor": 1.3, "made": "bfloat16"},
+    ),
+    "scores_of_16_bits": spec(
+        *(64, 1, 1, 8, "bfloat16", None),
+        **{**SOFTMAX, "score_dtype": "bfloat16", "choice_dtype": "bfloat16", "order": "torch"},
+        **{"made": "bfloat16"},
+    ),
+    "groups_of_16_bits": spec(
+        *(72, 9, 4, 11, "float16", "float16"),
+        **{"score_dtype": "float16", "choice_dtype": "float16", "step_dtype": "float16"},
+        **{"dropped": "least", "order": "torch_unsorted", "made": "float16", "least_total": 4.1},
+    ),
+    "sigmoids_normalized": spec(
+        *(40, 8, 3, 7, "bfloat16", "bfloat16"),
+        **{"scores": "gating", "choice_dtype": "bfloat16", "weights": "sigmoid", "step_dtype": "bfloat16"},
+    ),
     "few_of_many": spec(512, 1, 1, 8, "bfloat16", None, scores="sqrt_softplus", order="torch"),
 }
 
@@ -105,9 +135,14 @@ def by_numpy(gating: np.ndarray, bias: np.ndarray, routing: GroupedTopk) -> tupl
         scores = SCORES[routing.scores](gating.astype(np.float64)).astype(np.float32)
         if routing.scores == "sqrt_softplus":
             scores = np.sqrt(scores)
-        choices = scores + bias.astype(np.float32)
+        scores = rounded(scores, routing.score_dtype)
+        choices = rounded(scores + bias.astype(np.float32), routing.choice_dtype)
         rows = [_one_token(*token, routing) for token in zip(scores, choices, strict=True)]
     return np.array([row[0] for row in rows], np.float32), np.array([row[1] for row in rows])
+
+
+def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    return torch.from_numpy(np.asarray(values, np.float32)).to(getattr(torch, dtype)).float().numpy()
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:
@@ -127,6 +162,7 @@ def _one_token(scores: np.ndarray, choices: np.ndarray, routing: GroupedTopk) ->
     groups = np.arange(len(scores)).reshape(routing.num_expert_group, -1)
     count = 1 if routing.group_value == "largest" else 2
     values = np.array([sum(choices[_ranked(choices, group)[:count]], np.float32(0)) for group in groups])
+    values = rounded(values, routing.choice_dtype)
     kept = groups[sorted(_largest(values, routing.topk_group, routing))].ravel()
     if routing.dropped != "never":
         fill = np.float32(0 if routing.dropped == "zero" else -np.inf)
@@ -136,9 +172,16 @@ def _one_token(scores: np.ndarray, choices: np.ndarray, routing: GroupedTopk) ->
     weights = (scores if routing.weights == "scores" else choices)[ids]
     if routing.weights == "softmax":
         weights = _softmax(weights.astype(np.float64)).astype(np.float32)
+    if routing.weights == "sigmoid":
+        weights = SCORES["sigmoid"](weights.astype(np.float64)).astype(np.float32)
+    weights = rounded(weights, routing.step_dtype)
     if routing.renormalize:
-        weights = weights / (np.float32(weights.astype(np.float64).sum()) + np.float32(routing.eps))
-    return weights * np.float32(routing.routed_scaling_factor), ids
+        total = rounded(weights.astype(np.float64).sum().astype(np.float32), routing.step_dtype)
+        total = rounded(total + np.float32(routing.eps), routing.step_dtype)
+        if routing.least_total is not None:
+            total = np.maximum(total, rounded(np.float32(routing.least_total), routing.step_dtype))
+        weights = rounded(weights / total, routing.step_dtype)
+    return rounded(weights * np.float32(routing.routed_scaling_factor), routing.step_dtype), ids
 
 
 def _largest(values: np.ndarray, count: int, routing: GroupedTopk) -> list[int]:
@@ -258,6 +301,8 @@ def test_order_among_equals_and_special_values() -> None:
         ({"scores": "tanh"}, "scores: expected one of sigmoid, softmax, sqrt_softplus, gating, got 'tanh'"),
         ({"order": "torch"}, "dropped: in order torch what is dropped is least or zero, not never"),
         ({"weights": "softmax"}, "renormalize: weights that are a softmax add up to one already"),
+        ({"score_dtype": "float64"}, "score_dtype: expected one of float32, bfloat16, float16"),
+        ({"least_total": -1.0}, "least_total: expected a number of at least 0"),
         ({"routed_scaling_factor": float("nan")}, "routed_scaling_factor: expected a finite number"),
         ({"bias": torch.zeros(63)}, r"correction_bias: expected shape \[64\], got \[63\]"),
         ({"bias": torch.zeros(64, dtype=torch.float64)}, "correction_bias: expected float32"),
