@@ -1,7 +1,7 @@
 // The scaled product on NVIDIA GPUs: out[m, n] = bias[n] + the sum over the blocks g of 128 codes along K of
 // a_scale[m, g] * b_scale[n / 128, g] times the product of block g of row m of a and row n of b.  WHOLE: the sum over
 // all of K is scaled instead, by a_scale[m] (ONE_A: by one scale for all m) and b_scale[n / B_ROWS]; of INTEGERS, whose
-// sums are exact, it is that alone.
+// sums are exact, it is that alone.  HAS_RESIDUAL: residual[m, n] is added to the rounded result.
 //
 // Weights come in tiles of 128 rows x 128 codes, each contiguous and swizzled, so one bulk copy brings a tile that a
 // matrix product can read.
@@ -50,7 +50,7 @@ template <int TOKENS_, int SPLIT_, int SHARE_> struct Plan {
 struct Product {
   const u8 *a, *b;
   const float *a_scale, *b_scale;
-  const u8 *bias;
+  const u8 *bias, *residual;
   u8 *out;
   int rows;
 
@@ -234,15 +234,25 @@ template <int WIDTH> DEVICE void begin_multiply(Sum *partial, const u8 *rows, co
 template <int WIDTH> DEVICE void end_multiply(Sum *, int) {}
 #endif
 
-DEVICE float bias_at(const Product &p, int n) {
-#if HAS_BIAS && OUT_DTYPE == F32
-  return ((const float *)p.bias)[n];
-#elif HAS_BIAS && OUT_DTYPE == F16
-  return f16_value(((const u16 *)p.bias)[n]);
-#elif HAS_BIAS
-  return bf16_value(((const u16 *)p.bias)[n]);
+// An element of the dtype of the result.
+DEVICE float element(const u8 *from, u64 index) {
+#if OUT_DTYPE == F32
+  return ((const float *)from)[index];
+#elif OUT_DTYPE == F16
+  return f16_value(((const u16 *)from)[index]);
 #else
-  return 0;
+  return bf16_value(((const u16 *)from)[index]);
+#endif
+}
+
+// As the dtype of the result has it.
+DEVICE float as_stored(float value) {
+#if OUT_DTYPE == F32
+  return value;
+#elif OUT_DTYPE == F16
+  return f16_value(pack_f16(value, value));
+#else
+  return bf16_value(pack_bf16(value, value));
 #endif
 }
 
@@ -262,7 +272,7 @@ template <class PLAN> struct Finish {
     unit = unit_, first = thread() % CREW * PLAN::SPLIT + (PLAN::SPLIT > 1 ? team.rank : 0);
     column = unit.column + first % 8 * 8, count = N - column < 8 ? N - column : 8;
     if constexpr (WHOLE) load_scales(p);
-    UNROLL for (int i = 0; i < 8; ++i) bias[i] = HAS_BIAS && i < count ? bias_at(p, column + i) : 0;
+    UNROLL for (int i = 0; i < 8; ++i) bias[i] = HAS_BIAS && i < count ? element(p.bias, column + i) : 0;
   }
   METHOD int token(int turn) const { return (first + turn * STEP) / 8; }
   METHOD bool there(const Product &p, int turn) const {
@@ -284,22 +294,37 @@ template <class PLAN> struct Finish {
     }
   }
 
+  // Round eight neighbours in a row and add the residual's from `from` on.
+  METHOD void add_residual(const u8 *from, float *values) const {
+    constexpr int BYTES = OUT_DTYPE == F32 ? 4 : 2;
+    u32 words[2 * BYTES];
+    if (count == 8 && (u64)from % 16 == 0) {
+      UNROLL for (int i = 0; i < 2 * BYTES; i += 4) load16(from + 4 * i, words + i);
+      UNROLL for (int i = 0; i < 8; ++i) values[i] = as_stored(values[i]) + element((const u8 *)words, i);
+    } else {
+      UNROLL for (int i = 0; i < 8; ++i)
+        if (i < count) values[i] = as_stored(values[i]) + element(from, i);
+    }
+  }
+
   // Eight neighbours in a row of the result, of which as many are stored as there are.
   METHOD void store8(const Product &p, int turn, const Sum *sums) const {
     constexpr int BYTES = OUT_DTYPE == F32 ? 4 : 2;
-    u8 *to = p.out + ((u64)(unit.token + token(turn)) * N + column) * BYTES;
+    const u64 at = ((u64)(unit.token + token(turn)) * N + column) * BYTES;
+    u8 *to = p.out + at;
     float values[8];
     u32 words[2 * BYTES];
     UNROLL for (int i = 0; i < 8; ++i) {
       values[i] = sums[i];
       if (WHOLE) values[i] = values[i] * token_scales[turn] * column_scales[i];
-#if BIAS_TWICE && OUT_DTYPE == BF16
-      values[i] = bf16_value(pack_bf16(values[i], values[i]));
-#elif BIAS_TWICE && OUT_DTYPE == F16
-      values[i] = f16_value(pack_f16(values[i], values[i]));
+#if BIAS_TWICE
+      values[i] = as_stored(values[i]);
 #endif
       if (HAS_BIAS) values[i] += bias[i];
     }
+#if HAS_RESIDUAL
+    add_residual(p.residual + at, values);
+#endif
 #if OUT_DTYPE == F32
     UNROLL for (int i = 0; i < 8; ++i) words[i] = as_bits(values[i]);
 #else
@@ -534,12 +559,18 @@ KERNEL(ENTRY)(const u8 *a, const u8 *b, const float *a_scale, const float *b_sca
 #if HAS_BIAS
               const u8 *bias,
 #endif
+#if HAS_RESIDUAL
+              const u8 *residual,
+#endif
               u8 *out, int rows) {
 #if !HAS_BIAS
   const u8 *bias = nullptr;
 #endif
+#if !HAS_RESIDUAL
+  const u8 *residual = nullptr;
+#endif
   if (rows <= 0) return;
-  const Product product = {a, b, a_scale, b_scale, bias, out, rows};
+  const Product product = {a, b, a_scale, b_scale, bias, residual, out, rows};
 #define P(up_to, tokens, split, share) \
   if (rows <= up_to) return run<Plan<tokens, split, share>>(product);
   PLANS
