@@ -154,6 +154,6 @@ FAMILY = Family(
     spec=MatmulSpec,
     instance=instance,
     why_unsupported=why_unsupported,
-    sources={**matmul_cpu.MATMUL_C, "matmul.cu": ("mma.h",), "matmul.hip": ()},
+    sources={**matmul_cpu.MATMUL_C, "matmul.cu": ("mma.h", "finish.h"), "matmul.hip": ()},
     references={canonical.BLOCK_SCALED_MATMUL: _reference},
 )
