@@ -35,6 +35,7 @@ from .passes.dispatch import Dispatched, choose_kernels
 from .passes.fold import Folding
 from .passes.raise_ops import recognisers
 from .program import floats
+from .program.checks import check_first
 from .program.in_place import update_in_place
 from .program.ownership import keep_arguments, part_updates
 from .program.places import part_searches
@@ -332,6 +333,7 @@ class _Pipeline:
         correct(module, self.target)
         widen_sums(module, self.target)
         floats.rewrite_unsupported(module, self.target)
+        check_first(module)
         return module
 
     def _fails(self, module: ir.Module, step: IreeStep) -> bool:

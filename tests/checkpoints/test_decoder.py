@@ -103,6 +103,15 @@ def test_caches_are_updated_in_place(compiled: lowering.Compiled) -> None:
         assert names == ["decoder.lengths"]
 
 
+def test_results_are_in_memory_of_the_callers(compiled: lowering.Compiled) -> None:
+    """For any number of sequences and tokens: nothing is allocated in a call."""
+    assert not [text.text for text in compiled.report.remarks if "allocates" in text.text]
+    for signature in compiled.signatures.values():
+        results = [number for same in signature.placed for number in same]
+        assert sorted(results) == list(range(len(results)))
+        assert len(results) == 1 + 1 + len(signature.checks)  # logits, lengths
+
+
 def test_a_window_is_a_ring(program: lowering.Program) -> None:
     """It has places for a window and a prompt, however large the capacity."""
     places = {each.name.removeprefix("decoder."): each.shape[2:3] for each in program.state()}
