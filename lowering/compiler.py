@@ -45,7 +45,7 @@ from .program.storage import add_entry, remove_entry
 from .program.streams import not_in_place
 from .program.sums import widen_sums
 from .program.updates import choose_elements
-from .report.records import kept, site_of
+from .report.records import kept, site_of, unshared
 from .report.report import Report
 from .signature import (
     ASYNC,
@@ -218,7 +218,8 @@ class _Pipeline:
                     culprit = find_culprit(merged, lambda part, step=error.step: self._fails(part, step))
                     raise error if culprit is None else error.placed(culprit) from None
         report = _report(self.target, done, len(done.dispatched.launches), tuple(programs.values()))
-        report = replace(report, state=kept(signatures, done.reasons))
+        state = kept(signatures, done.reasons)
+        report = replace(report, state=state, remarks=(*report.remarks, *unshared(state)))
         return Compiled(self.target, report, vmfb, done.dispatched, signatures)
 
     def explain(self, programs: Mapping[str, Program]) -> Report:

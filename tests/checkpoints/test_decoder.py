@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,24 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(program: lowering.P
         program.decode(torch.ones(4, 1, dtype=torch.long))
     program.reset()
     assert torch.equal(with_cache(program.prefill, program.decode, 3), without_cache(gemma(), 3))
+
+
+def test_many_calls_take_no_more_memory(program: lowering.Program) -> None:
+    """Whatever the number of sequences is in each."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    def calls(count: int) -> None:
+        for number in range(count):
+            if number % 50 == 0:
+                program.reset()
+            program.decode(PROMPT[: 1 + number % BATCH, :1])
+
+    calls(200)
+    before = resident()
+    calls(2000)
+    assert resident() - before < 2 << 20
 
 
 @pytest.mark.parametrize(
