@@ -35,6 +35,7 @@ from .passes.dispatch import Dispatched, choose_kernels
 from .passes.fold import Folding
 from .passes.raise_ops import recognisers
 from .program import floats
+from .program.checks import check_first
 from .program.in_place import update_in_place
 from .program.ownership import keep_arguments, part_updates
 from .program.places import part_searches
@@ -44,7 +45,7 @@ from .program.storage import add_entry, remove_entry
 from .program.streams import not_in_place
 from .program.sums import widen_sums
 from .program.updates import choose_elements
-from .report.records import kept, site_of
+from .report.records import kept, site_of, unshared
 from .report.report import Report
 from .signature import (
     ASYNC,
@@ -217,7 +218,8 @@ class _Pipeline:
                     culprit = find_culprit(merged, lambda part, step=error.step: self._fails(part, step))
                     raise error if culprit is None else error.placed(culprit) from None
         report = _report(self.target, done, len(done.dispatched.launches), tuple(programs.values()))
-        report = replace(report, state=kept(signatures, done.reasons))
+        state = kept(signatures, done.reasons)
+        report = replace(report, state=state, remarks=(*report.remarks, *unshared(state)))
         return Compiled(self.target, report, vmfb, done.dispatched, signatures)
 
     def explain(self, programs: Mapping[str, Program]) -> Report:
@@ -332,6 +334,7 @@ class _Pipeline:
         correct(module, self.target)
         widen_sums(module, self.target)
         floats.rewrite_unsupported(module, self.target)
+        check_first(module)
         return module
 
     def _fails(self, module: ir.Module, step: IreeStep) -> bool:

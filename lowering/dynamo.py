@@ -168,8 +168,7 @@ def _compile(graph: fx.GraphModule, inputs: tuple[Any, ...], options: Options) -
     _report(compiled.report, options)
     _warn_of_copies(parts.passed(inputs))
     # It has been in this memory ever since it was made.
-    place = str(device).replace("cuda", "hip") if torch.version.hip else device
-    loaded = runtime.load(compiled.vmfb, place, check="headers")
+    loaded = runtime.load(compiled.vmfb, _place(device), check="headers")
     return parts.called_with(_across_devices(loaded, device, parts.homes))
 
 
@@ -226,6 +225,11 @@ def _device(inputs: tuple[Any, ...]) -> torch.device:
         found = ", ".join(sorted(map(str, devices)))
         raise UsageError(f"tensors on {found}: a graph must be on the cpu or on one GPU")
     return devices.pop() if devices else torch.device("cpu")
+
+
+def _place(device: torch.device) -> str:
+    """The device as the runtime names it; a ROCm build of torch calls its devices cuda too."""
+    return str(device).replace("cuda", "hip") if torch.version.hip else str(device)
 
 
 def _target(device: torch.device) -> str:

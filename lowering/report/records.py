@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from patterns import torch_ir
-from patterns.sites import SiteRecord
+from patterns.sites import Remark, SiteRecord
 
 from ..signature import Constant, Signature, TensorSpec
 from .sites import IN_PLACE, READ, Change, Kept, Site
@@ -25,6 +25,22 @@ def kept(signatures: Mapping[str, Signature], reasons: Mapping[str, Mapping[int,
     return tuple(
         Kept(name, spec.dtype, spec.sizes, _bytes(spec), functions[name]) for name, spec in specs.items()
     )
+
+
+def unshared(state: Collection[Kept]) -> tuple[Remark, ...]:
+    """A remark where several functions keep something, each for itself.
+
+    Then a cache that one of them reads is not what another has written.
+    """
+    owners: dict[str, list[str]] = {}
+    for each in state:
+        for function in each.functions:
+            owners.setdefault(function, []).append(each.name)
+    if len(owners) < 2 or any(len(each.functions) > 1 for each in state):
+        return ()
+    said = "; ".join(f"{function} keeps {names[0]}" for function, names in owners.items())
+    advice = "Where they are to share a cache, give them the same module"
+    return (Remark("state", "unknown", f"no function reads what another writes: {said}. {advice}"),)
 
 
 def _bytes(spec: TensorSpec) -> int:

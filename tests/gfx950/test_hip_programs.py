@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lowering
+from tests.program import test_paged as paged
 from tests.program.test_storage import BY_ROWS, Counted, Passed
 from tools.bench.block import LARGEST_ERROR, Block
 from tools.gfx950.hip import library
@@ -43,6 +44,30 @@ for call in sorted({name.partition(".")[0] for name in given}):
     found = found if isinstance(found, tuple) else (found,)
     results |= {f"{call}.{i}": tensor.clone() for i, tensor in enumerate(found)}
 save_file(results, outputs)
+"""
+
+# Graphs of tensors on the CPU, which the stand-in plays the GPU of.
+GRAPHS = """
+import sys
+import torch
+import lowering.dynamo
+from tests.gfx950.test_hip_programs import Appending
+
+lowering.dynamo._target = lambda device: "gfx950"
+lowering.dynamo._place = lambda device: "hip"
+model, eager = Appending(), Appending()
+compiled = torch.compile(model, backend="lowering")
+for tokens in (2, 3, 4):
+    x = torch.randint(-4, 5, (tokens, 64)).float()
+    with torch.no_grad():
+        for found, wanted in zip(compiled(x), eager(x), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert torch.equal(model.cache, eager.cache) and torch.equal(model.length, eager.length)
+model.weight.data.mul_(2)
+with torch.no_grad():
+    torch.testing.assert_close(compiled(x)[0], 2 * eager(x)[0], rtol=1e-5, atol=1e-5)
+programs = [program for each in lowering.dynamo._Compiled.alive for program in each._programs]
+print(len(programs), "programs")
 """
 
 Build = Callable[..., Path]
@@ -316,3 +341,34 @@ def test_state_lives_on_the_device(build: Build) -> None:
     model = Remembering()
     for one, call in zip(found, calls, strict=True):
         assert_same_bits(one, model(*(tensor.clone() for tensor in call)))
+
+
+def test_attention_over_a_cache_in_pages(build: Build) -> None:
+    """Sequences of different lengths, from token to token; the pool lives on the device."""
+    steps = slice(1, 3)
+    calls, model = paged.calls()[steps], paged.Kept()
+    program = build("gfx950", paged.Kept(), calls[0])
+    for (found,), call, counts in zip(run(program, calls), calls, paged.STEPS[steps], strict=True):
+        paged.assert_attends(found, model(*call), call, counts)
+
+
+class Appending(nn.Module):
+    """A norm whose rows a cache keeps, and a view of what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 64))
+        self.register_buffer("cache", torch.zeros(16, 64))
+        self.register_buffer("length", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.cache.index_copy_(0, self.length + torch.arange(x.shape[0]), x)
+        self.length.add_(x.shape[0])
+        return nn.functional.rms_norm(x, (64,), self.weight, 1e-6), x[:1]
+
+
+def test_graphs_of_torch_compile() -> None:
+    """Weights by pointer, a cache and a counter written in place, a size that opens; no graph is eager's."""
+    done = emulated("python", "-c", GRAPHS)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "2 programs\n"

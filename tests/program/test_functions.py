@@ -101,6 +101,7 @@ def test_they_share_their_weights(compiled: lowering.Compiled) -> None:
 
 
 def test_a_cache_is_updated_in_place_by_both(compiled: lowering.Compiled) -> None:
+    assert not any("no function reads" in remark.text for remark in compiled.report.remarks)
     for signature in compiled.signatures.values():
         names = [spec.name for spec in signature.state]
         assert sorted(names) == ["model.keys", "model.length"]
@@ -143,6 +144,32 @@ def test_what_one_function_writes_another_reads() -> None:
     program.write(x * 5)
     assert torch.equal(program.read(x), x * 6)
     assert [each.name for each in program.state()] == ["cache"]
+
+
+class Named(nn.Module):
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (part,) = self.children()
+        return part(x)
+
+
+def test_functions_that_share_no_state_are_remarked_upon() -> None:
+    """One of two copies of a model reads nothing that the other has written."""
+    x = torch.arange(4.0)
+    apart = {"write": Named(one=Writes(torch.ones(4))), "other": Named(two=Writes(torch.ones(4)))}
+    compiled = lowering.compile({name: (module, (x,)) for name, module in apart.items()})
+    (remark,) = compiled.report.remarks
+    assert remark.text == (
+        "no function reads what another writes: write keeps one.cache; other keeps two.cache. Where they are "
+        "to share a cache, give them the same module"
+    )
+    program = lowering.load(compiled.vmfb)
+    program.write(x)
+    assert torch.equal(program.state_dict()["two.cache"], torch.ones(4))
 
 
 def test_functions_that_do_not_belong_together_are_refused() -> None:
