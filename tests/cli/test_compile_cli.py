@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import lowering
+import lowering.cli.verify
 import lowering.runtime.program
 from lowering.cli import compile as compile_cli
 from lowering.cli.source import MlirText, Model, resolve
