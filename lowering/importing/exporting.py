@@ -11,7 +11,7 @@ sizes violate which the model itself refuses.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import sympy
@@ -123,7 +123,7 @@ def _general(
         return None  # to evaluate the model would change it
     if any(map(_chooses_of_any_number, _nodes(exported))):
         return None
-    asserted = set(assertions(exported))
+    asserted, fixed = set(assertions(exported)), dict(_fixed_by_assertions(exported))
     drop_assertions(exported)
     tried = [resizing.then(lambda _, order, size=size: size) for size in (1, 2, largest, largest + 1)]
     for sizes in (resizing.now, *tried):
@@ -137,6 +137,7 @@ def _general(
         if any(evaluate(text, values) is None for text in asserted):
             return None
         asserted = {text for text in asserted if evaluate(text, values)}
+    _fix_sizes(exported, {size: value for text, (size, value) in fixed.items() if text in asserted})
     return exported, tuple(sorted(asserted))
 
 
@@ -161,12 +162,37 @@ def _chooses_of_any_number(node: torch.fx.Node) -> bool:
 
 def assertions(exported: ExportedProgram) -> Iterator[str]:
     """What the program asserts of the sizes of its arguments, as text."""
+    yield from map(str, _asserted(exported))
+
+
+def _asserted(exported: ExportedProgram) -> Iterator[Any]:
     for node in _nodes(exported):
         if node.target is _ASSERTION:
             asserted = node.args[0]
             value: Any = asserted.meta.get("val") if isinstance(asserted, torch.fx.Node) else asserted
             if isinstance(value, torch.SymBool):
-                yield str(value.node.expr)
+                yield value.node.expr
+
+
+def _fixed_by_assertions(exported: ExportedProgram) -> Iterator[tuple[str, tuple[sympy.Basic, int]]]:
+    """Of each assertion that a size that is computed is some number, its text, that size and the number."""
+    for expression in _asserted(exported):
+        if isinstance(expression, sympy.Eq) and isinstance(expression.rhs, sympy.Integer):
+            yield str(expression), (expression.lhs, int(expression.rhs))
+
+
+def _fix_sizes(exported: ExportedProgram, known: Mapping[sympy.Basic, int]) -> None:
+    """Replace sizes by the numbers that they are in every call that the conditions allow, in place.
+
+    So the last axis of a tensor is known that was viewed with -1 behind a size that is found by division.
+    """
+    for node in _nodes(exported):
+        value = node.meta.get("val")
+        number = known.get(value.node.expr) if isinstance(value, torch.SymInt) else None
+        if number is not None:
+            node.replace_all_uses_with(number)  # pyright: ignore[reportArgumentType]
+    exported.graph.eliminate_dead_code()
+    exported.graph_module.recompile()
 
 
 def drop_assertions(exported: ExportedProgram) -> None:

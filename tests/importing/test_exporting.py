@@ -29,15 +29,37 @@ class Chunks(nn.Module):
         return y[:, :time] if padding > 0 else y
 
 
+class ChunksAndNorm(nn.Module):
+    """The norm of Mamba2: of groups of rows that are as long as what was cut has elements for each token."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(64))
+
+    def forward(self, x):
+        batch, time, _ = x.shape
+        y = Chunks()(x)
+        rows = y.unflatten(-1, (2, 32)).reshape(batch, time, -1) * torch.nn.functional.silu(x)
+        *lead, width = rows.shape
+        groups = rows.view(*lead, width // 32, 32)
+        groups = groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return y, self.weight * groups.view(*lead, width // 32 * 32)
+
+
 def test_a_sequence_of_any_length_is_cut_into_chunks() -> None:
-    model = Chunks()
-    compiled = lowering.compile(model, (torch.randn(2, 13, 4),), dynamic_shapes=TIME)
+    model = ChunksAndNorm()
+    compiled = lowering.compile(model, (torch.randn(2, 13, 64),), dynamic_shapes=TIME)
+    (norm,) = compiled.report.sites
+    assert norm.fused and norm.op == "rms_norm", norm
     program = lowering.load(compiled.vmfb)
     for shape in ((2, 13), (1, 1), (3, 16), (1, 17), (2, 48), (8, 100)):
-        x = torch.randint(-9, 9, (*shape, 4)).float()  # sums of small integers are exact
-        assert torch.equal(program(x), model(x)), shape
+        x = torch.randint(-9, 9, (*shape, 64)).float()  # sums of small integers are exact
+        cut, normed = zip(program(x), model(x), strict=True)
+        assert torch.equal(*cut), shape
+        # An exponential, its reciprocal and the products of a gate, a mean, a root and two products.
+        torch.testing.assert_close(*normed, rtol=2**-20, atol=0.0)
     with pytest.raises(RunError, match="t"):
-        program(torch.randn(1, 101, 4))
+        program(torch.randn(1, 101, 64))
 
 
 class Elsewhere(nn.Module):
