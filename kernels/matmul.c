@@ -1,4 +1,5 @@
-// Products on CPUs: out[m, n] = row m of a [rows, K] times row n of b [N, K], plus bias[n] if HAS_BIAS.
+// Products on CPUs: out[m, n] = row m of a [rows, K] times row n of b [N, K], plus bias[n] if HAS_BIAS; rounded, and
+// residual[m, n] added, if HAS_RESIDUAL.
 //
 //   PLAIN undefined   8-bit floats with scales: the sum over the groups g of K of a_scale[m, g] *
 //                     b_scale[n / B_ROWS, g] times the product of group g.  The scales of a are [rows, GROUPS] or, in
@@ -102,7 +103,7 @@ typedef struct {
   const u8 *a, *b;
   const float *a_scale, *b_scale;
   i64 scale_column;  // elements from a scale of a to the one of the next group
-  const Out *bias;
+  const Out *bias, *residual;
   Out *out;
 #ifdef BITS
   Weights weights;
@@ -284,18 +285,29 @@ INLINE void multiply_rows(int rows, int width, const Left *left, const Words *ri
 
 // -- results -------------------------------------------------------------------------------------------------------
 
-// The biases of `count` columns from n on, zeros after them.
-INLINE Floats load_bias(const Product *p, i64 n, int count) {
-  Floats bias = {0};
-#if HAS_BIAS && OUT_DTYPE == F32
-  for (int i = 0; i < LANES && i < count; ++i) bias[i] = p->bias[n + i];
-#elif HAS_BIAS
+// `count` elements of the dtype of the result, zeros after them.
+INLINE Floats load_addends(const Out *from, int count) {
+  Floats addends = {0};
+#if OUT_DTYPE == F32
+  for (int i = 0; i < LANES && i < count; ++i) addends[i] = from[i];
+#else
   Halves halves = {0};
-  for (int i = 0; i < LANES && i < count; ++i) halves[i] = p->bias[n + i];
+  for (int i = 0; i < LANES && i < count; ++i) halves[i] = from[i];
   Words words = __builtin_convertvector(halves, Words);
-  bias = OUT_DTYPE == BF16 ? floats_of(words << 16) : f16_to_floats(words);
+  addends = OUT_DTYPE == BF16 ? floats_of(words << 16) : f16_to_floats(words);
 #endif
-  return bias;
+  return addends;
+}
+
+// As the dtype of the result has them.
+INLINE Floats as_stored(Floats a) {
+#if OUT_DTYPE == BF16
+  return floats_of(bf16_of(a, 1) & 0xffff0000u);
+#elif OUT_DTYPE == F16
+  return f16_to_floats(f16_of(a));
+#else
+  return a;
+#endif
 }
 
 // What finishes the sums of a tile's columns.
@@ -307,27 +319,13 @@ INLINE void load_columns(const Product *p, i64 first, int columns, Columns *to) 
   for (int v = 0; v * LANES < columns; ++v) {
     const i64 n = first + v * LANES;
     const int count = least(LANES, N - n);
-    to->biases[v] = load_bias(p, n, count);
+#if HAS_BIAS
+    to->biases[v] = load_addends(p->bias + n, count);
+#endif
 #if WHOLE
     for (int i = 0; i < LANES; ++i) to->scales[v][i] = p->b_scale[(n + MIN2(i, count - 1)) / B_ROWS];
 #endif
   }
-}
-
-// The results of vector v of row `row` from their sums.
-INLINE Floats finished(const Product *p, i64 row, Floats sums, const Columns *columns, int v) {
-#if INTEGERS
-  sums = __builtin_convertvector((Signed)sums, Floats);
-#endif
-#if WHOLE
-  sums = sums * all(p->a_scale[ONE_A ? 0 : row]) * columns->scales[v];
-#endif
-#if BIAS_TWICE && OUT_DTYPE == BF16
-  sums = floats_of(bf16_of(sums, 1) & 0xffff0000u);
-#elif BIAS_TWICE && OUT_DTYPE == F16
-  sums = f16_to_floats(f16_of(sums));
-#endif
-  return HAS_BIAS ? sums + columns->biases[v] : sums;
 }
 
 #if OUT_DTYPE == BF16 && BF16_PAIRS
@@ -355,6 +353,24 @@ INLINE void store_out(Out *to, Floats sums, int count) {
   if (count >= LANES) *(LooseHalves *)to = halves;
   else for (int i = 0; i < count; ++i) to[i] = halves[i];
 #endif
+}
+
+// Store `count` results of row `row` from column n on, the tile's vector v, of their sums.
+INLINE void finish(const Product *p, i64 row, i64 n, int count, Floats sums, const Columns *columns, int v) {
+#if INTEGERS
+  sums = __builtin_convertvector((Signed)sums, Floats);
+#endif
+#if WHOLE
+  sums = sums * all(p->a_scale[ONE_A ? 0 : row]) * columns->scales[v];
+#endif
+#if BIAS_TWICE
+  sums = as_stored(sums);
+#endif
+  if (HAS_BIAS) sums += columns->biases[v];
+#if HAS_RESIDUAL
+  sums = as_stored(sums) + load_addends(p->residual + row * N + n, count);
+#endif
+  store_out(p->out + row * N + n, sums, count);
 }
 
 // The panel after row i of `rows` and place k along K, if there is one: first of the next rows, then of the next chunk.
@@ -410,8 +426,7 @@ INLINE void many_rows(const Product *p, i64 row, int rows, i64 first, int column
   load_columns(p, first, columns, &results);
   for (int i = 0; i < rows; ++i)
     for (int v = 0; v < vectors; ++v)
-      store_out(p->out + (row + i) * N + first + v * LANES,
-                finished(p, row + i, sums[i * vectors + v], &results, v), least(LANES, N - first - v * LANES));
+      finish(p, row + i, first + v * LANES, least(LANES, N - first - v * LANES), sums[i * vectors + v], &results, v);
 }
 
 // Not inlined: the stack holds the sums of one.
@@ -472,8 +487,7 @@ INLINE void few_rows(const Product *p, i64 row, int rows, i64 first, int columns
     for (int n = 0; n < columns; n += BATCH)
       one_row_batch(p, row + i, first + n, &a_decoder, &b_decoder, sums.each + n);
     for (int v = 0; v * LANES < columns; ++v)
-      store_out(p->out + (row + i) * N + first + v * LANES, finished(p, row + i, sums.vectors[v], &results, v),
-                columns - v * LANES);
+      finish(p, row + i, first + v * LANES, columns - v * LANES, sums.vectors[v], &results, v);
   }
 }
 
@@ -485,6 +499,14 @@ INLINE void few_rows(const Product *p, i64 row, int rows, i64 first, int columns
 #else
 #define BIAS_BINDING
 #define BIAS 0
+#endif
+
+#if HAS_RESIDUAL
+#define RESIDUAL_BINDING BINDING(const Out, residual),
+#define RESIDUAL residual + residual_offset
+#else
+#define RESIDUAL_BINDING
+#define RESIDUAL 0
 #endif
 
 #if defined(BITS) && HAS_ZERO
@@ -513,11 +535,11 @@ typedef Element RightElement;
 #define B_SCALE 0
 #endif
 
-void ENTRY(BINDING(const Element, a), BINDING(const RightElement, b), SCALE_BINDINGS BIAS_BINDING BINDING(Out, out),
-           i32 rows, i32 workgroup) {
+void ENTRY(BINDING(const Element, a), BINDING(const RightElement, b), SCALE_BINDINGS BIAS_BINDING RESIDUAL_BINDING
+           BINDING(Out, out), i32 rows, i32 workgroup) {
   const i64 scale_column = A_SCALE_LAYOUT == COLUMN_TMA ? ((i64)rows + 3) / 4 * 4 : rows;
   const Product product = {(const u8 *)(a + a_offset), (const u8 *)(b + b_offset), A_SCALE, B_SCALE,
-                           scale_column, BIAS, out + out_offset WEIGHTS};
+                           scale_column, BIAS, RESIDUAL, out + out_offset WEIGHTS};
   const i64 shares = (N + SHARE - 1) / SHARE, row = workgroup / shares * ROWS, begin = workgroup % shares * SHARE;
   const i64 end = begin + SHARE < N ? begin + SHARE : N;
   const int count = least(ROWS, rows - row);

@@ -1,7 +1,7 @@
 // The scaled product on NVIDIA GPUs: out[m, n] = bias[n] + the sum over the blocks g of 128 codes along K of
 // a_scale[m, g] * b_scale[n / 128, g] times the product of block g of row m of a and row n of b.  WHOLE: the sum over
 // all of K is scaled instead, by a_scale[m] (ONE_A: by one scale for all m) and b_scale[n / B_ROWS]; of INTEGERS, whose
-// sums are exact, it is that alone.
+// sums are exact, it is that alone.  HAS_RESIDUAL: residual[m, n] is added to the rounded result.
 //
 // Weights come in tiles of 128 rows x 128 codes, each contiguous and swizzled, so one bulk copy brings a tile that a
 // matrix product can read.
@@ -50,7 +50,7 @@ template <int TOKENS_, int SPLIT_, int SHARE_> struct Plan {
 struct Product {
   const u8 *a, *b;
   const float *a_scale, *b_scale;
-  const u8 *bias;
+  const u8 *bias, *residual;
   u8 *out;
   int rows;
 
@@ -234,126 +234,7 @@ template <int WIDTH> DEVICE void begin_multiply(Sum *partial, const u8 *rows, co
 template <int WIDTH> DEVICE void end_multiply(Sum *, int) {}
 #endif
 
-DEVICE float bias_at(const Product &p, int n) {
-#if HAS_BIAS && OUT_DTYPE == F32
-  return ((const float *)p.bias)[n];
-#elif HAS_BIAS && OUT_DTYPE == F16
-  return f16_value(((const u16 *)p.bias)[n]);
-#elif HAS_BIAS
-  return bf16_value(((const u16 *)p.bias)[n]);
-#else
-  return 0;
-#endif
-}
-
-// What a thread multiplies and adds to the sums that it stores: of its eight columns, which are the same in every row,
-// and of its rows.  Loaded all at once, before sums are exchanged, so that nothing is stored late for them.
-template <class PLAN> struct Finish {
-  static constexpr int PASS = Ring<PLAN::TOKENS>::PASS, ITEMS = PASS * HALF / 8, STEP = CREW * PLAN::SPLIT;
-  static constexpr int TURNS = (ITEMS + STEP - 1) / STEP;
-  static_assert(STEP % 8 == 0, "a thread stays in its columns");
-
-  float column_scales[8], bias[8], token_scales[TURNS];
-  Unit unit;  // of PASS tokens and 64 columns
-  u32 first;  // the item this thread begins with
-  int column, count;
-
-  METHOD Finish(const Product &p, const Team<PLAN> &team, Unit unit_) {
-    unit = unit_, first = thread() % CREW * PLAN::SPLIT + (PLAN::SPLIT > 1 ? team.rank : 0);
-    column = unit.column + first % 8 * 8, count = N - column < 8 ? N - column : 8;
-    if constexpr (WHOLE) load_scales(p);
-    UNROLL for (int i = 0; i < 8; ++i) bias[i] = HAS_BIAS && i < count ? bias_at(p, column + i) : 0;
-  }
-  METHOD int token(int turn) const { return (first + turn * STEP) / 8; }
-  METHOD bool there(const Product &p, int turn) const {
-    return first + turn * STEP < ITEMS && unit.token + token(turn) < p.rows && count > 0;
-  }
-
-  METHOD void load_scales(const Product &p) {
-    const float *from = p.b_scale + column;
-    UNROLL for (int i = 0; i < TURNS; ++i)
-      token_scales[i] = ONE_A ? p.a_scale[0] : there(p, i) ? p.a_scale[unit.token + token(i)] : 0;
-    if (B_ROWS == 1 && count == 8 && (u64)from % 16 == 0) {
-      UNROLL for (int i = 0; i < 8; i += 4) {
-        const auto four = *(const Four<float> *)(from + i);
-        column_scales[i] = four.x, column_scales[i + 1] = four.y;
-        column_scales[i + 2] = four.z, column_scales[i + 3] = four.w;
-      }
-    } else {
-      UNROLL for (int i = 0; i < 8; ++i) column_scales[i] = i < count ? p.b_scale[(column + i) / B_ROWS] : 0;
-    }
-  }
-
-  // Eight neighbours in a row of the result, of which as many are stored as there are.
-  METHOD void store8(const Product &p, int turn, const Sum *sums) const {
-    constexpr int BYTES = OUT_DTYPE == F32 ? 4 : 2;
-    u8 *to = p.out + ((u64)(unit.token + token(turn)) * N + column) * BYTES;
-    float values[8];
-    u32 words[2 * BYTES];
-    UNROLL for (int i = 0; i < 8; ++i) {
-      values[i] = sums[i];
-      if (WHOLE) values[i] = values[i] * token_scales[turn] * column_scales[i];
-#if BIAS_TWICE && OUT_DTYPE == BF16
-      values[i] = bf16_value(pack_bf16(values[i], values[i]));
-#elif BIAS_TWICE && OUT_DTYPE == F16
-      values[i] = f16_value(pack_f16(values[i], values[i]));
-#endif
-      if (HAS_BIAS) values[i] += bias[i];
-    }
-#if OUT_DTYPE == F32
-    UNROLL for (int i = 0; i < 8; ++i) words[i] = as_bits(values[i]);
-#else
-    UNROLL for (int i = 0; i < 4; ++i)
-      words[i] = (OUT_DTYPE == BF16 ? pack_bf16 : pack_f16)(values[2 * i], values[2 * i + 1]);
-#endif
-    if (count == 8 && (u64)to % 16 == 0) {
-      UNROLL for (int i = 0; i < 2 * BYTES; i += 4) store16(to + 4 * i, words + i);
-    } else {
-      UNROLL for (int i = 0; i < 8; ++i) {
-        if (i >= count) break;
-        if (OUT_DTYPE == F32) ((u32 *)to)[i] = words[i];
-        else ((u16 *)to)[i] = words[i / 2] >> 16 * (i % 2);
-      }
-    }
-  }
-};
-
-// The sums of PASS tokens and 64 columns, through shared memory, since neighbours in a row of the result lie in different
-// lanes.  A team that split K meets before it reads each other's, and again before these may be overwritten.
-template <class PLAN>
-DEVICE void finish(const Product &p, const Team<PLAN> &team, const Ring<PLAN::TOKENS> &ring, const Finish<PLAN> &by,
-                   u32 parity, const Sum *sums) {
-  constexpr int PASS = Ring<PLAN::TOKENS>::PASS, SPLIT = PLAN::SPLIT;
-  const u32 half = thread() / CREW - 1, lane = thread() % WAVE, wave = thread() % CREW / WAVE;
-  Sum *mine = (Sum *)ring.sums(half);
-  if constexpr (SPLIT > 1) wait(ring.read(half), parity ^ 1);
-  else group_barrier(1 + half);
-  UNROLL for (int i = 0; i < PASS / 2; ++i) {
-    const u32 row = 16 * wave + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-    mine[Ring<PLAN::TOKENS>::MANY ? row * PITCH + column : column * PITCH + row] = sums[i];
-  }
-  group_barrier(1 + half);
-  if constexpr (SPLIT > 1) {
-    if (thread() % CREW < SPLIT) publish_at_rank(ring.summed(half), team.base + thread() % CREW);
-    wait_for_cluster(ring.summed(half), parity);
-  }
-  UNROLL for (int turn = 0; turn < Finish<PLAN>::TURNS; ++turn) {
-    if (!by.there(p, turn)) continue;
-    Sum values[8] = {};
-    for (int r = 0; r < SPLIT; ++r) {
-      const Sum *from = SPLIT > 1 ? at_rank(mine, team.base + r) : mine;
-      UNROLL for (int i = 0; i < 8; i += 4) {
-        const auto four = *(const Four<Sum> *)(from + by.token(turn) * PITCH + by.first % 8 * 8 + i);
-        values[i] += four.x, values[i + 1] += four.y, values[i + 2] += four.z, values[i + 3] += four.w;
-      }
-    }
-    by.store8(p, turn, values);
-  }
-  if constexpr (SPLIT > 1) {
-    group_barrier(1 + half);
-    if (thread() % CREW < SPLIT) arrive_at_rank(ring.read(half), team.base + thread() % CREW);
-  }
-}
+#include "finish.h"
 
 // A stage may be written again: by those who write it, which are all that share weights.
 template <class PLAN> DEVICE void release(Barrier *empty, const Team<PLAN> &team) {
@@ -534,12 +415,18 @@ KERNEL(ENTRY)(const u8 *a, const u8 *b, const float *a_scale, const float *b_sca
 #if HAS_BIAS
               const u8 *bias,
 #endif
+#if HAS_RESIDUAL
+              const u8 *residual,
+#endif
               u8 *out, int rows) {
 #if !HAS_BIAS
   const u8 *bias = nullptr;
 #endif
+#if !HAS_RESIDUAL
+  const u8 *residual = nullptr;
+#endif
   if (rows <= 0) return;
-  const Product product = {a, b, a_scale, b_scale, bias, out, rows};
+  const Product product = {a, b, a_scale, b_scale, bias, residual, out, rows};
 #define P(up_to, tokens, split, share) \
   if (rows <= up_to) return run<Plan<tokens, split, share>>(product);
   PLANS

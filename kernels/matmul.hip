@@ -2,7 +2,7 @@
 // of a_scale[m, g] * b_scale[n / 128, g] times the product of block g of row m of a and row n of b (+ bias[n]);
 // a [rows, K] of 8-bit floats, b as shuffle_weight(w, (16, 16)) lays it out.  WHOLE: the sum over all of K is scaled
 // instead, by a_scale[m] (ONE_A: by one scale for all m) and b_scale[n / B_ROWS]; of INTEGERS, whose sums are exact, it is
-// that alone.
+// that alone.  HAS_RESIDUAL: residual[m, n] is added to the rounded result.
 //
 //   few rows    a wave multiplies up to 64 rows by FEW_COLUMNS columns and takes every WAVES-th block of K; both
 //               operands come from global memory in the very registers they are multiplied in; the waves' sums meet
@@ -62,7 +62,7 @@ static_assert(BLOCK % (COLUMNS / WAVES) == 0 && BLOCK % FEW_COLUMNS == 0, "the c
 struct Product {
   const u8 *a, *b;
   const float *a_scale, *b_scale;
-  const u8 *bias;
+  const u8 *bias, *residual;
   u8 *out;
   u32 rows;
 };
@@ -217,6 +217,16 @@ DEVICE void store_one(u8 *to, u32 index, float x) {
   else ((u16 *)to)[index] = (u16)pack(x, x);
 }
 
+// As the dtype of the result has them.
+DEVICE f4 as_stored(f4 sums) {
+  if constexpr (OUT_DTYPE != F32)
+    UNROLL for (u32 i = 0; i < 4; ++i) {
+      const u32 rounded = pack(sums[i], sums[i]);
+      sums[i] = element((const u8 *)&rounded, 0);
+    }
+  return sums;
+}
+
 // 4 neighbours of a row; those beyond the last column are dropped.
 DEVICE void store(const Product &p, u32 row, u32 column, Sums exact) {
   f4 sums = __builtin_convertvector(exact, f4);
@@ -227,16 +237,21 @@ DEVICE void store(const Product &p, u32 row, u32 column, Sums exact) {
     UNROLL for (u32 i = 0; i < 4; ++i) sums[i] = sums[i] * of_row * p.b_scale[least(column + i, N - 1) / B_ROWS];
   }
 #if BIAS_TWICE
-  if constexpr (OUT_DTYPE != F32)
-    UNROLL for (u32 i = 0; i < 4; ++i) {
-      const u32 rounded = pack(sums[i], sums[i]);
-      sums[i] = element((const u8 *)&rounded, 0);
-    }
+  sums = as_stored(sums);
 #endif
   if constexpr (HAS_BIAS)
     UNROLL for (u32 i = 0; i < 4; ++i) sums[i] += element(p.bias, least(column + i, N - 1));
-  u8 *to = p.out + ((u64)row * N + column) * BYTES;
-  if (N % 4 == 0 || column + 4 <= N) {
+  const u64 at = ((u64)row * N + column) * BYTES;
+  const bool whole = N % 4 == 0 || column + 4 <= N;
+#if HAS_RESIDUAL
+  sums = as_stored(sums);
+  u32 residual[4];
+  if (whole) __builtin_memcpy(residual, p.residual + at, 4 * BYTES);
+  UNROLL for (u32 i = 0; i < 4; ++i)
+    sums[i] += whole ? element((const u8 *)residual, i) : element(p.residual + at, least(i, N - 1 - column));
+#endif
+  u8 *to = p.out + at;
+  if (whole) {
     if constexpr (OUT_DTYPE == F32) *(loose_u4 *)to = __builtin_bit_cast(u4, sums);
     else *(loose_u2 *)to = u2{pack(sums.x, sums.y), pack(sums.z, sums.w)};
   } else {
@@ -412,14 +427,20 @@ DEVICE void product(const Product &p) {
   }
 }
 
+KERNEL(ENTRY)(const u8 *__restrict a, const u8 *__restrict b, const float *__restrict a_scale,
+              const float *__restrict b_scale,
 #if HAS_BIAS
-KERNEL(ENTRY)(const u8 *__restrict a, const u8 *__restrict b, const float *__restrict a_scale,
-              const float *__restrict b_scale, const u8 *__restrict bias, u8 *__restrict out, u32 rows) {
-  product({a, b, a_scale, b_scale, bias, out, rows});
-}
-#else
-KERNEL(ENTRY)(const u8 *__restrict a, const u8 *__restrict b, const float *__restrict a_scale,
-              const float *__restrict b_scale, u8 *__restrict out, u32 rows) {
-  product({a, b, a_scale, b_scale, nullptr, out, rows});
-}
+              const u8 *__restrict bias,
 #endif
+#if HAS_RESIDUAL
+              const u8 *__restrict residual,
+#endif
+              u8 *__restrict out, u32 rows) {
+#if !HAS_BIAS
+  const u8 *bias = nullptr;
+#endif
+#if !HAS_RESIDUAL
+  const u8 *residual = nullptr;
+#endif
+  product({a, b, a_scale, b_scale, bias, residual, out, rows});
+}

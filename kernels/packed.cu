@@ -1,5 +1,6 @@
 // The product of floats with packed integers on NVIDIA GPUs: out[m, n] = bias[n] + the sum over k of a[m, k] * w[n, k],
-// w = (code - zero) * scale, rounded to the dtype of the scales and then to that of a.
+// w = (code - zero) * scale, rounded to the dtype of the scales and then to that of a.  HAS_RESIDUAL: residual[m, n] is
+// added to the rounded result.
 //
 // Few rows take as long as the codes do to arrive, so these go from global memory straight to the registers they are
 // multiplied from, and all else fits beside: b as shuffle_weight(b, (16, 16)) lays its bytes out has 16 bytes of a row in
@@ -38,7 +39,7 @@ static_assert(TILES <= COLUMN_TILES, "a wave has whole tiles");
 constexpr bool IN_PAIRS = SCALE_DTYPE == OUT_DTYPE && (BITS == 4 || OUT_DTYPE == F16);
 
 struct Product {
-  const u8 *a, *b, *scale, *zero, *bias;
+  const u8 *a, *b, *scale, *zero, *bias, *residual;
   u8 *out;
   int rows;
 };
@@ -188,8 +189,15 @@ DEVICE void store2(const Product &p, int token, int n, float low, float high) {
     low += value(((const u16 *)p.bias)[n], OUT_DTYPE);
     if (both) high += value(((const u16 *)p.bias)[n + 1], OUT_DTYPE);
   }
-  const u32 word = pack(low, high, OUT_DTYPE);
-  u16 *to = (u16 *)p.out + (u64)token * N + n;
+  u32 word = pack(low, high, OUT_DTYPE);
+  const u64 at = (u64)token * N + n;
+#if HAS_RESIDUAL
+  const u16 *from = (const u16 *)p.residual + at;
+  low = value(word & 0xffff, OUT_DTYPE) + value(from[0], OUT_DTYPE);
+  if (both) high = value(word >> 16, OUT_DTYPE) + value(from[1], OUT_DTYPE);
+  word = pack(low, high, OUT_DTYPE);
+#endif
+  u16 *to = (u16 *)p.out + at;
   if (both && (u64)to % 4 == 0) {
     *(u32 *)to = word;
   } else {
@@ -284,6 +292,9 @@ KERNEL(ENTRY)(const u8 *a, const u8 *b, const u8 *scale,
 #if HAS_BIAS
               const u8 *bias,
 #endif
+#if HAS_RESIDUAL
+              const u8 *residual,
+#endif
               u8 *out, int rows) {
 #if !HAS_ZERO
   const u8 *zero = nullptr;
@@ -291,8 +302,11 @@ KERNEL(ENTRY)(const u8 *a, const u8 *b, const u8 *scale,
 #if !HAS_BIAS
   const u8 *bias = nullptr;
 #endif
+#if !HAS_RESIDUAL
+  const u8 *residual = nullptr;
+#endif
   if (rows <= 0) return;
-  const Product product = {a, b, scale, zero, bias, out, rows};
+  const Product product = {a, b, scale, zero, bias, residual, out, rows};
   if ((u64)a % 16) run<4, false, 1>(product);
   else if (rows <= 8) run<1, true, CLUSTER>(product);
   else if (rows <= 16) run<2, true, CLUSTER>(product);

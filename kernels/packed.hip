@@ -1,5 +1,6 @@
 // The product of floats with packed integers on AMD GPUs of the CDNA line, wave64: out[m, n] = bias[n] + the sum over k
 // of a[m, k] * w[n, k], w = (code - zero) * scale, rounded to the dtype of the scales and then to that of a.
+// HAS_RESIDUAL: residual[m, n] is added to the rounded result.
 //
 // As in kernels/packed.cu codes go from global memory straight to the registers they are multiplied from: of b, as
 // shuffle_weight(b, (16, 16)) lays its bytes out, 16 rows of four chunks of 16 bytes are 1 KiB in the order of lanes.
@@ -46,7 +47,7 @@ static_assert(K % BLOCK == 0 && SCALED % CODES == 0, "a chunk lies in a group");
 static_assert(TILES <= COLUMN_TILES, "a wave has whole tiles");
 
 struct Product {
-  const u8 *a, *b, *scale, *zero, *bias;
+  const u8 *a, *b, *scale, *zero, *bias, *residual;
   u8 *out;
   int rows;
 };
@@ -174,8 +175,15 @@ DEVICE void store(const Product &p, int row, int column, f4 sums) {
   if (row >= p.rows || column >= N) return;
   if constexpr (HAS_BIAS)
     UNROLL for (int i = 0; i < 4; ++i) sums[i] += value(((const u16 *)p.bias)[least(column + i, N - 1)], OUT_DTYPE);
-  u16 *to = (u16 *)p.out + ((u64)row * N + column);
-  const u2 words = {pack(sums.xy, OUT_DTYPE), pack(sums.zw, OUT_DTYPE)};
+  const u64 at = (u64)row * N + column;
+  u2 words = {pack(sums.xy, OUT_DTYPE), pack(sums.zw, OUT_DTYPE)};
+#if HAS_RESIDUAL
+  UNROLL for (int i = 0; i < 4; ++i)
+    sums[i] = value(words[i / 2] >> 16 * (i % 2) & 0xffff, OUT_DTYPE) +
+              value(((const u16 *)p.residual)[at + least(i, N - 1 - column)], OUT_DTYPE);
+  words = {pack(sums.xy, OUT_DTYPE), pack(sums.zw, OUT_DTYPE)};
+#endif
+  u16 *to = (u16 *)p.out + at;
   if (N % 4 == 0 || column + 4 <= N) {
     *(loose_u2 *)to = words;
   } else {
@@ -229,6 +237,9 @@ KERNEL(ENTRY)(const u8 *a, const u8 *b, const u8 *scale,
 #if HAS_BIAS
               const u8 *bias,
 #endif
+#if HAS_RESIDUAL
+              const u8 *residual,
+#endif
               u8 *out, int rows) {
 #if !HAS_ZERO
   const u8 *zero = nullptr;
@@ -236,9 +247,12 @@ KERNEL(ENTRY)(const u8 *a, const u8 *b, const u8 *scale,
 #if !HAS_BIAS
   const u8 *bias = nullptr;
 #endif
+#if !HAS_RESIDUAL
+  const u8 *residual = nullptr;
+#endif
   SHARED_MEMORY f4 lds[ALONG * SIDE * PITCH / 4];
   if (rows <= 0) return;
-  const Product product = {a, b, scale, zero, bias, out, rows};
+  const Product product = {a, b, scale, zero, bias, residual, out, rows};
   if (rows <= SIDE) run<1>(product, (float *)lds);
   else if (rows <= 2 * SIDE) run<2>(product, (float *)lds);
   else run<4>(product, (float *)lds);

@@ -17,9 +17,9 @@ and those that a kernel computes, made of them by the fusion:
 ``vmfuse.row``                   x, [up], [residual], [weight], [bias], scale* -> [sum], [y], (q, [scale])*
                                                                            spec: RowSpec
 ``vmfuse.topk``                  gating, [bias] -> weights, ids                             spec: TopkSpec
-``vmfuse.matmul``                a, b, a_scale, b_scale, [bias] -> out                      spec: MatmulSpec
-``vmfuse.linear``                a, b, [bias] -> out                                        spec: LinearSpec
-``vmfuse.packed``                a, codes, scale, [zero], [bias] -> out                     spec: PackedSpec
+``vmfuse.matmul``                a, b, a_scale, b_scale, [bias], [residual] -> out          spec: MatmulSpec
+``vmfuse.linear``                a, b, [bias], [residual] -> out                            spec: LinearSpec
+``vmfuse.packed``                a, codes, scale, [zero], [bias], [residual] -> out         spec: PackedSpec
 ``vmfuse.selection``             x -> values, places                                     spec: SelectionSpec
 """
 

@@ -393,6 +393,8 @@ class MatmulSpec:
     0 and the kernel for a block that sums up to 0; both give no finite number.
     int8, of whole scales alone: the sum of products is exact in int32, rounded to float32, multiplied by the
     scale of a and then by that of b.
+    With a ``residual`` it reads one more tensor, [T, columns] in ``dtype``, adds it to what would be written,
+    and rounds the sum, as eager PyTorch does.
 
     ``b_layout`` is how the bytes of b lie in memory, padding included; ``a_scale_layout`` how the scales of a
     do, one of those that ``Quantization`` describes but for ``ue8m0_packed``.
@@ -410,6 +412,7 @@ class MatmulSpec:
     a_scales: Literal["rows", "one"] = "rows"
     b_scales: ScaleRows = "blocks"
     bias_rounding: BiasRounding = "once"
+    residual: bool = False
 
     @property
     def whole(self) -> bool:
@@ -447,13 +450,14 @@ class LinearSpec:
 
     Reads a [T, depth] and b [columns, depth], then bias [columns] if it has one, and writes out [T, columns],
     all in ``dtype``: out[m, n] = a[m] . b[n] + bias[n], accumulated in float32 in an order of the kernel's
-    own and rounded once.
+    own and rounded once.  A ``residual`` is one of ``MatmulSpec``.
     """
 
     columns: int
     depth: int
     dtype: str
     bias: bool = False
+    residual: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

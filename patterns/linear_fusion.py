@@ -10,6 +10,7 @@ from iree.compiler import ir
 from . import canonical, torch_ir, weight_layouts
 from .contracts import LinearSpec
 from .operation import Operation, PatternFamily, Support, Types
+from .residuals import replace_product, residual_types
 from .sites import Ledger
 from .torch_ir import TensorType
 
@@ -29,16 +30,10 @@ def _fuse(op: ir.Operation, support: Support) -> None:
     A weight that is computed, as by a cast that widens it, is left to IREE, which computes it as the product
     reads it.
     """
-    spec, result = _spec(op), torch_ir.tensor_type(op.results[0])
-    if spec is None or result is None or support(spec) is not None or _is_computed(op.operands[1]):
+    spec = _spec(op)
+    if spec is None or support(spec) is not None or _is_computed(op.operands[1]):
         return
-    attributes = {"spec": canonical.to_attribute(spec), canonical.SITES: ir.ArrayAttr.get([])}
-    operands = list(op.operands)[: 2 + spec.bias]
-    with ir.InsertionPoint(op), op.location:
-        product = canonical.create(canonical.LINEAR, operands, [result], **attributes)
-        torch_ir.set_example(product, [torch_ir.example_shape(op.results[0])])
-    op.results[0].replace_all_uses_with(product.results[0])
-    op.erase()
+    replace_product(op, canonical.LINEAR, spec, list(op.operands)[: 2 + spec.bias], support)
 
 
 def _is_computed(weight: ir.Value) -> bool:
@@ -68,7 +63,8 @@ def _spec(op: ir.Operation) -> LinearSpec | None:
 def _why_no_kernel(spec: LinearSpec, operands: Types, results: Types) -> str | None:
     a, out = (operands or [None])[0], (results or [None])[0]
     weights = [TensorType((spec.columns, spec.depth), spec.dtype), TensorType((spec.columns,), spec.dtype)]
-    if a is None or out is None or list(operands[1:]) != weights[: 1 + spec.bias] or len(results) != 1:
+    given = [*weights[: 1 + spec.bias], *residual_types(spec, results)]
+    if a is None or out is None or list(operands[1:]) != given or len(results) != 1:
         return f"it takes {', '.join(map(str, operands))} to {', '.join(map(str, results))}"
     fits = (a.dtype, a.shape[-1:], out.dtype, out.shape) == (
         spec.dtype,

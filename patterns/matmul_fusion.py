@@ -16,6 +16,7 @@ from iree.compiler import ir
 from . import canonical, torch_ir, views, weight_layouts
 from .contracts import MatmulSpec, Quantization, RowSpec, ScaleLayout, WeightLayout, scale_kind
 from .operation import Operation, Support, Types
+from .residuals import replace_product, residual_types
 from .sites import Ledger
 
 
@@ -61,7 +62,7 @@ def fuse_product(op: ir.Operation, reads: Reads, ledger: Ledger, *, is_parameter
         refusal = reads.support(wanted) or (row and reads.support(row))
         if refusal is None:
             _write_scale(scale, row, ledger)
-            _replace(op, wanted)
+            _replace(op, wanted, reads.support)
             return None
         refusals.append(refusal)
     _read_in_rows(op)
@@ -182,18 +183,12 @@ def _write_scale(scale: _Scale | None, row: RowSpec | None, ledger: Ledger) -> N
     scale.row.attributes["spec"] = canonical.to_attribute(row)
 
 
-def _replace(op: ir.Operation, wanted: MatmulSpec) -> None:
-    result = torch_ir.tensor_type(op.results[0])
-    assert result is not None
+def _replace(op: ir.Operation, wanted: MatmulSpec, support: Support) -> None:
     operands = list(op.operands)
-    with ir.InsertionPoint(op), op.location:
-        if wanted.b_layout != canonical.product_contract(op).b_layout:
+    if wanted.b_layout != canonical.product_contract(op).b_layout:
+        with ir.InsertionPoint(op), op.location:
             operands[1] = weight_layouts.shuffle(operands[1], wanted.b_layout)
-        attributes = {"spec": canonical.to_attribute(wanted), canonical.SITES: ir.ArrayAttr.get([])}
-        product = canonical.create(canonical.MATMUL, operands, [result], **attributes)
-        torch_ir.set_example(product, [torch_ir.example_shape(op.results[0])])
-    op.results[0].replace_all_uses_with(product.results[0])
-    op.erase()
+    replace_product(op, canonical.MATMUL, wanted, operands, support)
 
 
 def _read_in_rows(op: ir.Operation) -> None:
@@ -230,13 +225,16 @@ def _reads_as_scale(product: ir.Operation, scale: ir.Value) -> bool:
 
 
 def _why_no_kernel(spec: MatmulSpec, operands: Types, results: Types) -> str | None:
-    """a, b, a_scale, b_scale, [bias] -> out; b has its layout's rows."""
-    if len(operands) != 4 + spec.bias or len(results) != 1 or None in (*operands, *results):
-        return f"a product has {4 + spec.bias} tensors as operands and one result"
-    a, b, a_scale, b_scale, *bias = (type_ for type_ in operands if type_ is not None)
+    """a, b, a_scale, b_scale, [bias], [residual] -> out; b has its layout's rows."""
+    count = 4 + spec.bias + spec.residual
+    if len(operands) != count or len(results) != 1 or None in (*operands, *results):
+        return f"a product has {count} tensors as operands and one result"
+    a, b, a_scale, b_scale, *added = (type_ for type_ in operands if type_ is not None)
     (out,) = (type_ for type_ in results if type_ is not None)
-    dtypes = [type_.dtype for type_ in (a, b, a_scale, b_scale, *bias, out)]
-    given = [spec.a_dtype, spec.b_dtype, "float32", "float32", *[spec.dtype] * len(bias), spec.dtype]
+    dtypes = [type_.dtype for type_ in (a, b, a_scale, b_scale, *added, out)]
+    given = [spec.a_dtype, spec.b_dtype, "float32", "float32", *[spec.dtype] * len(added), spec.dtype]
+    if added[spec.bias :] != residual_types(spec, results):
+        return f"its residual is {added[-1]}, and it writes {out}"
     if dtypes != given:
         return f"its tensors are of {', '.join(dtypes)}, and not of {', '.join(given)}"
     if (a.shape[-1:], out.shape) != ((spec.depth,), (*a.shape[:-1], spec.columns)) or len(b.shape) != 2:

@@ -16,6 +16,7 @@ from . import canonical, torch_ir, weight_layouts
 from .contracts import WeightLayout, stored_rows
 from .operation import Operation, PatternFamily, Support, Types
 from .recogniser import Raised
+from .residuals import replace_product, residual_types
 from .sites import Ledger
 from .torch_ir import TensorType
 from .well_typed import FLOATS
@@ -51,7 +52,7 @@ class PackedSpec:
     Reads a [T, depth] in ``dtype``, the codes as bytes, uint8 [columns, depth * bits / 8] in ``b_layout``, of
     each byte the lowest bits first, scales [depth/group, columns] in ``scale_dtype``, then zero points, uint8
     of the same shape, if it has ``zeros``, then bias [columns] in ``dtype`` if it has one.  Writes out
-    [T, columns] in ``dtype``.
+    [T, columns] in ``dtype``.  A ``residual`` is one of ``MatmulSpec``.
     """
 
     columns: int
@@ -63,6 +64,7 @@ class PackedSpec:
     zeros: bool = False
     bias: bool = False
     b_layout: WeightLayout = "row"
+    residual: bool = False
 
     @property
     def row_bytes(self) -> int:
@@ -141,7 +143,7 @@ def _fuse(op: ir.Operation, spec: PackedSpec, support: Support, of_parameters: b
         if reason is None:
             if layout != "row" and not of_parameters:
                 return "Its weight is no parameter, which could be laid out for the kernel when compiling."
-            _replace(op, wanted)
+            _replace(op, wanted, support)
             return None
     return reason
 
@@ -160,21 +162,14 @@ def _spec(op: ir.Operation) -> PackedSpec | str:
     )
 
 
-def _replace(op: ir.Operation, spec: PackedSpec) -> None:
-    result = torch_ir.tensor_type(op.results[0])
-    assert result is not None
+def _replace(op: ir.Operation, spec: PackedSpec, support: Support) -> None:
     operands = list(op.operands)
     with ir.InsertionPoint(op), op.location:
         if spec.b_layout != "row":
             operands[1] = weight_layouts.shuffle(operands[1], spec.b_layout)
         for number in range(2, 3 + spec.zeros):
             operands[number] = _transposed(operands[number])
-        sites = ir.ArrayAttr.get([op.attributes[canonical.SITE]])
-        attributes = {"spec": canonical.to_attribute(spec), canonical.SITES: sites}
-        made = canonical.create(canonical.PACKED, operands, [result], **attributes)
-        torch_ir.set_example(made, [torch_ir.example_shape(op.results[0])])
-    op.results[0].replace_all_uses_with(made.results[0])
-    op.erase()
+    replace_product(op, canonical.PACKED, spec, operands, support, [op.attributes[canonical.SITE]])
 
 
 def _transposed(value: ir.Value) -> ir.Value:
@@ -193,6 +188,7 @@ def _why_no_kernel(spec: PackedSpec, operands: Types, results: Types) -> str | N
         TensorType(scales, spec.scale_dtype),
         *([TensorType(scales, "uint8")] if spec.zeros else []),
         *([TensorType((spec.columns,), spec.dtype)] if spec.bias else []),
+        *residual_types(spec, results),
     ]
     a, out = (operands or [None])[0], (results or [None])[0]
     if a is None or out is None or list(operands[1:]) != given or len(results) != 1:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from .decoder import export_decoder
 from .pretrained import from_pretrained
 
 _BATCH, _TOKENS = 2, 16
@@ -30,14 +31,30 @@ def causal_lm(path: str | os.PathLike[str]) -> tuple[nn.Module, tuple[Tensor], d
 
     Raises CheckpointError for a folder that is no causal language model's or cannot be loaded.
     """
-    model = from_pretrained(path)
+    model = _loaded(path)
     config: Any = model.config
+    longest = getattr(config, "max_position_embeddings", None)
+    tokens = torch.export.Dim("tokens", max=longest) if longest else torch.export.Dim("tokens")
+    ids = torch.arange(_BATCH * min(_TOKENS, longest or _TOKENS)) % config.vocab_size
+    return Logits(model), (ids.view(_BATCH, -1),), {"ids": {0: torch.export.Dim("batch"), 1: tokens}}
+
+
+def decoder(
+    path: str | os.PathLike[str], **sizes: int
+) -> dict[str, tuple[nn.Module, tuple[Tensor, ...], Any]]:
+    """The functions of a folder's model with a cache; ``sizes`` as ``export_decoder`` has them.
+
+    Raises CheckpointError for a folder that is no causal language model's or cannot be loaded, UsageError for
+    sizes or a cache that ``export_decoder`` refuses.
+    """
+    return export_decoder(_loaded(path), **sizes)
+
+
+def _loaded(path: str | os.PathLike[str]) -> nn.Module:
+    model = from_pretrained(path)
     if not type(model).__name__.endswith("ForCausalLM"):
         raise CheckpointError(
             f"{path} holds a {type(model).__name__}; hf: compiles causal language models, "
             "others are loaded by lowering.from_pretrained in a file of your own, file.py:callable"
         )
-    longest = getattr(config, "max_position_embeddings", None)
-    tokens = torch.export.Dim("tokens", max=longest) if longest else torch.export.Dim("tokens")
-    ids = torch.arange(_BATCH * min(_TOKENS, longest or _TOKENS)) % config.vocab_size
-    return Logits(model), (ids.view(_BATCH, -1),), {"ids": {0: torch.export.Dim("batch"), 1: tokens}}
+    return model

@@ -7,6 +7,7 @@ beside it: no length is an integer of Python, so nothing is compiled again for a
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def export_decoder(
     prompt = capacity if prompt is None else prompt
     if not 1 <= prompt <= capacity:
         raise UsageError(f"a prompt of {prompt} tokens does not fit the capacity, {capacity}")
-    decoder = Decoder(model, batch, capacity)
+    decoder = Decoder(model, batch, capacity, prompt)
     rows = {0: torch.export.Dim("batch", min=1, max=batch)} if batch > 1 else {}
     tokens = {1: torch.export.Dim("tokens", min=1, max=prompt)} if prompt > 1 else {}
     ids = torch.zeros(batch, min(_PROMPT, prompt), dtype=torch.long)
@@ -54,82 +55,95 @@ def export_decoder(
 
 
 class Decoder(nn.Module):
-    """A causal language model and its cache, of each layer keys and values [batch, heads, capacity, size]."""
+    """A causal language model and its cache: what each layer keeps, of ``batch`` sequences."""
 
-    keys_0: Tensor
     lengths: Tensor
 
-    def __init__(self, model: nn.Module, batch: int, capacity: int):
+    def __init__(self, model: nn.Module, batch: int, capacity: int, prompt: int):
         super().__init__()
-        self.model: Any = model
-        self.batch, self.capacity = batch, capacity
-        self.windows = _windows(model, capacity)
-        for number, tensors in enumerate(_keys_and_values(model)):
-            for name, tensor in zip(("keys", "values"), tensors, strict=True):
-                _, heads, _, size = tensor.shape
-                memory = tensor.new_zeros(batch, heads, capacity, size)
+        self.model = _causal_language_model(model)
+        self.batch, self.capacity, self.prompt = batch, capacity, prompt
+        self.takes = inspect.signature(self.model.forward).parameters
+        self.cache = "past_key_values" if "past_key_values" in self.takes else "cache_params"
+        self.kinds = decoder_cache().kinds(self.model, capacity, prompt)
+        self.kept: list[dict[str, str]] = []
+        for number, tensors in enumerate(decoder_cache().kept_of_a_token(self.model, self.cache)):
+            self.kept.append({name: f"{name}_{number}" for name in tensors})
+            for name, tensor in tensors.items():
+                memory = decoder_cache().memory(name, tensor, self.kinds[number], batch)
                 self.register_buffer(f"{name}_{number}", memory, persistent=False)
-        device = next(iter(self.buffers())).device
-        lengths = torch.zeros(batch, dtype=torch.long, device=device)
+        lengths = torch.zeros(batch, dtype=torch.long, device=self.model.device)
         self.register_buffer("lengths", lengths, persistent=False)
 
-    def forward(self, ids: Tensor, counts: Tensor) -> Tensor:
-        """Append the first ``counts[b]`` of ids [B, T] to each sequence; the logits [B, V] behind them."""
+    def forward(self, ids: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Append the first ``counts[b]`` of ids [B, T] to each sequence; the logits [B, V] behind them.
+
+        Without counts each sequence gets the one token that ids has of it.
+        """
         rows = torch.arange(ids.shape[0], device=ids.device)
         before = self.lengths[: ids.shape[0]] if self.batch > 1 else self.lengths
-        fits = (before + counts <= self.capacity).all()
-        torch._assert_async(
-            fits, f"a sequence would have more than {self.capacity} tokens, the cache's capacity"
+        anew = counts is not None and any(kind.recurrent for kind in self.kinds)
+        counts = torch.ones_like(rows) if counts is None else counts
+        fits = self._checked(ids, before, counts, anew)
+        ids, numbers, last = self._to_the_right(ids, counts) if anew else _to_the_left(ids, counts)
+        call = decoder_cache().Call(rows, before[:, None] + numbers, self.capacity, fits, anew)
+        logits = self._logits(ids, call, last)
+        self.lengths.index_copy_(0, rows, torch.where(fits, before + counts, before))
+        return logits
+
+    def _checked(self, ids: Tensor, before: Tensor, counts: Tensor, anew: bool) -> Tensor:
+        """Assert that the call can be computed; tells whether that is so."""
+        wrong = (before + counts > self.capacity).long()
+        wrong = torch.where((counts < 0) | (counts > ids.shape[1]), 2, wrong)
+        if anew:
+            wrong = torch.where(before > 0, 3, wrong)
+        wrong = wrong.amax()
+        said = (
+            f"a sequence would have more than {self.capacity} tokens, the cache's capacity",
+            "a length is negative, or more than the tokens that ids has of each sequence",
+            "a model with recurrent layers reads a prompt as a whole: reset() before its prefill",
         )
-        # Where one does not fit, nothing is written: there is no such place.
-        first = torch.where(fits, before, self.capacity)
-        positions = first[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        last = (counts - 1).clamp(min=0)
+        for number, what in enumerate(said[: 3 if anew else 2], 1):
+            torch._assert_async(wrong != number, what)
+        return wrong == 0
+
+    def _to_the_right(self, ids: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pad each sequence in front: a state that nothing was read into is the same behind padding.
+
+        Gives as many tokens as a prompt has at most, however many there are: layers go through them one by
+        one, or in parts.
+        """
+        numbers = torch.arange(self.prompt, device=ids.device) - self.prompt + counts[:, None]
+        return ids.gather(1, numbers.clamp(min=0)), numbers, torch.full_like(counts, self.prompt - 1)
+
+    def _logits(self, ids: Tensor, call: Any, last: Tensor) -> Tensor:
+        memories = [{name: getattr(self, kept) for name, kept in names.items()} for names in self.kept]
+        cache = decoder_cache().CallCache(self.kinds, memories, call)
+        given = {self.cache: cache, "attention_mask": self._masks(call)}
+        if "position_ids" in self.takes or any(kind.looks for kind in self.kinds):
+            given["position_ids"] = call.positions.clamp(0, self.capacity - 1)
         # The largest product of all, of the tokens alone whose logits are wanted.
         hook = self.model.get_output_embeddings().register_forward_pre_hook(
-            lambda _, given: (given[0][rows, last][:, None], *given[1:])
+            lambda _, states: (states[0][call.rows, last][:, None], *states[1:])
         )
         try:
-            result = self.model(
-                input_ids=ids,
-                position_ids=positions.clamp(max=self.capacity - 1),
-                attention_mask=self._masks(positions),
-                past_key_values=self._cache(rows, positions),
-                use_cache=True,
-            )
+            result = self.model(input_ids=ids, use_cache=True, **given)
         finally:
             hook.remove()
-        self.lengths.index_copy_(0, rows, torch.where(fits, before + counts, before))
+        cache.keep_states()
         return result.logits[:, 0]
 
-    def _cache(self, rows: Tensor, positions: Tensor) -> Any:
-        """What the layers put their keys and values into, and read all that is there."""
-        from transformers.cache_utils import Cache
+    def _masks(self, call: Any) -> Any:
+        """What each kind of layer looks at, or for a recurrent one, what is no padding.
 
-        kept = [
-            (getattr(self, f"keys_{number}"), getattr(self, f"values_{number}"))
-            for number in range(len(self.windows))
-        ]
-        return Cache(layers=[_layer(*each, rows, positions) for each in kept])
-
-    def _masks(self, positions: Tensor) -> Tensor | dict[str, Tensor]:
-        """What is added to scores: each token looks at itself and back, no further than a window.
-
-        Of models with windows in some layers, by the kind of layer.
+        The names of the kinds are those that transformers has.
         """
-        types = getattr(self.model.config.get_text_config(), "layer_types", None) or ()
-        masks = {window: self._mask(positions, window) for window in dict.fromkeys(self.windows)}
-        if len(masks) == 1:
-            return next(iter(masks.values()))
-        return {kind: masks[window] for kind, window in zip(types, self.windows, strict=True)}
-
-    def _mask(self, positions: Tensor, window: int) -> Tensor:
-        dtype, places = self.keys_0.dtype, torch.arange(self.capacity, device=positions.device)
-        distance = positions[:, None, :, None] - places
-        hidden = (distance < 0) | (distance >= window)
-        return torch.zeros((), dtype=dtype, device=positions.device).masked_fill(
-            hidden, torch.finfo(dtype).min
-        )
+        dtype = self.model.dtype
+        masks = {kind.mask: call.mask(kind, dtype) for kind in self.kinds if kind.looks}
+        for kind in self.kinds:
+            if kind.recurrent:
+                masks[kind.recurrent] = (call.positions >= 0).to(dtype) if call.anew else None
+        return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
 class Prefill(nn.Module):
@@ -151,70 +165,27 @@ class Decode(nn.Module):
         self.decoder = decoder
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.decoder(ids, torch.ones_like(ids[:, 0]))
+        return self.decoder(ids)
 
 
-def _windows(model: nn.Module, capacity: int) -> list[int]:
-    """How many tokens each layer looks back at.  Raises UsageError for layers that keep something else."""
-    from transformers import PreTrainedModel, StaticCache
-    from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+def decoder_cache() -> Any:
+    """The module that needs transformers."""
+    from . import decoder_cache
+
+    return decoder_cache
+
+
+def _causal_language_model(model: nn.Module) -> Any:
+    from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise UsageError(
             f"export_decoder takes a causal language model of transformers, not {type(model).__name__}"
         )
-    layers: list[Any] = StaticCache(config=model.config, max_cache_len=capacity).layers
-    others = {type(layer).__name__ for layer in layers} - {
-        StaticLayer.__name__,
-        StaticSlidingWindowLayer.__name__,
-    }
-    if others:
-        raise UsageError(
-            f"the cache of {type(model).__name__} has layers of {', '.join(sorted(others))}, which "
-            "export_decoder does not know: it keeps keys and values. Write a module whose buffers are the "
-            "cache, and compile its functions with lowering.compile({'prefill': ..., 'decode': ...})"
-        )
-    return [layer.max_cache_len for layer in layers]
+    return model
 
 
-def _keys_and_values(model: Any) -> list[tuple[Tensor, Tensor]]:
-    """What the layers keep of one token."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config)
-    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    with torch.no_grad():
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
-    layers: list[Any] = cache.layers
-    return [(layer.keys, layer.values) for layer in layers]
-
-
-def _layer(keys: Tensor, values: Tensor, rows: Tensor, positions: Tensor) -> Any:
-    """One layer's part of a cache, for one call."""
-    from transformers.cache_utils import CacheLayerMixin
-
-    class Layer(CacheLayerMixin):
-        def update(
-            self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
-        ) -> tuple[Tensor, Tensor]:
-            return self._put(keys, key_states), self._put(values, value_states)
-
-        def _put(self, memory: Tensor, new: Tensor) -> Tensor:
-            memory[rows[:, None], :, positions] = new.transpose(1, 2)
-            return memory[: rows.shape[0]] if memory.shape[0] > 1 else memory
-
-        def get_seq_length(self) -> int:
-            return 0
-
-        def get_max_length(self) -> int:
-            return keys.shape[2]
-
-        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-            return keys.shape[2], 0
-
-        def lazy_initialization(self, *_: Any) -> None:
-            pass
-
-    layer = Layer()
-    layer.keys, layer.values, layer.is_initialized = keys, values, True
-    return layer
+def _to_the_left(ids: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Leave the padding behind each sequence: tokens do not look at what comes later."""
+    numbers = torch.arange(ids.shape[1], device=ids.device)[None]
+    return ids, numbers, (counts - 1).clamp(min=0)

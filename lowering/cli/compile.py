@@ -23,7 +23,7 @@ from ..targets import TARGETS, Target
 from ..targets import resolve as resolve_target
 from .command import DEBUG, guarded, tell, write
 from .outputs import Output, Outputs, check_apart, check_dump, make_directory, writing
-from .source import MlirText, Model, Models, check_form, resolve, source_file
+from .source import MlirText, Model, Models, check_decoder, check_form, resolve, source_file
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -56,6 +56,7 @@ examples:
   {PROG} model.py:build -o model.vmfb --target h200 --report fusion.html
   {PROG} model.py:build -o model.vmfb --explain --require-fused --verify
   {PROG} model.pt2 -o model.vmfb --parameters weights.irpa --target mi355x
+  {PROG} hf:Qwen3-8B-FP8 -o qwen.vmfb --decoder 4096 --batch 8 --target h200
 
 exit codes:
   0  done
@@ -121,10 +122,29 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="recognisers of your own, tried before the built-in ones; may be given several times",
     )
+    _add_decoder(parser.add_argument_group("decoding with a cache, of hf:FOLDER"))
     _add_reporting(parser.add_argument_group("what fused"))
     _add_checking(parser.add_argument_group("checking and debugging"))
     _add_keeping(parser.add_argument_group("kernels that were compiled before"))
     return parser
+
+
+def _add_decoder(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--decoder",
+        metavar="CAPACITY",
+        type=int,
+        help="make functions prefill and decode, with a cache of CAPACITY tokens, in place of one without",
+    )
+    group.add_argument(
+        "--batch", metavar="N", type=int, help="the most sequences at a time (default: 1), with --decoder"
+    )
+    group.add_argument(
+        "--prompt",
+        metavar="N",
+        type=int,
+        help="the most tokens of one prefill (default: CAPACITY), with --decoder",
+    )
 
 
 def _add_reporting(group: argparse._ArgumentGroup) -> None:
@@ -225,6 +245,10 @@ def _check_options(options: argparse.Namespace) -> None:
         raise UsageError(f"--report {options.report}: the file name must end in .json or .html")
     if options.cache_dir:
         make_directory(options.cache_dir)
+    if options.decoder is not None:
+        check_decoder(options.source)
+    elif options.batch is not None or options.prompt is not None:
+        raise UsageError("--batch and --prompt are sizes of a decoder: give --decoder CAPACITY as well")
     if options.verify and (options.source == "-" or options.source.endswith(".mlir")):
         raise UsageError("--verify compares with the PyTorch model, and an MLIR source has none")
     _check_files(options)
@@ -250,7 +274,7 @@ def _load(options: argparse.Namespace, target: Target) -> Model | Models | MlirT
         from .verify import require_device
 
         require_device(target)
-    model = resolve(options.source, trusted=options.trust_source)
+    model = resolve(options.source, trusted=options.trust_source, decoder=_decoder_sizes(options))
     if options.only_output and isinstance(model, MlirText):
         raise UsageError("--only-output names parts of a PyTorch model's result; an MLIR source has no names")
     if options.verify and not isinstance(model, MlirText):
@@ -259,6 +283,14 @@ def _load(options: argparse.Namespace, target: Target) -> Model | Models | MlirT
             of = f", for {', '.join(without)}" if isinstance(model, Models) else ""
             raise UsageError(f"--verify needs arguments to run on, and {options.source} comes with none{of}")
     return model
+
+
+def _decoder_sizes(options: argparse.Namespace) -> dict[str, int] | None:
+    """What ``export_decoder`` is given, if a decoder is wanted."""
+    if options.decoder is None:
+        return None
+    sizes = {"capacity": options.decoder, "batch": options.batch, "prompt": options.prompt}
+    return {name: size for name, size in sizes.items() if size is not None}
 
 
 def _functions(model: Model | Models) -> dict[str, Model]:

@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -114,9 +114,21 @@ def source_file(source: str) -> Path | None:
     return Path(file) if file else None
 
 
-def resolve(source: str, stdin: IO[str] | None = None, *, trusted: bool = False) -> Model | Models | MlirText:
-    """The models or MLIR text that ``source`` names; ``trusted``: code inside a .pt2 may be run."""
+def resolve(
+    source: str,
+    stdin: IO[str] | None = None,
+    *,
+    trusted: bool = False,
+    decoder: Mapping[str, int] | None = None,
+) -> Model | Models | MlirText:
+    """The models or MLIR text that ``source`` names.
+
+    trusted: code inside a .pt2 may be run.  decoder: the sizes of a checkpoint's functions with a cache, as
+    ``export_decoder`` takes them.
+    """
     check_form(source)
+    if decoder is not None:
+        return _decoder(source, decoder)
     if source == "-":
         return _mlir(_read_stream(stdin or sys.stdin), "standard input")
     path = Path(source)
@@ -132,6 +144,22 @@ def resolve(source: str, stdin: IO[str] | None = None, *, trusted: bool = False)
     where, _, name = source.rpartition(":")
     module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
     return _call(_lookup(module, name, where), source, module)
+
+
+def check_decoder(source: str) -> None:
+    """Refuse to make functions with a cache of what is no checkpoint."""
+    if not source.startswith(_FOLDER):
+        raise UsageError(
+            f"--decoder makes functions of a checkpoint, hf:FOLDER, not of {source!r}; a Python source "
+            "returns them itself: lowering.export_decoder(model, capacity=...)"
+        )
+
+
+def _decoder(source: str, sizes: Mapping[str, int]) -> Models:
+    from ..checkpoints.causal_lm import decoder
+
+    functions = decoder(source.removeprefix(_FOLDER), **sizes)
+    return Models({name: Model(*each) for name, each in functions.items()})
 
 
 # MLIR and .pt2 ----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from ..targets import Target
 from .base import Family
 from .instance import Binding, KernelInstance
 from .matmul.cpu import DEPTH_MULTIPLE, MATMUL_C, ProductTile, tile_defines
-from .matmul.variant import DTYPE_CODES, texts
+from .matmul.variant import DTYPE_CODES, addend_bindings, addend_defines, texts
 
 _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
@@ -41,7 +41,7 @@ def instance(spec: LinearSpec, target: Target) -> KernelInstance:
             "K": spec.depth,
             "PLAIN": DTYPE_CODES[spec.dtype],
             "OUT_DTYPE": DTYPE_CODES[spec.dtype],
-            "HAS_BIAS": int(spec.bias),
+            **addend_defines(spec),
             **values,
         }
     )
@@ -50,14 +50,12 @@ def instance(spec: LinearSpec, target: Target) -> KernelInstance:
 
 
 def bindings(spec: LinearSpec) -> tuple[Binding, ...]:
-    """List the tensors of ``spec`` in dispatch order: a, b, bias if there is one; out."""
+    """List the tensors of ``spec`` in dispatch order: a, b, bias and residual if there are any; out."""
     read = [
         Binding("a", spec.dtype, ("T", spec.depth), "read"),
         Binding("b", spec.dtype, (spec.columns, spec.depth), "read"),
     ]
-    if spec.bias:
-        read.append(Binding("bias", spec.dtype, (spec.columns,), "read"))
-    return (*read, Binding("out", spec.dtype, ("T", spec.columns), "write"))
+    return (*read, *addend_bindings(spec), Binding("out", spec.dtype, ("T", spec.columns), "write"))
 
 
 # It shares its source with the block-scaled product.

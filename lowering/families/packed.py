@@ -26,7 +26,7 @@ from ..targets import Target
 from .base import Family, Reference
 from .instance import Binding, GridRule, KernelInstance, listed
 from .matmul.cpu import DEPTH_MULTIPLE, MATMUL_C, ProductTile, tile_defines
-from .matmul.variant import DTYPE_CODES, Specialised, texts
+from .matmul.variant import DTYPE_CODES, Specialised, addend_bindings, addend_defines, texts
 
 _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 _GROUP = 32  # elements that share a scale at least: a kernel takes so many at a time
@@ -111,7 +111,7 @@ def _common(spec: PackedSpec) -> dict[str, int]:
         "SCALE_DTYPE": DTYPE_CODES[spec.scale_dtype],
         "OUT_DTYPE": DTYPE_CODES[spec.dtype],
         "HAS_ZERO": int(spec.zeros),
-        "HAS_BIAS": int(spec.bias),
+        **addend_defines(spec),
     }
 
 
@@ -179,7 +179,7 @@ def _predicted(spec: PackedSpec, target: Target, tile: PackedTile) -> float:
 
 
 def bindings(spec: PackedSpec) -> tuple[Binding, ...]:
-    """List the tensors of ``spec`` in dispatch order: a, b, scale, zero and bias if there are any; out."""
+    """List the tensors of ``spec`` in dispatch order: a, b, scale, zero points if any, what is added; out."""
     scales = (spec.depth // spec.group, spec.columns)
     rows = stored_rows(spec.columns, spec.b_layout)
     read = [
@@ -189,9 +189,7 @@ def bindings(spec: PackedSpec) -> tuple[Binding, ...]:
     ]
     if spec.zeros:
         read.append(Binding("zero", "uint8", scales, "read"))
-    if spec.bias:
-        read.append(Binding("bias", spec.dtype, (spec.columns,), "read"))
-    return (*read, Binding("out", spec.dtype, ("T", spec.columns), "write"))
+    return (*read, *addend_bindings(spec), Binding("out", spec.dtype, ("T", spec.columns), "write"))
 
 
 def _reference(op: ir.Operation) -> Reference:

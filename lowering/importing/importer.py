@@ -43,11 +43,12 @@ from ..signature import (
 )
 from ..targets import Target
 from ..weights.recipes import Recipe
-from . import checkpoints, refusals
+from . import checkpoints, python_numbers, refusals
 from .conditions import conditions, forget_multiples
 from .decompositions import decompositions
 from .exporting import drop_assertions, export
 from .foreign import functionalize
+from .held_caches import as_buffers
 from .mutations import Mutations, explicit, kept, state_specs
 from .naming import Names
 from .results import chosen, returning, row_major, without_containers
@@ -188,7 +189,7 @@ def _exported(source: Source, output: containers.Names | None) -> _Exported:
     module = source.module
     if isinstance(module, torch.export.ExportedProgram):
         return _made_functional(module, output, (), ())
-    with adopted(module) as adopting, _results(adopting, output):
+    with adopted(module) as adopting, as_buffers(adopting), _results(adopting, output):
         exported, asserted = _export(adopting, source.args, dict(source.kwargs or {}), source.dynamic_shapes)
         return _made_functional(exported, None, asserted, checkpoints.dequantized(module))
 
@@ -288,7 +289,7 @@ def _export(
 ) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
     try:
         args, kwargs = _distinct(containers.register((args, kwargs)))
-        return export(module, Call(args, kwargs), dynamic_shapes)
+        return python_numbers.checked(module, lambda: export(module, Call(args, kwargs), dynamic_shapes))
     except LoweringError:
         raise
     except Exception as error:  # torch.export raises whatever the model or the tracer raised

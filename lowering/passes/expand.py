@@ -74,9 +74,10 @@ class Expander:
     def _meaning(self, op: ir.Operation) -> _Meaning | None:
         found = attention.attention(op)
         if found is not None and (self.spell_attention or found.masked):
-            operands = attention.tensors(op)
+            operands, spelled = attention.tensors(op), attention.guarded
+            if self.spell_attention:
+                (found, operands), spelled = attention.shared(op, found), attention.reference
             axes = found.axes([len(type_.shape) for type_ in _types(operands)])
-            spelled = attention.reference if self.spell_attention else attention.guarded
             return _Meaning(spelled(found), found, operands, axes)
         reference = _reference(op)
         if reference is None:

@@ -95,6 +95,10 @@ DEVICE void load2(const float *shared, float *values) {
   check((u64)shared % 8 == 0 && address_of(shared) < SHARED);
   memcpy(values, shared, 8);
 }
+DEVICE void load16(const u8 *from, u32 *words) {
+  check((u64)from % 16 == 0);
+  memcpy(words, from, 16);
+}
 DEVICE void store16(u8 *to, const u32 *words) {
   check((u64)to % 16 == 0);
   memcpy(to, words, 16);
@@ -179,10 +183,18 @@ static void one_thread() {
   const float *a_scale = (const float *)*next++, *b_scale = (const float *)*next++;
 #if HAS_BIAS
   const u8 *bias = (const u8 *)*next++;
-  ENTRY(a, b, a_scale, b_scale, bias, (u8 *)*next, row_count);
-#else
-  ENTRY(a, b, a_scale, b_scale, (u8 *)*next, row_count);
 #endif
+#if HAS_RESIDUAL
+  const u8 *residual = (const u8 *)*next++;
+#endif
+  ENTRY(a, b, a_scale, b_scale,
+#if HAS_BIAS
+        bias,
+#endif
+#if HAS_RESIDUAL
+        residual,
+#endif
+        (u8 *)*next, row_count);
 }
 
 // `blocks` is a multiple of CLUSTER; any such grid computes the same.

@@ -68,12 +68,18 @@ static void one_thread() {
 #if HAS_BIAS
   const u8 *bias = (const u8 *)*next++;
 #endif
+#if HAS_RESIDUAL
+  const u8 *residual = (const u8 *)*next++;
+#endif
   ENTRY(a, b, scale,
 #if HAS_ZERO
         zero,
 #endif
 #if HAS_BIAS
         bias,
+#endif
+#if HAS_RESIDUAL
+        residual,
 #endif
         (u8 *)*next, row_count);
 }

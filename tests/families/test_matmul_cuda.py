@@ -33,6 +33,7 @@ from lowering.ops import block_scaled_matmul_reference
 from lowering.targets import Target, resolve
 from patterns.contracts import MatmulSpec, ScaleLayout, stored_rows
 from tests.families.host_kernels import Launch, build_emulation, run
+from tests.families.residual_cases import assert_adds
 from tests.families.test_matmul import assert_product, in_memory, operands
 
 sass = pytest.importorskip("tools.gpu.sass")
@@ -155,6 +156,19 @@ def test_emulated_kernel_is_within_the_bound(name: str, wgmma: bool, emulated) -
     launch = emulated(kernel, wgmma)(clusters)
     for rows in counts:
         multiply(kernel, launch, rows)
+
+
+@pytest.mark.parametrize("name", ["k_is_split", "integers", "many_per_channel", "per_tensor"])
+def test_a_residual_is_added(name: str, emulated) -> None:
+    """To every dtype of results, from any place."""
+    case, plans, clusters, counts = CASES[name]
+    adding = dataclasses.replace(case, residual=True)
+    plain, kernel = (instance(each, SM90, plans) for each in (case, adding))
+    built = {each: emulated(each, True)(clusters) for each in (plain, kernel)}
+    for shift, rows in enumerate(counts[:2]):
+        tensors = in_memory(case, operands(case, rows, seed=rows))
+        tensors[1] = swizzled(tensors[1])
+        assert_adds(plain, kernel, built.__getitem__, tensors, rows, 8 * shift)
 
 
 def test_operands_may_start_anywhere_but_for_weights(emulated) -> None:

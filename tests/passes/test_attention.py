@@ -54,6 +54,41 @@ def test_causal_with_a_scale_and_fewer_heads_of_keys() -> None:
     check(module, tensors(7, 7, heads=(6, 2)), ({2: T}, {2: T}, {2: T}), calls)
 
 
+class Repeated(Attention):
+    """One call with keys and values whose heads the model repeats, in a row or one after another."""
+
+    def __init__(self, in_a_row: bool) -> None:
+        super().__init__()
+        self.in_a_row = in_a_row
+
+    def forward(self, q, k, v, mask=None):
+        return super().forward(q, self._repeat(k), self._repeat(v), mask)
+
+    def _repeat(self, x):
+        batch, heads, length, size = x.shape
+        if not self.in_a_row:
+            return x.repeat(1, 3, 1, 1)
+        return x[:, :, None].expand(batch, heads, 3, length, size).reshape(batch, 3 * heads, length, size)
+
+
+@pytest.mark.parametrize("in_a_row", [True, False])
+@pytest.mark.parametrize("queries", [1, 9])
+def test_heads_that_share_keys_read_them_once(queries: int, in_a_row: bool, tmp_path: Path) -> None:
+    """Where query head h reads key head h // 3; what is repeated otherwise stays so."""
+    arguments = [*tensors(queries, 11, heads=(6, 2)), torch.randn(1, 1, queries, 11)]
+    shapes = ({0: 2}, {2: S}, {2: S}, {3: S})
+    module = Repeated(in_a_row)
+    compiled = lowering.compile(module, tuple(arguments), dynamic_shapes=shapes, dump_phases_to=tmp_path)
+    torch.testing.assert_close(
+        lowering.load(compiled.vmfb)(*arguments), module(*arguments), rtol=1e-5, atol=1e-5
+    )
+    products = [
+        line for line in next(tmp_path.glob("*-expand.mlir")).read_text().splitlines() if "bmm" in line
+    ]
+    rows = f"vtensor<[4,{3 * queries}," if in_a_row else f"vtensor<[12,{queries},"
+    assert len(products) == 2 and all(f": !torch.{rows}" in line for line in products), products
+
+
 def test_masks_of_either_kind() -> None:
     """Booleans that forbid a query everything; floats, and those the same for all heads."""
     shapes = ({2: T}, {2: S}, {2: S}, {2: T, 3: S})

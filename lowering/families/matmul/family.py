@@ -21,7 +21,7 @@ from ..instance import Binding, Dimension, KernelInstance
 from . import cpu as matmul_cpu
 from . import cuda as matmul_cuda
 from . import hip as matmul_hip
-from .variant import DTYPE_CODES, FLOAT8_CODES, Variant
+from .variant import DTYPE_CODES, FLOAT8_CODES, Variant, addend_bindings
 
 _VARIANTS: dict[Backend, Variant] = {
     "cpu": matmul_cpu.VARIANT,
@@ -113,7 +113,7 @@ def instance(spec: MatmulSpec, target: Target, tile: object | None = None) -> Ke
 
 
 def bindings(spec: MatmulSpec) -> tuple[Binding, ...]:
-    """List the tensors of ``spec`` in dispatch order: a, b, a_scale, b_scale, bias if there is one; out."""
+    """List the tensors of ``spec`` in dispatch order: a, b, scales of both, bias and residual if any; out."""
     groups = spec.depth // spec.group
     scales: dict[ScaleLayout, tuple[Dimension, ...]] = {
         "row": ("T", groups) if spec.a_scales == "rows" else (1,),
@@ -126,9 +126,7 @@ def bindings(spec: MatmulSpec) -> tuple[Binding, ...]:
         Binding("a_scale", "float32", scales[spec.a_scale_layout], "read", layout=spec.a_scale_layout),
         Binding("b_scale", "float32", spec.b_scale_shape, "read"),
     ]
-    if spec.bias:
-        read.append(Binding("bias", spec.dtype, (spec.columns,), "read"))
-    return (*read, Binding("out", spec.dtype, ("T", spec.columns), "write"))
+    return (*read, *addend_bindings(spec), Binding("out", spec.dtype, ("T", spec.columns), "write"))
 
 
 def _reference(op: ir.Operation) -> Reference:
@@ -156,6 +154,6 @@ FAMILY = Family(
     spec=MatmulSpec,
     instance=instance,
     why_unsupported=why_unsupported,
-    sources={**matmul_cpu.MATMUL_C, "matmul.cu": ("mma.h",), "matmul.hip": ()},
+    sources={**matmul_cpu.MATMUL_C, "matmul.cu": ("mma.h", "finish.h"), "matmul.hip": ()},
     references={canonical.BLOCK_SCALED_MATMUL: _reference},
 )

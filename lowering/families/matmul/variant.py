@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from patterns.contracts import MatmulSpec, ScaleLayout, WeightLayout
+from patterns.contracts import LinearSpec, MatmulSpec, ScaleLayout, WeightLayout
+from patterns.packed_matmul import PackedSpec
 
 from ...targets import Target
-from ..instance import GridRule
+from ..instance import Binding, GridRule
+
+Product = MatmulSpec | LinearSpec | PackedSpec
 
 DTYPE_CODES = {"bfloat16": 1, "float16": 2, "float32": 3}
 CODE_KINDS = {"float8_e4m3fn": 0, "float8_e4m3fnuz": 1, "int8": 3}
@@ -59,13 +62,25 @@ def common_defines(spec: MatmulSpec) -> dict[str, int]:
         "A_CODES": CODE_KINDS[spec.a_dtype],
         "B_CODES": CODE_KINDS[spec.b_dtype],
         "OUT_DTYPE": DTYPE_CODES[spec.dtype],
-        "HAS_BIAS": int(spec.bias),
+        **addend_defines(spec),
         "A_SCALE_LAYOUT": SCALE_LAYOUT_CODES[spec.a_scale_layout],
         "WHOLE": int(spec.whole),
         "ONE_A": int(spec.a_scales == "one"),
         "B_ROWS": {"blocks": spec.group, "rows": 1, "one": spec.columns}[spec.b_scales],
         **({"BIAS_TWICE": 1} if spec.bias_rounding == "twice" else {}),
     }
+
+
+def addend_defines(spec: Product) -> dict[str, int]:
+    """The constants that say what is added to a product; sources take no HAS_RESIDUAL for none."""
+    return {"HAS_BIAS": int(spec.bias), **({"HAS_RESIDUAL": 1} if spec.residual else {})}
+
+
+def addend_bindings(spec: Product) -> list[Binding]:
+    """The tensors that are added to a product: a bias, then a residual, if there are any."""
+    bias = Binding("bias", spec.dtype, (spec.columns,), "read")
+    residual = Binding("residual", spec.dtype, ("T", spec.columns), "read")
+    return [bias] * spec.bias + [residual] * spec.residual
 
 
 def texts(values: dict[str, int]) -> tuple[tuple[str, str], ...]:
