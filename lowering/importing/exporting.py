@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from ..signature import evaluate
+from .refusals import open_topk
 from .sizes import Call, Resizing
 
 _ASSERTION = torch.ops.aten._assert_scalar.default
@@ -36,7 +37,7 @@ def export(
 ) -> tuple[ExportedProgram, tuple[str, ...]]:
     """Export ``module`` for the arguments of ``call``: the program, and conditions beside its own.
 
-    Raises whatever torch.export raises.
+    Raises whatever torch.export raises, and CompileError where no size is to blame.
     """
     try:
         return _exported(module, call, dynamic_shapes), ()
@@ -111,7 +112,7 @@ def _general(
 ) -> tuple[ExportedProgram, tuple[str, ...]] | None:
     """The model exported without fixing a size, or None if it is not the model at every size tried.
 
-    largest: by what the model divides its sizes.
+    largest: by what the model divides its sizes.  Raises CompileError for a top-k along an open axis.
     """
     example = resizing.call(resizing.then(lambda size, order: 3 * max(size, largest) + 7 + order))
     try:
@@ -121,11 +122,14 @@ def _general(
         return None
     if exported.graph_signature.buffers_to_mutate:
         return None  # to evaluate the model would change it
-    if any(map(_chooses_of_any_number, _nodes(exported))):
-        return None
     asserted, fixed = set(assertions(exported)), dict(_fixed_by_assertions(exported))
     drop_assertions(exported)
     tried = [resizing.then(lambda _, order, size=size: size) for size in (1, 2, largest, largest + 1)]
+    choosing = next(filter(_chooses_of_any_number, _nodes(exported)), None)
+    if choosing is not None:
+        if all(_given_by(module, resizing.call(sizes)) is not None for sizes in tried):
+            raise open_topk(choosing)
+        return None  # the model takes fewer sizes: the error says so
     for sizes in (resizing.now, *tried):
         other = resizing.call(sizes)
         wanted = _given_by(module, other)

@@ -131,3 +131,21 @@ def test_a_loop_over_a_size_is_named_with_its_line_and_a_way_out(model, mark, si
     assert "Constraints violated" in first
     assert f"{THIS}:{line}: for " in loop and loop.endswith(size)
     assert "leave them out of dynamic_shapes" in way_out
+
+
+class Indexer(nn.Module):
+    """As DeepSeek-V3.2 chooses the tokens that a token looks at: many scores are zero, and so equal."""
+
+    def forward(self, x):
+        scores = torch.relu(x @ x.transpose(1, 2))
+        return scores.topk(min(8, scores.shape[-1]), dim=-1).indices  # CHOOSES
+
+
+def test_a_top_k_along_an_open_axis_is_named_with_its_line_and_a_way_out() -> None:
+    lines = Path(__file__).read_text().splitlines()
+    line = 1 + next(number for number, text in enumerate(lines) if text.endswith("# CHOOSES"))
+    with pytest.raises(CompileError) as refused:
+        lowering.explain(Indexer(), (torch.randn(2, 13, 4),), dynamic_shapes=TIME)
+    said = str(refused.value)
+    assert f"{THIS}:{line}: aten.topk.default is along an axis of open size" in said, said
+    assert "leave it out of dynamic_shapes" in said and "\n" not in said, said
