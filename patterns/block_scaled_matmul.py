@@ -12,7 +12,7 @@ from typing import Any
 
 from iree.compiler import ir
 
-from . import canonical, torch_ir
+from . import canonical, torch_ir, views
 from .contracts import BlockScaledMatmul
 from .named_call import Arg, NamedOp
 from .operation import Operation
@@ -42,6 +42,8 @@ class NamedProduct(NamedOp):
         The library reads the scales of a as if they were in columns, whatever the strides of their tensor:
         a contiguous [M, Gn] holds the bytes of [Gn, M].  A program has no strides, so that is written out
         when a model is imported (``lowering.foreign``).
+    transposed
+        b and its scales are given as [K, N], which must be views of [N, K]: ``weight.T`` in the model.
     """
 
     b: str = "b"
@@ -52,10 +54,11 @@ class NamedProduct(NamedOp):
     out_dtype: str | None = None
     b_layout: str | Arg = "row"
     by_bytes: bool = False
+    transposed: bool = False
     results: tuple[str, ...] = field(default=("y",))  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def shapes(self, given: Mapping[str, Any], fp8: str) -> dict[str, tuple[tuple[Any, ...], Any]]:
-        shape = (*given[self.x].shape[:-1], given[self.b].shape[0])
+        shape = (*given[self.x].shape[:-1], given[self.b].shape[1 if self.transposed else 0])
         default = "bfloat16" if "bfloat16" in self.schema else "float16"  # the schema's
         return {"y": (shape, given.get(self.out_dtype or "", default))}
 
@@ -69,7 +72,10 @@ class NamedProduct(NamedOp):
         layout: Any = self.b_layout
         if isinstance(layout, Arg):
             layout = values.get(layout.name, "row")
-        operands = [given[name] for name in (self.x, self.b, self.a_scale, self.b_scale)]
+        b, b_scale = self._in_rows(given[self.b]), self._in_rows(given[self.b_scale])
+        if b is None or b_scale is None:
+            return None
+        operands = [given[self.x], b, given[self.a_scale], b_scale]
         if self.bias in given and values[self.bias] is not None:
             operands.append(given[self.bias])
         # An argument that is left out has its default, which is what a row requires.
@@ -81,8 +87,21 @@ class NamedProduct(NamedOp):
     def why_not(self, op: ir.Operation) -> str | None:
         if self.recognise(op) is not None:
             return None
+        given = dict(zip(self.arguments, op.operands, strict=False))
+        if any(self._in_rows(given[name]) is None for name in (self.b, self.b_scale) if name in given):
+            return (
+                f"its {self.b} and {self.b_scale} are no transposed views, and the product reads rows of a "
+                "weight [N, K]: keep both so and pass .T of them"
+            )
+        for name, value in self.requires.items():
+            if name in given and torch_ir.constant(given[name]) != value:
+                return f"its {name} must be {value}"
         blocks = f", of the blocks that its {self.block} says" if self.block else ""
         return f"it takes 8-bit codes with float32 scales that divide their rows{blocks}; these are others"
+
+    def _in_rows(self, b: ir.Value) -> ir.Value | None:
+        """``b`` or its scales as [N, K]; None where they are no view of that."""
+        return views.transposed(b) if self.transposed else b
 
     def _fits(self, operands: list[ir.Value], values: dict[str, object]) -> bool:
         """Tell whether the operands are a product's, and its block the one that their shapes give."""
@@ -156,6 +175,36 @@ NAMED_OPS = (
         b_scale="weight_scale",
         block="block_size",
         out_dtype="output_dtype",
+    ),
+    NamedProduct(  # scales of tokens and of channels; a bias is refused there
+        "aiter::gemm_a8w8_bpreshuffle",
+        "(Tensor XQ, Tensor WQ, Tensor x_scale, Tensor w_scale, Tensor? bias=None, "
+        "ScalarType dtype=bfloat16, bool check=False) -> Tensor",
+        x="XQ",
+        b="WQ",
+        a_scale="x_scale",
+        b_scale="w_scale",
+        out_dtype="dtype",
+        b_layout="shuffled_16x16",
+        requires={"bias": None},
+    ),
+    NamedProduct(  # as it is called: of weight.T and weight_scale.T
+        "sgl_kernel::fp8_blockwise_scaled_mm",
+        "(Tensor mat_a, Tensor mat_b, Tensor scales_a, Tensor scales_b, ScalarType out_dtype) -> Tensor",
+        x="mat_a",
+        b="mat_b",
+        a_scale="scales_a",
+        b_scale="scales_b",
+        out_dtype="out_dtype",
+        transposed=True,
+    ),
+    NamedProduct(  # with float32 scales
+        "sglang::deep_gemm_fp8_fp8_bf16_nt",
+        "(Tensor A, Tensor As, Tensor B, Tensor Bs, Tensor! C) -> ()",
+        x="A",
+        b="B",
+        a_scale="As",
+        b_scale="Bs",
     ),
     NamedProduct(  # with float32 scales; packed ones are another dtype
         "vllm::fp8_gemm_nt_op",

@@ -11,7 +11,7 @@ sizes violate which the model itself refuses.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import sympy
@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from ..signature import evaluate
+from .refusals import open_topk
 from .sizes import Call, Resizing
 
 _ASSERTION = torch.ops.aten._assert_scalar.default
@@ -36,7 +37,7 @@ def export(
 ) -> tuple[ExportedProgram, tuple[str, ...]]:
     """Export ``module`` for the arguments of ``call``: the program, and conditions beside its own.
 
-    Raises whatever torch.export raises.
+    Raises whatever torch.export raises, and CompileError where no size is to blame.
     """
     try:
         return _exported(module, call, dynamic_shapes), ()
@@ -111,7 +112,7 @@ def _general(
 ) -> tuple[ExportedProgram, tuple[str, ...]] | None:
     """The model exported without fixing a size, or None if it is not the model at every size tried.
 
-    largest: by what the model divides its sizes.
+    largest: by what the model divides its sizes.  Raises CompileError for a top-k along an open axis.
     """
     example = resizing.call(resizing.then(lambda size, order: 3 * max(size, largest) + 7 + order))
     try:
@@ -121,11 +122,14 @@ def _general(
         return None
     if exported.graph_signature.buffers_to_mutate:
         return None  # to evaluate the model would change it
-    if any(map(_chooses_of_any_number, _nodes(exported))):
-        return None
-    asserted = set(assertions(exported))
+    asserted, fixed = set(assertions(exported)), dict(_fixed_by_assertions(exported))
     drop_assertions(exported)
     tried = [resizing.then(lambda _, order, size=size: size) for size in (1, 2, largest, largest + 1)]
+    choosing = next(filter(_chooses_of_any_number, _nodes(exported)), None)
+    if choosing is not None:
+        if all(_given_by(module, resizing.call(sizes)) is not None for sizes in tried):
+            raise open_topk(choosing)
+        return None  # the model takes fewer sizes: the error says so
     for sizes in (resizing.now, *tried):
         other = resizing.call(sizes)
         wanted = _given_by(module, other)
@@ -137,6 +141,7 @@ def _general(
         if any(evaluate(text, values) is None for text in asserted):
             return None
         asserted = {text for text in asserted if evaluate(text, values)}
+    _fix_sizes(exported, {size: value for text, (size, value) in fixed.items() if text in asserted})
     return exported, tuple(sorted(asserted))
 
 
@@ -161,12 +166,37 @@ def _chooses_of_any_number(node: torch.fx.Node) -> bool:
 
 def assertions(exported: ExportedProgram) -> Iterator[str]:
     """What the program asserts of the sizes of its arguments, as text."""
+    yield from map(str, _asserted(exported))
+
+
+def _asserted(exported: ExportedProgram) -> Iterator[Any]:
     for node in _nodes(exported):
         if node.target is _ASSERTION:
             asserted = node.args[0]
             value: Any = asserted.meta.get("val") if isinstance(asserted, torch.fx.Node) else asserted
             if isinstance(value, torch.SymBool):
-                yield str(value.node.expr)
+                yield value.node.expr
+
+
+def _fixed_by_assertions(exported: ExportedProgram) -> Iterator[tuple[str, tuple[sympy.Basic, int]]]:
+    """Of each assertion that a size that is computed is some number, its text, that size and the number."""
+    for expression in _asserted(exported):
+        if isinstance(expression, sympy.Eq) and isinstance(expression.rhs, sympy.Integer):
+            yield str(expression), (expression.lhs, int(expression.rhs))
+
+
+def _fix_sizes(exported: ExportedProgram, known: Mapping[sympy.Basic, int]) -> None:
+    """Replace sizes by the numbers that they are in every call that the conditions allow, in place.
+
+    So the last axis of a tensor is known that was viewed with -1 behind a size that is found by division.
+    """
+    for node in _nodes(exported):
+        value = node.meta.get("val")
+        number = known.get(value.node.expr) if isinstance(value, torch.SymInt) else None
+        if number is not None:
+            node.replace_all_uses_with(number)  # pyright: ignore[reportArgumentType]
+    exported.graph.eliminate_dead_code()
+    exported.graph_module.recompile()
 
 
 def drop_assertions(exported: ExportedProgram) -> None:

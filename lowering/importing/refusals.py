@@ -59,6 +59,15 @@ def not_exported(module: torch.nn.Module, error: Exception) -> CompileError:
     return CompileError(f"torch.export rejected {type(module).__name__}: {_told(error)}")
 
 
+def open_topk(node: torch.fx.Node) -> CompileError:
+    """A top-k that torch.export takes at no open size, and that would not be eager's among equals."""
+    return CompileError(
+        f"{model_line(node)}{node.target} is along an axis of open size, and a compiled program would choose "
+        "others of equal elements than eager PyTorch does: compile the model with that size fixed, a program "
+        "for each size (leave it out of dynamic_shapes)"
+    )
+
+
 def not_decomposed(error: Exception) -> CompileError:
     """The same where torch takes the operations of an exported program apart."""
     return CompileError(f"torch.export could not decompose the exported program: {_told(error)}")

@@ -15,6 +15,7 @@ from iree.compiler import ir
 
 from patterns import torch_ir, view_chains, views
 
+from .regroup import multiply_whole_rows
 from .scatters import compute_before_scatters
 
 _CHECKS = (
@@ -59,6 +60,7 @@ def normalize(function: ir.Operation) -> None:
             _split_to_slices(op)
     torch_ir.erase_dead(block)
     compute_before_scatters(block)
+    multiply_whole_rows(block)
     _merge_equal(block)
     torch_ir.erase_dead(block)
 
@@ -155,7 +157,9 @@ def _split_to_slices(unpack: ir.Operation) -> None:
 
 
 def _is_noop(op: ir.Operation, name: str) -> bool:
-    """A view or expand to the very type it starts from; a slice of everything; a squeeze of nothing."""
+    """A view or expand to its own type; a slice of everything; a squeeze of nothing; a product with one."""
+    if name in ("torch.aten.mul.Scalar", "torch.aten.div.Scalar"):
+        return torch_ir.constant(op.operands[1]) == 1 and op.operands[0].type == op.result.type
     if name in ("torch.aten.view", *_VIEWS, "torch.aten.expand"):
         # One unknown size is settled by the others in a view; an expand may really repeat it.
         type_, unknown = torch_ir.tensor_type(op.result), 0 if name == "torch.aten.expand" else 1

@@ -29,15 +29,37 @@ class Chunks(nn.Module):
         return y[:, :time] if padding > 0 else y
 
 
+class ChunksAndNorm(nn.Module):
+    """The norm of Mamba2: of groups of rows that are as long as what was cut has elements for each token."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(64))
+
+    def forward(self, x):
+        batch, time, _ = x.shape
+        y = Chunks()(x)
+        rows = y.unflatten(-1, (2, 32)).reshape(batch, time, -1) * torch.nn.functional.silu(x)
+        *lead, width = rows.shape
+        groups = rows.view(*lead, width // 32, 32)
+        groups = groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return y, self.weight * groups.view(*lead, width // 32 * 32)
+
+
 def test_a_sequence_of_any_length_is_cut_into_chunks() -> None:
-    model = Chunks()
-    compiled = lowering.compile(model, (torch.randn(2, 13, 4),), dynamic_shapes=TIME)
+    model = ChunksAndNorm()
+    compiled = lowering.compile(model, (torch.randn(2, 13, 64),), dynamic_shapes=TIME)
+    (norm,) = compiled.report.sites
+    assert norm.fused and norm.op == "rms_norm", norm
     program = lowering.load(compiled.vmfb)
     for shape in ((2, 13), (1, 1), (3, 16), (1, 17), (2, 48), (8, 100)):
-        x = torch.randint(-9, 9, (*shape, 4)).float()  # sums of small integers are exact
-        assert torch.equal(program(x), model(x)), shape
+        x = torch.randint(-9, 9, (*shape, 64)).float()  # sums of small integers are exact
+        cut, normed = zip(program(x), model(x), strict=True)
+        assert torch.equal(*cut), shape
+        # An exponential, its reciprocal and the products of a gate, a mean, a root and two products.
+        torch.testing.assert_close(*normed, rtol=2**-20, atol=0.0)
     with pytest.raises(RunError, match="t"):
-        program(torch.randn(1, 101, 4))
+        program(torch.randn(1, 101, 64))
 
 
 class Elsewhere(nn.Module):
@@ -109,3 +131,21 @@ def test_a_loop_over_a_size_is_named_with_its_line_and_a_way_out(model, mark, si
     assert "Constraints violated" in first
     assert f"{THIS}:{line}: for " in loop and loop.endswith(size)
     assert "leave them out of dynamic_shapes" in way_out
+
+
+class Indexer(nn.Module):
+    """As DeepSeek-V3.2 chooses the tokens that a token looks at: many scores are zero, and so equal."""
+
+    def forward(self, x):
+        scores = torch.relu(x @ x.transpose(1, 2))
+        return scores.topk(min(8, scores.shape[-1]), dim=-1).indices  # CHOOSES
+
+
+def test_a_top_k_along_an_open_axis_is_named_with_its_line_and_a_way_out() -> None:
+    lines = Path(__file__).read_text().splitlines()
+    line = 1 + next(number for number, text in enumerate(lines) if text.endswith("# CHOOSES"))
+    with pytest.raises(CompileError) as refused:
+        lowering.explain(Indexer(), (torch.randn(2, 13, 4),), dynamic_shapes=TIME)
+    said = str(refused.value)
+    assert f"{THIS}:{line}: aten.topk.default is along an axis of open size" in said, said
+    assert "leave it out of dynamic_shapes" in said and "\n" not in said, said

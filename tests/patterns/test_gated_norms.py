@@ -28,6 +28,16 @@ def qwen3_next(w: Tensor, x: Tensor, z: Tensor) -> Tensor:
     return (normed(x, w[:HEAD]) * F.silu(z.float())).to(x.dtype)
 
 
+def in_groups(w: Tensor, h: Tensor) -> Tensor:
+    """Groups of 32 normed, and multiplied by the parts of a weight."""
+    groups = normed32(h.unflatten(-1, (4, 32)))
+    return (w[:HEAD].view(4, 32) * groups).flatten(-2)
+
+
+def normed32(h: Tensor) -> Tensor:
+    return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
 X, Z = integers(5, 4, HEAD), torch.randn(5, 4, HEAD).bfloat16()
 SPELLINGS: dict[str, tuple[Callable[..., Tensor], Norm, GatedActivation]] = {
     "Qwen3-Next": (qwen3_next, Norm(1e-6, "twice"), GatedActivation("silu", "once", packed=False)),
@@ -141,6 +151,10 @@ BEFORE: dict[str, tuple[Callable[..., Tensor], Norm]] = {
         lambda w, x, z: of_gated(32)(w, x.float() * 3.0, z).to(x.dtype),
         Norm(1e-6, "once", group=32, gate=GatedActivation("silu", "once", packed=False), dtype="bfloat16"),
     ),
+    "Falcon-H1, groups": (
+        lambda w, x, z: in_groups(w, x * F.silu(z.float())).to(x.dtype) * 1.0,
+        Norm(1e-6, group=32, gate=UNROUNDED),
+    ),
     "rounded": (rounded_gate, Norm(1e-6, gate=GatedActivation("silu", "twice", packed=False))),
 }
 
@@ -174,10 +188,6 @@ def test_the_modules_of_transformers(name: str) -> None:
     assert contracts(Mixer(), y, gate) == [contract, Quantization(128)]
     (pattern,) = {record.pattern for record in sites(Mixer(), y, gate).records}
     assert pattern == "silu_mul_norm_quant"
-
-
-def normed32(h: Tensor) -> Tensor:
-    return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
 
 
 @pytest.mark.parametrize("name", BEFORE)

@@ -37,6 +37,12 @@ def deep_gemm(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor) -> Tensor:
     return out
 
 
+def sglang_deep_gemm(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor) -> Tensor:
+    out = torch.empty(a.shape[0], b.shape[0], dtype=torch.bfloat16)
+    torch.ops.sglang.deep_gemm_fp8_fp8_bf16_nt(a, a_scale, b, b_scale, out)
+    return out
+
+
 NAMED: dict[str, tuple[Callable[..., Tensor], torch.dtype]] = {
     "lowering::block_scaled_matmul": (
         lambda a, b, s, t: LOW.block_scaled_matmul(a, b, s, t, torch.float16),
@@ -57,9 +63,15 @@ NAMED: dict[str, tuple[Callable[..., Tensor], torch.dtype]] = {
         torch.float16,
     ),
     "vllm::fp8_gemm_nt_op": (deep_gemm, torch.bfloat16),
+    "sgl_kernel::fp8_blockwise_scaled_mm": (
+        lambda a, b, s, t: op("sgl_kernel::fp8_blockwise_scaled_mm")(a, b.T, s, t.T, torch.float16),
+        torch.float16,
+    ),
+    "sglang::deep_gemm_fp8_fp8_bf16_nt": (sglang_deep_gemm, torch.bfloat16),
     "aiter::gemm_a8w8_blockscale": (op("aiter::gemm_a8w8_blockscale"), torch.bfloat16),
 }
 SHUFFLED = "aiter::gemm_a8w8_blockscale_bpreshuffle"
+OF_TOKENS = "aiter::gemm_a8w8_bpreshuffle"
 
 
 def products(function: Callable[..., Any], *args: Tensor) -> list[ir.Operation]:
@@ -74,7 +86,7 @@ _KEEP: list[Any] = []
 
 
 def test_every_row_has_a_test() -> None:
-    assert {*NAMED, SHUFFLED} == {row.name for row in block_scaled_matmul.NAMED_OPS}
+    assert {*NAMED, SHUFFLED, OF_TOKENS} == {row.name for row in block_scaled_matmul.NAMED_OPS}
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -95,6 +107,21 @@ def test_a_weight_that_aiter_has_shuffled_is_not_taken_for_rows() -> None:
     )
 
 
+def test_sglang_s_product_of_what_is_no_transposed_view_is_refused() -> None:
+    """A weight that is stored as [K, N], and its scales; of a square one nothing else tells which it is."""
+    square = (A, B[:128, :128].contiguous(), A_SCALE, B_SCALE)
+    for weight in (square, (A, B.t().contiguous(), A_SCALE, B_SCALE)):
+        call = Calls(lambda *args: op("sgl_kernel::fp8_blockwise_scaled_mm")(*args, torch.float16))
+        with pytest.raises(CompileError, match=r"no transposed views.*pass \.T of them"):
+            lowering.compile(call, weight)
+
+
+def test_aiter_s_product_of_tokens_and_channels_has_no_bias() -> None:
+    call = Calls(lambda *given: op(OF_TOKENS)(*given, bias=BIAS.bfloat16()))
+    with pytest.raises(CompileError, match=f"{OF_TOKENS} cannot be compiled: its bias must be None"):
+        lowering.compile(call, (A, B, A_SCALE[:, :1], torch.ones(192, 1)))
+
+
 @pytest.mark.parametrize("layout", ["row", "column"])
 def test_aiter_s_preshuffled_product_reads_bytes(layout: str) -> None:
     """A weight in its (16, 16) layout, and scales in columns: as strides say it, or as bytes behind rows."""
@@ -112,39 +139,39 @@ def test_aiter_s_preshuffled_product_reads_bytes(layout: str) -> None:
     assert torch_ir.op_name(made) == ("torch.aten.permute" if layout == "row" else canonical.GROUP_QUANT)
 
 
-def test_aiter_s_preshuffled_product_in_the_executor(tmp_path: Path) -> None:
-    """The numbers of our own product, with scales whose bytes were transposed behind the shape of rows."""
+def test_aiter_s_preshuffled_products_in_the_executor(tmp_path: Path) -> None:
+    """The numbers of our own products: with scales whose bytes were transposed behind the shape of rows, and
+    with one scale for each row of a and of the weight."""
+    row, row_scale = LOW.group_quant(X, 0)
+    channels = torch.rand(192, 1, generator=GENERATOR) + 0.5
 
     class Layer(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("b", LOW.shuffle_weight(B, "shuffled_16x16"))
             self.register_buffer("b_scale", B_SCALE)
+            self.register_buffer("channels", channels)
 
-        def forward(self, a: Tensor, a_scale: Tensor) -> Tensor:
-            return op(SHUFFLED)(a, self.b, a_scale, self.b_scale)
+        def forward(self, a: Tensor, a_scale: Tensor, row: Tensor, row_scale: Tensor) -> Any:
+            blocks = op(SHUFFLED)(a, self.b, a_scale, self.b_scale)
+            return blocks, op(OF_TOKENS)(row, self.b, row_scale, self.channels, dtype=torch.float16)
 
-    by_bytes = A_SCALE.t().contiguous().view(A_SCALE.shape)
+    args = (A, A_SCALE.t().contiguous().view(A_SCALE.shape), row, row_scale)
     rows = torch.export.Dim("rows")
+    shapes = tuple({0: rows} for _ in args)
     compiled = lowering.compile(
-        Layer(),
-        (A, by_bytes),
-        dynamic_shapes=({0: rows}, {0: rows}),
-        target="gfx950",
-        dump_phases_to=tmp_path,
+        Layer(), args, dynamic_shapes=shapes, target="gfx950", dump_phases_to=tmp_path
     )
-    (launch,) = compiled.dispatched.launches
-    spec = launch.kernel.spec
-    assert isinstance(spec, MatmulSpec) and (spec.b_layout, spec.a_scale_layout) == (
-        "shuffled_16x16",
-        "column",
-    )
+    specs = [launch.kernel.spec for launch in compiled.dispatched.launches]
+    said = [(s.b_layout, s.a_scale_layout, s.whole) for s in specs if isinstance(s, MatmulSpec)]
+    assert said == [("shuffled_16x16", "column", False), ("shuffled_16x16", "row", True)]
     assert "linalg." not in (tmp_path / "9-linalg.mlir").read_text()
     compiled.save(tmp_path / "product.vmfb")
-    ((found,),) = run_emulated(tmp_path / "product.vmfb", [(A, by_bytes)])
-    torch.testing.assert_close(
-        found, LOW.block_scaled_matmul(*OPERANDS, torch.bfloat16), rtol=2**-7, atol=2**-7
-    )
+    ((blocks, tokens),) = run_emulated(tmp_path / "product.vmfb", [args])
+    expected = LOW.block_scaled_matmul(*OPERANDS, torch.bfloat16)
+    torch.testing.assert_close(blocks, expected, rtol=2**-7, atol=2**-7)
+    expected = LOW.block_scaled_matmul(row, B, row_scale, channels, torch.float16)
+    torch.testing.assert_close(tokens, expected, rtol=2**-10, atol=2**-10)
 
 
 def test_a_block_of_another_size_is_not_a_product_of_these_scales() -> None:
