@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 import lowering
-from lowering.cli.compile import Progress
+from lowering.cli.progress import Progress
 from lowering.report.report import Report
 from tools.decoding import Decoder, Eager, greedy, medians, read, seconds_per_token
 

@@ -1,8 +1,7 @@
 """The command ``compile-to-vmfb``: a model in, one ``.vmfb`` and its report out.
 
-Only what a person sees is here: options, progress, messages, exit codes, and that no output is ever
-half-written.  Heavy packages are imported when they are needed, so ``--help`` and most mistakes
-answer at once.
+Only what a person sees is here: messages, exit codes, and that no output is ever half-written.  Heavy
+packages are imported when they are needed, so ``--help`` and most mistakes answer at once.
 """
 
 from __future__ import annotations
@@ -10,191 +9,36 @@ from __future__ import annotations
 import argparse
 import io
 import sys
-import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..backends import object_cache
 from ..errors import UnfusedError, UsageError
-from ..targets import TARGETS, Target
+from ..targets import Target
 from ..targets import resolve as resolve_target
-from .command import DEBUG, guarded, tell, write
+from .command import guarded, write
+from .compile_options import PROG, parser
 from .outputs import Output, Outputs, check_apart, check_dump, make_directory, writing
+from .progress import Progress
 from .source import MlirText, Model, Models, check_decoder, check_form, resolve, source_file
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-    from rich.status import Status
+    from rich.console import RenderableType
 
     from ..compiler import Compiled
     from ..containers import Names
     from ..report.report import Report
 
-PROG = "compile-to-vmfb"
-
-_DESCRIPTION = """\
-Compile a PyTorch model to one IREE program (.vmfb) in which every RMSNorm with its residual add and its
-quantizations is a single kernel."""
-
-_EPILOG = f"""\
-sources:
-  file.py:callable          call a function of a file; it returns (module, args),
-                            (module, args, dynamic_shapes) or (module, args, kwargs, dynamic_shapes),
-                            args being a tuple of example tensors, kwargs a dict of them;
-                            or a dict of these: functions of one program, which share weights and state
-  package.module:callable   the same, of an importable module
-  model.pt2                 what torch.export.save wrote
-  hf:FOLDER                 a checkpoint of a causal language model on this machine: config.json and
-                            safetensors, quantized or not; ids [batch, tokens] in, logits out
-  model.mlir, -             MLIR text in the torch dialect, from a file or standard input
-
-examples:
-  {PROG} model.py:build -o model.vmfb
-  {PROG} model.py:build -o model.vmfb --target h200 --report fusion.html
-  {PROG} model.py:build -o model.vmfb --explain --require-fused --verify
-  {PROG} model.pt2 -o model.vmfb --parameters weights.irpa --target mi355x
-  {PROG} hf:Qwen3-8B-FP8 -o qwen.vmfb --decoder 4096 --batch 8 --target h200
-
-exit codes:
-  0  done
-  1  the model cannot be compiled
-  2  the request is wrong: an option, the source, a path that cannot be written
-  3  --require-fused, and a site did not fuse
-  4  --verify, and compiled and eager differ
-  130, 143  interrupted (Ctrl-C), terminated
-The report and the dumps are written in cases 3 and 4 too, since they say what is wrong; the .vmfb and
-the .irpa are not. Set {DEBUG}=1 for the traceback of an error."""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the return value is its exit code."""
     try:
-        options = _parser().parse_args(argv)
+        options = parser().parse_args(argv)
     except SystemExit as stop:  # argparse has printed its help or its error
         return int(stop.code or 0)
     return guarded(PROG, lambda: _run(options))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        PROG,
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-            prog, max_help_position=26, width=100
-        ),
-        allow_abbrev=False,
-    )
-    parser.add_argument("source", metavar="SOURCE", help="the model; see below for its forms")
-    parser.add_argument(
-        "-o", "--output", metavar="OUT.vmfb", type=Path, required=True, help="the program to write"
-    )
-    parser.add_argument("--target", metavar="NAME", default="cpu", help=_target_help())
-    parser.add_argument(
-        "--trust-source",
-        action="store_true",
-        help="run the code a .pt2 holds: pickled objects and the like; without it such a file is refused",
-    )
-    parser.add_argument(
-        "--parameters", metavar="F.irpa", type=Path, help="keep the weights in F.irpa instead of in the .vmfb"
-    )
-    parser.add_argument(
-        "--fp8",
-        choices=("as-is", "native"),
-        default="as-is",
-        help="keep the graph's flavour of fp8 (default), or use the target's where only products see it",
-    )
-    parser.add_argument(
-        "--only-output",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="keep this part of the model's result alone, as logits or cache.0; may be given several times",
-    )
-    parser.add_argument(
-        "--patterns",
-        metavar="F.py",
-        type=Path,
-        action="append",
-        default=[],
-        help="recognisers of your own, tried before the built-in ones; may be given several times",
-    )
-    _add_decoder(parser.add_argument_group("decoding with a cache, of hf:FOLDER"))
-    _add_reporting(parser.add_argument_group("what fused"))
-    _add_checking(parser.add_argument_group("checking and debugging"))
-    _add_keeping(parser.add_argument_group("kernels that were compiled before"))
-    return parser
-
-
-def _add_decoder(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--decoder",
-        metavar="CAPACITY",
-        type=int,
-        help="make functions prefill and decode, with a cache of CAPACITY tokens, in place of one without",
-    )
-    group.add_argument(
-        "--batch", metavar="N", type=int, help="the most sequences at a time (default: 1), with --decoder"
-    )
-    group.add_argument(
-        "--prompt",
-        metavar="N",
-        type=int,
-        help="the most tokens of one prefill (default: CAPACITY), with --decoder",
-    )
-
-
-def _add_reporting(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--report", metavar="F", type=Path, help="write the fusion report; F ends in .json or .html"
-    )
-    group.add_argument("--explain", action="store_true", help="print the fusion report as a table")
-    group.add_argument(
-        "--timing",
-        action="store_true",
-        help="print the time of each step, and of each pattern with its hits and misses",
-    )
-    group.add_argument("--require-fused", action="store_true", help="fail (exit 3) unless every site fused")
-
-
-def _add_checking(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--verify", action="store_true", help="run compiled and eager on args; fail (exit 4) if they differ"
-    )
-    group.add_argument(
-        "--dump-kernels", metavar="D", type=Path, help="write each kernel's object file and kernels.json to D"
-    )
-    group.add_argument(
-        "--dump-phases-to", metavar="D", type=Path, help="write the program's IR after each phase to D"
-    )
-    group.add_argument(
-        "--keep-source-paths",
-        action="store_true",
-        help="leave the model's paths and lines in the program, for debuggers and profilers",
-    )
-
-
-def _add_keeping(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--cache-dir",
-        metavar="D",
-        type=Path,
-        help="keep compiled kernels in D (default: $VMFUSE_CACHE_DIR, or the user's cache directory)",
-    )
-    group.add_argument(
-        "--no-cache", action="store_true", help="compile every kernel anew and keep none ($VMFUSE_NO_CACHE)"
-    )
-
-
-def _target_help() -> str:
-    names = ", ".join(" ".join((*t.aliases[:2], t.name)) for t in TARGETS if t.is_gpu)
-    return f"cpu for this very machine (default), or one of: {names}"
-
-
-# The run ----------------------------------------------------------------------------------------
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -405,83 +249,6 @@ def _result(report: Report, path: Path) -> str:
 def _size(path: Path) -> str:
     size = path.stat().st_size
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
-
-
-# Progress ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class Progress:
-    """One line per phase on standard error, with its time; the phase under way is animated on a terminal.
-
-    Called with a phase's name when it begins, and again with the same name when only its detail changes.
-    """
-
-    note: str = ""
-    _phase: str | None = None
-    _detail: str = ""
-    _since: float = 0.0
-    _started: float = field(default_factory=time.monotonic)
-    _console: Console | None = None
-    _status: Status | None = None
-
-    def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
-            from rich.console import Console
-
-            self._console = Console(stderr=True, highlight=False)
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.finish()
-        self._stop()
-
-    def __call__(self, phase: str, detail: str = "") -> None:
-        if phase != self._phase:
-            self.finish()
-            self._phase, self._since = phase, time.monotonic()
-        self._detail = detail
-        if self._console is not None:
-            self._animate()
-
-    def finish(self) -> None:
-        """Print the line of the phase under way, if there is one."""
-        self._stop()
-        if self._phase is None:
-            return
-        took = time.monotonic() - self._since
-        self._line(f"  {self._phase:<10}{took:7.2f} s", self.note or self._detail)
-        self._phase, self.note = None, ""
-
-    def say(self, text: str) -> None:
-        """Print the last line, with the time of the whole run."""
-        self._line(f"  {'done':<10}{time.monotonic() - self._started:7.2f} s", text)
-
-    def _line(self, head: str, tail: str) -> None:
-        if self._console is None:
-            tell(f"{head}  {tail}".rstrip())
-            return
-        from rich.text import Text
-
-        self._console.print(
-            Text.assemble(("✓ ", "green"), head.strip(), (f"  {tail}", "dim")), overflow="fold"
-        )
-
-    def _animate(self) -> None:
-        from rich.text import Text
-
-        text = Text.assemble(f"{self._phase:<10}", (self._detail, "dim"))
-        if self._status is None:
-            assert self._console is not None
-            self._status = self._console.status(text)
-            self._status.start()
-        self._status.update(text)
-
-    def _stop(self) -> None:
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from torch.export import Dim
 
 import lowering
 from lowering import nn as quantized
+from lowering.cli.comparison import Comparison, compare
 from lowering.cli.sensitivity import exact, nudged
-from lowering.cli.verify import Comparison, compare, verify
+from lowering.cli.verify import verify
 from lowering.errors import RunError, VerificationError
 from lowering.importing.sizes import exported_shapes, other_arguments
 
