@@ -49,7 +49,7 @@ def _move(view: ir.Operation, product: ir.Operation) -> None:
 def _vector(weight: ir.Value, groups: torch_ir.TensorType) -> ir.Value | None:
     """The vector that ``weight`` is a view of, in the last two axes of ``groups``; None if it is none."""
     view, type_ = torch_ir.producer(weight), torch_ir.tensor_type(weight)
-    if type_ is None or not views.is_flat_view(view) or type_.shape != groups.shape[-2:]:
+    if view is None or type_ is None or not views.is_flat_view(view) or type_.shape != groups.shape[-2:]:
         return None
-    vector = torch_ir.tensor_type(view.operands[0])  # type: ignore[union-attr]
-    return view.operands[0] if vector is not None and len(vector.shape) == 1 else None  # type: ignore[union-attr]
+    vector = torch_ir.tensor_type(view.operands[0])
+    return view.operands[0] if vector is not None and len(vector.shape) == 1 else None
