@@ -41,6 +41,7 @@ from .arguments import (
     without_constants,
 )
 from .files import function_of
+from .graphs import GATE, Graphs, Tape, apart
 from .session import Memory, Outcome, Session, Storage, reported, returned
 from .state import State
 from .writing import Writing
@@ -79,6 +80,16 @@ class Function:
         self._returned = [i for i in range(len(outputs)) if i not in placed]
         self._returned_dtypes = [self._dtypes[i] for i in self._returned]
         self._plans: dict[Any, _Plan] = {}
+        why_not = session.no_graphs or self._why_no_graph()
+        self._graphs = Graphs(session.library, why_not)
+
+    def _why_no_graph(self) -> str:
+        """Say what keeps every call from being a graph, or nothing."""
+        if self.tensor_outputs is None:
+            return "the program does not say what it returns"
+        if not self.signature.placed or self._returned:
+            return "the call itself tells sizes, or returns what its caller has no memory for"
+        return ""
 
     def with_state(self, state: State) -> Function:
         """The same function on another state."""
@@ -101,6 +112,16 @@ class Function:
         if tree is not None and tree.num_leaves == len(results):
             return pytree.tree_unflatten(results, tree)
         return results[0] if len(results) == 1 else tuple(results)
+
+    def explain_call(self, *args: Any, **kwargs: Any) -> str:
+        """Say whether a call with these arguments is one graph launch, or why it is not; nothing runs.
+
+        Raises what the call would raise of its arguments.
+        """
+        values = self._leaves(args, kwargs)
+        with self._state.held() if self.signature.state else nullcontext():
+            plan = self._plan(values)
+        return "no graph: all results are empty" if plan.all_empty else self._graphs.explain(plan)
 
     def run(self, *values: Any) -> list[Tensor]:
         """Call with the tensors and ints of ``passed_inputs``, flat; returns the tensors of the result.
@@ -135,10 +156,12 @@ class Function:
     def _prepared(self, values: Sequence[Any], spare: Mapping[int, Memory]) -> _Call:
         """A call with the arguments of ``run``; spare: where new values of the state are put, by number."""
         plan = self._plan(values)
+        tape = self._graphs.tape(plan)
+        allocate = self._session.allocate if tape is None else self._session.room
         with reported(f"{self.name} failed"):
             placed = zip(self.signature.placed, plan.storage, strict=True)
-            storage = [spare.get(numbers[0]) or self._session.allocate(each) for numbers, each in placed]
-        return _Call(plan, values, spare, storage)
+            storage = [spare.get(numbers[0]) or allocate(each) for numbers, each in placed]
+        return _Call(plan, values, spare, storage, tape)
 
     def _invoke(self, call: _Call, passed: Sequence[Any]) -> None:
         """Run the program with what is ``passed`` for the arguments and the state."""
@@ -146,10 +169,36 @@ class Function:
         if call.plan.all_empty and not session.place.driver.on_host:
             return
         with reported(f"{self.name} failed"):
+            if call.tape is not None:
+                self._play(call.tape, call, passed)
+                return
             memory = [view for _, view in call.storage]
             if call.plan.scratch is not None:
                 memory.append(session.scratch(call.plan.scratch))
-            session.invoke(self._function, passed, memory, call.outcome)
+            if self._graphs.due(call.plan):
+                self._record(call, passed, memory)
+            else:
+                session.invoke(self._function, passed, memory, call.outcome)
+
+    def _play(self, tape: Tape, call: _Call, passed: Sequence[Any]) -> None:
+        """Do what ``session.invoke`` does with what was recorded of another call with this plan."""
+        session = self._session
+        given = [session.presented(value) for value in passed]
+        given += [tensor for tensor, _ in call.storage]
+        if call.plan.scratch is not None:
+            given.append(session.scratch_room(call.plan.scratch))
+        session.play(tape, given, call.outcome)
+
+    def _record(self, call: _Call, passed: Sequence[Any], memory: Sequence[Any]) -> None:
+        """Run the program and record what it issues, of arguments none of which shares memory."""
+        session = self._session
+        try:
+            passed = apart([session.presented(value) for value in passed])
+            ranges = [session.located(value) for value in (*passed, *memory) if not isinstance(value, int)]
+            with self._graphs.recorded(call.plan, ranges, session):
+                session.invoke(self._function, passed, memory, call.outcome)
+        finally:
+            GATE.open()
 
     def _results(self, call: _Call) -> list[Any]:
         """All tensors that a call returned, which is over: None for one that is in the spare memory."""
@@ -302,6 +351,7 @@ class _Call:
     values: Sequence[Any]
     spare: Mapping[int, Memory]
     storage: list[Memory]
+    tape: Tape | None
     outcome: Outcome = field(default_factory=list)
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,6 +21,7 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from ..errors import RunError, UsageError
 from ..signature import Signature, missing_on_host
+from .graphs import GATE, Mode, Range, Tape, graphs_of
 
 _CPU_ALIGNMENT = 64
 
@@ -207,8 +209,17 @@ Outcome = list[tuple[None, iree.VmVariantList]]
 class Session:
     """One IREE context on one device; calls take turns."""
 
-    def __init__(self, module: iree.VmModule, place: Place, parameter_modules: Sequence[iree.VmModule]):
+    def __init__(
+        self,
+        module: iree.VmModule,
+        place: Place,
+        parameter_modules: Sequence[iree.VmModule],
+        graphs: Mode = "auto",
+    ):
         self.place = place
+        self.library, self.no_graphs = graphs_of(place.backend, graphs)
+        """The library that records calls, and why there is none."""
+        self._gate = nullcontext() if self.library is None else GATE
         # What an empty tensor points to: torch's points nowhere, which crashes the cpu driver.  Made first:
         # on a GPU it also makes the device current in this thread, which IREE's module loading relies on.
         self._somewhere = torch.zeros(_CPU_ALIGNMENT, dtype=torch.uint8, device=place.device)
@@ -217,9 +228,10 @@ class Session:
         self._on_host = place.device.type == "cpu"
         self._dlpack = (_DRIVERS["cpu"].dlpack, 0) if self._on_host else (place.driver.dlpack, place.index)
         hal_module = iree.create_hal_module(instance(), self._hal)
-        self._context: iree.VmContext | None = iree.VmContext(
-            instance(), [hal_module, *parameter_modules, module]
-        )
+        with self._gate:
+            self._context: iree.VmContext | None = iree.VmContext(
+                instance(), [hal_module, *parameter_modules, module]
+            )
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -249,11 +261,45 @@ class Session:
         if self.place.device.type == "cuda":
             # After the conversions and allocations: copies may be queued, and freed memory still in use.
             torch.cuda.current_stream(self.place.device).synchronize()
-        with self._lock:
+        with self._gate, self._lock:
             invoke = self._open().invoke
             # One step for Python, which raises KeyboardInterrupt between steps: afterwards the outcome knows.
             outcome.extend(zip(map(invoke, (function,), (arguments,), (results,)), (results,), strict=True))
         return returned(outcome)
+
+    def play(self, tape: Tape, passed: Sequence[Any], outcome: Outcome) -> None:
+        """Do again what was recorded, with the memory of these tensors and views, on torch's current stream.
+
+        Nothing is waited for.  ``outcome`` knows whether it was begun, as in ``invoke``.
+        """
+        addresses = [self.located(value)[0] for value in passed if not isinstance(value, int)]
+        play = tape.player(addresses, self._stream())
+        with self._lock:
+            self._open()
+            outcome.extend(zip(map(play, (tape.how,)), ((),), strict=True))
+        ((code, _),) = outcome
+        if code:
+            outcome.clear()
+            tape.check(code)
+
+    def _stream(self) -> int:
+        on_host = self.place.device.type == "cpu"
+        return 0 if on_host else torch.cuda.current_stream(self.place.device).cuda_stream
+
+    def presented(self, value: Any) -> Any:
+        """What a program is passed for a tensor, at the address where it finds it."""
+        if not isinstance(value, Tensor):
+            return value
+        return value.contiguous() if self.place.emulated is None else self.to_iree(value)
+
+    def located(self, value: Tensor | iree.HalBufferView) -> Range:
+        """Where the memory of a value is that a program is passed."""
+        if isinstance(value, Tensor):
+            where = value if value.numel() else self._somewhere
+            return where.data_ptr(), where.nbytes
+        buffer = value.get_buffer()
+        first = iree.HalBufferView(buffer, (1,), iree.HalElementType.UINT_8)
+        return from_dlpack(self._hal.create_dlpack_capsule(first, *self._dlpack)).data_ptr(), buffer.byte_length()
 
     def _open(self) -> iree.VmContext:
         if self._context is None:
@@ -310,6 +356,18 @@ class Session:
         tensor = torch.empty_like(storage.like, memory_format=torch.contiguous_format)
         return tensor, self._bytes(tensor)
 
+    def room(self, storage: Storage) -> tuple[Tensor, iree.HalBufferView | None]:
+        """Memory as ``allocate`` gives it, for a program that is played and needs no view."""
+        if self._on_host:
+            return self.allocate(storage)
+        return torch.empty_like(storage.like, memory_format=torch.contiguous_format), None
+
+    def scratch_room(self, size: int) -> Tensor | iree.HalBufferView:
+        """Scratch memory for a program that is played."""
+        if self._on_host:
+            return self.scratch(size)
+        return torch.empty(size, dtype=torch.uint8, device=self.place.device)
+
     def scratch(self, size: int) -> iree.HalBufferView:
         """Memory that no tensor is made of."""
         if self._on_host and size:
@@ -322,13 +380,13 @@ class Session:
             return self._import(self._somewhere)
         return self._import(tensor.view(torch.uint8) if tensor.dtype in _AS_BYTES else tensor)
 
-    def lend(self, tensor: Tensor) -> tuple[iree.HalBufferView, Callable[[], Any] | None]:
+    def lend(self, tensor: Tensor) -> tuple[Tensor | iree.HalBufferView, Callable[[], Any] | None]:
         """The tensor's memory for a program to write to; what brings it back where it had to be copied."""
         direct = tensor.is_contiguous() and not (
             self.place.driver.on_host and tensor.data_ptr() % _CPU_ALIGNMENT
         )
         if direct and self.place.emulated is None:
-            return self.to_iree(tensor), None
+            return tensor, None
         copied = self.to_iree(tensor)
         return copied, lambda: tensor.detach().copy_(self.to_torch(copied, tensor.dtype))
 

@@ -1,0 +1,204 @@
+"""Play a call again as one graph of the GPU's driver, without IREE.
+
+The first call with given shapes runs as ever.  The second is recorded while it runs, by the library of
+``driver_library``: kernels, copies and fills in IREE's order, and which of their addresses lie in the caller's
+memory (arguments, results, scratch, state).  From then on a call is one launch of the graph, on torch's current
+stream, with the addresses of that call; it returns before the GPU is done, as every operation of torch does.
+
+A call that cannot be played so, for whatever reason, goes on as before; ``reason`` says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from ..errors import RunError
+from . import driver_library
+
+Mode = Literal["auto", "off"]
+"""Whether calls become graphs; only those on a GPU can."""
+
+Range = tuple[int, int]
+"""An address, and the bytes that are there."""
+
+MODES = get_args(Mode)
+
+_KEPT = 64
+"""Graphs of a function; the one used least recently goes."""
+
+_RECORDINGS = 3
+"""A recording that something got in the way of is tried again, up to this number."""
+
+_AS_GRAPH, _AS_LAUNCHES = 0, 1
+
+
+class Gate:
+    """Let calls through side by side, and a thread that records alone."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside = 0
+        self._alone: int | None = None
+
+    def __enter__(self) -> None:
+        with self._changed:
+            while self._alone not in (None, threading.get_ident()):
+                self._changed.wait()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._inside -= 1
+
+    def close(self) -> bool:
+        """Keep all other threads out, if none is inside."""
+        with self._changed:
+            if self._alone is not None or self._inside:
+                return False
+            self._alone = threading.get_ident()
+            return True
+
+    def open(self) -> None:
+        """Let others in again."""
+        with self._changed:
+            self._alone = None
+            self._changed.notify_all()
+
+
+GATE = Gate()
+"""All that IREE issues to GPUs: what passes the library is not told apart by who called."""
+
+
+class Tape:
+    """What one call issued, to be played again; ``owner`` keeps its kernels and weights."""
+
+    def __init__(self, library: ctypes.CDLL, pointer: int, owner: object):
+        self._library, self._pointer, self._owner = library, pointer, owner
+        self.operations = library.tape_operations(pointer)
+
+    def player(self, addresses: Sequence[int], stream: int) -> Callable[[int], int]:
+        """What plays it on ``stream`` with the caller's memory there; it takes ``how``.
+
+        No function of Python's: an interrupt comes before it or after it.
+        """
+        array = (ctypes.c_uint64 * len(addresses))(*addresses)
+        return partial(self._library.tape_play, self._pointer, array, stream)
+
+    @property
+    def how(self) -> int:
+        """What a player takes: a graph of one kernel takes longer to launch than the kernel."""
+        return _AS_GRAPH if self.operations > 1 else _AS_LAUNCHES
+
+    def check(self, code: int) -> None:
+        """Raise RunError for what playing has returned."""
+        if code:
+            raise RunError(self._library.tape_error(code).decode())
+
+    def __del__(self) -> None:
+        self._library.tape_drop(self._pointer)
+
+
+class _Known:
+    """What is known of the calls of one plan."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.recordings = 0
+        self.tape: Tape | None = None
+        self.reason = ""
+
+
+class Graphs:
+    """The graphs of one function, by plan; ``reason`` is why it can have none, or empty."""
+
+    def __init__(self, library: ctypes.CDLL | None, reason: str):
+        self._library, self.reason = library, reason
+        self._known: OrderedDict[Any, _Known] = OrderedDict()
+
+    def tape(self, plan: object) -> Tape | None:
+        """The recording of a call with this plan, if there is one."""
+        known = self._known.get(plan)
+        return known and known.tape
+
+    def explain(self, plan: object) -> str:
+        """Say whether a call with this plan is a graph, and if not, why."""
+        if self.reason:
+            return f"no graph: {self.reason}"
+        known = self._known.get(plan)
+        if known is None or not (known.tape or known.reason):
+            return "no graph yet: the second call with the same dtypes and shapes makes one"
+        if known.tape is None:
+            return f"no graph: {known.reason}"
+        operations = known.tape.operations
+        return f"a graph of {operations} operations" if operations > 1 else "one launch, without IREE"
+
+    def due(self, plan: object) -> bool:
+        """Count a call with this plan, and tell whether it is to be recorded: then nothing else runs now."""
+        if self.reason:
+            return False
+        known = self._known.get(plan)
+        if known is None:
+            known = self._known[plan] = _Known()
+            while len(self._known) > _KEPT:
+                self._known.popitem(last=False)
+        known.calls += 1
+        if known.calls == 1 or known.recordings == _RECORDINGS or known.tape is not None:
+            return False
+        return GATE.close()
+
+    @contextmanager
+    def recorded(self, plan: object, ranges: Sequence[Range], owner: object) -> Iterator[None]:
+        """Record the call that is made meanwhile, which is due and is passed the memory at ``ranges``.
+
+        owner: what keeps the program's own memory.
+        """
+        library, known = self._library, self._known.setdefault(plan, _Known())
+        assert library is not None
+        known.recordings += 1
+        numbers = ctypes.c_uint64 * len(ranges)
+        bases, sizes = numbers(*[at for at, _ in ranges]), numbers(*[size for _, size in ranges])
+        pointer = library.tape_begin(bases, sizes, len(ranges))
+        if not pointer:
+            raise MemoryError("no memory is left for the recording of a call")
+        try:
+            yield
+        except BaseException:
+            library.tape_end(pointer)
+            library.tape_drop(pointer)
+            raise
+        library.tape_end(pointer)
+        tape = Tape(library, pointer, owner)
+        known.reason = library.tape_reason(pointer).decode()
+        known.tape = None if known.reason else tape
+
+
+def apart(values: Sequence[Any]) -> list[Any]:
+    """The values, of two tensors that share memory one copied: a recording tells them apart by addresses."""
+    taken: list[Range] = []
+    found = []
+    for value in values:
+        if isinstance(value, Tensor) and value.numel():
+            begin, end = value.data_ptr(), value.data_ptr() + value.nbytes
+            if any(begin < last and first < end for first, last in taken):
+                value = value.clone()
+            taken.append((begin, end))
+        found.append(value)
+    return found
+
+
+def graphs_of(backend: str, mode: Mode) -> tuple[ctypes.CDLL | None, str]:
+    """The library for a backend's graphs, or why there is none."""
+    if backend == "cpu":
+        return None, "it runs on the CPU"
+    if mode == "off":
+        return None, "graphs are off"
+    found = driver_library.library(backend)
+    return (None, found) if isinstance(found, str) else (found, "")
