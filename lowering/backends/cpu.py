@@ -16,7 +16,6 @@ from iree.compiler.dialects import arith, flow, func, stream
 
 from patterns import torch_ir
 
-from ..errors import ToolchainError
 from ..families.instance import Binding, KernelInstance
 from ..host_compiler import c_compiler
 from .base import Backend

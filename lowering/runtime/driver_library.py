@@ -1,7 +1,7 @@
 """Build the library that stands between IREE and a GPU's driver, and have IREE find it.
 
-Its source is ``native/tape.c``; it is compiled on first use, as CPU kernels are, and kept with them.  It has to be
-there before IREE opens the driver, which it does once in a process.
+Its source is ``native/tape.c``; it is compiled on first use, as CPU kernels are, and kept with them.  It has
+to be there before IREE opens the driver, which it does once in a process.
 """
 
 from __future__ import annotations
@@ -25,13 +25,20 @@ from ..errors import ToolchainError
 from ..host_compiler import c_compiler, hosted
 
 _SOURCE = Path(__file__).parent / "native"
-_OPTIONS = ("-std=gnu11", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread", "-w", "-Wl,--no-as-needed")
+_OPTIONS = (
+    "-std=gnu11",
+    "-O2",
+    "-shared",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-pthread",
+    "-w",
+    "-Wl,--no-as-needed",
+)
 
 # How each driver's own library is called, and what IREE opens.
 _REAL = {"cuda": "libcuda.so.1", "hip": "libamdhip64.so"}
 _DEFINES = {"cuda": ("-DFOR_CUDA", "-Wl,-soname,libcuda.so"), "hip": ("-DFOR_HIP",)}
-
-
 
 
 @functools.cache
@@ -40,13 +47,16 @@ def library(backend: str) -> ctypes.CDLL | str:
     if not sys.platform.startswith("linux"):
         return "it needs Linux"
     try:
-        return _opened(backend, _real(backend))
+        return opened(backend, _real(backend))
     except (OSError, ToolchainError) as error:
         return str(error).partition("\n")[0]
 
 
-def _opened(backend: str, real: str) -> ctypes.CDLL:
-    """Load the library from memory: what the cache holds is checked when it is read, and never after."""
+def opened(backend: str, real: str) -> ctypes.CDLL:
+    """The library before the driver's own at the path ``real``; OSError, ToolchainError where that fails.
+
+    It is loaded from memory: what the cache holds is checked when it is read, and never after.
+    """
     file = os.memfd_create(f"vmfuse-{backend}", os.MFD_CLOEXEC)
     with os.fdopen(file, "wb", closefd=False) as stream:
         stream.write(_built(backend, real))
@@ -102,10 +112,10 @@ def _chosen(paths: str) -> str:
 
 def _built(backend: str, real: str) -> bytes:
     """The library's bytes, from the cache or the C compiler; ToolchainError without either."""
-    texts = [(file.name, file.read_text(encoding="utf-8")) for file in sorted(_SOURCE.iterdir()) if file.is_file()]
-    # CUDA's is looked up by its name when it is used, HIP's at the place it was found.
-    linked = _REAL["cuda"] if backend == "cuda" else real
-    options = (*_OPTIONS, *_DEFINES[backend], f"-DDRIVER={json.dumps(linked)}")
+    texts = [
+        (file.name, file.read_text(encoding="utf-8")) for file in sorted(_SOURCE.iterdir()) if file.is_file()
+    ]
+    options = (*_OPTIONS, *_DEFINES[backend], f"-DDRIVER={json.dumps(real)}")
     compiler = hosted(c_compiler("graphs of calls need"))
     key = hashlib.sha256(json.dumps([compiler, options, texts, real]).encode()).hexdigest()
     if (cached := object_cache.read(key)) is not None:

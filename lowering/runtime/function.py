@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from ..signature import (
     resolve,
     returned_tensors,
 )
+from . import playing
 from .arguments import (
     bind,
     check_kinds,
@@ -41,7 +43,7 @@ from .arguments import (
     without_constants,
 )
 from .files import function_of
-from .graphs import GATE, Graphs, Tape, apart
+from .graphs import Graphs, Tape
 from .session import Memory, Outcome, Session, Storage, reported, returned
 from .state import State
 from .writing import Writing
@@ -123,6 +125,11 @@ class Function:
             plan = self._plan(values)
         return "no graph: all results are empty" if plan.all_empty else self._graphs.explain(plan)
 
+    def wait(self) -> None:
+        """Wait until all that calls have asked of the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def run(self, *values: Any) -> list[Tensor]:
         """Call with the tensors and ints of ``passed_inputs``, flat; returns the tensors of the result.
 
@@ -157,7 +164,8 @@ class Function:
         """A call with the arguments of ``run``; spare: where new values of the state are put, by number."""
         plan = self._plan(values)
         tape = self._graphs.tape(plan)
-        allocate = self._session.allocate if tape is None else self._session.room
+        session = self._session
+        allocate = session.allocate if tape is None else partial(playing.room, session)
         with reported(f"{self.name} failed"):
             placed = zip(self.signature.placed, plan.storage, strict=True)
             storage = [spare.get(numbers[0]) or allocate(each) for numbers, each in placed]
@@ -172,33 +180,22 @@ class Function:
             if call.tape is not None:
                 self._play(call.tape, call, passed)
                 return
-            memory = [view for _, view in call.storage]
+            memory: list[Any] = [view for _, view in call.storage]
             if call.plan.scratch is not None:
                 memory.append(session.scratch(call.plan.scratch))
             if self._graphs.due(call.plan):
-                self._record(call, passed, memory)
+                playing.record(session, self._graphs, call.plan, self._function, passed, memory, call.outcome)
             else:
                 session.invoke(self._function, passed, memory, call.outcome)
 
     def _play(self, tape: Tape, call: _Call, passed: Sequence[Any]) -> None:
-        """Do what ``session.invoke`` does with what was recorded of another call with this plan."""
+        """Do what ``_invoke`` does with what was recorded of another call with this plan."""
         session = self._session
-        given = [session.presented(value) for value in passed]
+        given = [playing.presented(session, value) for value in passed]
         given += [tensor for tensor, _ in call.storage]
         if call.plan.scratch is not None:
-            given.append(session.scratch_room(call.plan.scratch))
-        session.play(tape, given, call.outcome)
-
-    def _record(self, call: _Call, passed: Sequence[Any], memory: Sequence[Any]) -> None:
-        """Run the program and record what it issues, of arguments none of which shares memory."""
-        session = self._session
-        try:
-            passed = apart([session.presented(value) for value in passed])
-            ranges = [session.located(value) for value in (*passed, *memory) if not isinstance(value, int)]
-            with self._graphs.recorded(call.plan, ranges, session):
-                session.invoke(self._function, passed, memory, call.outcome)
-        finally:
-            GATE.open()
+            given.append(playing.scratch(session, call.plan.scratch))
+        playing.play(session, tape, given, call.outcome)
 
     def _results(self, call: _Call) -> list[Any]:
         """All tensors that a call returned, which is over: None for one that is in the spare memory."""

@@ -1,9 +1,10 @@
 """Play a call again as one graph of the GPU's driver, without IREE.
 
 The first call with given shapes runs as ever.  The second is recorded while it runs, by the library of
-``driver_library``: kernels, copies and fills in IREE's order, and which of their addresses lie in the caller's
-memory (arguments, results, scratch, state).  From then on a call is one launch of the graph, on torch's current
-stream, with the addresses of that call; it returns before the GPU is done, as every operation of torch does.
+``driver_library``: kernels, copies and fills in IREE's order, and which of their addresses lie in the
+caller's memory (arguments, results, scratch, state).  From then on a call is one launch of the graph, on
+torch's current stream, with the addresses of that call; it returns before the GPU is done, as torch's own
+operations do.
 
 A call that cannot be played so, for whatever reason, goes on as before; ``reason`` says why.
 """
@@ -16,9 +17,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, get_args
-
-from torch import Tensor
+from typing import Any, Literal, Protocol, get_args
+from weakref import WeakSet
 
 from ..errors import RunError
 from . import driver_library
@@ -57,14 +57,17 @@ class Gate:
     def __exit__(self, *_: object) -> None:
         with self._changed:
             self._inside -= 1
+            if self._alone is not None:
+                self._changed.notify_all()
 
-    def close(self) -> bool:
-        """Keep all other threads out, if none is inside."""
+    def close(self) -> None:
+        """Keep all other threads out, from when they have left."""
         with self._changed:
-            if self._alone is not None or self._inside:
-                return False
+            while self._alone is not None:
+                self._changed.wait()
             self._alone = threading.get_ident()
-            return True
+            while self._inside:
+                self._changed.wait()
 
     def open(self) -> None:
         """Let others in again."""
@@ -77,12 +80,20 @@ GATE = Gate()
 """All that IREE issues to GPUs: what passes the library is not told apart by who called."""
 
 
+class Owner(Protocol):
+    """What keeps the kernels and weights that tapes need; it drops them before it lets these go."""
+
+    tapes: WeakSet[Tape]
+
+
 class Tape:
     """What one call issued, to be played again; ``owner`` keeps its kernels and weights."""
 
-    def __init__(self, library: ctypes.CDLL, pointer: int, owner: object):
-        self._library, self._pointer, self._owner = library, pointer, owner
-        self.operations = library.tape_operations(pointer)
+    def __init__(self, library: ctypes.CDLL, pointer: int, owner: Owner):
+        self._library, self._owner = library, owner
+        self._pointer: int | None = pointer
+        owner.tapes.add(self)
+        self.operations = 0
 
     def player(self, addresses: Sequence[int], stream: int) -> Callable[[int], int]:
         """What plays it on ``stream`` with the caller's memory there; it takes ``how``.
@@ -102,8 +113,13 @@ class Tape:
         if code:
             raise RunError(self._library.tape_error(code).decode())
 
-    def __del__(self) -> None:
-        self._library.tape_drop(self._pointer)
+    def drop(self) -> None:
+        """Let it go, once the GPU is done with it."""
+        pointer, self._pointer = self._pointer, None
+        if pointer is not None:
+            self._library.tape_drop(pointer)
+
+    __del__ = drop
 
 
 class _Known:
@@ -114,6 +130,9 @@ class _Known:
         self.recordings = 0
         self.tape: Tape | None = None
         self.reason = ""
+
+    def is_wanted(self) -> bool:
+        return self.tape is None and self.recordings < _RECORDINGS
 
 
 class Graphs:
@@ -141,7 +160,7 @@ class Graphs:
         return f"a graph of {operations} operations" if operations > 1 else "one launch, without IREE"
 
     def due(self, plan: object) -> bool:
-        """Count a call with this plan, and tell whether it is to be recorded: then nothing else runs now."""
+        """Count a call with this plan, and tell whether it is to be recorded."""
         if self.reason:
             return False
         known = self._known.get(plan)
@@ -150,48 +169,37 @@ class Graphs:
             while len(self._known) > _KEPT:
                 self._known.popitem(last=False)
         known.calls += 1
-        if known.calls == 1 or known.recordings == _RECORDINGS or known.tape is not None:
-            return False
-        return GATE.close()
+        return known.calls > 1 and known.is_wanted()
 
     @contextmanager
-    def recorded(self, plan: object, ranges: Sequence[Range], owner: object) -> Iterator[None]:
+    def recorded(self, plan: object, ranges: Sequence[Range], owner: Owner) -> Iterator[None]:
         """Record the call that is made meanwhile, which is due and is passed the memory at ``ranges``.
 
-        owner: what keeps the program's own memory.
+        Nothing else of IREE's runs on a GPU then.  owner: what keeps the program's own memory.
         """
         library, known = self._library, self._known.setdefault(plan, _Known())
         assert library is not None
-        known.recordings += 1
-        numbers = ctypes.c_uint64 * len(ranges)
-        bases, sizes = numbers(*[at for at, _ in ranges]), numbers(*[size for _, size in ranges])
-        pointer = library.tape_begin(bases, sizes, len(ranges))
-        if not pointer:
-            raise MemoryError("no memory is left for the recording of a call")
+        GATE.close()
         try:
-            yield
-        except BaseException:
-            library.tape_end(pointer)
-            library.tape_drop(pointer)
-            raise
-        library.tape_end(pointer)
-        tape = Tape(library, pointer, owner)
-        known.reason = library.tape_reason(pointer).decode()
-        known.tape = None if known.reason else tape
-
-
-def apart(values: Sequence[Any]) -> list[Any]:
-    """The values, of two tensors that share memory one copied: a recording tells them apart by addresses."""
-    taken: list[Range] = []
-    found = []
-    for value in values:
-        if isinstance(value, Tensor) and value.numel():
-            begin, end = value.data_ptr(), value.data_ptr() + value.nbytes
-            if any(begin < last and first < end for first, last in taken):
-                value = value.clone()
-            taken.append((begin, end))
-        found.append(value)
-    return found
+            if not known.is_wanted():  # another thread has recorded it meanwhile
+                yield
+                return
+            known.recordings += 1
+            numbers = ctypes.c_uint64 * len(ranges)
+            bases, sizes = numbers(*[at for at, _ in ranges]), numbers(*[size for _, size in ranges])
+            pointer = library.tape_begin(bases, sizes, len(ranges))
+            if not pointer:
+                raise MemoryError("no memory is left for the recording of a call")
+            tape = Tape(library, pointer, owner)
+            try:
+                yield
+            finally:
+                library.tape_end(pointer)
+            tape.operations = library.tape_operations(pointer)
+            known.reason = library.tape_reason(pointer).decode()
+            known.tape = None if known.reason else tape
+        finally:
+            GATE.open()
 
 
 def graphs_of(backend: str, mode: Mode) -> tuple[ctypes.CDLL | None, str]:

@@ -12,7 +12,8 @@ is refused.
 Threads: any number of threads may call one program.  An IREE context may be used by one thread at a time, so
 calls of one ``Program`` take turns; programs loaded separately run side by side.
 
-Order on a GPU: a call waits for torch's current stream, runs, and returns when its results are there.
+Order on a GPU: a call that is a graph (``graphs``) is an operation on torch's current stream like any
+other; one that is not waits for that stream, runs, and returns when its results are there.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def load(
     program was compiled for.  parameters: the .irpa file, if the weights were kept outside.
     check: 'whole' reads the program and its weights once and compares checksums, 'headers' leaves large
     weights unread until they are used (docs/weights.md says what that takes and finds).
-    graphs: 'auto' makes calls on a GPU one launch of a graph where that is possible (docs/calls.md), 'off' does
-    not.
+    graphs: 'auto' makes a call on a GPU one launch of a graph where that is possible (docs/calls.md), 'off'
+    does not.
 
     Raises RunError with one sentence when the file is missing, truncated, not ours or compiled for
     another device or architecture, when it or its parameters are damaged, when these are missing or not the

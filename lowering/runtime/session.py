@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from iree import runtime as iree
@@ -199,11 +200,11 @@ class Storage:
     """In bytes."""
 
 
-Memory = tuple[Tensor, iree.HalBufferView]
-"""A tensor, and the same memory as a program is passed it."""
+Memory = tuple[Tensor, Any]
+"""A tensor, and the same memory as IREE passes it to a program; None where IREE does not."""
 
-Outcome = list[tuple[None, iree.VmVariantList]]
-"""What a call returned; empty until it is over."""
+Outcome = list[tuple[Any, Sequence[Any] | iree.VmVariantList]]
+"""What a call returned, IREE's list or, of one that was played, nothing; empty until it is over."""
 
 
 class Session:
@@ -220,13 +221,17 @@ class Session:
         self.library, self.no_graphs = graphs_of(place.backend, graphs)
         """The library that records calls, and why there is none."""
         self._gate = nullcontext() if self.library is None else GATE
+        self.tapes: WeakSet[Tape] = WeakSet()
         # What an empty tensor points to: torch's points nowhere, which crashes the cpu driver.  Made first:
         # on a GPU it also makes the device current in this thread, which IREE's module loading relies on.
-        self._somewhere = torch.zeros(_CPU_ALIGNMENT, dtype=torch.uint8, device=place.device)
+        self.somewhere = torch.zeros(_CPU_ALIGNMENT, dtype=torch.uint8, device=place.device)
         self._hal = hal_device(place.backend, place.index)
         self._allocator = self._hal.allocator
-        self._on_host = place.device.type == "cpu"
-        self._dlpack = (_DRIVERS["cpu"].dlpack, 0) if self._on_host else (place.driver.dlpack, place.index)
+        self._allocate = self._allocator.allocate_buffer
+        if place.emulated is not None:
+            self._allocate = _through(self._gate, self._allocate)
+        self.on_host = place.device.type == "cpu"
+        self._dlpack = (_DRIVERS["cpu"].dlpack, 0) if self.on_host else (place.driver.dlpack, place.index)
         hal_module = iree.create_hal_module(instance(), self._hal)
         with self._gate:
             self._context: iree.VmContext | None = iree.VmContext(
@@ -237,6 +242,8 @@ class Session:
     def close(self) -> None:
         """Let the context go, once the call that is under way is over; there are no others after it."""
         with self._lock:
+            for tape in tuple(self.tapes):
+                tape.drop()
             self._context = None
 
     def invoke(
@@ -259,6 +266,11 @@ class Session:
             arguments.push_ref(view.ref)
         results = iree.VmVariantList(4)
         if self.place.device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                raise RunError(
+                    "a CUDA graph is being captured, and this call is no graph itself yet: make it twice "
+                    "with tensors of these shapes before; explain_call() says whether it then is one"
+                )
             # After the conversions and allocations: copies may be queued, and freed memory still in use.
             torch.cuda.current_stream(self.place.device).synchronize()
         with self._gate, self._lock:
@@ -267,39 +279,31 @@ class Session:
             outcome.extend(zip(map(invoke, (function,), (arguments,), (results,)), (results,), strict=True))
         return returned(outcome)
 
-    def play(self, tape: Tape, passed: Sequence[Any], outcome: Outcome) -> None:
-        """Do again what was recorded, with the memory of these tensors and views, on torch's current stream.
-
-        Nothing is waited for.  ``outcome`` knows whether it was begun, as in ``invoke``.
-        """
-        addresses = [self.located(value)[0] for value in passed if not isinstance(value, int)]
-        play = tape.player(addresses, self._stream())
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Keep the program's kernels and weights while a block runs; RunError if it is closed, or forked."""
+        _refuse_forked()
         with self._lock:
             self._open()
-            outcome.extend(zip(map(play, (tape.how,)), ((),), strict=True))
-        ((code, _),) = outcome
-        if code:
-            outcome.clear()
-            tape.check(code)
+            yield
 
-    def _stream(self) -> int:
-        on_host = self.place.device.type == "cpu"
-        return 0 if on_host else torch.cuda.current_stream(self.place.device).cuda_stream
+    def stream(self) -> int:
+        """The handle of torch's current stream."""
+        return 0 if self.on_host else torch._C._cuda_getCurrentRawStream(self.place.index)
 
-    def presented(self, value: Any) -> Any:
-        """What a program is passed for a tensor, at the address where it finds it."""
-        if not isinstance(value, Tensor):
-            return value
-        return value.contiguous() if self.place.emulated is None else self.to_iree(value)
+    def ordered_after(self, last: int | None) -> int:
+        """Have torch's current stream go on where the stream ``last`` ends; returns the current one."""
+        current = self.stream()
+        if last not in (None, current) and not torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize(self.place.device)
+        return current
 
-    def located(self, value: Tensor | iree.HalBufferView) -> Range:
-        """Where the memory of a value is that a program is passed."""
-        if isinstance(value, Tensor):
-            where = value if value.numel() else self._somewhere
-            return where.data_ptr(), where.nbytes
-        buffer = value.get_buffer()
+    def address(self, view: iree.HalBufferView) -> Range:
+        """Where the memory of a view is."""
+        buffer = view.get_buffer()
         first = iree.HalBufferView(buffer, (1,), iree.HalElementType.UINT_8)
-        return from_dlpack(self._hal.create_dlpack_capsule(first, *self._dlpack)).data_ptr(), buffer.byte_length()
+        memory = from_dlpack(self._hal.create_dlpack_capsule(first, *self._dlpack))
+        return memory.data_ptr(), buffer.byte_length()
 
     def _open(self) -> iree.VmContext:
         if self._context is None:
@@ -326,7 +330,7 @@ class Session:
         for _ in range(2):
             arguments.push_ref(iree.HalFence(0).ref)
         for _ in range(more):
-            arguments.push_ref(self._import(self._somewhere).ref)
+            arguments.push_ref(self._import(self.somewhere).ref)
         results = iree.VmVariantList(1)
         with self._lock:
             self._open().invoke(function, arguments, results)
@@ -334,21 +338,21 @@ class Session:
 
     def storage(self, shape: tuple[int, ...], dtype: torch.dtype) -> Storage:
         """Memory for a tensor, as ``allocate`` takes it."""
-        like = self._somewhere.view(dtype)[0].expand(shape)
+        like = self.somewhere.view(dtype)[0].expand(shape)
         crossing = self._hal.from_dlpack_capsule(
-            to_dlpack(self._somewhere.view(torch.uint8 if dtype in _AS_BYTES else dtype))
+            to_dlpack(self.somewhere.view(torch.uint8 if dtype in _AS_BYTES else dtype))
         )
         typed = from_dlpack(self._hal.create_dlpack_capsule(crossing, *self._dlpack)).dtype == dtype
         return Storage(like, shape, crossing.element_type, typed, like.numel() * like.element_size())
 
-    def allocate(self, storage: Storage) -> tuple[Tensor, iree.HalBufferView]:
+    def allocate(self, storage: Storage) -> Memory:
         """A tensor, contiguous and not set to anything, and a view of its bytes.
 
         Where torch's tensors are the host's, the memory is IREE's: its cpu driver fills and copies into no
         other.  On a GPU it is torch's, whose allocator keeps what is freed.
         """
-        if self._on_host and storage.size:
-            buffer = self._allocator.allocate_buffer(_DEVICE_LOCAL, _ANY_USAGE, storage.size)
+        if self.on_host and storage.size:
+            buffer = self._allocate(_DEVICE_LOCAL, _ANY_USAGE, storage.size)
             view = iree.HalBufferView(buffer, storage.shape, storage.element)
             tensor = from_dlpack(self._hal.create_dlpack_capsule(view, *self._dlpack))
             return (tensor if storage.typed else tensor.view(storage.like.dtype)), view
@@ -356,28 +360,16 @@ class Session:
         tensor = torch.empty_like(storage.like, memory_format=torch.contiguous_format)
         return tensor, self._bytes(tensor)
 
-    def room(self, storage: Storage) -> tuple[Tensor, iree.HalBufferView | None]:
-        """Memory as ``allocate`` gives it, for a program that is played and needs no view."""
-        if self._on_host:
-            return self.allocate(storage)
-        return torch.empty_like(storage.like, memory_format=torch.contiguous_format), None
-
-    def scratch_room(self, size: int) -> Tensor | iree.HalBufferView:
-        """Scratch memory for a program that is played."""
-        if self._on_host:
-            return self.scratch(size)
-        return torch.empty(size, dtype=torch.uint8, device=self.place.device)
-
     def scratch(self, size: int) -> iree.HalBufferView:
         """Memory that no tensor is made of."""
-        if self._on_host and size:
-            buffer = self._allocator.allocate_buffer(_DEVICE_LOCAL, _ANY_USAGE, size)
+        if self.on_host and size:
+            buffer = self._allocate(_DEVICE_LOCAL, _ANY_USAGE, size)
             return iree.HalBufferView(buffer, (size,), iree.HalElementType.UINT_8)
         return self._bytes(torch.empty(size, dtype=torch.uint8, device=self.place.device))
 
     def _bytes(self, tensor: Tensor) -> iree.HalBufferView:
         if not tensor.numel():
-            return self._import(self._somewhere)
+            return self._import(self.somewhere)
         return self._import(tensor.view(torch.uint8) if tensor.dtype in _AS_BYTES else tensor)
 
     def lend(self, tensor: Tensor) -> tuple[Tensor | iree.HalBufferView, Callable[[], Any] | None]:
@@ -392,10 +384,7 @@ class Session:
 
     def to_iree(self, tensor: Tensor) -> iree.HalBufferView:
         """The tensor's memory as a buffer view, which keeps it alive."""
-        if tensor.requires_grad:
-            tensor = tensor.detach()
-        if not tensor.is_contiguous():
-            tensor = tensor.contiguous()
+        tensor = plain(tensor.detach() if tensor.requires_grad else tensor)
         if tensor.numel() == 0:
             return self._empty(tensor)
         if self.place.driver.on_host and tensor.data_ptr() % _CPU_ALIGNMENT:
@@ -410,7 +399,7 @@ class Session:
         """The ``memory`` of ``tensor`` as a program is passed it, with its shape and dtype."""
         element = _AS_BYTES.get(tensor.dtype)
         if element is None:
-            element = self._import(self._somewhere.view(tensor.dtype)).element_type
+            element = self._import(self.somewhere.view(tensor.dtype)).element_type
         return iree.HalBufferView(memory.get_buffer(), list(tensor.shape), element)
 
     def set(self, memory: Memory, value: Tensor | None) -> Memory:
@@ -430,7 +419,7 @@ class Session:
         return memory
 
     def _empty(self, tensor: Tensor) -> iree.HalBufferView:
-        return self.passable(tensor, self._import(self._somewhere))
+        return self.passable(tensor, self._import(self.somewhere))
 
     def _import(self, tensor: Tensor) -> iree.HalBufferView:
         view = self._hal.from_dlpack_capsule(to_dlpack(tensor))
@@ -438,12 +427,13 @@ class Session:
 
     def _upload(self, tensor: Tensor, view: iree.HalBufferView) -> iree.HalBufferView:
         """A copy in the emulated GPU's own memory, so that it knows where a buffer ends."""
-        buffer = self._allocator.allocate_buffer_copy(
-            memory_type=_DEVICE_LOCAL,
-            allowed_usage=_ANY_USAGE,
-            device=self._hal,
-            buffer=tensor.reshape(-1).view(torch.uint8).numpy(),
-        )
+        with self._gate:
+            buffer = self._allocator.allocate_buffer_copy(
+                memory_type=_DEVICE_LOCAL,
+                allowed_usage=_ANY_USAGE,
+                device=self._hal,
+                buffer=tensor.reshape(-1).view(torch.uint8).numpy(),
+            )
         assert isinstance(buffer, iree.HalBuffer)  # a view only where an element type is given
         return iree.HalBufferView(buffer, view.shape, view.element_type)
 
@@ -464,9 +454,28 @@ class Session:
         return tensor.view(dtype)
 
 
+def _through(gate: AbstractContextManager[Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, called inside the gate."""
+
+    def call(*arguments: Any) -> Any:
+        with gate:
+            return function(*arguments)
+
+    return call
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor's elements as they lie in memory, one behind the other."""
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
 def returned(outcome: Outcome) -> list[iree.HalBufferView]:
     """What the call returned, which is over."""
     ((_, results),) = outcome
+    if not isinstance(results, iree.VmVariantList):
+        return []
     return [results.get_as_object(i, iree.HalBufferView) for i in range(len(results))]
 
 

@@ -119,21 +119,21 @@ static result launch_hook(void *function, unsigned gx, unsigned gy, unsigned gz,
                           unsigned bz, unsigned shared, void *stream, void **parameters, void **extra) {
   result error = cuda.cuLaunchKernel(function, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra);
   if (error == 0 && recording())
-    note_launch(function, (unsigned[]){gx, gy, gz}, (unsigned[]){bx, by, bz}, shared, parameters, extra);
+    note_launch(function, (unsigned[]){gx, gy, gz}, (unsigned[]){bx, by, bz}, shared, stream, parameters, extra);
   return error;
 }
 
 static result copy_hook(address target, address source, size_t size, void *stream) {
   result error = cuda.cuMemcpyAsync(target, source, size, stream);
   if (error == 0)
-    note_copy(target, source, size);
+    note_copy(target, source, size, stream);
   return error;
 }
 
 static result update_hook(address target, const void *source, size_t size, void *stream) {
   result error = cuda.cuMemcpyHtoDAsync(target, source, size, stream);
   if (error == 0)
-    note_update(target, source, size);
+    note_update(target, source, size, stream);
   return error;
 }
 
@@ -141,7 +141,7 @@ static result update_hook(address target, const void *source, size_t size, void 
   static result fill##bits##_hook(address target, type value, size_t count, void *stream) {         \
     result error = cuda.cuMemsetD##bits##Async(target, value, count, stream);                       \
     if (error == 0)                                                                                 \
-      note_fill(target, value, bits / 8, count);                                                    \
+      note_fill(target, value, bits / 8, count, stream);                                             \
     return error;                                                                                   \
   }
 FILL_HOOK(8, unsigned char)
@@ -151,28 +151,28 @@ FILL_HOOK(32, unsigned)
 static result allocate_hook(address *base, size_t size) {
   result error = cuda.cuMemAlloc(base, size);
   if (error == 0)
-    note_allocated(*base, size);
+    note_allocated(*base, size, false);
   return error;
 }
 
 static result managed_hook(address *base, size_t size, unsigned flags) {
   result error = cuda.cuMemAllocManaged(base, size, flags);
   if (error == 0)
-    note_allocated(*base, size);
+    note_allocated(*base, size, true);
   return error;
 }
 
 static result host_hook(void **base, size_t size, unsigned flags) {
   result error = cuda.cuMemHostAlloc(base, size, flags);
   if (error == 0)
-    note_allocated((address)*base, size);
+    note_allocated((address)*base, size, true);
   return error;
 }
 
 static result pool_hook(address *base, size_t size, void *pool, void *stream) {
   result error = cuda.cuMemAllocFromPoolAsync(base, size, pool, stream);
   if (error == 0)
-    note_allocated(*base, size);
+    note_allocated(*base, size, false);
   return error;
 }
 

@@ -296,7 +296,7 @@ EXPORT result hipModuleLaunchKernel(void *function, unsigned gx, unsigned gy, un
                                     unsigned bz, unsigned shared, void *stream, void **parameters, void **extra) {
   result error = hip.hipModuleLaunchKernel(function, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra);
   if (error == 0 && recording())
-    note_launch(function, (unsigned[]){gx, gy, gz}, (unsigned[]){bx, by, bz}, shared, parameters, extra);
+    note_launch(function, (unsigned[]){gx, gy, gz}, (unsigned[]){bx, by, bz}, shared, stream, parameters, extra);
   return error;
 }
 
@@ -306,33 +306,26 @@ EXPORT result hipLaunchKernel(const void *function, struct size3 grid, struct si
   return hip.hipLaunchKernel(function, grid, block, parameters, shared, stream);
 }
 
-static void note_transfer(address target, const void *source, size_t size, int kind) {
-  if (kind == DEVICE_TO_DEVICE)
-    note_copy((uint64_t)target, (uint64_t)source, size);
-  else if (kind == HOST_TO_DEVICE)
-    note_update((uint64_t)target, source, size);
-  else
-    note_other("a copy to the host");
-}
-
 EXPORT result hipMemcpy(address target, const void *source, size_t size, int kind) {
-  result error = hip.hipMemcpy(target, source, size, kind);
-  if (error == 0)
-    note_transfer(target, source, size, kind);
-  return error;
+  note_other("hipMemcpy");
+  return hip.hipMemcpy(target, source, size, kind);
 }
 
 EXPORT result hipMemcpyAsync(address target, const void *source, size_t size, int kind, void *stream) {
   result error = hip.hipMemcpyAsync(target, source, size, kind, stream);
-  if (error == 0)
-    note_transfer(target, source, size, kind);
+  if (error == 0 && kind == DEVICE_TO_DEVICE)
+    note_copy((uint64_t)target, (uint64_t)source, size, stream);
+  else if (error == 0 && kind == HOST_TO_DEVICE)
+    note_update((uint64_t)target, source, size, stream);
+  else
+    note_other("a copy to the host");
   return error;
 }
 
 EXPORT result hipMemcpyHtoDAsync(address target, void *source, size_t size, void *stream) {
   result error = hip.hipMemcpyHtoDAsync(target, source, size, stream);
   if (error == 0)
-    note_update((uint64_t)target, source, size);
+    note_update((uint64_t)target, source, size, stream);
   return error;
 }
 
@@ -350,25 +343,25 @@ EXPORT result hipMemsetAsync(address target, int value, size_t size, void *strea
   EXPORT result hipMemsetD##bits##Async(address target, type value, size_t count, void *stream) {              \
     result error = hip.hipMemsetD##bits##Async(target, value, count, stream);                                  \
     if (error == 0)                                                                                            \
-      note_fill((uint64_t)target, (number)value, bits / 8, count);                                             \
+      note_fill((uint64_t)target, (number)value, bits / 8, count, stream);                                             \
     return error;                                                                                              \
   }
 FILL_HOOK(8, unsigned char, unsigned char)
 FILL_HOOK(16, unsigned short, unsigned short)
 FILL_HOOK(32, int, unsigned)
 
-#define ALLOCATE_HOOK(name, parameters, arguments) \
-  EXPORT result name parameters {                  \
-    result error = hip.name arguments;             \
-    if (error == 0)                                \
-      note_allocated((uint64_t)*base, size);       \
-    return error;                                  \
+#define ALLOCATE_HOOK(name, of_host, parameters, arguments) \
+  EXPORT result name parameters {                           \
+    result error = hip.name arguments;                      \
+    if (error == 0)                                         \
+      note_allocated((uint64_t)*base, size, of_host);       \
+    return error;                                           \
   }
-ALLOCATE_HOOK(hipMalloc, (address * base, size_t size), (base, size))
-ALLOCATE_HOOK(hipMallocManaged, (address * base, size_t size, unsigned flags), (base, size, flags))
-ALLOCATE_HOOK(hipHostMalloc, (void **base, size_t size, unsigned flags), (base, size, flags))
-ALLOCATE_HOOK(hipMallocAsync, (address * base, size_t size, void *stream), (base, size, stream))
-ALLOCATE_HOOK(hipMallocFromPoolAsync, (address * base, size_t size, void *pool, void *stream),
+ALLOCATE_HOOK(hipMalloc, false, (address * base, size_t size), (base, size))
+ALLOCATE_HOOK(hipMallocManaged, true, (address * base, size_t size, unsigned flags), (base, size, flags))
+ALLOCATE_HOOK(hipHostMalloc, true, (void **base, size_t size, unsigned flags), (base, size, flags))
+ALLOCATE_HOOK(hipMallocAsync, false, (address * base, size_t size, void *stream), (base, size, stream))
+ALLOCATE_HOOK(hipMallocFromPoolAsync, false, (address * base, size_t size, void *pool, void *stream),
               (base, size, pool, stream))
 
 EXPORT result hipFree(address base) {

@@ -31,6 +31,7 @@ struct range {
 struct allocation {
   struct range range;
   uint64_t number; /* in the order of allocation */
+  bool of_host;    /* the host can read it, so what a program does next may depend on it */
 };
 
 /* An address that is another one in every call: `operation`'s slot is the base of the buffer plus `offset`. */
@@ -47,7 +48,7 @@ struct variant {
 
 struct tape {
   pthread_mutex_t lock;
-  void *context;
+  void *context, *stream; /* IREE's */
   struct range *buffers;
   unsigned buffer_count, operation_count, relocation_count, fixed_count, event_count, variant_count;
   struct operation *operations;
@@ -89,9 +90,12 @@ static void *grown(void *array, unsigned count, size_t size) {
 }
 
 /* A new operation with `slots` slots at the end of the tape; hold `lock`. */
-static struct operation *append(struct tape *tape, enum kind kind, unsigned slots) {
+static struct operation *append(struct tape *tape, enum kind kind, unsigned slots, void *stream) {
   if (tape->waited)
     refuse(tape, "it goes on after it has waited for a value");
+  if (tape->operation_count > 0 && tape->stream != stream)
+    refuse(tape, "it uses several streams");
+  tape->stream = stream;
   if (tape->context == NULL && current_context(&tape->context) != 0)
     refuse(tape, "the driver does not say which context is in use");
   struct operation *operations = grown(tape->operations, tape->operation_count, sizeof *operations);
@@ -126,8 +130,8 @@ static struct tape *open_tape(void) {
   return NULL;
 }
 
-void note_launch(void *function, const unsigned *grid, const unsigned *block, unsigned shared, void **parameters,
-                 void **extra) {
+void note_launch(void *function, const unsigned *grid, const unsigned *block, unsigned shared, void *stream,
+                 void **parameters, void **extra) {
   struct tape *tape = open_tape();
   if (tape == NULL)
     return;
@@ -137,7 +141,7 @@ void note_launch(void *function, const unsigned *grid, const unsigned *block, un
     count++;
   if (extra != NULL || count == 0 || count == 256)
     refuse(tape, "the driver does not tell a kernel's parameters");
-  struct operation *made = tape->reason[0] ? NULL : append(tape, LAUNCH, count);
+  struct operation *made = tape->reason[0] ? NULL : append(tape, LAUNCH, count, stream);
   for (unsigned i = 0; made != NULL && i < count; i++) {
     if (bytes[i] == 0 || bytes[i] > 8)
       refuse(tape, "a kernel takes a parameter of %zu bytes", bytes[i]);
@@ -153,21 +157,21 @@ void note_launch(void *function, const unsigned *grid, const unsigned *block, un
   pthread_mutex_unlock(&lock);
 }
 
-void note_copy(uint64_t target, uint64_t source, size_t size) {
+void note_copy(uint64_t target, uint64_t source, size_t size, void *stream) {
   struct tape *tape = open_tape();
   if (tape == NULL)
     return;
-  struct operation *made = size ? append(tape, COPY, 2) : NULL;
+  struct operation *made = size ? append(tape, COPY, 2, stream) : NULL;
   if (made != NULL)
     made->slot[0] = target, made->slot[1] = source, made->count = size;
   pthread_mutex_unlock(&lock);
 }
 
-void note_update(uint64_t target, const void *source, size_t size) {
+void note_update(uint64_t target, const void *source, size_t size, void *stream) {
   struct tape *tape = open_tape();
   if (tape == NULL)
     return;
-  struct operation *made = size ? append(tape, COPY, 2) : NULL;
+  struct operation *made = size ? append(tape, COPY, 2, stream) : NULL;
   if (made != NULL && (made->host = malloc(size)) == NULL)
     refuse(tape, "no host memory is left");
   else if (made != NULL)
@@ -175,11 +179,11 @@ void note_update(uint64_t target, const void *source, size_t size) {
   pthread_mutex_unlock(&lock);
 }
 
-void note_fill(uint64_t target, unsigned value, unsigned width, size_t count) {
+void note_fill(uint64_t target, unsigned value, unsigned width, size_t count, void *stream) {
   struct tape *tape = open_tape();
   if (tape == NULL)
     return;
-  struct operation *made = count ? append(tape, FILL, 1) : NULL;
+  struct operation *made = count ? append(tape, FILL, 1, stream) : NULL;
   if (made != NULL)
     made->slot[0] = target, made->value = value, made->width = width, made->count = count;
   pthread_mutex_unlock(&lock);
@@ -217,7 +221,7 @@ void note_other(const char *what) {
   pthread_mutex_unlock(&lock);
 }
 
-void note_allocated(uint64_t base, size_t size) {
+void note_allocated(uint64_t base, size_t size, bool of_host) {
   pthread_mutex_lock(&lock);
   if (current != NULL)
     refuse(current, "it allocates memory");
@@ -229,7 +233,7 @@ void note_allocated(uint64_t base, size_t size) {
   }
   /* Without room it is not known, and what uses it is not recorded. */
   if (allocated_count < allocated_room)
-    allocated[allocated_count++] = (struct allocation){{base, size}, ++allocated_number};
+    allocated[allocated_count++] = (struct allocation){{base, size}, ++allocated_number, of_host};
   pthread_mutex_unlock(&lock);
 }
 
@@ -250,13 +254,14 @@ static bool holds(struct range range, uint64_t address) {
   return address >= range.base && address - range.base < range.size;
 }
 
-/* Note what the memory of IREE is that `address` lies in; false if it is none that was there before. */
+/* Note what the memory of IREE is that `address` lies in; false if it is none of the device's that was there
+ * before. */
 static bool is_fixed(struct tape *tape, uint64_t address) {
   for (unsigned i = 0; i < tape->fixed_count; i++)
     if (holds(tape->fixed[i].range, address))
       return true;
   for (size_t i = 0; i < allocated_count; i++) {
-    if (!holds(allocated[i].range, address) || allocated[i].number > tape->begun)
+    if (!holds(allocated[i].range, address) || allocated[i].number > tape->begun || allocated[i].of_host)
       continue;
     struct allocation *fixed = grown(tape->fixed, tape->fixed_count, sizeof *fixed);
     if (fixed == NULL)
