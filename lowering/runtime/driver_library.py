@@ -73,7 +73,8 @@ def opened(backend: str, real: str) -> ctypes.CDLL:
 def _declare(library: ctypes.CDLL) -> None:
     pointer, number = ctypes.c_void_p, ctypes.c_uint
     for name, result, arguments in (
-        ("tape_begin", pointer, (pointer, pointer, number)),
+        ("tape_load", None, (ctypes.c_uint64,)),
+        ("tape_begin", pointer, (ctypes.c_uint64, pointer, pointer, number)),
         ("tape_end", None, (pointer,)),
         ("tape_reason", ctypes.c_char_p, (pointer,)),
         ("tape_operations", number, (pointer,)),

@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from typing import Any, Literal, Protocol, get_args
 from weakref import WeakSet
 
@@ -84,6 +85,8 @@ class Owner(Protocol):
     """What keeps the kernels and weights that tapes need; it drops them before it lets these go."""
 
     tapes: WeakSet[Tape]
+    number: int
+    """Given by ``loading``."""
 
 
 class Tape:
@@ -187,7 +190,7 @@ class Graphs:
             known.recordings += 1
             numbers = ctypes.c_uint64 * len(ranges)
             bases, sizes = numbers(*[at for at, _ in ranges]), numbers(*[size for _, size in ranges])
-            pointer = library.tape_begin(bases, sizes, len(ranges))
+            pointer = library.tape_begin(owner.number, bases, sizes, len(ranges))
             if not pointer:
                 raise MemoryError("no memory is left for the recording of a call")
             tape = Tape(library, pointer, owner)
@@ -200,6 +203,25 @@ class Graphs:
             known.tape = None if known.reason else tape
         finally:
             GATE.open()
+
+
+_LOADING = threading.Lock()
+_NUMBERS = count(1)
+
+
+@contextmanager
+def loading(library: ctypes.CDLL | None) -> Iterator[int]:
+    """Let what is allocated while a block runs be the memory of a program, whose number it is given."""
+    number = next(_NUMBERS)
+    if library is None:
+        yield number
+        return
+    with GATE, _LOADING:
+        library.tape_load(number)
+        try:
+            yield number
+        finally:
+            library.tape_load(0)
 
 
 def graphs_of(backend: str, mode: Mode) -> tuple[ctypes.CDLL | None, str]:

@@ -22,7 +22,7 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from ..errors import RunError, UsageError
 from ..signature import Signature, missing_on_host
-from .graphs import GATE, Mode, Range, Tape, graphs_of
+from .graphs import GATE, Mode, Range, Tape, graphs_of, loading
 
 _CPU_ALIGNMENT = 64
 
@@ -233,7 +233,7 @@ class Session:
         self.on_host = place.device.type == "cpu"
         self._dlpack = (_DRIVERS["cpu"].dlpack, 0) if self.on_host else (place.driver.dlpack, place.index)
         hal_module = iree.create_hal_module(instance(), self._hal)
-        with self._gate:
+        with loading(self.library) as self.number:
             self._context: iree.VmContext | None = iree.VmContext(
                 instance(), [hal_module, *parameter_modules, module]
             )

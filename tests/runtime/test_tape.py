@@ -18,6 +18,7 @@ from lowering.runtime import driver_library, graphs
 
 IREE_VERSION, OTHER_VERSION = 11030, 12000
 GRAPH, LAUNCHES = 0, 1
+PROGRAM = 7
 STREAM = ctypes.c_void_p(64)
 
 Floats = ctypes.c_float * 8
@@ -60,9 +61,12 @@ class Cuda:
     def count(self, name: str) -> int:
         return ctypes.c_int.in_dll(self.driver, name).value
 
-    def allocate(self, size: int = 32) -> int:
+    def allocate(self, program: int = PROGRAM) -> int:
+        """32 bytes, as when a program is loaded."""
         base = ctypes.c_uint64()
-        self("cuMemAlloc", ctypes.byref(base), ctypes.c_size_t(size))
+        self.library.tape_load(program)
+        self("cuMemAlloc", ctypes.byref(base), ctypes.c_size_t(32))
+        self.library.tape_load(0)
         return base.value
 
     def scale(self, source: int, target: int, scale: int, count: int = 8, extra: bytes = b"") -> None:
@@ -91,7 +95,9 @@ class Recorded:
     def __init__(self, cuda: Cuda, buffers: Sequence[int], issue: Callable[[], None]):
         self.cuda, self.library = cuda, cuda.library
         numbers = ctypes.c_uint64 * len(buffers)
-        self.tape = self.library.tape_begin(numbers(*buffers), numbers(*[32] * len(buffers)), len(buffers))
+        self.tape = self.library.tape_begin(
+            PROGRAM, numbers(*buffers), numbers(*[32] * len(buffers)), len(buffers)
+        )
         assert self.tape
         try:
             issue()
@@ -199,7 +205,9 @@ def test_what_cannot_be_played_is_refused(cuda: Cuda):
     size, byte = ctypes.c_size_t(32), ctypes.byref
     base = ctypes.c_uint64()
     host = ctypes.c_uint64()
+    cuda.library.tape_load(PROGRAM)
     cuda("cuMemHostAlloc", byte(host), size, ctypes.c_uint(0))
+    another, nobodys = cuda.allocate(PROGRAM + 1), cuda.allocate(0)
 
     def work() -> None:
         cuda.scale(*at(x, y), 1)
@@ -217,6 +225,8 @@ def test_what_cannot_be_played_is_refused(cuda: Cuda):
         ("nothing of it passes", lambda: None),
         ("neither the caller's nor the program's", lambda: cuda.scale(at(stranger)[0], at(y)[0], 1)),
         ("neither the caller's nor the program's", lambda: cuda.copy(host.value, at(y)[0], 4)),
+        ("neither the caller's nor the program's", lambda: cuda.scale(another, at(y)[0], 1)),
+        ("neither the caller's nor the program's", lambda: cuda.scale(*at(x), nobodys, 1)),
         ("it allocates memory", lambda: [work(), cuda("cuMemAlloc", byte(base), size)]),
         ("it calls a function of the host", lambda: cuda("cuLaunchHostFunc", STREAM, called, None)),
         ("it uses several streams", lambda: [work(), _fill_elsewhere(cuda, at(y)[0])]),
@@ -257,8 +267,8 @@ def test_memory_of_the_program_has_to_stay(cuda: Cuda):
 def test_one_recording_at_a_time(cuda: Cuda):
     x, y = memory(1), memory()
     numbers = ctypes.c_uint64 * 2
-    tape = cuda.library.tape_begin(numbers(*at(x, y)), numbers(32, 32), 2)
-    assert cuda.library.tape_begin(numbers(*at(x, y)), numbers(32, 32), 2) is None
+    tape = cuda.library.tape_begin(PROGRAM, numbers(*at(x, y)), numbers(32, 32), 2)
+    assert cuda.library.tape_begin(PROGRAM, numbers(*at(x, y)), numbers(32, 32), 2) is None
     cuda.library.tape_end(tape)
     cuda.library.tape_drop(tape)
 

@@ -4,9 +4,9 @@
  * It is built with CUDA or HIP defined, and linked to the driver's library, in which the dynamic loader finds all
  * that is not found here.  While a recording is on, what passes by is kept in IREE's order, which is the order of
  * its one stream.  A recording is given the memory that the caller passes; each address in it must lie there, or
- * in memory that IREE had before (weights), or the recording is refused.  So is one that allocates, frees, reads
- * back, or issues anything after the host has waited for something of it: what is issued then may depend on what
- * was computed.
+ * in memory that was allocated when the program was loaded (weights), or the recording is refused.  So is one that
+ * allocates, reads back, or issues anything after the host has waited for something of it: what is issued then may
+ * depend on what was computed.
  */
 #define _GNU_SOURCE
 #include "tape.h"
@@ -30,8 +30,8 @@ struct range {
 /* Memory that the driver gave to IREE. */
 struct allocation {
   struct range range;
-  uint64_t number; /* in the order of allocation */
-  bool of_host;    /* the host can read it, so what a program does next may depend on it */
+  uint64_t number, owner; /* in the order of allocation; the program, 0 for none */
+  bool of_host;           /* the host can read it, so what a program does next may depend on it */
 };
 
 /* An address that is another one in every call: `operation`'s slot is the base of the buffer plus `offset`. */
@@ -56,7 +56,7 @@ struct tape {
   struct allocation *fixed; /* what addresses that stay the same lie in */
   void *events[EVENTS];     /* recorded behind something of the tape */
   bool waited;
-  uint64_t begun, epoch, plays;
+  uint64_t owner, epoch, plays;
   uint64_t constants; /* device memory of what was copied from the host */
   void *graph;
   struct variant variants[VARIANTS];
@@ -67,7 +67,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct tape *_Atomic current;
 static struct allocation *allocated;
 static size_t allocated_count, allocated_room;
-static uint64_t allocated_number;
+static uint64_t allocated_number, owner;
 static _Atomic uint64_t freed; /* how often memory was */
 
 /* -- keeping -------------------------------------------------------------------------------------------------- */
@@ -233,7 +233,7 @@ void note_allocated(uint64_t base, size_t size, bool of_host) {
   }
   /* Without room it is not known, and what uses it is not recorded. */
   if (allocated_count < allocated_room)
-    allocated[allocated_count++] = (struct allocation){{base, size}, ++allocated_number, of_host};
+    allocated[allocated_count++] = (struct allocation){{base, size}, ++allocated_number, owner, of_host};
   pthread_mutex_unlock(&lock);
 }
 
@@ -254,14 +254,13 @@ static bool holds(struct range range, uint64_t address) {
   return address >= range.base && address - range.base < range.size;
 }
 
-/* Note what the memory of IREE is that `address` lies in; false if it is none of the device's that was there
- * before. */
+/* Note what memory of the program's `address` lies in; false if it lies in none of it. */
 static bool is_fixed(struct tape *tape, uint64_t address) {
   for (unsigned i = 0; i < tape->fixed_count; i++)
     if (holds(tape->fixed[i].range, address))
       return true;
   for (size_t i = 0; i < allocated_count; i++) {
-    if (!holds(allocated[i].range, address) || allocated[i].number > tape->begun || allocated[i].of_host)
+    if (!holds(allocated[i].range, address) || allocated[i].owner != tape->owner || allocated[i].of_host)
       continue;
     struct allocation *fixed = grown(tape->fixed, tape->fixed_count, sizeof *fixed);
     if (fixed == NULL)
@@ -342,18 +341,26 @@ static int make_graph(struct tape *tape) {
   return error;
 }
 
-/* Begin to record; NULL if something else is being recorded, or no memory is left. */
-EXPORT struct tape *tape_begin(const uint64_t *bases, const uint64_t *sizes, unsigned count) {
+/* What is allocated from now on is the memory of the program `number`; 0 for none. */
+EXPORT void tape_load(uint64_t number) {
+  pthread_mutex_lock(&lock);
+  owner = number;
+  pthread_mutex_unlock(&lock);
+}
+
+/* Begin to record a call of the program `number`, which is passed memory at `bases`; NULL if something else is
+ * being recorded, or no memory is left. */
+EXPORT struct tape *tape_begin(uint64_t number, const uint64_t *bases, const uint64_t *sizes, unsigned count) {
   struct tape *tape = calloc(1, sizeof *tape);
   if (tape == NULL || (tape->buffers = calloc(count + 1, sizeof *tape->buffers)) == NULL)
     return free(tape), NULL;
   pthread_mutex_init(&tape->lock, NULL);
+  tape->owner = number;
   tape->buffer_count = count;
   for (unsigned i = 0; i < count; i++)
     tape->buffers[i] = (struct range){bases[i], sizes[i]};
   pthread_mutex_lock(&lock);
   bool alone = current == NULL;
-  tape->begun = allocated_number;
   if (alone)
     current = tape;
   pthread_mutex_unlock(&lock);
