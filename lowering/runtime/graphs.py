@@ -15,7 +15,7 @@ import ctypes
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
 from typing import Any, Literal, Protocol, get_args
@@ -37,8 +37,6 @@ _KEPT = 64
 
 _RECORDINGS = 3
 """A recording that something got in the way of is tried again, up to this number."""
-
-_AS_GRAPH, _AS_LAUNCHES = 0, 1
 
 
 class Gate:
@@ -98,18 +96,13 @@ class Tape:
         owner.tapes.add(self)
         self.operations = 0
 
-    def player(self, addresses: Sequence[int], stream: int) -> Callable[[int], int]:
-        """What plays it on ``stream`` with the caller's memory there; it takes ``how``.
+    def player(self, addresses: Sequence[int]) -> Callable[[int], int]:
+        """What plays it with the caller's memory at ``addresses`` on the stream that it takes.
 
         No function of Python's: an interrupt comes before it or after it.
         """
         array = (ctypes.c_uint64 * len(addresses))(*addresses)
-        return partial(self._library.tape_play, self._pointer, array, stream)
-
-    @property
-    def how(self) -> int:
-        """What a player takes: a graph of one kernel takes longer to launch than the kernel."""
-        return _AS_GRAPH if self.operations > 1 else _AS_LAUNCHES
+        return partial(self._library.tape_play, self._pointer, array)
 
     def check(self, code: int) -> None:
         """Raise RunError for what playing has returned."""
@@ -148,7 +141,12 @@ class Graphs:
     def tape(self, plan: object) -> Tape | None:
         """The recording of a call with this plan, if there is one."""
         known = self._known.get(plan)
-        return known and known.tape
+        if known is None:
+            return None
+        if known.tape is not None:
+            with suppress(KeyError):  # another thread's call took its place meanwhile
+                self._known.move_to_end(plan)
+        return known.tape
 
     def explain(self, plan: object) -> str:
         """Say whether a call with this plan is a graph, and if not, why."""
@@ -160,7 +158,7 @@ class Graphs:
         if known.tape is None:
             return f"no graph: {known.reason}"
         operations = known.tape.operations
-        return f"a graph of {operations} operations" if operations > 1 else "one launch, without IREE"
+        return f"a graph of {operations} operation{'' if operations == 1 else 's'}"
 
     def due(self, plan: object) -> bool:
         """Count a call with this plan, and tell whether it is to be recorded."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import RunError
 from .graphs import Graphs, Range, Tape
-from .session import Memory, Outcome, Session, Storage, plain
+from .session import Memory, Outcome, Session, Storage, plain, refuse_forked
 
 
 def play(session: Session, tape: Tape, passed: Sequence[Any], outcome: Outcome) -> None:
@@ -20,10 +20,18 @@ def play(session: Session, tape: Tape, passed: Sequence[Any], outcome: Outcome) 
     passed: tensors that ``presented`` gave, views, and ints, which the plan knows.  Nothing is waited for.
     ``outcome`` knows whether it was begun, as in ``Session.invoke``.
     """
-    addresses = [_located(session, value)[0] for value in passed if not isinstance(value, int)]
-    with session.open():
-        player = tape.player(addresses, session.stream())
-        outcome.extend(zip(map(player, (tape.how,)), ((),), strict=True))
+    addresses = [
+        value.data_ptr() or _located(session, value)[0]
+        if isinstance(value, Tensor)
+        else session.address(value)[0]
+        for value in passed
+        if not isinstance(value, int)
+    ]
+    refuse_forked()
+    with session.lock:
+        session.context()
+        stream = session.stream()
+        outcome.extend(zip(map(tape.player(addresses), (stream,)), ((),), strict=True))
     ((code, _),) = outcome
     if code:
         outcome.clear()

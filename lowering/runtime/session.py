@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -159,7 +159,7 @@ def _owner() -> int:
     return os.getpid()
 
 
-def _refuse_forked() -> None:
+def refuse_forked() -> None:
     """Raise RunError in a process forked from the owner: a call would wait for its threads for ever."""
     if os.getpid() != _owner():
         raise RunError(
@@ -173,7 +173,7 @@ _DEVICE_LOCK = threading.Lock()
 
 def hal_device(backend: str, index: int) -> iree.HalDevice:
     """IREE's device, one per process; RunError when its driver is not available."""
-    _refuse_forked()
+    refuse_forked()
     driver = _DRIVERS[backend]
     uri = driver.name if driver.on_host else f"{driver.name}://{index}"
     try:
@@ -237,11 +237,11 @@ class Session:
             self._context: iree.VmContext | None = iree.VmContext(
                 instance(), [hal_module, *parameter_modules, module]
             )
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
 
     def close(self) -> None:
         """Let the context go, once the call that is under way is over; there are no others after it."""
-        with self._lock:
+        with self.lock:
             for tape in tuple(self.tapes):
                 tape.drop()
             self._context = None
@@ -259,7 +259,7 @@ class Session:
         Raises what the IREE runtime raises: see ``reported``; RunError in a forked process, and when closed.
         """
         outcome = [] if outcome is None else outcome
-        _refuse_forked()
+        refuse_forked()
         arguments = iree.VmVariantList(len(values) + len(storage))
         self._push(arguments, values)
         for view in storage:
@@ -273,19 +273,11 @@ class Session:
                 )
             # After the conversions and allocations: copies may be queued, and freed memory still in use.
             torch.cuda.current_stream(self.place.device).synchronize()
-        with self._gate, self._lock:
-            invoke = self._open().invoke
+        with self._gate, self.lock:
+            invoke = self.context().invoke
             # One step for Python, which raises KeyboardInterrupt between steps: afterwards the outcome knows.
             outcome.extend(zip(map(invoke, (function,), (arguments,), (results,)), (results,), strict=True))
         return returned(outcome)
-
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        """Keep the program's kernels and weights while a block runs; RunError if it is closed, or forked."""
-        _refuse_forked()
-        with self._lock:
-            self._open()
-            yield
 
     def stream(self) -> int:
         """The handle of torch's current stream."""
@@ -305,7 +297,8 @@ class Session:
         memory = from_dlpack(self._hal.create_dlpack_capsule(first, *self._dlpack))
         return memory.data_ptr(), buffer.byte_length()
 
-    def _open(self) -> iree.VmContext:
+    def context(self) -> iree.VmContext:
+        """The program's kernels, weights and functions; hold ``lock``.  RunError once it is closed."""
         if self._context is None:
             raise RunError("the program is closed")
         return self._context
@@ -324,7 +317,7 @@ class Session:
 
         It has more arguments, two fences and ``more`` buffer views, and looks at none of them.
         """
-        _refuse_forked()
+        refuse_forked()
         arguments = iree.VmVariantList(len(values) + 2 + more)
         self._push(arguments, values)
         for _ in range(2):
@@ -332,8 +325,8 @@ class Session:
         for _ in range(more):
             arguments.push_ref(self._import(self.somewhere).ref)
         results = iree.VmVariantList(1)
-        with self._lock:
-            self._open().invoke(function, arguments, results)
+        with self.lock:
+            self.context().invoke(function, arguments, results)
         return results.get_variant(0)
 
     def storage(self, shape: tuple[int, ...], dtype: torch.dtype) -> Storage:

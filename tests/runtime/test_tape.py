@@ -17,7 +17,6 @@ from lowering.host_compiler import c_compiler, hosted
 from lowering.runtime import driver_library, graphs
 
 IREE_VERSION, OTHER_VERSION = 11030, 12000
-GRAPH, LAUNCHES = 0, 1
 PROGRAM = 7
 STREAM = ctypes.c_void_p(64)
 
@@ -105,8 +104,8 @@ class Recorded:
             self.library.tape_end(self.tape)
         self.reason = self.library.tape_reason(self.tape).decode()
 
-    def play(self, buffers: Sequence[int], how: int = GRAPH) -> int:
-        return self.library.tape_play(self.tape, (ctypes.c_uint64 * len(buffers))(*buffers), STREAM, how)
+    def play(self, buffers: Sequence[int]) -> int:
+        return self.library.tape_play(self.tape, (ctypes.c_uint64 * len(buffers))(*buffers), STREAM)
 
 
 @pytest.fixture
@@ -126,9 +125,12 @@ def at(*arrays: ctypes.Array) -> list[int]:
     return [ctypes.addressof(array) for array in arrays]
 
 
-@pytest.mark.parametrize("how", [GRAPH, LAUNCHES])
-def test_it_is_done_again_at_other_addresses(cuda: Cuda, how):
-    """Kernels, copies and fills in order; weights where they were; copies from the host as they were."""
+@pytest.mark.parametrize("captured", [False, True])
+def test_it_is_done_again_at_other_addresses(cuda: Cuda, captured):
+    """Kernels, copies and fills in order; weights where they were; copies from the host as they were.
+
+    A stream that the caller captures is given each of them, any other a graph.
+    """
     weights, x, y, scratch = cuda.allocate(), memory(1, 2), memory(9, 9), memory(7)
     cuda.update(weights, bytes(memory(10, 20)))
     host = ctypes.create_string_buffer(bytes(memory(0, 100)), 32)
@@ -146,16 +148,20 @@ def test_it_is_done_again_at_other_addresses(cuda: Cuda, how):
     recorded = Recorded(cuda, at(x, y, scratch), issue)
     assert recorded.reason == "" and recorded.library.tape_operations(recorded.tape) == 8
     ctypes.memset(host, 0, 32)
+    graphs_before = cuda.count("graph_launches")
+    ctypes.c_int.in_dll(cuda.driver, "is_capturing").value = captured
     expected = list(y)
     assert expected[:2] == [32, 164] and expected[2] != 0
     for _ in range(3):
         other, result, rest = memory(1, 2), memory(5, 5, 5, 5, 5, 5, 5, 5), memory(4, 4)
-        assert recorded.play(at(other, result, rest), how) == 0
+        assert recorded.play(at(other, result, rest)) == 0
         assert list(result) == expected
     other[0] = 2
-    assert recorded.play(at(other, result, rest), how) == 0
+    assert recorded.play(at(other, result, rest)) == 0
     assert result[0] == expected[0] + 2
+    ctypes.c_int.in_dll(cuda.driver, "is_capturing").value = 0
     assert list(y) == expected  # what was recorded is not touched again
+    assert cuda.count("graph_launches") - graphs_before == (0 if captured else 4)
     recorded.library.tape_drop(recorded.tape)
 
 
@@ -184,20 +190,6 @@ def test_a_graph_is_changed_where_it_has_to_be(cuda: Cuda):
     assert since("launches") == 0
     recorded.library.tape_drop(recorded.tape)
     assert since("executables") == 0
-
-
-def test_a_stream_that_is_captured_is_given_the_launches(cuda: Cuda):
-    x, y = memory(1), memory()
-    recorded = Recorded(cuda, at(x, y), lambda: [cuda.scale(*at(x, y), 1), cuda.scale(*at(x, y), 1)])
-    launches, graphs = cuda.count("launches"), cuda.count("graph_launches")
-    capturing = ctypes.c_int.in_dll(cuda.driver, "is_capturing")
-    capturing.value = 1
-    try:
-        assert recorded.play(at(x, y)) == 0
-    finally:
-        capturing.value = 0
-    assert (cuda.count("launches") - launches, cuda.count("graph_launches") - graphs) == (2, 0)
-    recorded.library.tape_drop(recorded.tape)
 
 
 def test_what_cannot_be_played_is_refused(cuda: Cuda):

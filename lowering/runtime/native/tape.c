@@ -21,7 +21,6 @@
 
 enum { VARIANTS = 4, EVENTS = 64 };
 enum { STALE = -1, NO_MEMORY = -2 };
-enum how { AS_GRAPH, AS_LAUNCHES };
 
 struct range {
   uint64_t base, size;
@@ -507,15 +506,14 @@ static int play_graph(struct tape *tape, const uint64_t *addresses, void *stream
 
 /* Do again on `stream` what was recorded, with the caller's memory at `addresses`; 0, STALE where that cannot be
  * any more, or the driver's error. */
-EXPORT int tape_play(struct tape *tape, const uint64_t *addresses, void *stream, enum how how) {
+EXPORT int tape_play(struct tape *tape, const uint64_t *addresses, void *stream) {
   pthread_mutex_lock(&tape->lock);
   int error = is_stale(tape) ? STALE : enter(tape->context), captured = 0;
   if (error == 0) {
     tape->plays++;
     error = capturing(stream, &captured);
     if (error == 0)
-      error = how == AS_LAUNCHES || captured ? play_launches(tape, addresses, stream)
-                                             : play_graph(tape, addresses, stream);
+      error = captured ? play_launches(tape, addresses, stream) : play_graph(tape, addresses, stream);
     leave();
   }
   pthread_mutex_unlock(&tape->lock);
