@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from ..signature import (
     resolve,
     returned_tensors,
 )
+from . import playing
 from .arguments import (
     bind,
     check_kinds,
@@ -40,6 +43,7 @@ from .arguments import (
     without_constants,
 )
 from .files import function_of
+from .graphs import Graphs, Tape
 from .session import Memory, Outcome, Session, Storage, reported, returned
 from .state import State
 from .views import Views
@@ -82,6 +86,16 @@ class Function:
         self._returned = [i for i in range(len(outputs)) if i not in placed]
         self._returned_dtypes = [self._dtypes[i] for i in self._returned]
         self._plans: dict[Any, _Plan] = {}
+        why_not = session.no_graphs or self._why_no_graph()
+        self._graphs = Graphs(session.library, why_not)
+
+    def _why_no_graph(self) -> str:
+        """Say what keeps every call from being a graph, or nothing."""
+        if self.tensor_outputs is None:
+            return "the program does not say what it returns"
+        if not self.signature.placed or self._returned:
+            return "the call itself tells sizes, or returns what its caller has no memory for"
+        return ""
 
     def with_state(self, state: State) -> Function:
         """The same function on another state."""
@@ -103,6 +117,21 @@ class Function:
         if tree is not None and tree.num_leaves == len(results):
             return pytree.tree_unflatten(results, tree)
         return results[0] if len(results) == 1 else tuple(results)
+
+    def explain_call(self, *args: Any, **kwargs: Any) -> str:
+        """Say whether a call with these arguments is one graph launch, or why it is not; nothing runs.
+
+        Raises what the call would raise of its arguments.
+        """
+        values = self._leaves(args, kwargs)
+        with self._state.held() if self.signature.state else nullcontext():
+            plan = self._plan(values)
+        return "no graph: all results are empty" if plan.all_empty else self._graphs.explain(plan)
+
+    def wait(self) -> None:
+        """Wait until all that calls have asked of the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def run(self, *values: Any) -> list[Tensor]:
         """Call with the tensors and ints of ``passed_inputs``, flat; returns the tensors of the result.
@@ -142,12 +171,14 @@ class Function:
 
     def _prepared(self, plan: _Plan, values: Sequence[Any], spare: Mapping[int, Memory]) -> _Call:
         """A call with the arguments of ``run``; spare: where new values of the state are put, by number."""
+        tape = self._graphs.tape(plan)
         session, storage = self._session, []
+        allocate = session.allocate if tape is None else partial(playing.room, session)
         with self._reported:
             for (number, *_), each, kept in zip(self.signature.placed, plan.storage, plan.kept, strict=True):
-                memory = spare.get(number) or _taken(kept) or session.allocate(each)
+                memory = spare.get(number) or _taken(kept) or allocate(each)
                 storage.append(memory if kept is None else _legible(memory))
-        return _Call(plan, values, spare, storage)
+        return _Call(plan, values, spare, storage, tape)
 
     def _invoke(self, call: _Call, passed: Sequence[Any]) -> None:
         """Run the program with what is ``passed`` for the arguments and the state."""
@@ -155,11 +186,26 @@ class Function:
         if call.plan.all_empty and not session.place.driver.on_host:
             return
         with self._reported:
-            passed = call.plan.views.of(passed, session)
-            memory = [view for _, view in call.storage]
+            if call.tape is not None:
+                self._play(call.tape, call, passed)
+                return
+            memory: list[Any] = [view for _, view in call.storage]
             if call.plan.scratch is not None:
                 memory.append(session.scratch(call.plan.scratch))
-            session.invoke(self._function, passed, memory, call.outcome)
+            if self._graphs.due(call.plan):
+                playing.record(session, self._graphs, call.plan, self._function, passed, memory, call.outcome)
+            else:
+                passed = call.plan.views.of(passed, session)
+                session.invoke(self._function, passed, memory, call.outcome)
+
+    def _play(self, tape: Tape, call: _Call, passed: Sequence[Any]) -> None:
+        """Do what ``_invoke`` does with what was recorded of another call with this plan."""
+        session = self._session
+        given = [playing.presented(session, value) for value in passed]
+        given += [tensor for tensor, _ in call.storage]
+        if call.plan.scratch is not None:
+            given.append(playing.scratch(session, call.plan.scratch))
+        playing.play(session, tape, given, call.outcome)
 
     def _results(self, call: _Call) -> list[Any]:
         """All tensors that a call returned, which is over: None for one that is in the spare memory."""
@@ -338,6 +384,7 @@ class _Call:
     values: Sequence[Any]
     spare: Mapping[int, Memory]
     storage: list[Memory]
+    tape: Tape | None
     outcome: Outcome = field(default_factory=list)
 
 

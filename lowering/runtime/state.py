@@ -73,6 +73,7 @@ class State:
         # The thread that has the state.  No lock: an interrupt between taking it and the ``try`` would leave
         # it taken, while a thread that is here again has been interrupted.
         self._user: dict[str, int] = {}
+        self._stream: int | None = None
 
     def __bool__(self) -> bool:
         return bool(self._specs)
@@ -93,6 +94,7 @@ class State:
                 "session of its own, program.session()"
             )
         try:
+            self._stream = self._session.ordered_after(self._stream)
             if not self._memory:
                 self._allocate()
             if self._begun is not None:
