@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ast
 import inspect
-import textwrap
+import linecache
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from torch import nn
@@ -50,14 +51,37 @@ def _reads(kind: type) -> list[_Read]:
 
 def _reads_of_class(kind: type) -> list[_Read]:
     try:
-        lines, first = inspect.getsourcelines(kind)
-        tree = ast.parse(textwrap.dedent("".join(lines)))
-        file = Path(inspect.getsourcefile(kind) or "?").name
-    except (OSError, TypeError, SyntaxError):  # no file, or text that is no class by itself
+        file = inspect.getsourcefile(kind)
+    except TypeError:  # compiled, or defined in a shell
         return []
-    return [
-        (".".join(path), root == "self", f"{file}:{first + line - 1}") for root, path, line in _chains(tree)
-    ]
+    return [] if file is None else _reads_of_file(file).get(kind.__qualname__, [])
+
+
+@cache
+def _reads_of_file(file: str) -> dict[str, list[_Read]]:
+    """The reads of each class of a file, which is parsed once: ``inspect`` would do that for every class."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(file)))
+    except SyntaxError:  # no file of Python, such as a notebook
+        return {}
+    return {
+        name: [
+            (".".join(path), root == "self", f"{Path(file).name}:{line}") for root, path, line in _chains(cls)
+        ]
+        for name, cls in _classes(tree, "")
+    }
+
+
+def _classes(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.ClassDef]]:
+    """Every class within ``node`` by its qualified name, the last of a name last."""
+    for child in ast.iter_child_nodes(node):
+        inner = prefix
+        if isinstance(child, ast.ClassDef):
+            yield prefix + child.name, child
+            inner = f"{prefix}{child.name}."
+        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            inner = f"{prefix}{child.name}.<locals>."
+        yield from _classes(child, inner)
 
 
 def _chains(node: ast.AST) -> Iterator[tuple[str, list[str], int]]:

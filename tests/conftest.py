@@ -16,7 +16,7 @@ os.environ.setdefault("LOWERING_VERIFY", "1")  # the IR is checked after every s
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are built from configs; nothing is looked up
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-pytest_plugins = ["tests.kernel_objects"]
+pytest_plugins = ["tests.kernel_objects", "tests.quicker"]
 
 # What these modules assert is explained as in a test.
 pytest.register_assert_rewrite("tests.families.host_kernels", "tests.families.row_reference")

@@ -6,6 +6,7 @@ an op means is written once, in ``lowering.ops``.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from patterns import canonical, torch_ir, weight_layouts
 from .. import ops
 from ..errors import CompileError
 from ..families import registry
-from ..importing.importer import import_module
+from ..importing.importer import Program, import_module, parse_module
 from ..ops.shuffle_weight import shuffle_weight_reference, unshuffle_weight_reference
 from . import attention
 from .normalize import normalize
@@ -56,8 +57,7 @@ class Expander:
     """
 
     spell_attention: bool = False
-    _traced: dict[Any, ir.Operation] = field(default_factory=dict)
-    _modules: list[ir.Module] = field(default_factory=list)
+    _traced: dict[Any, Program] = field(default_factory=dict)
 
     def expand(self, function: ir.Operation) -> int:
         """Replace what is left of the canonical ops by their references; returns how many there were."""
@@ -78,7 +78,7 @@ class Expander:
             if self.spell_attention:
                 (found, operands), spelled = attention.shared(op, found), attention.reference
             axes = found.axes([len(type_.shape) for type_ in _types(operands)])
-            return _Meaning(spelled(found), found, operands, axes)
+            return _Meaning(spelled(found), (spelled, found), operands, axes)
         reference = _reference(op)
         if reference is None:
             return None
@@ -90,23 +90,42 @@ class Expander:
 
     def _trace(self, op: ir.Operation, meaning: _Meaning) -> ir.Operation:
         types = _types(meaning.operands)
-        full_key = (torch_ir.op_name(op), meaning.key, tuple(types))
-        if full_key not in self._traced:
-            args, shapes = _examples(types, meaning.axes)
-            program = import_module(
-                _Reference(meaning.function), tuple(args), op.context, dynamic_shapes=(tuple(shapes),)
-            )
-            normalize(program.main())
-            self._modules.append(program.module)
-            self._traced[full_key] = program.main()
-        return self._traced[full_key]
+        key = (torch_ir.op_name(op), meaning.key, tuple(types))
+        if key not in self._traced:
+            self._traced[key] = _traced(key, meaning, types, op.context)
+        return self._traced[key].main()
+
+
+# Tracing a reference takes up to seconds, and the next program often has it again; this many are kept.
+_REMEMBERED_REFERENCES = 256
+_REFERENCES: dict[Any, bytes] = {}
+
+
+def _traced(
+    key: Any, meaning: _Meaning, types: Sequence[torch_ir.TensorType], context: ir.Context
+) -> Program:
+    """Import the function of ``meaning`` for operands of these types; ``key`` tells it from any other."""
+    if (known := _REFERENCES.get(key)) is not None:
+        return parse_module(known, context)
+    args, shapes = _examples(types, meaning.axes)
+    program = import_module(
+        _Reference(meaning.function), tuple(args), context, dynamic_shapes=(tuple(shapes),)
+    )
+    normalize(program.main())
+    bytecode = io.BytesIO()
+    program.module.operation.write_bytecode(bytecode)
+    if len(_REFERENCES) >= _REMEMBERED_REFERENCES:
+        _REFERENCES.clear()
+    _REFERENCES[key] = bytecode.getvalue()
+    return program
 
 
 def _reference(op: ir.Operation) -> tuple[Any, Callable[..., Any]] | None:
     """Find this op's reference, a function of its tensor operands, and what distinguishes it from others."""
     name = torch_ir.op_name(op)
     if (family_reference := registry.reference_of(op)) is not None:
-        return family_reference(op)
+        key, function = family_reference(op)
+        return (family_reference, key), function
     if name == canonical.PHYSICAL_SCALE:
         layout = torch_ir.constant(op.operands[1])
         return layout, lambda scale: ops.to_physical(scale, layout)
