@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import json
 import os
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,11 +70,6 @@ def file_identity(path: str) -> str:
     except OSError:
         return path
     return f"{Path(path).name} {status.st_size} {status.st_mtime_ns}"
-
-
-def ziglang() -> tuple[str, ...] | None:
-    """The command of the ``ziglang`` wheel, which carries clang and lld."""
-    return (sys.executable, "-m", "ziglang") if importlib.util.find_spec("ziglang") else None
 
 
 @functools.cache

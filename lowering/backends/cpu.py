@@ -7,7 +7,6 @@ import hashlib
 import os
 import platform
 import shlex
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,10 @@ from iree.compiler.dialects import arith, flow, func, stream
 
 from patterns import torch_ir
 
-from ..errors import ToolchainError
 from ..families.instance import Binding, KernelInstance
+from ..host_compiler import c_compiler
 from .base import Backend
-from .commands import Compiler, Job, call, directory_of, version, ziglang
+from .commands import Compiler, Job, call, directory_of, version
 from .embed import dynamic_sizes, executable_target, index_constant, sizes, workgroups
 from .objects import ObjectAbi, elf_of, machine_of, mismatch, section, unreadable
 
@@ -52,24 +51,6 @@ class CCompiler(Compiler):
 def compiler_for(cc: tuple[str, ...], machine: str) -> CCompiler:
     """The compiler of the command ``cc`` for the instruction set that ``machine`` selects."""
     return CCompiler(Path(cc[0]).name if len(cc) == 1 else shlex.join(cc[1:]), features(cc, machine), cc)
-
-
-def c_compiler() -> tuple[str, ...]:
-    """The command: ``CC``, one on PATH, or the clang of the ziglang wheel; ToolchainError without any."""
-    if chosen := os.environ.get("CC"):
-        command = tuple(shlex.split(chosen))
-        if not shutil.which(command[0]):
-            raise ToolchainError(f"CC names {chosen!r}, which is not on PATH.")
-        return command
-    for name in ("cc", "gcc", "clang"):
-        if found := shutil.which(name):
-            return (found,)
-    if zig := ziglang():
-        return (*zig, "clang")
-    raise ToolchainError(
-        "A C compiler, which CPU kernels need, is missing. Install one (gcc or clang), "
-        "or the one that comes with: pip install 'vmfuse[hip]'"
-    )
 
 
 def features(cc: Sequence[str], machine: str) -> str:

@@ -11,8 +11,9 @@ from typing import Any
 
 from ..errors import ToolchainError
 from ..families.instance import KernelInstance
+from ..host_compiler import ziglang
 from .base import Backend
-from .commands import Compiler, Job, call, directory_of, version, ziglang
+from .commands import Compiler, Job, call, directory_of, version
 from .embed import extern_dispatch
 from .objects import ObjectAbi, Parameter, check_parameters, elf_of, unreadable
 

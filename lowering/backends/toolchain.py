@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .. import object_cache
 from ..errors import ToolchainError
 from ..families.base import Family
 from ..families.instance import KernelInstance
 from ..families.registry import family_of
-from . import cuda, hip, object_cache
+from . import cuda, hip
 from .commands import Job, kernel_source_dir
 from .registry import backend_of
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..backends import object_cache
+from .. import object_cache
 from ..errors import UnfusedError, UsageError
 from ..targets import Target
 from ..targets import resolve as resolve_target

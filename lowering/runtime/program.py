@@ -12,7 +12,8 @@ is refused.
 Threads: any number of threads may call one program.  An IREE context may be used by one thread at a time, so
 calls of one ``Program`` take turns; programs loaded separately run side by side.
 
-Order on a GPU: a call waits for torch's current stream, runs, and returns when its results are there.
+Order on a GPU: a call that is a graph (``graphs``) is an operation on torch's current stream like any
+other; one that is not waits for that stream, runs, and returns when its results are there.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from ..errors import RunError, UsageError
 from ..signature import INITIAL, Signature
 from .files import Check, check_archive, open_module, parameter_modules, signatures_of
 from .function import Function
-from .session import Place, Session, reported
+from .graphs import MODES, Mode, graphs_of
+from .session import Place, Session, reported, returned
 from .state import State, StateTensor
 
 __all__ = ["Function", "Program", "load"]
@@ -43,6 +45,7 @@ def load(
     parameters: str | Path | None = None,
     *,
     check: Check = "whole",
+    graphs: Mode = "auto",
 ) -> Program:
     """Load a compiled program.
 
@@ -51,6 +54,8 @@ def load(
     program was compiled for.  parameters: the .irpa file, if the weights were kept outside.
     check: 'whole' reads the program and its weights once and compares checksums, 'headers' leaves large
     weights unread until they are used (docs/weights.md says what that takes and finds).
+    graphs: 'auto' makes a call on a GPU one launch of a graph where that is possible (docs/calls.md), 'off'
+    does not.
 
     Raises RunError with one sentence when the file is missing, truncated, not ours or compiled for
     another device or architecture, when it or its parameters are damaged, when these are missing or not the
@@ -68,11 +73,14 @@ def load(
         module = open_module(source)
         signatures = signatures_of(module, name)
     first = next(iter(signatures.values()))
+    if graphs not in MODES:
+        raise UsageError(f"graphs is 'auto' or 'off', not {graphs!r}")
+    graphs_of(first.backend, graphs)  # before the driver is opened
     place = Place.for_program(first, device, name)
     needed = next((s.parameters for s in signatures.values() if s.parameters), None)
     providers = parameter_modules(needed, parameters, name, check)
     with reported(f"{name} cannot be loaded on {place}"):
-        return Program(module, signatures, place, providers)
+        return Program(module, signatures, place, providers, graphs)
 
 
 class Program:
@@ -93,14 +101,15 @@ class Program:
         signatures: dict[str, Signature],
         place: Place,
         parameter_modules: Sequence[iree.VmModule] = (),
+        graphs: Mode = "auto",
     ):
-        self._session = session = Session(module, place, parameter_modules)
+        self._session = session = Session(module, place, parameter_modules, graphs)
         specs = {spec.name: spec for signature in signatures.values() for spec in signature.state}
         stored = next((signature.stored for signature in signatures.values() if signature.stored), ())
         initial = module.lookup_function(INITIAL)
 
         def values() -> dict[str, Tensor]:
-            views = session.invoke(initial, ()) if initial is not None else []
+            views = returned(session.invoke(initial, ())) if initial is not None else []
             dtypes = (getattr(torch, specs[name].dtype) for name in stored)
             return dict(zip(stored, map(session.to_torch, views, dtypes), strict=True))
 
@@ -170,6 +179,10 @@ class Program:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._default(*args, **kwargs)
+
+    def explain_call(self, *args: Any, **kwargs: Any) -> str:
+        """Say whether ``program(*args, **kwargs)`` is one graph launch, or why it is not; nothing runs."""
+        return self._default.explain_call(*args, **kwargs)
 
     @property
     def _default(self) -> Function:

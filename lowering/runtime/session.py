@@ -9,9 +9,11 @@ import os
 import re
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from iree import runtime as iree
@@ -20,6 +22,7 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from ..errors import RunError, UsageError
 from ..signature import Signature, missing_on_host
+from .graphs import GATE, Mode, Range, Tape, graphs_of, loading
 
 _CPU_ALIGNMENT = 64
 
@@ -150,15 +153,24 @@ def instance() -> iree.VmInstance:
     return iree.VmInstance()
 
 
-@cache
-def _owner() -> int:
-    """The process that IREE's devices belong to: the one that used one first."""
-    return os.getpid()
+class _Use:
+    """Know whether IREE is in use, and whether it was in the process that this one was forked from."""
+
+    here = elsewhere = False
+
+    @classmethod
+    def forked(cls) -> None:
+        cls.elsewhere = cls.here
 
 
-def _refuse_forked() -> None:
-    """Raise RunError in a process forked from the owner: a call would wait for its threads for ever."""
-    if os.getpid() != _owner():
+os.register_at_fork(after_in_child=_Use.forked)
+
+
+def refuse_forked() -> None:
+    """Raise RunError in a process forked from its user: a call would wait for ever for its threads."""
+    if not _Use.here:
+        _Use.here = True
+    if _Use.elsewhere:
         raise RunError(
             "IREE was in use in the process that this one was forked from, and its threads are not here: "
             "start processes with multiprocessing's 'spawn', or fork before anything is loaded"
@@ -170,7 +182,7 @@ _DEVICE_LOCK = threading.Lock()
 
 def hal_device(backend: str, index: int) -> iree.HalDevice:
     """IREE's device, one per process; RunError when its driver is not available."""
-    _refuse_forked()
+    refuse_forked()
     driver = _DRIVERS[backend]
     uri = driver.name if driver.on_host else f"{driver.name}://{index}"
     try:
@@ -197,34 +209,51 @@ class Storage:
     """In bytes."""
 
 
-Memory = tuple[Tensor, iree.HalBufferView]
-"""A tensor, and the same memory as a program is passed it."""
+Memory = tuple[Any, Any]
+"""A tensor, or what Python reads of one, and the same memory as IREE passes it; None where IREE does not."""
 
-Outcome = list[tuple[None, iree.VmVariantList]]
-"""What a call returned; empty until it is over."""
+Outcome = list[tuple[Any, Sequence[Any] | iree.VmVariantList]]
+"""What a call returned, IREE's list or, of one that was played, nothing; empty until it is over."""
 
 
 class Session:
     """One IREE context on one device; calls take turns."""
 
-    def __init__(self, module: iree.VmModule, place: Place, parameter_modules: Sequence[iree.VmModule]):
+    def __init__(
+        self,
+        module: iree.VmModule,
+        place: Place,
+        parameter_modules: Sequence[iree.VmModule],
+        graphs: Mode = "auto",
+    ):
         self.place = place
+        self.library, self.no_graphs = graphs_of(place.backend, graphs)
+        """The library that records calls, and why there is none."""
+        self._gate = nullcontext() if self.library is None else GATE
+        self.tapes: WeakSet[Tape] = WeakSet()
         # What an empty tensor points to: torch's points nowhere, which crashes the cpu driver.  Made first:
         # on a GPU it also makes the device current in this thread, which IREE's module loading relies on.
-        self._somewhere = torch.zeros(_CPU_ALIGNMENT, dtype=torch.uint8, device=place.device)
+        self.somewhere = torch.zeros(_CPU_ALIGNMENT, dtype=torch.uint8, device=place.device)
         self._hal = hal_device(place.backend, place.index)
         self._allocator = self._hal.allocator
-        self._on_host = place.device.type == "cpu"
-        self._dlpack = (_DRIVERS["cpu"].dlpack, 0) if self._on_host else (place.driver.dlpack, place.index)
+        self._allocate = self._allocator.allocate_buffer
+        if place.emulated is not None:
+            self._allocate = _through(self._gate, self._allocate)
+        self.on_host = place.device.type == "cpu"
+        self._dlpack = (_DRIVERS["cpu"].dlpack, 0) if self.on_host else (place.driver.dlpack, place.index)
         hal_module = iree.create_hal_module(instance(), self._hal)
-        self._context: iree.VmContext | None = iree.VmContext(
-            instance(), [hal_module, *parameter_modules, module]
-        )
-        self._lock = threading.Lock()
+        with loading(self.library) as self.number:
+            self._context: iree.VmContext | None = iree.VmContext(
+                instance(), [hal_module, *parameter_modules, module]
+            )
+        self.lock = threading.Lock()
+        self._nothing = self._import(self.somewhere)
 
     def close(self) -> None:
         """Let the context go, once the call that is under way is over; there are no others after it."""
-        with self._lock:
+        with self.lock:
+            for tape in tuple(self.tapes):
+                tape.drop()
             self._context = None
 
     def invoke(
@@ -233,39 +262,63 @@ class Session:
         values: Sequence[Any],
         storage: Sequence[iree.HalBufferView] = (),
         outcome: Outcome | None = None,
-    ) -> list[iree.HalBufferView]:
+    ) -> Outcome:
         """Call ``function`` with ``values``, tensors, views and ints, then ``storage``; wait for its results.
 
-        outcome: knows whether the call is over, also where an interrupt keeps this from returning.
+        outcome: what is returned; it knows whether the call is over where an interrupt keeps this from it.
         Raises what the IREE runtime raises: see ``reported``; RunError in a forked process, and when closed.
         """
         outcome = [] if outcome is None else outcome
-        _refuse_forked()
+        refuse_forked()
         arguments = iree.VmVariantList(len(values) + len(storage))
         self._push(arguments, values)
         for view in storage:
             arguments.push_ref(view.ref)
         results = iree.VmVariantList(4)
-        if self.place.device.type == "cuda":
+        if not self.on_host:
+            if torch.cuda.is_current_stream_capturing():
+                raise RunError(
+                    "a CUDA graph is being captured, and this call is no graph itself yet: make it twice "
+                    "with tensors of these shapes before; explain_call() says whether it then is one"
+                )
             # After the conversions and allocations: copies may be queued, and freed memory still in use.
             torch.cuda.current_stream(self.place.device).synchronize()
-        with self._lock:
-            invoke = self._open().invoke
+        with self._gate, self.lock:
+            invoke = self.context().invoke
             # One step for Python, which raises KeyboardInterrupt between steps: afterwards the outcome knows.
             outcome.extend(zip(map(invoke, (function,), (arguments,), (results,)), (results,), strict=True))
-        return returned(outcome)
+        return outcome
 
-    def _open(self) -> iree.VmContext:
+    def stream(self) -> int:
+        """The handle of torch's current stream."""
+        return 0 if self.on_host else torch._C._cuda_getCurrentRawStream(self.place.index)
+
+    def ordered_after(self, last: int | None) -> int:
+        """Have torch's current stream go on where the stream ``last`` ends; returns the current one."""
+        current = self.stream()
+        if last not in (None, current) and not torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize(self.place.device)
+        return current
+
+    def address(self, view: iree.HalBufferView) -> Range:
+        """Where the memory of a view is."""
+        buffer = view.get_buffer()
+        first = iree.HalBufferView(buffer, (1,), iree.HalElementType.UINT_8)
+        memory = from_dlpack(self._hal.create_dlpack_capsule(first, *self._dlpack))
+        return memory.data_ptr(), buffer.byte_length()
+
+    def context(self) -> iree.VmContext:
+        """The program's kernels, weights and functions; hold ``lock``.  RunError once it is closed."""
         if self._context is None:
             raise RunError("the program is closed")
         return self._context
 
     def _push(self, arguments: iree.VmVariantList, values: Sequence[Any]) -> None:
         for value in values:
-            if isinstance(value, Tensor):
-                arguments.push_ref(self.to_iree(value).ref)
-            elif isinstance(value, iree.HalBufferView):
+            if isinstance(value, iree.HalBufferView):
                 arguments.push_ref(value.ref)
+            elif isinstance(value, Tensor):
+                arguments.push_ref(self.to_iree(value).ref)
             else:
                 arguments.push_int(value)
 
@@ -274,35 +327,35 @@ class Session:
 
         It has more arguments, two fences and ``more`` buffer views, and looks at none of them.
         """
-        _refuse_forked()
+        refuse_forked()
         arguments = iree.VmVariantList(len(values) + 2 + more)
         self._push(arguments, values)
         for _ in range(2):
             arguments.push_ref(iree.HalFence(0).ref)
         for _ in range(more):
-            arguments.push_ref(self._import(self._somewhere).ref)
+            arguments.push_ref(self._nothing.ref)
         results = iree.VmVariantList(1)
-        with self._lock:
-            self._open().invoke(function, arguments, results)
+        with self.lock:
+            self.context().invoke(function, arguments, results)
         return results.get_variant(0)
 
     def storage(self, shape: tuple[int, ...], dtype: torch.dtype) -> Storage:
         """Memory for a tensor, as ``allocate`` takes it."""
-        like = self._somewhere.view(dtype)[0].expand(shape)
+        like = self.somewhere.view(dtype)[0].expand(shape)
         crossing = self._hal.from_dlpack_capsule(
-            to_dlpack(self._somewhere.view(torch.uint8 if dtype in _AS_BYTES else dtype))
+            to_dlpack(self.somewhere.view(torch.uint8 if dtype in _AS_BYTES else dtype))
         )
         typed = from_dlpack(self._hal.create_dlpack_capsule(crossing, *self._dlpack)).dtype == dtype
         return Storage(like, shape, crossing.element_type, typed, like.numel() * like.element_size())
 
-    def allocate(self, storage: Storage) -> tuple[Tensor, iree.HalBufferView]:
+    def allocate(self, storage: Storage) -> Memory:
         """A tensor, contiguous and not set to anything, and a view of its bytes.
 
         Where torch's tensors are the host's, the memory is IREE's: its cpu driver fills and copies into no
         other.  On a GPU it is torch's, whose allocator keeps what is freed.
         """
-        if self._on_host and storage.size:
-            buffer = self._allocator.allocate_buffer(_DEVICE_LOCAL, _ANY_USAGE, storage.size)
+        if self.on_host and storage.size:
+            buffer = self._allocate(_DEVICE_LOCAL, _ANY_USAGE, storage.size)
             view = iree.HalBufferView(buffer, storage.shape, storage.element)
             tensor = from_dlpack(self._hal.create_dlpack_capsule(view, *self._dlpack))
             return (tensor if storage.typed else tensor.view(storage.like.dtype)), view
@@ -312,32 +365,34 @@ class Session:
 
     def scratch(self, size: int) -> iree.HalBufferView:
         """Memory that no tensor is made of."""
-        if self._on_host and size:
-            buffer = self._allocator.allocate_buffer(_DEVICE_LOCAL, _ANY_USAGE, size)
+        if not size:
+            return self._nothing
+        if self.on_host:
+            buffer = self._allocate(_DEVICE_LOCAL, _ANY_USAGE, size)
             return iree.HalBufferView(buffer, (size,), iree.HalElementType.UINT_8)
         return self._bytes(torch.empty(size, dtype=torch.uint8, device=self.place.device))
 
     def _bytes(self, tensor: Tensor) -> iree.HalBufferView:
         if not tensor.numel():
-            return self._import(self._somewhere)
+            return self._nothing
         return self._import(tensor.view(torch.uint8) if tensor.dtype in _AS_BYTES else tensor)
 
-    def lend(self, tensor: Tensor) -> tuple[iree.HalBufferView, Callable[[], Any] | None]:
+    def lend(self, tensor: Tensor) -> tuple[Tensor | iree.HalBufferView, Callable[[], Any] | None]:
         """The tensor's memory for a program to write to; what brings it back where it had to be copied."""
-        direct = tensor.is_contiguous() and not (
-            self.place.driver.on_host and tensor.data_ptr() % _CPU_ALIGNMENT
-        )
-        if direct and self.place.emulated is None:
-            return self.to_iree(tensor), None
+        if self.is_direct(tensor):
+            return tensor, None
         copied = self.to_iree(tensor)
         return copied, lambda: tensor.detach().copy_(self.to_torch(copied, tensor.dtype))
 
+    def is_direct(self, tensor: Tensor) -> bool:
+        """Tell whether ``to_iree`` makes no copy of a tensor."""
+        if self.place.emulated is not None or tensor.is_neg() or not tensor.is_contiguous():
+            return False
+        return not (self.place.driver.on_host and tensor.data_ptr() % _CPU_ALIGNMENT)
+
     def to_iree(self, tensor: Tensor) -> iree.HalBufferView:
         """The tensor's memory as a buffer view, which keeps it alive."""
-        if tensor.requires_grad:
-            tensor = tensor.detach()
-        if not tensor.is_contiguous():
-            tensor = tensor.contiguous()
+        tensor = plain(tensor.detach() if tensor.requires_grad else tensor)
         if tensor.numel() == 0:
             return self._empty(tensor)
         if self.place.driver.on_host and tensor.data_ptr() % _CPU_ALIGNMENT:
@@ -352,7 +407,7 @@ class Session:
         """The ``memory`` of ``tensor`` as a program is passed it, with its shape and dtype."""
         element = _AS_BYTES.get(tensor.dtype)
         if element is None:
-            element = self._import(self._somewhere.view(tensor.dtype)).element_type
+            element = self._import(self.somewhere.view(tensor.dtype)).element_type
         return iree.HalBufferView(memory.get_buffer(), list(tensor.shape), element)
 
     def set(self, memory: Memory, value: Tensor | None) -> Memory:
@@ -372,7 +427,7 @@ class Session:
         return memory
 
     def _empty(self, tensor: Tensor) -> iree.HalBufferView:
-        return self.passable(tensor, self._import(self._somewhere))
+        return self.passable(tensor, self._nothing)
 
     def _import(self, tensor: Tensor) -> iree.HalBufferView:
         view = self._hal.from_dlpack_capsule(to_dlpack(tensor))
@@ -380,12 +435,13 @@ class Session:
 
     def _upload(self, tensor: Tensor, view: iree.HalBufferView) -> iree.HalBufferView:
         """A copy in the emulated GPU's own memory, so that it knows where a buffer ends."""
-        buffer = self._allocator.allocate_buffer_copy(
-            memory_type=_DEVICE_LOCAL,
-            allowed_usage=_ANY_USAGE,
-            device=self._hal,
-            buffer=tensor.reshape(-1).view(torch.uint8).numpy(),
-        )
+        with self._gate:
+            buffer = self._allocator.allocate_buffer_copy(
+                memory_type=_DEVICE_LOCAL,
+                allowed_usage=_ANY_USAGE,
+                device=self._hal,
+                buffer=tensor.reshape(-1).view(torch.uint8).numpy(),
+            )
         assert isinstance(buffer, iree.HalBuffer)  # a view only where an element type is given
         return iree.HalBufferView(buffer, view.shape, view.element_type)
 
@@ -406,9 +462,28 @@ class Session:
         return tensor.view(dtype)
 
 
+def _through(gate: AbstractContextManager[Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, called inside the gate."""
+
+    def call(*arguments: Any) -> Any:
+        with gate:
+            return function(*arguments)
+
+    return call
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor's elements as they lie in memory, one behind the other."""
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
 def returned(outcome: Outcome) -> list[iree.HalBufferView]:
     """What the call returned, which is over."""
     ((_, results),) = outcome
+    if not isinstance(results, iree.VmVariantList):
+        return []
     return [results.get_as_object(i, iree.HalBufferView) for i in range(len(results))]
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lowering.backends import commands, cpu, cuda, hip, object_cache, toolchain
+from lowering import host_compiler, object_cache
+from lowering.backends import commands, cpu, cuda, hip, toolchain
 from lowering.errors import ToolchainError, UsageError
 from lowering.families.row import instance
 from lowering.targets import Target
@@ -94,7 +95,7 @@ def test_a_cache_that_anyone_may_write_to_is_not_used(tmp_path: Path) -> None:
 def test_another_compiler_is_another_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that differs by an option of CC, or by its file."""
     kernel = instance(CASES["plain_smallest"], CPU)
-    (command,) = cpu.c_compiler()
+    (command,) = host_compiler.c_compiler()
     keys = set()
     wrapper = tmp_path / "cc"
     for text in (f'exec {command} "$@"', f'exec {command} -fwrapv "$@"'):
@@ -125,7 +126,7 @@ def test_a_failed_compile_shows_message_and_command(tmp_path: Path, monkeypatch:
 def test_a_missing_compiler_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     for cached in (hip.clang_and_lld, cuda.nvrtc):
         cached.cache_clear()
-    for module in (hip, cpu):
+    for module in (hip, host_compiler):
         monkeypatch.setattr(module, "ziglang", lambda: None)
     monkeypatch.setattr(hip.shutil, "which", lambda *_, **__: None)
     monkeypatch.delenv("CC", raising=False)

@@ -20,8 +20,12 @@ import pytest
 from elftools.elf.elffile import ELFFile
 from iree._runtime_libs import _runtime
 
+import lowering.runtime.driver_library
 from tests.gfx950.gfx950_kernels import Assembly, assemble, compile_hip
 from tools.gfx950.hip import library
+
+# Where the library is that makes graphs of calls.
+GRAPHS = Path(lowering.runtime.driver_library.__file__).parent / "native"
 
 # An executor that ends at once.
 DYING = (sys.executable, "-c", "import sys; sys.exit(0)")
@@ -76,12 +80,15 @@ def refuses(hip: Hip, code: int, expected: int, sentence: str) -> None:
 # -- the library -----------------------------------------------------------------------------------
 
 
-def test_it_exports_what_iree_resolves_and_nothing_else():
-    """The names are in the runtime's own binary: a release that wants another one fails here."""
+def test_it_exports_what_is_asked_for_and_nothing_else():
+    """By IREE, whose names are in the runtime's own binary, and by the library that makes graphs of calls."""
     binary = Path(_runtime.__file__).read_bytes()
     wanted = set(re.findall(rb"\0(hip[A-Z]\w+)(?=\0)", binary))
     wanted = {name.decode() for name in wanted if not name.startswith((b"hipError", b"hipSuccess"))}
     assert len(wanted) > 70
+    asked = set(re.findall(r"\bX\((hip\w+)", (GRAPHS / "driver_hip.h").read_text()))
+    assert wanted & asked and asked - wanted
+    wanted |= asked
     with library(DYING).open("rb") as file:
         symbols = ELFFile(file).get_section_by_name(".dynsym")
         defined = {s.name for s in symbols.iter_symbols() if s["st_shndx"] != "SHN_UNDEF"}
@@ -458,6 +465,41 @@ def test_a_graph_launches_kernels(gpu: Hip, kernel: Copy):
     assert gpu.hipGraphLaunch(program, None) == 0
     assert gpu.hipMemcpy(back, y, ctypes.c_size_t(256), DEVICE_TO_HOST) == 0
     assert list(back) == list(range(64))
+
+
+def test_a_program_of_a_graph_is_changed_and_the_graph_is_not(gpu: Hip, kernel: Copy):
+    """Nor are its other programs; a node that is no part of it, or of another kind, is refused."""
+    x, y, z, back = on_device(gpu, 64), gpu.allocate(256), gpu.allocate(256), (ctypes.c_float * 64)()
+    graph, nodes = gpu.make("hipGraphCreate", 0), [ctypes.c_void_p() for _ in range(2)]
+    none, size = ctypes.c_size_t(0), ctypes.c_size_t(256)
+
+    kept = []
+
+    def shape(target: ctypes.c_void_p) -> bytes:
+        kept.append(parameters := kernel.parameters(x, target, 64, 0))
+        return struct.pack(
+            "<3I4xQQ3I4xQI4x", 64, 1, 1, 0, kernel.function.value, 1, 1, 1, ctypes.addressof(parameters), 0
+        )
+
+    after, one = ctypes.byref(nodes[0]), ctypes.c_size_t(1)
+    assert gpu.hipGraphAddKernelNode(ctypes.byref(nodes[0]), graph, None, none, shape(y)) == 0
+    added = gpu.hipGraphAddMemcpyNode1D(
+        ctypes.byref(nodes[1]), graph, after, one, z, y, size, DEVICE_TO_DEVICE
+    )
+    assert added == 0
+    programs = [gpu.make("hipGraphInstantiate", graph, None, None, none) for _ in range(2)]
+    other = gpu.allocate(256)
+    assert gpu.hipGraphExecKernelNodeSetParams(programs[0], nodes[0], shape(other)) == 0
+    change = gpu.hipGraphExecMemcpyNodeSetParams1D
+    assert change(programs[0], nodes[1], y, other, size, DEVICE_TO_DEVICE) == 0
+    assert gpu.hipGraphLaunch(programs[0], None) == 0
+    assert gpu.hipMemcpy(back, y, size, DEVICE_TO_HOST) == 0 and list(back) == list(range(64))
+    assert gpu.hipGraphLaunch(programs[1], None) == 0
+    assert gpu.hipMemcpy(back, z, size, DEVICE_TO_HOST) == 0 and list(back) == list(range(64))
+    stranger = gpu.hipGraphExecKernelNodeSetParams(programs[0], ctypes.c_void_p(8), shape(y))
+    refuses(gpu, stranger, INVALID_VALUE, "the node is none of the graph")
+    refuses(gpu, change(programs[0], nodes[0], y, x, size, 3), INVALID_VALUE, "of another kind")
+    refuses(gpu, change(programs[0], nodes[1], y, x, size, 1), INVALID_VALUE, "keeps its direction")
 
 
 def test_what_a_kernel_does_wrong_is_the_launchs_error(gpu: Hip, kernel: Copy):

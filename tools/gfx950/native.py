@@ -14,7 +14,9 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from lowering.backends import commands, cpu, object_cache
+from lowering import object_cache
+from lowering.backends import commands, cpu
+from lowering.host_compiler import c_compiler, hosted
 
 _SOURCES = Path(__file__).with_name("native")
 _OPTIONS = (
@@ -127,14 +129,8 @@ def library() -> Library:
     return Library(_built())
 
 
-def _compiler() -> tuple[str, ...]:
-    """The C compiler; of the ``ziglang`` wheel the command that has a C library, which kernels do without."""
-    compiler = cpu.c_compiler()
-    return (*compiler[:-1], "cc") if compiler[1:] == ("-m", "ziglang", "clang") else compiler
-
-
 def _built() -> Path:
-    compiler = _compiler()
+    compiler = hosted(c_compiler())
     machine = cpu.machine_option("native")
     files = sorted(_SOURCES.iterdir())
     key = hashlib.sha256(cpu.features(compiler, machine).encode())

@@ -162,12 +162,15 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 
 def call_seconds(call: Callable[[], Any], repeat: int = 50) -> float:
-    """Median wall time of a call that returns when its results are there."""
+    """Median wall time of a call, until its results are there."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     for _ in range(3):
         call()
+    wait()
     times = []
     for _ in range(repeat):
         start = time.perf_counter()
         call()
+        wait()
         times.append(time.perf_counter() - start)
     return statistics.median(times)

@@ -67,6 +67,7 @@ enum {
 enum { hipMemoryTypeHost = 1, hipMemoryTypeDevice = 2 };
 enum { hipEventDisableTiming = 2, hipEventKnownFlags = 0x1 | 0x2 | 0x20000000 | 0x40000000 };
 enum { hipStreamNonBlocking = 1 };
+typedef enum { hipStreamCaptureStatusNone } hipStreamCaptureStatus;
 enum { hipMemAttachGlobal = 1 };
 /* Portable, mapped, write-combined; non-coherent and the like change nothing that can be seen here. */
 enum { hipHostMallocKnownFlags = 0x1 | 0x2 | 0x4 };

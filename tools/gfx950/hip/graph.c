@@ -10,10 +10,11 @@
 
 enum node_kind { NOTHING, KERNEL, FILL, COPY, RECORD };
 
-/* Nodes are shared by their graph and the programs made of it. */
+/* A node of a graph, or of a program made of one: then `origin` is the graph's. */
 struct node {
   enum node_kind kind;
   struct node *next;
+  const struct node *origin;
   struct launch launch;
   struct {
     void *dst;
@@ -28,7 +29,6 @@ struct node {
 
 struct node_list {
   struct node *first, **end;
-  size_t users;
 };
 
 struct graph {
@@ -42,8 +42,6 @@ struct graph_program {
 };
 
 static void drop_nodes(struct node_list *nodes) {
-  if (--nodes->users > 0)
-    return;
   for (struct node *node = nodes->first, *next; node != NULL; node = next) {
     next = node->next;
     drop_launch(&node->launch);
@@ -59,7 +57,7 @@ EXPORT hipError_t hipGraphCreate(hipGraph_t *graph, unsigned int flags) {
   *graph = nodes ? new_object(GRAPH, sizeof **graph) : NULL;
   if (*graph == NULL)
     return free(nodes), FAIL(hipErrorOutOfMemory, "no host memory is left");
-  *nodes = (struct node_list){.end = &nodes->first, .users = 1};
+  *nodes = (struct node_list){.end = &nodes->first};
   (*graph)->nodes = nodes;
   return hipSuccess;
 }
@@ -71,6 +69,39 @@ EXPORT hipError_t hipGraphDestroy(hipGraph_t graph) {
   return hipSuccess;
 }
 
+/* A copy of `node`, with arguments of its own; NULL when memory is out. */
+static struct node *copy_of(const struct node *node) {
+  struct node *made = malloc(sizeof *made);
+  if (made == NULL)
+    return NULL;
+  *made = *node;
+  made->next = NULL;
+  made->origin = node;
+  if (node->kind != KERNEL)
+    return made;
+  made->launch.arguments = malloc(node->launch.argument_bytes + 1);
+  if (made->launch.arguments == NULL)
+    return free(made), NULL;
+  memcpy(made->launch.arguments, node->launch.arguments, node->launch.argument_bytes);
+  return made;
+}
+
+/* The nodes of `list` again, for a program; NULL when memory is out. */
+static struct node_list *copy_nodes(const struct node_list *list) {
+  struct node_list *nodes = calloc(1, sizeof *nodes);
+  if (nodes == NULL)
+    return NULL;
+  nodes->end = &nodes->first;
+  for (const struct node *node = list->first; node != NULL; node = node->next) {
+    struct node *made = copy_of(node);
+    if (made == NULL)
+      return drop_nodes(nodes), NULL;
+    *nodes->end = made;
+    nodes->end = &made->next;
+  }
+  return nodes;
+}
+
 EXPORT hipError_t hipGraphInstantiate(hipGraphExec_t *program, hipGraph_t graph, hipGraphNode_t *error_node,
                                       char *log, size_t room) {
   if (error_node != NULL)
@@ -78,11 +109,14 @@ EXPORT hipError_t hipGraphInstantiate(hipGraphExec_t *program, hipGraph_t graph,
   if (log != NULL && room > 0)
     *log = '\0';
   TRY(check_object(graph, GRAPH, __func__));
-  *program = new_object(GRAPH_PROGRAM, sizeof **program);
-  if (*program == NULL)
+  struct node_list *nodes = copy_nodes(graph->nodes);
+  *program = nodes ? new_object(GRAPH_PROGRAM, sizeof **program) : NULL;
+  if (*program == NULL) {
+    if (nodes != NULL)
+      drop_nodes(nodes);
     return FAIL(hipErrorOutOfMemory, "no host memory is left");
-  (*program)->nodes = graph->nodes;
-  graph->nodes->users++;
+  }
+  (*program)->nodes = nodes;
   return hipSuccess;
 }
 
@@ -208,5 +242,70 @@ EXPORT hipError_t hipDrvGraphAddMemcpyNode(hipGraphNode_t *node, hipGraph_t grap
   (*node)->transfer.size = is->widthInBytes;
   (*node)->transfer.direction = from_host ? (to_host ? hipMemcpyHostToHost : hipMemcpyHostToDevice)
                                           : (to_host ? hipMemcpyDeviceToHost : hipMemcpyDeviceToDevice);
+  return hipSuccess;
+}
+
+EXPORT hipError_t hipGraphAddMemcpyNode1D(hipGraphNode_t *node, hipGraph_t graph, const hipGraphNode_t *before,
+                                          size_t count, void *dst, const void *src, size_t size,
+                                          hipMemcpyKind direction) {
+  TRY(add(node, graph, before, count, __func__));
+  (*node)->kind = COPY;
+  (*node)->transfer.dst = dst;
+  (*node)->transfer.src = src;
+  (*node)->transfer.size = size;
+  (*node)->transfer.direction = direction;
+  return hipSuccess;
+}
+
+/* -- changing the nodes of a program ------------------------------------------------------------------ */
+
+/* The node of `program` that was made of `origin`, which is of this kind. */
+static hipError_t find(struct node **node, hipGraphExec_t program, hipGraphNode_t origin, enum node_kind kind,
+                       const char *function) {
+  TRY(check_object(program, GRAPH_PROGRAM, function));
+  for (*node = program->nodes->first; *node != NULL && (*node)->origin != origin; *node = (*node)->next)
+    ;
+  if (*node == NULL)
+    return fail(hipErrorInvalidValue, function, "the node is none of the graph that the program was made of");
+  return (*node)->kind == kind ? hipSuccess
+                               : fail(hipErrorInvalidValue, function, "the node is of another kind");
+}
+
+EXPORT hipError_t hipGraphExecKernelNodeSetParams(hipGraphExec_t program, hipGraphNode_t origin,
+                                                  const hipKernelNodeParams *is) {
+  struct node *node;
+  struct launch launch = {0};
+  TRY(find(&node, program, origin, KERNEL, __func__));
+  hipError_t error = prepare_launch(&launch, is->func, is->gridDim, is->blockDim, is->sharedMemBytes,
+                                    is->kernelParams, is->extra, __func__);
+  if (error != hipSuccess)
+    return drop_launch(&launch), error;
+  drop_launch(&node->launch);
+  node->launch = launch;
+  return hipSuccess;
+}
+
+EXPORT hipError_t hipGraphExecMemsetNodeSetParams(hipGraphExec_t program, hipGraphNode_t origin,
+                                                  const hipMemsetParams *is) {
+  struct node *node;
+  if (is->height != 1)
+    return FAIL(hipErrorNotSupported, "%zu rows; one is supported", is->height);
+  TRY(find(&node, program, origin, FILL, __func__));
+  node->transfer.dst = is->dst;
+  node->transfer.value = is->value;
+  node->transfer.element = is->elementSize;
+  node->transfer.size = is->width;
+  return hipSuccess;
+}
+
+EXPORT hipError_t hipGraphExecMemcpyNodeSetParams1D(hipGraphExec_t program, hipGraphNode_t origin, void *dst,
+                                                    const void *src, size_t size, hipMemcpyKind direction) {
+  struct node *node;
+  TRY(find(&node, program, origin, COPY, __func__));
+  if (direction != node->transfer.direction)
+    return FAIL(hipErrorInvalidValue, "a copy keeps its direction");
+  node->transfer.dst = dst;
+  node->transfer.src = src;
+  node->transfer.size = size;
   return hipSuccess;
 }

@@ -11,10 +11,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowering.backends import commands, object_cache
+from lowering import object_cache
+from lowering.backends import commands
 from lowering.errors import ToolchainError
-
-from ..native import _compiler
+from lowering.host_compiler import c_compiler, hosted
 
 ARCHITECTURES = ("gfx950", "gfx942")
 
@@ -34,7 +34,7 @@ def library(executor: Sequence[str] | None = None) -> Path:
     command = tuple(executor or _worker())
     directory = Path(__file__).parent
     texts = [(name, (directory / name).read_text(encoding="utf-8")) for name in (*_SOURCES, *_HEADERS)]
-    compiler = _compiler()
+    compiler = hosted(c_compiler())
     parts = [compiler, commands.version(compiler), _OPTIONS, command, texts]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     built = object_cache.place() / f"{key}.so"

@@ -20,8 +20,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .. import temporary
-from ..errors import UsageError
+from . import temporary
+from .errors import UsageError
 
 DIRECTORY, DISABLED, SIZE = "VMFUSE_CACHE_DIR", "VMFUSE_NO_CACHE", "VMFUSE_CACHE_SIZE"
 DEFAULT_SIZE = 256 << 20

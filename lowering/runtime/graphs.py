@@ -1,0 +1,232 @@
+"""Play a call again as one graph of the GPU's driver, without IREE.
+
+The first call with given shapes runs as ever.  The second is recorded while it runs, by the library of
+``driver_library``: kernels, copies and fills in IREE's order, and which of their addresses lie in the
+caller's memory (arguments, results, scratch, state).  From then on a call is one launch of the graph, on
+torch's current stream, with the addresses of that call; it returns before the GPU is done, as torch's own
+operations do.
+
+A call that cannot be played so, for whatever reason, goes on as before; ``reason`` says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import count
+from typing import Any, Literal, Protocol, get_args
+from weakref import WeakSet
+
+from ..errors import RunError
+from . import driver_library
+
+Mode = Literal["auto", "off"]
+"""Whether calls become graphs; only those on a GPU can."""
+
+Range = tuple[int, int]
+"""An address, and the bytes that are there."""
+
+MODES = get_args(Mode)
+
+_KEPT = 64
+"""Graphs of a function; the one used least recently goes."""
+
+_RECORDINGS = 3
+"""A recording that something got in the way of is tried again, up to this number."""
+
+
+class Gate:
+    """Let calls through side by side, and a thread that records alone."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside = 0
+        self._alone: int | None = None
+
+    def __enter__(self) -> None:
+        with self._changed:
+            while self._alone not in (None, threading.get_ident()):
+                self._changed.wait()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._inside -= 1
+            if self._alone is not None:
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Keep all other threads out, from when they have left."""
+        with self._changed:
+            while self._alone is not None:
+                self._changed.wait()
+            self._alone = threading.get_ident()
+            while self._inside:
+                self._changed.wait()
+
+    def open(self) -> None:
+        """Let others in again."""
+        with self._changed:
+            self._alone = None
+            self._changed.notify_all()
+
+
+GATE = Gate()
+"""All that IREE issues to GPUs: what passes the library is not told apart by who called."""
+
+
+class Owner(Protocol):
+    """What keeps the kernels and weights that tapes need; it drops them before it lets these go."""
+
+    tapes: WeakSet[Tape]
+    number: int
+    """Given by ``loading``."""
+
+
+class Tape:
+    """What one call issued, to be played again; ``owner`` keeps its kernels and weights."""
+
+    def __init__(self, library: ctypes.CDLL, pointer: int, owner: Owner):
+        self._library, self._owner = library, owner
+        self._pointer: int | None = pointer
+        owner.tapes.add(self)
+        self.operations = 0
+
+    def player(self, addresses: Sequence[int]) -> Callable[[int], int]:
+        """What plays it with the caller's memory at ``addresses`` on the stream that it takes.
+
+        No function of Python's: an interrupt comes before it or after it.
+        """
+        array = (ctypes.c_uint64 * len(addresses))(*addresses)
+        return partial(self._library.tape_play, self._pointer, array)
+
+    def check(self, code: int) -> None:
+        """Raise RunError for what playing has returned."""
+        if code:
+            raise RunError(self._library.tape_error(code).decode())
+
+    def drop(self) -> None:
+        """Let it go, once the GPU is done with it."""
+        pointer, self._pointer = self._pointer, None
+        if pointer is not None:
+            self._library.tape_drop(pointer)
+
+    __del__ = drop
+
+
+class _Known:
+    """What is known of the calls of one plan."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.recordings = 0
+        self.tape: Tape | None = None
+        self.reason = ""
+
+    def is_wanted(self) -> bool:
+        return self.tape is None and self.recordings < _RECORDINGS
+
+
+class Graphs:
+    """The graphs of one function, by plan; ``reason`` is why it can have none, or empty."""
+
+    def __init__(self, library: ctypes.CDLL | None, reason: str):
+        self._library, self.reason = library, reason
+        self._known: OrderedDict[Any, _Known] = OrderedDict()
+
+    def tape(self, plan: object) -> Tape | None:
+        """The recording of a call with this plan, if there is one."""
+        known = self._known.get(plan)
+        if known is None:
+            return None
+        if known.tape is not None:
+            with suppress(KeyError):  # another thread's call took its place meanwhile
+                self._known.move_to_end(plan)
+        return known.tape
+
+    def explain(self, plan: object) -> str:
+        """Say whether a call with this plan is a graph, and if not, why."""
+        if self.reason:
+            return f"no graph: {self.reason}"
+        known = self._known.get(plan)
+        if known is None or not (known.tape or known.reason):
+            return "no graph yet: the second call with the same dtypes and shapes makes one"
+        if known.tape is None:
+            return f"no graph: {known.reason}"
+        operations = known.tape.operations
+        return f"a graph of {operations} operation{'' if operations == 1 else 's'}"
+
+    def due(self, plan: object) -> bool:
+        """Count a call with this plan, and tell whether it is to be recorded."""
+        if self.reason:
+            return False
+        known = self._known.get(plan)
+        if known is None:
+            known = self._known[plan] = _Known()
+            while len(self._known) > _KEPT:
+                self._known.popitem(last=False)
+        known.calls += 1
+        return known.calls > 1 and known.is_wanted()
+
+    @contextmanager
+    def recorded(self, plan: object, ranges: Sequence[Range], owner: Owner) -> Iterator[None]:
+        """Record the call that is made meanwhile, which is due and is passed the memory at ``ranges``.
+
+        Nothing else of IREE's runs on a GPU then.  owner: what keeps the program's own memory.
+        """
+        library, known = self._library, self._known.setdefault(plan, _Known())
+        assert library is not None
+        GATE.close()
+        try:
+            if not known.is_wanted():  # another thread has recorded it meanwhile
+                yield
+                return
+            known.recordings += 1
+            numbers = ctypes.c_uint64 * len(ranges)
+            bases, sizes = numbers(*[at for at, _ in ranges]), numbers(*[size for _, size in ranges])
+            pointer = library.tape_begin(owner.number, bases, sizes, len(ranges))
+            if not pointer:
+                raise MemoryError("no memory is left for the recording of a call")
+            tape = Tape(library, pointer, owner)
+            try:
+                yield
+            finally:
+                library.tape_end(pointer)
+            tape.operations = library.tape_operations(pointer)
+            known.reason = library.tape_reason(pointer).decode()
+            known.tape = None if known.reason else tape
+        finally:
+            GATE.open()
+
+
+_LOADING = threading.Lock()
+_NUMBERS = count(1)
+
+
+@contextmanager
+def loading(library: ctypes.CDLL | None) -> Iterator[int]:
+    """Let what is allocated while a block runs be the memory of a program, whose number it is given."""
+    number = next(_NUMBERS)
+    if library is None:
+        yield number
+        return
+    with GATE, _LOADING:
+        library.tape_load(number)
+        try:
+            yield number
+        finally:
+            library.tape_load(0)
+
+
+def graphs_of(backend: str, mode: Mode) -> tuple[ctypes.CDLL | None, str]:
+    """The library for a backend's graphs, or why there is none."""
+    if backend == "cpu":
+        return None, "it runs on the CPU"
+    if mode == "off":
+        return None, "graphs are off"
+    found = driver_library.library(backend)
+    return (None, found) if isinstance(found, str) else (found, "")
