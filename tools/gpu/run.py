@@ -6,8 +6,9 @@
 
 For every case: the program and eager PyTorch on fresh random inputs of several row counts, calls from
 several threads, mistakes that must be refused, and each kernel object by itself over poisoned outputs.
-On a GPU also compares calls that are graphs with those that are IREE's, and times: kernel objects beside the copy bandwidth of the same run and torch.compile of the same
-rows, and calls of the program.  ``gpu_compare`` says what may differ and why.
+On a GPU also compares calls that are graphs with those that are IREE's, and times: kernel objects beside the
+copy bandwidth of the same run and torch.compile of the same rows, and calls of the program.  ``gpu_compare``
+says what may differ and why.
 
 Every case runs in a process of its own, so that a crash or a lost device in one leaves the others alone.
 Prints a table; writes everything to --json (default: $OUT/run_on_gpu.json if OUT is set).
