@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -46,6 +46,7 @@ from .files import function_of
 from .graphs import Graphs, Tape
 from .session import Memory, Outcome, Session, Storage, reported, returned
 from .state import State
+from .views import Views
 from .writing import Writing
 
 # Calls with new shapes are checked and planned; the plans of this many are kept, then all are made anew.
@@ -65,6 +66,7 @@ class Function:
         self.tensor_outputs = tensor_specs(signature.outputs)
         """The results of ``run``; None when the program does not say."""
         self._session, self._state = session, state
+        self._reported = reported(f"{name} failed")
         self._writing = Writing(signature)
         into = bool(signature.placed)
         self._function = function_of(module, name + INTO if into else name)
@@ -73,12 +75,14 @@ class Function:
         self._in_tree = containers.load(signature.input_tree)
         self._result_tree = result_tree(signature.output_tree)
         self._keywords = keywords_of(signature.input_tree)
+        self._remembered = tuple(spec.name for spec in signature.state)
         self._positional = positional_count(self._in_tree, signature.inputs)
         self._all_tensors = self.tensor_outputs == signature.outputs
         outputs = self._returned_tensors = returned_tensors(signature)
         self._strided = [(i, spec.strides) for i, spec in enumerate(outputs) if spec.strides]
         self._dtypes = tuple(getattr(torch, spec.dtype) for spec in outputs)
         placed = {number for numbers in signature.placed for number in numbers}
+        self._first_check = len(outputs) - len(signature.checks)
         self._returned = [i for i in range(len(outputs)) if i not in placed]
         self._returned_dtypes = [self._dtypes[i] for i in self._returned]
         self._plans: dict[Any, _Plan] = {}
@@ -105,8 +109,7 @@ class Function:
         return self._session.place.device
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        plain = len(args) == self._positional and not kwargs and all(isinstance(x, Tensor) for x in args)
-        values = args if plain else self._leaves(args, kwargs)
+        values = args if not kwargs and self._are_leaves(args) else self._leaves(args, kwargs)
         results: list[Any] = self.run(*values)
         if not self._all_tensors:
             results = list(self._with_others(results, values))
@@ -135,21 +138,26 @@ class Function:
 
         What the model writes to among them is written.
         """
-        if not (self._writing.arguments or self.signature.state):
-            call = self._prepared(values, {})
-            self._invoke(call, values)
-            return self._results(call)
-        with self._state.held() if self.signature.state else nullcontext():
+        if self.signature.state:
+            with self._state.held():
+                return self._run_writing(values)
+        if self._writing.arguments:
             return self._run_writing(values)
+        plan = self._plan(values)
+        call = self._prepared(plan, values, {})
+        self._invoke(call, values)
+        results = self._results(call)
+        plan.keep(call.storage)
+        return results
 
     def _run_writing(self, values: Sequence[Any]) -> list[Tensor]:
         """Call a function that writes to arguments, or has a state, which is held."""
         writing, state = self._writing, self._state
-        self._plan(values)  # refuses what cannot be passed before anything is made of it
+        plan = self._plan(values)  # refuses what cannot be passed before anything is made of it
         passed, bring_back = writing.lend(values, self._session)
-        passed += [state.view(spec.name) for spec in self.signature.state]
+        passed += state.views(self._remembered)
         spare = state.spare(writing.state)
-        call = self._prepared(values, spare)
+        call = self._prepared(plan, values, spare)
         state.begin(writing.state, spare, lambda: self._results(call) if call.outcome else None)
         self._invoke(call, passed)
         results = self._results(call)
@@ -158,17 +166,18 @@ class Function:
         for each in bring_back:
             each()
         state.finish(results)
+        plan.keep(call.storage)
         return results[: writing.first]
 
-    def _prepared(self, values: Sequence[Any], spare: Mapping[int, Memory]) -> _Call:
+    def _prepared(self, plan: _Plan, values: Sequence[Any], spare: Mapping[int, Memory]) -> _Call:
         """A call with the arguments of ``run``; spare: where new values of the state are put, by number."""
-        plan = self._plan(values)
         tape = self._graphs.tape(plan)
-        session = self._session
+        session, storage = self._session, []
         allocate = session.allocate if tape is None else partial(playing.room, session)
-        with reported(f"{self.name} failed"):
-            placed = zip(self.signature.placed, plan.storage, strict=True)
-            storage = [spare.get(numbers[0]) or allocate(each) for numbers, each in placed]
+        with self._reported:
+            for (number, *_), each, kept in zip(self.signature.placed, plan.storage, plan.kept, strict=True):
+                memory = spare.get(number) or _taken(kept) or allocate(each)
+                storage.append(memory if kept is None else _legible(memory))
         return _Call(plan, values, spare, storage, tape)
 
     def _invoke(self, call: _Call, passed: Sequence[Any]) -> None:
@@ -176,7 +185,7 @@ class Function:
         session = self._session
         if call.plan.all_empty and not session.place.driver.on_host:
             return
-        with reported(f"{self.name} failed"):
+        with self._reported:
             if call.tape is not None:
                 self._play(call.tape, call, passed)
                 return
@@ -186,6 +195,7 @@ class Function:
             if self._graphs.due(call.plan):
                 playing.record(session, self._graphs, call.plan, self._function, passed, memory, call.outcome)
             else:
+                passed = call.plan.views.of(passed, session)
                 session.invoke(self._function, passed, memory, call.outcome)
 
     def _play(self, tape: Tape, call: _Call, passed: Sequence[Any]) -> None:
@@ -203,31 +213,42 @@ class Function:
         if not call.outcome:
             return self._empty(plan)
         views = returned(call.outcome)
-        tensors = [value for value in call.values if isinstance(value, Tensor)]
-        tensors += [self._state.tensor(spec.name) for spec in self.signature.state]
         if self.tensor_outputs is None:
-            return _apart([session.to_torch(view, None) for view in views], tensors)
+            return self._apart([session.to_torch(view, None) for view in views], call.values)
         numbers = self._returned
         if len(numbers) != len(views):
             raise RunError(f"{self.name} returned {len(views)} tensors, its signature says {len(numbers)}")
-        given = map(session.to_torch, views, self._returned_dtypes)
-        results: dict[int, Any] = dict(zip(numbers, _apart(given, tensors), strict=True))
+        results: list[Any] = [None] * len(self._dtypes)
+        if views:
+            given = [*map(session.to_torch, views, self._returned_dtypes)]
+            for number, tensor in zip(numbers, self._apart(given, call.values), strict=True):
+                results[number] = tensor
         for placed, (tensor, _) in zip(self.signature.placed, call.storage, strict=True):
-            results[placed[0]] = None if placed[0] in call.spare else tensor
+            if placed[0] not in call.spare:
+                results[placed[0]] = tensor
             for number in placed[1:]:
                 results[number] = tensor.view(self._dtypes[number])
         for number, layout in self._strided:
             results[number] = ops.from_physical(results[number], plan.leading(number), layout)
-        return self._checked([results[number] for number in range(len(results))])
+        return self._checked(results) if self.signature.checks else results
 
     def _checked(self, results: list[Any]) -> list[Any]:
         """The results without those that tell whether the values of the arguments are allowed."""
-        checks = self.signature.checks
-        count = len(results) - len(checks)
-        for check, holds_ in zip(checks, results[count:], strict=True):
-            if not holds_.all():
+        first = self._first_check
+        for check, holds_ in zip(self.signature.checks, results[first:], strict=True):
+            if not (all(holds_) if isinstance(holds_, memoryview) else holds_.all()):
                 raise RunError(f"{self.name}: {check.name}")
-        return results[:count]
+        return results[:first]
+
+    def _apart(self, results: list[Tensor], values: Sequence[Any]) -> list[Tensor]:
+        """The results, those copied that lie in an argument, which IREE returns where nothing changes it."""
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        tensors += [self._state.tensor(name) for name in self._remembered]
+        spans = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in tensors]
+        return [
+            result.clone() if any(begin <= result.data_ptr() < end for begin, end in spans) else result
+            for result in results
+        ]
 
     def _empty(self, plan: _Plan) -> list[Tensor]:
         """Results that are all empty, which no GPU driver of IREE's can make: CUDA refuses an empty grid and
@@ -240,7 +261,7 @@ class Function:
 
     def _plan(self, values: Sequence[Any]) -> _Plan:
         """Find what is known of a call with ``values``; a first one of its shapes and ints is checked."""
-        key = tuple([(x.dtype, x.shape, x.device) if isinstance(x, Tensor) else _key(x) for x in values])
+        key = tuple([(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else _key(x) for x in values])
         plan = self._plans.get(key)
         if plan is None:
             plan = self._planned(values)
@@ -253,16 +274,29 @@ class Function:
         """Check the arguments of ``run`` and plan the call."""
         plan = _Plan(self._check(values), self._returned_tensors)
         layouts, session = dict(self._strided), self._session
-        for number, *_ in self.signature.placed:
+        for numbers in self.signature.placed:
+            number = numbers[0]
             shape = ops.physical_shape(plan.shape(number), layouts.get(number, "row"))
             plan.storage.append(session.storage(shape, self._dtypes[number]))
+            keeps = session.place.driver.on_host and min(numbers) >= self._first_check
+            plan.kept.append([] if keeps else None)
+            plan.keeps |= keeps
         if self._scratch_size is not None:
-            with reported(f"{self.name} failed"):
-                state = [self._state.view(spec.name) for spec in self.signature.state]
+            with self._reported:
+                state = self._state.views(self._remembered)
                 plan.scratch = session.query(self._scratch_size, [*values, *state], len(plan.storage) + 1)
         elif plan.storage:
             plan.scratch = 0
         return plan
+
+    def _are_leaves(self, args: tuple[Any, ...]) -> bool:
+        """Tell whether a call's arguments are those of ``run`` as they are."""
+        if len(args) != self._positional:
+            return False
+        for x in args:  # noqa: SIM110  a generator takes another microsecond
+            if not isinstance(x, Tensor):
+                return False
+        return True
 
     def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
         """The arguments of ``run``."""
@@ -328,16 +362,18 @@ def _key(value: Any) -> Any:
     return value if type(value) is int else None
 
 
-def _apart(results: Iterable[Tensor], arguments: Sequence[Tensor]) -> list[Tensor]:
-    """The results, those copied that lie in an argument: IREE returns its memory where nothing changes it."""
-    results = list(results)
-    if not results:
-        return results
-    spans = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in arguments]
-    return [
-        result.clone() if any(begin <= result.data_ptr() < end for begin, end in spans) else result
-        for result in results
-    ]
+def _legible(memory: Memory) -> Memory:
+    """Memory of the host with the elements of its tensor of bools as Python reads them, which is quicker."""
+    tensor, view = memory
+    return (tensor.view(-1).numpy().data if isinstance(tensor, Tensor) else tensor), view
+
+
+def _taken(kept: list[Memory] | None) -> Memory | None:
+    """Memory that no other call has, if there is any; another thread may take it first."""
+    try:
+        return kept.pop() if kept else None
+    except IndexError:
+        return None
 
 
 @dataclass(slots=True)  # not frozen, which takes a microsecond more of each call
@@ -363,8 +399,19 @@ class _Plan:
         self.all_empty = bool(self.sizes) and all(0 in sizes and None not in sizes for sizes in self.sizes)
         self.storage: list[Storage] = []
         """The memory to pass for results."""
+        self.kept: list[list[Memory] | None] = []
+        """Memory for each of them, between calls; None where the caller of each gets memory of its own."""
+        self.keeps = False
+        self.views = Views()
         self.scratch: int | None = None
         """The bytes of scratch memory to pass behind it; None where nothing is passed."""
+
+    def keep(self, storage: Sequence[Memory]) -> None:
+        """Have the memory of a call, which is over, for later ones, as far as it is nobody's."""
+        if self.keeps:
+            for kept, memory in zip(self.kept, storage, strict=True):
+                if kept is not None:
+                    kept.append(memory)
 
     def shape(self, number: int) -> tuple[int, ...]:
         """Give the shape of result ``number``; RunError where a size does not follow from the arguments."""

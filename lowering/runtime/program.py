@@ -33,7 +33,7 @@ from ..signature import INITIAL, Signature
 from .files import Check, check_archive, open_module, parameter_modules, signatures_of
 from .function import Function
 from .graphs import MODES, Mode, graphs_of
-from .session import Place, Session, reported
+from .session import Place, Session, reported, returned
 from .state import State, StateTensor
 
 __all__ = ["Function", "Program", "load"]
@@ -109,7 +109,7 @@ class Program:
         initial = module.lookup_function(INITIAL)
 
         def values() -> dict[str, Tensor]:
-            views = session.invoke(initial, ()) if initial is not None else []
+            views = returned(session.invoke(initial, ())) if initial is not None else []
             dtypes = (getattr(torch, specs[name].dtype) for name in stored)
             return dict(zip(stored, map(session.to_torch, views, dtypes), strict=True))
 

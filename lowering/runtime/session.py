@@ -153,15 +153,24 @@ def instance() -> iree.VmInstance:
     return iree.VmInstance()
 
 
-@cache
-def _owner() -> int:
-    """The process that IREE's devices belong to: the one that used one first."""
-    return os.getpid()
+class _Use:
+    """Know whether IREE is in use, and whether it was in the process that this one was forked from."""
+
+    here = elsewhere = False
+
+    @classmethod
+    def forked(cls) -> None:
+        cls.elsewhere = cls.here
+
+
+os.register_at_fork(after_in_child=_Use.forked)
 
 
 def refuse_forked() -> None:
-    """Raise RunError in a process forked from the owner: a call would wait for its threads for ever."""
-    if os.getpid() != _owner():
+    """Raise RunError in a process forked from its user: a call would wait for ever for its threads."""
+    if not _Use.here:
+        _Use.here = True
+    if _Use.elsewhere:
         raise RunError(
             "IREE was in use in the process that this one was forked from, and its threads are not here: "
             "start processes with multiprocessing's 'spawn', or fork before anything is loaded"
@@ -200,8 +209,8 @@ class Storage:
     """In bytes."""
 
 
-Memory = tuple[Tensor, Any]
-"""A tensor, and the same memory as IREE passes it to a program; None where IREE does not."""
+Memory = tuple[Any, Any]
+"""A tensor, or what Python reads of one, and the same memory as IREE passes it; None where IREE does not."""
 
 Outcome = list[tuple[Any, Sequence[Any] | iree.VmVariantList]]
 """What a call returned, IREE's list or, of one that was played, nothing; empty until it is over."""
@@ -238,6 +247,7 @@ class Session:
                 instance(), [hal_module, *parameter_modules, module]
             )
         self.lock = threading.Lock()
+        self._nothing = self._import(self.somewhere)
 
     def close(self) -> None:
         """Let the context go, once the call that is under way is over; there are no others after it."""
@@ -252,10 +262,10 @@ class Session:
         values: Sequence[Any],
         storage: Sequence[iree.HalBufferView] = (),
         outcome: Outcome | None = None,
-    ) -> list[iree.HalBufferView]:
+    ) -> Outcome:
         """Call ``function`` with ``values``, tensors, views and ints, then ``storage``; wait for its results.
 
-        outcome: knows whether the call is over, also where an interrupt keeps this from returning.
+        outcome: what is returned; it knows whether the call is over where an interrupt keeps this from it.
         Raises what the IREE runtime raises: see ``reported``; RunError in a forked process, and when closed.
         """
         outcome = [] if outcome is None else outcome
@@ -265,7 +275,7 @@ class Session:
         for view in storage:
             arguments.push_ref(view.ref)
         results = iree.VmVariantList(4)
-        if self.place.device.type == "cuda":
+        if not self.on_host:
             if torch.cuda.is_current_stream_capturing():
                 raise RunError(
                     "a CUDA graph is being captured, and this call is no graph itself yet: make it twice "
@@ -277,7 +287,7 @@ class Session:
             invoke = self.context().invoke
             # One step for Python, which raises KeyboardInterrupt between steps: afterwards the outcome knows.
             outcome.extend(zip(map(invoke, (function,), (arguments,), (results,)), (results,), strict=True))
-        return returned(outcome)
+        return outcome
 
     def stream(self) -> int:
         """The handle of torch's current stream."""
@@ -305,10 +315,10 @@ class Session:
 
     def _push(self, arguments: iree.VmVariantList, values: Sequence[Any]) -> None:
         for value in values:
-            if isinstance(value, Tensor):
-                arguments.push_ref(self.to_iree(value).ref)
-            elif isinstance(value, iree.HalBufferView):
+            if isinstance(value, iree.HalBufferView):
                 arguments.push_ref(value.ref)
+            elif isinstance(value, Tensor):
+                arguments.push_ref(self.to_iree(value).ref)
             else:
                 arguments.push_int(value)
 
@@ -323,7 +333,7 @@ class Session:
         for _ in range(2):
             arguments.push_ref(iree.HalFence(0).ref)
         for _ in range(more):
-            arguments.push_ref(self._import(self.somewhere).ref)
+            arguments.push_ref(self._nothing.ref)
         results = iree.VmVariantList(1)
         with self.lock:
             self.context().invoke(function, arguments, results)
@@ -355,25 +365,30 @@ class Session:
 
     def scratch(self, size: int) -> iree.HalBufferView:
         """Memory that no tensor is made of."""
-        if self.on_host and size:
+        if not size:
+            return self._nothing
+        if self.on_host:
             buffer = self._allocate(_DEVICE_LOCAL, _ANY_USAGE, size)
             return iree.HalBufferView(buffer, (size,), iree.HalElementType.UINT_8)
         return self._bytes(torch.empty(size, dtype=torch.uint8, device=self.place.device))
 
     def _bytes(self, tensor: Tensor) -> iree.HalBufferView:
         if not tensor.numel():
-            return self._import(self.somewhere)
+            return self._nothing
         return self._import(tensor.view(torch.uint8) if tensor.dtype in _AS_BYTES else tensor)
 
     def lend(self, tensor: Tensor) -> tuple[Tensor | iree.HalBufferView, Callable[[], Any] | None]:
         """The tensor's memory for a program to write to; what brings it back where it had to be copied."""
-        direct = tensor.is_contiguous() and not (
-            self.place.driver.on_host and tensor.data_ptr() % _CPU_ALIGNMENT
-        )
-        if direct and self.place.emulated is None:
+        if self.is_direct(tensor):
             return tensor, None
         copied = self.to_iree(tensor)
         return copied, lambda: tensor.detach().copy_(self.to_torch(copied, tensor.dtype))
+
+    def is_direct(self, tensor: Tensor) -> bool:
+        """Tell whether ``to_iree`` makes no copy of a tensor."""
+        if self.place.emulated is not None or tensor.is_neg() or not tensor.is_contiguous():
+            return False
+        return not (self.place.driver.on_host and tensor.data_ptr() % _CPU_ALIGNMENT)
 
     def to_iree(self, tensor: Tensor) -> iree.HalBufferView:
         """The tensor's memory as a buffer view, which keeps it alive."""
@@ -412,7 +427,7 @@ class Session:
         return memory
 
     def _empty(self, tensor: Tensor) -> iree.HalBufferView:
-        return self.passable(tensor, self._import(self.somewhere))
+        return self.passable(tensor, self._nothing)
 
     def _import(self, tensor: Tensor) -> iree.HalBufferView:
         view = self._hal.from_dlpack_capsule(to_dlpack(tensor))

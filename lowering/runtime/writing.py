@@ -42,6 +42,8 @@ class Writing:
         would read there after it has written is not defined.
         """
         prepared, finish = list(values), []
+        if not self.arguments:
+            return prepared, finish
         # Of the same addresses it was found out before: a graph may have hundreds of weights.
         addresses = [(x.data_ptr(), x.nbytes) for x in values if isinstance(x, Tensor)]
         if addresses != self._apart:
