@@ -76,6 +76,9 @@ class Function:
         self._scratch_size = module.lookup_function(name + INTO + SCRATCH_SIZE) if into else None
         self._in_tree = containers.load(signature.input_tree)
         self._result_tree = result_tree(signature.output_tree)
+        # Nothing but a tuple, of more than one: what results are anyway.
+        leaves = self._result_tree.num_leaves if self._result_tree else 0
+        self._is_tuple = leaves > 1 and self._result_tree == pytree.tree_structure((0,) * leaves)
         self._keywords = keywords_of(signature.input_tree)
         self._remembered = tuple(spec.name for spec in signature.state)
         self._positional = positional_count(self._in_tree, signature.inputs)
@@ -116,7 +119,7 @@ class Function:
         if not self._all_tensors:
             results = list(self._with_others(results, values))
         tree = self._result_tree
-        if tree is not None and tree.num_leaves == len(results):
+        if tree is not None and tree.num_leaves == len(results) and not self._is_tuple:
             return pytree.tree_unflatten(results, tree)
         return results[0] if len(results) == 1 else tuple(results)
 
@@ -208,8 +211,10 @@ class Function:
 
     def _play(self, tape: Tape, call: _Call, passed: Sequence[Any]) -> None:
         """Do what ``_invoke`` does with what was recorded of another call with this plan."""
-        session = self._session
-        given = [playing.presented(session, value) for value in passed]
+        session, state = self._session, self._state
+        arguments = passed[: len(passed) - len(self._remembered)]
+        given = [playing.presented(session, value) for value in arguments]
+        given += [state.tensor(name) for name in self._remembered]
         given += [tensor for tensor, _ in call.storage]
         if call.plan.scratch is not None:
             given.append(playing.scratch(session, call.plan.scratch))

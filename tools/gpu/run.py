@@ -6,8 +6,9 @@
 
 For every case: the program and eager PyTorch on fresh random inputs of several row counts, calls from
 several threads, mistakes that must be refused, and each kernel object by itself over poisoned outputs.
-On a GPU also times: kernel objects beside the copy bandwidth of the same run and torch.compile of the same
-rows, and calls of the program.  ``gpu_compare`` says what may differ and why.
+On a GPU also compares calls that are graphs with those that are IREE's, and times: kernel objects beside the
+copy bandwidth of the same run and torch.compile of the same rows, and calls of the program.  ``gpu_compare``
+says what may differ and why.
 
 Every case runs in a process of its own, so that a crash or a lost device in one leaves the others alone.
 Prints a table; writes everything to --json (default: $OUT/run_on_gpu.json if OUT is set).
@@ -36,6 +37,7 @@ import torch
 from tools.command_line import numbers
 from tools.gpu.cases import Case, Manifest, Packed, build, case_named, load_weights
 from tools.gpu.compare import Difference, compare_all, compare_logits
+from tools.gpu.graphs import check_graphs
 from tools.gpu.timing import ROWS, call_seconds, check_kernel, copy_bandwidth, time_kernel
 from tools.gpu.launch import Launch, read_launches, row_spec
 from torch import Tensor, nn
@@ -275,6 +277,11 @@ def _steps(trial: Trial, options: argparse.Namespace, *, cuda: bool) -> Iterator
     check = check_logits if trial.case.ids else check_rows
     for seed, rows in enumerate(trial.rows):
         yield "results", f"T={rows}", lambda rows=rows, seed=seed: check(trial, rows, seed)
+    if cuda:
+        plain = trial.load(graphs="off")
+        for rows in trial.rows:
+            of_call = functools.partial(trial.inputs, rows)
+            yield "graphs", f"T={rows}", lambda of_call=of_call: check_graphs(trial.program, plain, of_call)
     yield "threads", "one program", lambda: check_threads(trial, shared=True)
     yield "threads", "own programs", lambda: check_threads(trial, shared=False)
     for what, mistake in mistakes(trial):
