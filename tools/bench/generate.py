@@ -105,8 +105,9 @@ def _settle(name: str, call: Callable[[], Any]) -> None:
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal made
+        compiled = compile(*args, **kwargs)
         made += 1
-        return compile(*args, **kwargs)
+        return compiled
 
     compiler.compile = counted
     try:
