@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from typing import Any, Literal, Protocol, get_args
@@ -90,8 +89,9 @@ class Owner(Protocol):
 class Tape:
     """What one call issued, to be played again; ``owner`` keeps its kernels and weights."""
 
-    def __init__(self, library: ctypes.CDLL, pointer: int, owner: Owner):
+    def __init__(self, library: ctypes.CDLL, pointer: int, owner: Owner, buffers: int):
         self._library, self._owner = library, owner
+        self._addresses = ctypes.c_uint64 * buffers
         self._pointer: int | None = pointer
         owner.tapes.add(self)
         self.operations = 0
@@ -101,8 +101,12 @@ class Tape:
 
         No function of Python's: an interrupt comes before it or after it.
         """
-        array = (ctypes.c_uint64 * len(addresses))(*addresses)
-        return partial(self._library.tape_play, self._pointer, array)
+        return partial(self._library.tape_play, self._pointer, self._addresses(*addresses))
+
+    @property
+    def is_captured(self) -> bool:
+        """Tell whether it was played while torch captured the stream."""
+        return bool(self._library.tape_captured(self._pointer))
 
     def check(self, code: int) -> None:
         """Raise RunError for what playing has returned."""
@@ -122,7 +126,7 @@ class _Known:
     """What is known of the calls of one plan."""
 
     def __init__(self) -> None:
-        self.calls = 0
+        self.calls = self.used = 0
         self.recordings = 0
         self.tape: Tape | None = None
         self.reason = ""
@@ -136,17 +140,26 @@ class Graphs:
 
     def __init__(self, library: ctypes.CDLL | None, reason: str):
         self._library, self.reason = library, reason
-        self._known: OrderedDict[Any, _Known] = OrderedDict()
+        self._known: dict[Any, _Known] = {}
+        self._clock = count()
+        self._forgetting = threading.Lock()
+        self._captured: list[Tape] = []
 
     def tape(self, plan: object) -> Tape | None:
         """The recording of a call with this plan, if there is one."""
         known = self._known.get(plan)
         if known is None:
             return None
-        if known.tape is not None:
-            with suppress(KeyError):  # another thread's call took its place meanwhile
-                self._known.move_to_end(plan)
+        known.used = next(self._clock)
         return known.tape
+
+    def _forget_oldest(self) -> None:
+        with self._forgetting:
+            while len(self._known) >= _KEPT:
+                plan, known = min(self._known.items(), key=lambda item: item[1].used)
+                del self._known[plan]
+                if known.tape is not None and known.tape.is_captured:
+                    self._captured.append(known.tape)  # a graph of the caller's needs what it has
 
     def explain(self, plan: object) -> str:
         """Say whether a call with this plan is a graph, and if not, why."""
@@ -166,9 +179,9 @@ class Graphs:
             return False
         known = self._known.get(plan)
         if known is None:
+            self._forget_oldest()
             known = self._known[plan] = _Known()
-            while len(self._known) > _KEPT:
-                self._known.popitem(last=False)
+            known.used = next(self._clock)
         known.calls += 1
         return known.calls > 1 and known.is_wanted()
 
@@ -193,7 +206,7 @@ class Graphs:
                 known.reason = "the library does not record it"
                 yield
                 return
-            tape = Tape(library, pointer, owner)
+            tape = Tape(library, pointer, owner, len(ranges))
             try:
                 yield
             finally:

@@ -162,6 +162,7 @@ def test_it_is_done_again_at_other_addresses(cuda: Cuda, captured):
     ctypes.c_int.in_dll(cuda.driver, "is_capturing").value = 0
     assert list(y) == expected  # what was recorded is not touched again
     assert cuda.count("graph_launches") - graphs_before == (0 if captured else 4)
+    assert recorded.library.tape_captured(recorded.tape) == captured
     recorded.library.tape_drop(recorded.tape)
 
 
@@ -223,7 +224,7 @@ def test_what_cannot_be_played_is_refused(cuda: Cuda):
         recorded = Recorded(cuda, at(x, y), issue)
         assert reason in recorded.reason
         recorded.library.tape_drop(recorded.tape)
-    # One in several parts, between which the host may wait, is none of these: it cannot read what was computed.
+    # One in several parts is none of these: the host may wait, and cannot read what was computed.
     recorded = Recorded(cuda, at(x, y), lambda: [work(), cuda("cuStreamSynchronize", STREAM), work()])
     assert recorded.reason == "" and recorded.library.tape_operations(recorded.tape) == 2
     recorded.library.tape_drop(recorded.tape)

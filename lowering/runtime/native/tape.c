@@ -53,6 +53,7 @@ struct tape {
   struct relocation *relocations;
   struct allocation *fixed; /* what addresses that stay the same lie in */
   uint64_t owner, epoch, plays;
+  bool captured;
   uint64_t constants; /* device memory of what was copied from the host */
   void *graph;
   struct variant variants[VARIANTS];
@@ -365,6 +366,9 @@ EXPORT void tape_end(struct tape *tape) {
 EXPORT const char *tape_reason(const struct tape *tape) { return tape->reason; }
 
 EXPORT unsigned tape_operations(const struct tape *tape) { return tape->operation_count; }
+
+/* Whether it was played on a stream that was being captured: a graph of the caller's has its operations then. */
+EXPORT int tape_captured(const struct tape *tape) { return tape->captured; }
 
 #include "play.h"
 
