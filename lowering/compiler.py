@@ -246,6 +246,7 @@ class _Pipeline:
                 self.recognisers,
                 native_floats=self.fp8 == "native",
                 progress=self.start,
+                others=[other for other in programs.values() if other is not program],
                 folding=folding,
                 objects=objects,
             )

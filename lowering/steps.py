@@ -20,6 +20,7 @@ from .passes.dispatch import Dispatched, dispatch, return_physical_scales
 from .passes.expand import Expander
 from .passes.fold import Folding, fold
 from .passes.fuse import fuse
+from .passes.join import join
 from .passes.lay_out import check, lay_out, reads_of
 from .passes.normalize import normalize
 from .passes.raise_ops import raise_function
@@ -38,6 +39,7 @@ class State:
     program: the function's weights and signature; None for a function of a bare module, whose steps that need
     weights do nothing.  directory: gets the objects that IREE reads from files, and must live until it has.
     recognisers: None for those of all families.  native_floats: retarget quantizations to the target's e4m3.
+    others: the program's other functions.
     folding, objects: what the functions of a program have in common, filled by each.
     """
 
@@ -50,6 +52,7 @@ class State:
     recognisers: Sequence[Recogniser] | None = None
     native_floats: bool = False
     progress: Callable[[str, str], None] = lambda phase, detail: None
+    others: Sequence[Program] = ()
     dispatched: Dispatched = field(default_factory=Dispatched)
     folding: Folding = field(default_factory=Folding)
     objects: dict[str, bytes] = field(default_factory=dict)
@@ -62,6 +65,12 @@ class Step:
     name: str
     run: Callable[[State], object]
     applies: Callable[[State], bool] = lambda state: True
+
+
+def _fuse(state: State) -> None:
+    if state.program is not None:
+        join(state.program, state.others, state.ledger, reads_of(state.target))
+    fuse(state.function, state.ledger, supported(state.target))
 
 
 def _dispatch(state: State) -> None:
@@ -100,7 +109,7 @@ STEPS: tuple[Step, ...] = (
         lambda state: use_flavours(state.function, state.ledger, state.target.floats),
         applies=lambda state: state.native_floats,
     ),
-    Step("fuse", lambda state: fuse(state.function, state.ledger, supported(state.target))),
+    Step("fuse", _fuse),
     Step("layout", lambda state: lay_out(state.function, state.ledger, reads_of(state.target))),
     Step(
         "fold",

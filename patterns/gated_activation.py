@@ -104,7 +104,7 @@ class DecomposedGate:
             return None
         rounding, result = outcome
         gate, up = torch_ir.widened_from(found["gate"]), torch_ir.widened_from(found["up"])
-        packed = _halves_of(gate, up)
+        packed = halves_of(gate, up)
         contract = GatedActivation(activation_of(found), rounding, packed=packed is not None)
         operands = [gate, up] if packed is None else [packed]
         return Raised(canonical.GATED_ACTIVATION, contract, operands, [result])
@@ -171,7 +171,7 @@ def activation_of(found: Bindings) -> Activation:
     return "gelu_tanh" if "gelu_tanh" in found or found.get("approximate") == "tanh" else "gelu"
 
 
-def _halves_of(gate: ir.Value, up: ir.Value) -> ir.Value | None:
+def halves_of(gate: ir.Value, up: ir.Value) -> ir.Value | None:
     """The tensor whose first half along the last axis is ``gate`` and whose second is ``up``, or None."""
     first, second = torch_ir.producer(gate), torch_ir.producer(up)
     if first is None or second is None or not (views.is_view(first) and views.is_view(second)):

@@ -5,6 +5,8 @@ Nothing fuses into it and it is no site of the report: IREE computes it as well,
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from iree.compiler import ir
 
 from . import canonical, torch_ir, weight_layouts
@@ -36,8 +38,23 @@ def _fuse(op: ir.Operation, support: Support) -> None:
     replace_product(op, canonical.LINEAR, spec, list(op.operands)[: 2 + spec.bias], support)
 
 
+def has_kernel(op: ir.Operation, support: Support, columns: int) -> bool:
+    """Tell whether a kernel computes ``op``, of a parameter, with ``columns`` columns."""
+    spec = _spec(op)
+    return (
+        spec is not None
+        and not _is_computed(op.operands[1])
+        and support(replace(spec, columns=columns)) is None
+    )
+
+
 def _is_computed(weight: ir.Value) -> bool:
-    return torch_ir.producer(weight) is not None and weight_layouts.parameter(weight) is None
+    """Tell whether a call computes ``weight``; parameters that are joined are one by then."""
+    op = torch_ir.producer(weight)
+    if op is not None and op.name == "torch.aten.cat":
+        parts = torch_ir.producer(op.operands[0])
+        return parts is None or any(map(_is_computed, parts.operands))
+    return op is not None and weight_layouts.parameter(weight) is None
 
 
 def _spec(op: ir.Operation) -> LinearSpec | None:

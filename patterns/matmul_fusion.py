@@ -8,6 +8,7 @@ lowered as the plain operations it stands for.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -68,6 +69,22 @@ def fuse_product(op: ir.Operation, reads: Reads, ledger: Ledger, *, is_parameter
     _read_in_rows(op)
     could = not (is_parameter or isinstance(spec, str)) and _would_do_shuffled(spec, reads)
     return refusals[0] + (" It is no parameter, which could be shuffled when compiling." if could else "")
+
+
+def has_kernel(op: ir.Operation, reads: Reads, columns: int, scales: int) -> bool:
+    """Tell whether a kernel computes ``op``, of parameters, with so many columns and rows of scales."""
+    spec = _spec(op)
+    if isinstance(spec, str) or spec.b_layout != "row":
+        return False
+    kind = scale_kind((scales, spec.depth // spec.group), columns, spec.depth)
+    if kind is None:
+        return False
+    wider = replace(spec, columns=columns, b_scales=kind)
+    layouts = itertools.product(reads.weights or ["row"], ["row"] if spec.whole else {*reads.scales, "row"})
+    return any(
+        reads.support(replace(wider, b_layout=weight, a_scale_layout=scale)) is None
+        for weight, scale in layouts
+    )
 
 
 def why_misfit(op: ir.Operation) -> str | None:

@@ -126,13 +126,27 @@ def fuse_packed(block: ir.Block, ledger: Ledger, support: Support) -> None:
     ]
     frozen = torch_ir.of_parameters(block) if products else set()
     for op in products:
-        site, spec = canonical.site_of(op), _spec(op)
+        sites, spec = _sites(op), _spec(op)
         of_parameters = torch_ir.producer(op.operands[1]) in frozen
         reason = spec if isinstance(spec, str) else _fuse(op, spec, support, of_parameters)
-        if reason is None:
-            ledger.fuse(site, "packed_matmul")
-        else:
-            ledger.refuse(site, f"{reason} It is unpacked at every call, and multiplied by IREE.")
+        for site in sites:
+            if reason is None:
+                ledger.fuse(site, "packed_matmul")
+            else:
+                ledger.refuse(site, f"{reason} It is unpacked at every call, and multiplied by IREE.")
+
+
+def has_kernel(op: ir.Operation, support: Support, columns: int) -> bool:
+    """Tell whether a kernel computes ``op``, of parameters, with ``columns`` columns."""
+    spec = _spec(op)
+    if isinstance(spec, str):
+        return False
+    return any(support(replace(spec, columns=columns, b_layout=layout)) is None for layout in _LAYOUTS)
+
+
+def _sites(op: ir.Operation) -> list[int]:
+    """The sites that ``op`` is: of several products where it is joined of them."""
+    return canonical.sites_of(op) if canonical.SITES in op.attributes else [canonical.site_of(op)]
 
 
 def _fuse(op: ir.Operation, spec: PackedSpec, support: Support, of_parameters: bool) -> str | None:
@@ -169,7 +183,8 @@ def _replace(op: ir.Operation, spec: PackedSpec, support: Support) -> None:
             operands[1] = weight_layouts.shuffle(operands[1], spec.b_layout)
         for number in range(2, 3 + spec.zeros):
             operands[number] = _transposed(operands[number])
-    replace_product(op, canonical.PACKED, spec, operands, support, [op.attributes[canonical.SITE]])
+    sites = [ir.IntegerAttr.get(ir.IntegerType.get_signless(64), site) for site in _sites(op)]
+    replace_product(op, canonical.PACKED, spec, operands, support, sites)
 
 
 def _transposed(value: ir.Value) -> ir.Value:

@@ -40,7 +40,7 @@ def replace_product(
     name: of the call.  operands: what the product alone reads.
     """
     last, operands = op, list(operands)
-    add, with_residual = _add_behind(op.results[0]), replace(spec, residual=True)
+    add, with_residual = add_behind(op.results[0]), replace(spec, residual=True)
     if add is not None and support(with_residual) is None:
         last, spec = add, with_residual
         operands += [value for value in list(add.operands)[:2] if value != op.results[0]]
@@ -60,7 +60,7 @@ def residual_types(spec: ProductSpec, results: Types) -> Types:
     return results[:1] if spec.residual else []
 
 
-def _add_behind(product: ir.Value) -> ir.Operation | None:
+def add_behind(product: ir.Value) -> ir.Operation | None:
     """The add of another tensor of the same type, if that alone reads ``product``."""
     uses = [use.owner.operation for use in product.uses]
     return uses[0] if len(uses) == 1 and torch_ir.is_plain_add(uses[0]) else None

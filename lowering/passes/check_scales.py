@@ -7,6 +7,8 @@ padded vocabulary, a pruned expert): any number times zero, as long as it is one
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from iree.compiler import ir
 
@@ -14,7 +16,7 @@ from patterns import canonical, torch_ir, weight_layouts
 
 from ..errors import CompileError
 from ..importing.importer import Program
-from ..weights.recipes import Recipe
+from ..weights.recipes import Call, Recipe, Source
 
 _WEIGHT = 1  # which operand of a product it is
 # The scale's, by the product's name.
@@ -41,10 +43,10 @@ def check_scales(program: Program) -> None:
         name = _name(op.operands[number])
         if name in program.parameters and name not in seen:
             seen.add(name)
-            scale, where = _value(program, name), torch_ir.location(op)
-            _check(name, scale, where)
+            where = torch_ir.location(op)
+            has_zeros = [_check(part, scale, where) for part, scale in _parts(program, name)]
             codes = _name(op.operands[_WEIGHT])
-            if (scale == 0).any() and codes in program.parameters:
+            if any(has_zeros) and codes in program.parameters:
                 _check_codes(name, codes, _value(program, codes), where)
 
 
@@ -59,10 +61,26 @@ def _value(program: Program, name: str) -> torch.Tensor:
     return stored.evaluate() if isinstance(stored, Recipe) else stored
 
 
-def _check(name: str, scale: torch.Tensor, where: str) -> None:
+def _parts(program: Program, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The scales ``name``; of joined ones each parameter's, by its own name."""
+    stored = program.parameters[name]
+    joined = stored.origin if isinstance(stored, Recipe) else None
+    if not isinstance(joined, Call) or joined.op != torch.ops.aten.cat.default:
+        yield name, _value(program, name)
+        return
+    for part in joined.operands:
+        origin = part.origin
+        if isinstance(origin, Source):
+            yield origin.name or name, origin.tensor
+        else:
+            yield name, part.evaluate()
+
+
+def _check(name: str, scale: torch.Tensor, where: str) -> bool:
+    """Refuse what no scale is; whether there is a zero among ``scale``."""
     good = scale.isfinite() & (scale >= 0)
     if good.all():
-        return
+        return bool((scale == 0).any())
     first = torch.nonzero(~good)[0].tolist()
     value = scale[tuple(first)].item()
     raise CompileError(

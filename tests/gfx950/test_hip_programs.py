@@ -162,15 +162,15 @@ def test_results_of_every_kind_equal_the_cpu_target(build: Build, model: nn.Modu
 
 
 class Biased(nn.Module):
-    """A product whose weight has rows that the kernel's layout pads, and a bias."""
+    """A product with a bias, whose weight's last block of scales may be cut by its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, columns: int) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        weight = torch.randint(-8, 9, (150, 384), generator=generator)
+        generator = torch.Generator().manual_seed(columns)
+        weight = torch.randint(-8, 9, (columns, 384), generator=generator)
         self.weight = nn.Buffer(weight.to(torch.float8_e4m3fn))
-        self.scale = nn.Buffer(torch.tensor([[0.5, 1.0, 2.0], [4.0, 0.25, 1.0]]))
-        self.bias = nn.Buffer(torch.randint(-8, 9, (150,), generator=generator).bfloat16())
+        self.scale = nn.Buffer(torch.tensor([[0.5, 1.0, 2.0], [4.0, 0.25, 1.0]])[: -(-columns // 128)])
+        self.bias = nn.Buffer(torch.randint(-8, 9, (columns,), generator=generator).bfloat16())
 
     def forward(self, x: Tensor) -> Tensor:
         q, scale = torch.ops.lowering.group_quant(x, 128, scale="ue8m0")
@@ -179,13 +179,30 @@ class Biased(nn.Module):
         )
 
 
-def test_a_product_with_a_bias_equals_the_cpu_target(build: Build):
+class Pair(nn.Module):
+    """Two of them that are one kernel, of 278 columns, which its layout pads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Biased(128), Biased(150)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(x).view(-1, 2, 64).transpose(0, 1) * 2, self.second(x) * 2
+
+
+def test_joined_products_with_a_bias_equal_the_cpu_target(build: Build):
     """Codes are integers and scales powers of two: every sum is exact."""
     example, shapes = (integers(3, 384),), ({0: torch.export.Dim("T")},)
-    gpu, cpu = (build(target, Biased(), example, shapes) for target in ("gfx950", "cpu"))
+    gpu, cpu = (build(target, Pair(), example, shapes) for target in ("gfx950", "cpu"))
+    report = lowering.explain(Pair(), example, dynamic_shapes=shapes, target="gfx950")
+    assert [remark.text for remark in report.remarks] == [
+        "2 products of one tensor are one, of 128 + 150 columns"
+    ]
     calls = [(integers(rows, 384, seed=rows),) for rows in (1, 17, 0, 66)]
     for call, results in zip(calls, run(gpu, calls), strict=True):
+        expected = Pair()(*call)
         assert_same_bits(results, on_cpu(cpu, call))
+        assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))
 
 
 def test_an_mlp_block_is_four_kernels(tmp_path: Path):
