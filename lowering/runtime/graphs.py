@@ -20,6 +20,8 @@ from itertools import count
 from typing import Any, Literal, Protocol, get_args
 from weakref import WeakSet
 
+import torch
+
 from ..errors import RunError
 from . import driver_library
 
@@ -28,6 +30,9 @@ Mode = Literal["auto", "off"]
 
 Range = tuple[int, int]
 """An address, and the bytes that are there."""
+
+Room = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+"""The shape, strides and dtype of a tensor."""
 
 MODES = get_args(Mode)
 
@@ -95,6 +100,8 @@ class Tape:
         self._pointer: int | None = pointer
         owner.tapes.add(self)
         self.operations = 0
+        self.rooms: list[Room] | None = None
+        """Of the results and the scratch memory, once somebody has looked."""
 
     def player(self, addresses: Sequence[int]) -> Callable[[int], int]:
         """What plays it with the caller's memory at ``addresses`` on the stream that it takes.
