@@ -39,6 +39,9 @@ MODES = get_args(Mode)
 _KEPT = 64
 """Graphs of a function; the one used least recently goes."""
 
+_PATIENCE = 10.0
+"""Seconds that a recording waits for calls that are under way, before it is left for another time."""
+
 _RECORDINGS = 3
 """A recording that something got in the way of is tried again, up to this number."""
 
@@ -63,20 +66,23 @@ class Gate:
             if self._alone is not None:
                 self._changed.notify_all()
 
-    def close(self) -> None:
-        """Keep all other threads out, from when they have left."""
+    def close(self) -> bool:
+        """Keep all other threads out, from when they have left; False where they do not in time.
+
+        ``open`` has to follow in any case.
+        """
         with self._changed:
-            while self._alone is not None:
-                self._changed.wait()
+            if not self._changed.wait_for(lambda: self._alone is None, _PATIENCE):
+                return False
             self._alone = threading.get_ident()
-            while self._inside:
-                self._changed.wait()
+            return self._changed.wait_for(lambda: not self._inside, _PATIENCE)
 
     def open(self) -> None:
-        """Let others in again."""
+        """Let others in again, if this thread has kept them out."""
         with self._changed:
-            self._alone = None
-            self._changed.notify_all()
+            if self._alone == threading.get_ident():
+                self._alone = None
+                self._changed.notify_all()
 
 
 GATE = Gate()
@@ -200,9 +206,9 @@ class Graphs:
         """
         library, known = self._library, self._known.setdefault(plan, _Known())
         assert library is not None
-        GATE.close()
         try:
-            if not known.is_wanted():  # another thread has recorded it meanwhile
+            alone = GATE.close()
+            if not (alone and known.is_wanted()):  # another thread may have recorded it meanwhile
                 yield
                 return
             known.recordings += 1

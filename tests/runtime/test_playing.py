@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lowering.errors import RunError
-from lowering.runtime import playing
+from lowering.runtime import graphs, playing
 from lowering.runtime.session import Storage
 from lowering.runtime.state import State
 from lowering.signature import TensorSpec
@@ -74,3 +74,37 @@ def test_a_state_stays_where_it_is_in_a_graph_of_the_callers(captured):
     state.finish([None])
     assert state.tensor("count") is (old if captured else new)[0] and state.tensor("count") == 2
     assert state._spare["count"] is (new if captured else old)
+
+
+def test_a_recording_is_alone(monkeypatch):
+    """It waits for those inside, others wait for it, and one that never leaves does not hold it for ever."""
+    gate, told = graphs.Gate(), []
+    entered, leave = threading.Event(), threading.Event()
+
+    def inside() -> None:
+        with gate:
+            entered.set()
+            leave.wait()
+            told.append("left")
+
+    def later() -> None:
+        with gate:
+            told.append("in again")
+
+    first = threading.Thread(target=inside)
+    first.start()
+    entered.wait()
+    monkeypatch.setattr(graphs, "_PATIENCE", 0.01)
+    assert not gate.close()
+    gate.open()
+    monkeypatch.setattr(graphs, "_PATIENCE", 10)
+    threading.Timer(0.05, leave.set).start()
+    assert gate.close() and told == ["left"]
+    with gate:  # it may itself
+        second = threading.Thread(target=later)
+        second.start()
+        second.join(0.05)
+        assert told == ["left"]
+    gate.open()
+    second.join()
+    assert told == ["left", "in again"]
