@@ -205,7 +205,7 @@ class Function:
             return
         with self._reported:
             if call.tape is not None:
-                self._play(call.tape, call, [*passed, *state])
+                self._play(call.tape, call, passed)
                 return
             memory: list[Any] = [view for _, view in call.storage]
             if plan.scratch is not None:
@@ -222,8 +222,7 @@ class Function:
     def _play(self, tape: Tape, call: _Call, passed: Sequence[Any]) -> None:
         """Do what ``_invoke`` does with what was recorded of another call with this plan."""
         session, state = self._session, self._state
-        arguments = passed[: len(passed) - len(self._remembered)]
-        given = [playing.presented(session, value) for value in arguments]
+        given = [playing.presented(session, value) for value in passed]
         given += [state.tensor(name) for name in self._remembered]
         given += [tensor for tensor, _ in call.storage]
         if call.plan.scratch is not None:
@@ -302,6 +301,7 @@ class Function:
             shape = ops.physical_shape(plan.shape(number), layouts.get(number, "row"))
             keeps = session.place.driver.on_host and min(numbers) >= self._first_check
             storage = session.storage(shape, self._dtypes[number])
+            plan.storage.append(storage)
             plan.placed.append((number, storage, [] if keeps else None))
         if self._scratch_size is not None:
             with self._reported:
@@ -421,9 +421,11 @@ class _Plan:
         self.sizes = [tuple(resolve(dim, symbols) for dim in shape) for shape in shapes]
         """Of each result; None is a size that only the call itself tells."""
         self.all_empty = bool(self.sizes) and all(0 in sizes and None not in sizes for sizes in self.sizes)
+        self.storage: list[Storage] = []
+        """The memory to pass for results."""
         self.placed: list[tuple[int, Storage, list[Memory] | None]] = []
-        """The memory to pass for results: the number of one, and what is kept of it between calls; None where
-        each call needs memory of its own, to hand it out."""
+        """For each of them the number of a result, and what is kept of it between calls; None where each call
+        needs memory of its own, to hand it out."""
         self.kept_scratch: list[Any] = []
         self.keeps_scratch = False
         self.views = Views()
