@@ -1,4 +1,4 @@
-"""Attention of few queries: the kernels of ``kernels/attention.c`` against float64, and programs with them."""
+"""Attention of few queries: kernels of ``kernels/attention.c`` against float64, and programs with them."""
 
 from __future__ import annotations
 
