@@ -61,9 +61,9 @@ def computed(spec: AttentionSpec, tensors: list[Tensor], directory: Path, shift:
 
 
 def exact(spec: AttentionSpec, tensors: list[Tensor]) -> Tensor:
-    q, k, v, *mask = (tensor.double() for tensor in tensors)
+    q, k, v, *masks = (tensor.double() for tensor in tensors)
     k, v = (each.repeat_interleave(spec.heads // spec.shared, 1) for each in (k, v))
-    return scaled_dot_product_attention(q, k, v, *mask, scale=spec.scale)
+    return scaled_dot_product_attention(q, k, v, masks[0] if masks else None, scale=spec.scale)
 
 
 @pytest.mark.parametrize("name", CASES)
