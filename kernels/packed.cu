@@ -2,13 +2,15 @@
 // w = (code - zero) * scale, rounded to the dtype of the scales and then to that of a.  HAS_RESIDUAL: residual[m, n] is
 // added to the rounded result.
 //
-// Few rows take as long as the codes do to arrive, so these go from global memory straight to the registers they are
-// multiplied from, and all else fits beside: b as shuffle_weight(b, (16, 16)) lays its bytes out has 16 bytes of a row in
-// one piece, which a lane unpacks by itself.
+// Few rows take as long as the codes do to arrive, so these are on their way all the time, SLOTS blocks ahead, and all
+// else fits beside: b as shuffle_weight(b, (16, 16)) lays its bytes out has 16 bytes of a row in one piece, which a lane
+// copies to shared memory for itself and unpacks from there.
 //
 //   columns     weights are the left operand of a matrix instruction, 16 rows of b; the tokens, 8 to TOKENS of them, are
 //               the columns of the right one.  Where k lies does not matter as long as both agree: of a block a lane
 //               multiplies a chunk of its own, and a chunk lies in one group.
+//   tokens      of more than 8, up to STAGED_TOKENS, a wave copies a block ahead to shared memory as well: lines of them
+//               arrive whole, and lanes, which each want another chunk, read from all banks at once.
 //   unit        COLUMNS of the result x TOKENS rows, a workgroup's.  ACROSS waves stand beside each other; ALONG of
 //               them, and the workgroups of a TEAM, take every so-manieth block of K, and add up their sums in the
 //               order of their ranks.  Up to MOST_SPLIT rows a team is a cluster, beyond there are workgroups enough.
@@ -29,9 +31,10 @@ constexpr int BLOCKS = K / BLOCK;
 constexpr int ROW_BYTES = K / 8 * BITS;
 constexpr int COLUMNS = SIDE * TILES * ACROSS;
 constexpr int COLUMN_GROUPS = (N + COLUMNS - 1) / COLUMNS, COLUMN_TILES = (N + SIDE - 1) / SIDE;
-constexpr int MOST_SPLIT = 32;
+constexpr int MOST_SPLIT = 32, STAGED_TOKENS = 16, SLOTS = 2;
 constexpr int PITCH = COLUMNS + 4;               // floats between rows of sums: no two lanes in one bank when they write
 constexpr int BAND = 8;                          // groups of tokens whose units come before all others
+constexpr int WAVES = ACROSS * ALONG, PIECES = BLOCK / 8, TOKEN_BYTES = STAGED_TOKENS * PIECES * 16;
 static_assert(K % BLOCK == 0 && SCALED % CODES == 0, "a chunk lies in a group");
 static_assert(TILES <= COLUMN_TILES, "a wave has whole tiles");
 
@@ -82,14 +85,12 @@ DEVICE Grid grid_of(u32 scale, u32 zero) {
   }
 }
 
-DEVICE Stage load_stage(const Product &p, int tile, int block) {
-  Stage stage;
+// Scales and zero points of a block.
+DEVICE void load_scales(const Product &p, int tile, int block, Stage &stage) {
   const int lane = thread() % WAVE, chunk = block * CHUNKS + lane % CHUNKS;
-  const u8 *codes = p.b + (u64)tile * (SIDE * ROW_BYTES) + chunk * 256 + lane / CHUNKS * 16;
   const int first = tile * SIDE + lane / CHUNKS;
   const u64 group = (u64)(chunk * CODES / SCALED) * N + first;
-  UNROLL for (int j = 0; j < TILES; ++j) {
-    UNROLL for (int i = 0; i < 2; ++i) load16_once(codes + j * (SIDE * ROW_BYTES) + 128 * i, stage.codes[j][i]);
+  UNROLL for (int j = 0; j < TILES; ++j)
     UNROLL for (int i = 0; i < 2; ++i) {
       const int n = SIDE * j + 8 * i;  // those beyond the last column have the last one's
       const u64 at = group + (N % SIDE == 0 || first + n < N ? n : N - 1 - first);
@@ -97,8 +98,25 @@ DEVICE Stage load_stage(const Product &p, int tile, int block) {
       if constexpr (SCALE_DTYPE == F32) stage.scale[j][i] = ((const u32 *)p.scale)[at], stage.zero[j][i] = zero;
       else stage.scale[j][i] = ((const u16 *)p.scale)[at] | zero << 16;
     }
-  }
-  return stage;
+}
+
+// Where a lane's codes of a block are, one of SLOTS.
+DEVICE u8 *staged_codes(int slot) {
+  const int first = (thread() / WAVE * SLOTS + slot) * TILES * 2 * WAVE;
+  return shared_memory() + WAVES * TOKEN_BYTES + (first + thread() % WAVE) * 16;
+}
+
+DEVICE void copy_codes(const Product &p, int tile, int block, int slot) {
+  const int lane = thread() % WAVE, chunk = block * CHUNKS + lane % CHUNKS;
+  const u8 *codes = p.b + (u64)tile * (SIDE * ROW_BYTES) + chunk * 256 + lane / CHUNKS * 16;
+  UNROLL for (int j = 0; j < TILES; ++j)
+    UNROLL for (int i = 0; i < 2; ++i)
+      copy16(staged_codes(slot) + (2 * j + i) * (WAVE * 16), codes + j * (SIDE * ROW_BYTES) + 128 * i, true);
+}
+
+DEVICE void load_codes(int slot, Stage &stage) {
+  UNROLL for (int j = 0; j < TILES; ++j)
+    UNROLL for (int i = 0; i < 2; ++i) load16_shared(staged_codes(slot) + (2 * j + i) * (WAVE * 16), stage.codes[j][i]);
 }
 
 // Eight codes are a word of four bits each, whose pairs are 4 apart, or two words of eight, whose pairs are neighbours.
@@ -136,14 +154,42 @@ DEVICE u32 weights(const u32 *words, int pair, Grid grid) {
 
 // -- tokens ----------------------------------------------------------------------------------------------------------
 
-// Eight elements of a token from k on, in the pairs of the weights.
+// Eight elements of a token, in the pairs of the weights.
+DEVICE void pair_up(const u32 *words, u32 *pairs) {
+  UNROLL for (int pair = 0; pair < 4; ++pair)
+    pairs[pair] = BITS == 8 ? words[pair] : bytes_of(words[pair / 2], words[pair / 2 + 2], pair % 2 ? 0x7632 : 0x5410);
+}
+
+// Those of a token from k on.
 template <bool ALIGNED> DEVICE void load_token(const Product &p, int token, int k, u32 *pairs) {
   const u8 *from = p.a + ((u64)token * K + k) * 2;
   u32 words[4];
   if constexpr (ALIGNED) load16(from, words);
   else UNROLL for (int i = 0; i < 4; ++i) words[i] = ((const u16 *)from)[2 * i] | ((const u16 *)from)[2 * i + 1] << 16;
-  UNROLL for (int pair = 0; pair < 4; ++pair)
-    pairs[pair] = BITS == 8 ? words[pair] : bytes_of(words[pair / 2], words[pair / 2 + 2], pair % 2 ? 0x7632 : 0x5410);
+  pair_up(words, pairs);
+}
+
+// A wave's tokens of a block: 16 bytes are a piece, of which a token has PIECES.
+constexpr int TOKENS_AT_ONCE = WAVE / PIECES;
+
+DEVICE u8 *staged_tokens() { return shared_memory() + thread() / WAVE * TOKEN_BYTES; }
+
+// Where a token has a piece: lanes 0 to 7, which read together, have 2 tokens and 4 chunks, and find them in 8 places.
+DEVICE int place_of(int token, int piece) { return (token * PIECES + (piece ^ piece / 8 * 2 ^ token % 2)) * 16; }
+
+// Begin to copy the tokens of a block, zeros for those that are not there.
+template <int TOKENS> DEVICE void copy_tokens(const Product &p, int first, int block) {
+  const int lane = thread() % WAVE, piece = lane % PIECES, begin = lane / PIECES;
+  const u8 *from = p.a + ((u64)(first + begin) * K + block * BLOCK) * 2 + piece * 16;
+  UNROLL for (int i = 0; i < TOKENS; i += TOKENS_AT_ONCE)
+    copy16(staged_tokens() + place_of(begin + i, piece), from + (u64)i * K * 2, first + begin + i < p.rows);
+}
+
+// An octet of the chunk and of the token, counted from the first, that this lane multiplies.
+DEVICE void load_staged(int token, int octet, u32 *pairs) {
+  u32 words[4];
+  load16_shared(staged_tokens() + place_of(token, thread() % CHUNKS * OCTETS + octet), words);
+  pair_up(words, pairs);
 }
 
 DEVICE void add_products(float *sums, const u32 *columns, const u32 *tokens) {
@@ -151,28 +197,18 @@ DEVICE void add_products(float *sums, const u32 *columns, const u32 *tokens) {
   else multiply_add_f16(sums, columns, tokens);
 }
 
-// sums += the products of a block; of TOKEN_TILES times 8 tokens, lane / 4 of each.
-template <int TOKEN_TILES, bool ALIGNED>
-DEVICE void add_block(const Product &p, const Stage &stage, int block, const int *tokens,
+// sums += the products of an octet of a block with TOKEN_TILES times 8 tokens, lane / 4 of each.
+template <int TOKEN_TILES>
+DEVICE void add_octet(const Stage &stage, int octet, const u32 right[TOKEN_TILES][4],
                       float sums[TILES][TOKEN_TILES][4]) {
-  const int first = (block * CHUNKS + thread() % WAVE % CHUNKS) * CODES;
-  constexpr int AT_ONCE = TOKEN_TILES < 4 ? OCTETS : 1;  // octets of tokens there are registers for
-  u32 rights[AT_ONCE][TOKEN_TILES][4];
-  UNROLL for (int octet = 0; octet < OCTETS; ++octet) {
-    if (octet % AT_ONCE == 0)
-      UNROLL for (int more = 0; more < AT_ONCE; ++more)
-        UNROLL for (int i = 0; i < TOKEN_TILES; ++i)
-          load_token<ALIGNED>(p, tokens[i], first + 8 * (octet + more), rights[more][i]);
-    const auto &right = rights[octet % AT_ONCE];
-    UNROLL for (int j = 0; j < TILES; ++j) {
-      Grid grid[2];
-      UNROLL for (int i = 0; i < 2; ++i) grid[i] = grid_of(stage.scale_of(j, i), stage.zero_of(j, i));
-      UNROLL for (int half = 0; half < 2; ++half) {
-        u32 left[4];
-        UNROLL for (int i = 0; i < 4; ++i)
-          left[i] = weights(stage.codes[j][i % 2] + octet * WORDS, 2 * half + i / 2, grid[i % 2]);
-        UNROLL for (int i = 0; i < TOKEN_TILES; ++i) add_products(sums[j][i], left, right[i] + 2 * half);
-      }
+  UNROLL for (int j = 0; j < TILES; ++j) {
+    Grid grid[2];
+    UNROLL for (int i = 0; i < 2; ++i) grid[i] = grid_of(stage.scale_of(j, i), stage.zero_of(j, i));
+    UNROLL for (int half = 0; half < 2; ++half) {
+      u32 left[4];
+      UNROLL for (int i = 0; i < 4; ++i)
+        left[i] = weights(stage.codes[j][i % 2] + octet * WORDS, 2 * half + i / 2, grid[i % 2]);
+      UNROLL for (int i = 0; i < TOKEN_TILES; ++i) add_products(sums[j][i], left, right[i] + 2 * half);
     }
   }
 }
@@ -248,9 +284,9 @@ DEVICE Unit unit_of(int team, int groups, int tokens) {
 }
 
 template <int TOKEN_TILES, bool ALIGNED, int TEAM> DEVICE void run(const Product &p) {
-  // With few sums there are registers for two stages.
-  constexpr bool AHEAD = TILES * TOKEN_TILES <= 4;
   constexpr int TOKENS = 8 * TOKEN_TILES, PARTS = TEAM * ALONG;
+  // There are registers for all of them of a block.
+  constexpr bool STAGED = ALIGNED && TOKENS > 8 && TOKENS <= STAGED_TOKENS;
   const int lane = thread() % WAVE, wave = thread() / WAVE, across = wave % ACROSS, along = wave / ACROSS;
   const int groups = (p.rows + TOKENS - 1) / TOKENS, team = block() / TEAM;
   if (team >= groups * COLUMN_GROUPS) return;
@@ -264,16 +300,45 @@ template <int TOKEN_TILES, bool ALIGNED, int TEAM> DEVICE void run(const Product
     tokens[i] = token < p.rows ? token : p.rows - 1;  // nobody stores what comes of it
   }
   float sums[TILES][TOKEN_TILES][4] = {};
-  Stage stage;
-  if (AHEAD && part < BLOCKS) stage = load_stage(p, tile, part);
-  ROLLED for (int block = part; block < BLOCKS; block += PARTS) {
-    Stage next;
-    const int after = block + PARTS < BLOCKS ? block + PARTS : block;
-    if (AHEAD) next = load_stage(p, tile, after);
-    else stage = load_stage(p, tile, block);
-    add_block<TOKEN_TILES, ALIGNED>(p, stage, block, tokens, sums);
-    if (AHEAD) stage = next;
+  const int blocks = part < BLOCKS ? (BLOCKS - part + PARTS - 1) / PARTS : 0;
+  Stage stage, next;
+  // Copies are done in the order of their groups: of each block its codes, which come SLOTS blocks ahead, and tokens
+  // before the codes of the last block that may still be on its way.
+  UNROLL for (int slot = 0; slot < SLOTS; ++slot) {
+    if (STAGED && slot == SLOTS - 1) {
+      if (blocks) copy_tokens<TOKENS>(p, unit.token, part);
+      end_of_copies();
+    }
+    if (slot < blocks) copy_codes(p, tile, part + slot * PARTS, slot);
+    end_of_copies();
   }
+  if (blocks) load_scales(p, tile, part, next);
+  int slot = 0;
+  ROLLED for (int number = 0; number < blocks; ++number) {
+    const int block = part + number * PARTS;
+    stage = next;
+    wait_for_copies_but<STAGED ? 1 : SLOTS - 1>();
+    if (number + 1 < blocks) load_scales(p, tile, block + PARTS, next);
+    load_codes(slot, stage);
+    u32 rights[STAGED ? OCTETS : 1][TOKEN_TILES][4];
+    wave_barrier();
+    if constexpr (STAGED) {
+      UNROLL for (int octet = 0; octet < OCTETS; ++octet)
+        UNROLL for (int i = 0; i < TOKEN_TILES; ++i) load_staged(8 * i + lane / CHUNKS, octet, rights[octet][i]);
+      wave_barrier();
+      if (number + 1 < blocks) copy_tokens<TOKENS>(p, unit.token, block + PARTS);
+      end_of_copies();
+    }
+    if (number + SLOTS < blocks) copy_codes(p, tile, block + SLOTS * PARTS, slot);
+    end_of_copies();
+    slot = slot + 1 == SLOTS ? 0 : slot + 1;
+    UNROLL for (int octet = 0; octet < OCTETS; ++octet) {
+      const int k = (block * CHUNKS + lane % CHUNKS) * CODES + 8 * octet;
+      if (!STAGED) UNROLL for (int i = 0; i < TOKEN_TILES; ++i) load_token<ALIGNED>(p, tokens[i], k, rights[0][i]);
+      add_octet<TOKEN_TILES>(stage, octet, rights[STAGED ? octet : 0], sums);
+    }
+  }
+  barrier();  // the sums lie where codes and tokens did
   UNROLL for (int i = 0; i < TOKEN_TILES; ++i) {
     UNROLL for (int j = 0; j < TILES; ++j) {
       const int column = (tile + j) * SIDE - unit.column;

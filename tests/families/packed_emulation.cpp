@@ -53,6 +53,34 @@ DEVICE void load16(const u8 *from, u32 *words) {
   memcpy(words, from, 16);
 }
 DEVICE void load16_once(const u8 *from, u32 *words) { load16(from, words); }
+DEVICE void load16_shared(const u8 *from, u32 *words) {
+  address_of(from);
+  load16(from, words);
+}
+
+// -- copies: none is done before its group is waited for ---------------------------------------------------------------
+
+struct Copies {
+  std::vector<std::function<void()>> begun;
+  std::deque<std::vector<std::function<void()>>> groups;
+};
+static std::vector<Copies> copies;  // of each thread
+
+DEVICE void copy16(u8 *to, const u8 *from, bool there) {
+  check((u64)to % 16 == 0 && (!there || (u64)from % 16 == 0));
+  address_of(to);
+  copies[current_thread].begun.push_back([=] { there ? memcpy(to, from, 16) : memset(to, 0, 16); });
+}
+DEVICE void end_of_copies() {
+  Copies &mine = copies[current_thread];
+  mine.groups.push_back(std::move(mine.begun));
+  mine.begun.clear();
+}
+template <int GROUPS> DEVICE void wait_for_copies_but() {
+  auto &groups = copies[current_thread].groups;
+  for (; groups.size() > GROUPS; groups.pop_front())
+    for (auto &copy : groups.front()) copy();
+}
 
 #include "packed.cu"
 
@@ -86,6 +114,6 @@ static void one_thread() {
 
 extern "C" void launch(void *const *pointers, int rows, int blocks) {
   arguments = pointers, row_count = rows;
-  registers.resize(6 * CLUSTER * THREADS);
+  registers.resize(6 * CLUSTER * THREADS), copies.resize(CLUSTER * THREADS);
   run_clusters(blocks, one_thread);
 }
