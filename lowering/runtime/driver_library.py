@@ -78,6 +78,7 @@ def _declare(library: ctypes.CDLL) -> None:
         ("tape_end", None, (pointer,)),
         ("tape_reason", ctypes.c_char_p, (pointer,)),
         ("tape_operations", number, (pointer,)),
+        ("tape_captured", ctypes.c_int, (pointer,)),
         ("tape_play", ctypes.c_int, (pointer, pointer, pointer)),
         ("tape_error", ctypes.c_char_p, (ctypes.c_int,)),
         ("tape_drop", None, (pointer,)),

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from typing import Any, Literal, Protocol, get_args
 from weakref import WeakSet
+
+import torch
 
 from ..errors import RunError
 from . import driver_library
@@ -30,10 +31,16 @@ Mode = Literal["auto", "off"]
 Range = tuple[int, int]
 """An address, and the bytes that are there."""
 
+Room = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+"""The shape, strides and dtype of a tensor."""
+
 MODES = get_args(Mode)
 
 _KEPT = 64
 """Graphs of a function; the one used least recently goes."""
+
+_PATIENCE = 10.0
+"""Seconds that a recording waits for calls that are under way, before it is left for another time."""
 
 _RECORDINGS = 3
 """A recording that something got in the way of is tried again, up to this number."""
@@ -59,20 +66,23 @@ class Gate:
             if self._alone is not None:
                 self._changed.notify_all()
 
-    def close(self) -> None:
-        """Keep all other threads out, from when they have left."""
+    def close(self) -> bool:
+        """Keep all other threads out, from when they have left; False where they do not in time.
+
+        ``open`` has to follow in any case.
+        """
         with self._changed:
-            while self._alone is not None:
-                self._changed.wait()
+            if not self._changed.wait_for(lambda: self._alone is None, _PATIENCE):
+                return False
             self._alone = threading.get_ident()
-            while self._inside:
-                self._changed.wait()
+            return self._changed.wait_for(lambda: not self._inside, _PATIENCE)
 
     def open(self) -> None:
-        """Let others in again."""
+        """Let others in again, if this thread has kept them out."""
         with self._changed:
-            self._alone = None
-            self._changed.notify_all()
+            if self._alone == threading.get_ident():
+                self._alone = None
+                self._changed.notify_all()
 
 
 GATE = Gate()
@@ -90,19 +100,26 @@ class Owner(Protocol):
 class Tape:
     """What one call issued, to be played again; ``owner`` keeps its kernels and weights."""
 
-    def __init__(self, library: ctypes.CDLL, pointer: int, owner: Owner):
+    def __init__(self, library: ctypes.CDLL, pointer: int, owner: Owner, buffers: int):
         self._library, self._owner = library, owner
+        self._addresses = ctypes.c_uint64 * buffers
         self._pointer: int | None = pointer
         owner.tapes.add(self)
         self.operations = 0
+        self.rooms: list[Room] | None = None
+        """Of the results and the scratch memory, once somebody has looked."""
 
     def player(self, addresses: Sequence[int]) -> Callable[[int], int]:
         """What plays it with the caller's memory at ``addresses`` on the stream that it takes.
 
         No function of Python's: an interrupt comes before it or after it.
         """
-        array = (ctypes.c_uint64 * len(addresses))(*addresses)
-        return partial(self._library.tape_play, self._pointer, array)
+        return partial(self._library.tape_play, self._pointer, self._addresses(*addresses))
+
+    @property
+    def is_captured(self) -> bool:
+        """Tell whether it was played while torch captured the stream."""
+        return bool(self._library.tape_captured(self._pointer))
 
     def check(self, code: int) -> None:
         """Raise RunError for what playing has returned."""
@@ -122,7 +139,7 @@ class _Known:
     """What is known of the calls of one plan."""
 
     def __init__(self) -> None:
-        self.calls = 0
+        self.calls = self.used = 0
         self.recordings = 0
         self.tape: Tape | None = None
         self.reason = ""
@@ -136,17 +153,26 @@ class Graphs:
 
     def __init__(self, library: ctypes.CDLL | None, reason: str):
         self._library, self.reason = library, reason
-        self._known: OrderedDict[Any, _Known] = OrderedDict()
+        self._known: dict[Any, _Known] = {}
+        self._clock = count()
+        self._forgetting = threading.Lock()
+        self._captured: list[Tape] = []
 
     def tape(self, plan: object) -> Tape | None:
         """The recording of a call with this plan, if there is one."""
         known = self._known.get(plan)
         if known is None:
             return None
-        if known.tape is not None:
-            with suppress(KeyError):  # another thread's call took its place meanwhile
-                self._known.move_to_end(plan)
+        known.used = next(self._clock)
         return known.tape
+
+    def _forget_oldest(self) -> None:
+        with self._forgetting:
+            while len(self._known) >= _KEPT:
+                plan, known = min(self._known.items(), key=lambda item: item[1].used)
+                del self._known[plan]
+                if known.tape is not None and known.tape.is_captured:
+                    self._captured.append(known.tape)  # a graph of the caller's needs what it has
 
     def explain(self, plan: object) -> str:
         """Say whether a call with this plan is a graph, and if not, why."""
@@ -166,9 +192,9 @@ class Graphs:
             return False
         known = self._known.get(plan)
         if known is None:
+            self._forget_oldest()
             known = self._known[plan] = _Known()
-            while len(self._known) > _KEPT:
-                self._known.popitem(last=False)
+            known.used = next(self._clock)
         known.calls += 1
         return known.calls > 1 and known.is_wanted()
 
@@ -180,9 +206,9 @@ class Graphs:
         """
         library, known = self._library, self._known.setdefault(plan, _Known())
         assert library is not None
-        GATE.close()
         try:
-            if not known.is_wanted():  # another thread has recorded it meanwhile
+            alone = GATE.close()
+            if not (alone and known.is_wanted()):  # another thread may have recorded it meanwhile
                 yield
                 return
             known.recordings += 1
@@ -193,7 +219,7 @@ class Graphs:
                 known.reason = "the library does not record it"
                 yield
                 return
-            tape = Tape(library, pointer, owner)
+            tape = Tape(library, pointer, owner, len(ranges))
             try:
                 yield
             finally:

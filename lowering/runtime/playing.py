@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch._C._dynamo import guards
 
 from ..errors import RunError
-from .graphs import Graphs, Range, Tape
+from .graphs import Graphs, Range, Room, Tape
 from .session import Memory, Outcome, Place, Session, Storage, plain, refuse_forked
 
 
@@ -38,6 +39,29 @@ def play(session: Session, tape: Tape, passed: Sequence[Any], outcome: Outcome) 
     if code:
         outcome.clear()
         tape.check(code)
+
+
+def results(
+    session: Session, tape: Tape, values: Sequence[Any], storage: Sequence[Storage], size: int
+) -> list[Tensor]:
+    """Do again what was recorded of a program without state, and return its results, in this very order.
+
+    values: the arguments, tensors and ints; size: of the scratch memory.  What ``play`` does, the short way.
+    """
+    refuse_forked()
+    rooms = tape.rooms
+    if rooms is None:
+        rooms = [_room(each.shape, each.like.dtype) for each in storage]
+        rooms += [_room((size,), torch.uint8)] if size else []
+        tape.rooms = rooms
+    memory = _empty(rooms, session.place)
+    passed = [presented(session, value) for value in values if not isinstance(value, int)]
+    rest = () if size else (session.somewhere,)
+    addresses = [x.data_ptr() or _located(session, x)[0] for x in (*passed, *memory, *rest)]
+    with session.lock:
+        session.context()
+        tape.check(tape.player(addresses)(session.stream()))
+    return memory[: len(storage)]
 
 
 def record(
@@ -67,31 +91,31 @@ def room(session: Session, storage: Storage) -> Memory:
     """Memory as ``Session.allocate`` gives it; a view, where there is one, is for the emulated GPU."""
     if session.on_host:
         return session.allocate(storage)
-    return _empty(storage.shape, storage.like.dtype, session.place), None
+    return _empty([_room(storage.shape, storage.like.dtype)], session.place)[0], None
 
 
 def scratch(session: Session, size: int) -> Tensor | iree.HalBufferView:
     """Scratch memory, as ``Session.scratch`` gives it."""
     if session.on_host:
         return session.scratch(size)
-    return _empty((size,), torch.uint8, session.place)
+    return _empty([_room((size,), torch.uint8)], session.place)[0]
 
 
 # What the code calls that torch.compile writes: it takes less time than torch.empty.
 _empty_strided_cuda = getattr(guards, "_empty_strided_cuda", None)
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, place: Place) -> Tensor:
-    """A tensor, contiguous and not set to anything, on a GPU."""
+def _empty(rooms: Sequence[Room], place: Place) -> list[Tensor]:
+    """Tensors, not set to anything, on a GPU."""
     if _empty_strided_cuda is None or torch._C._cuda_getDevice() != place.index:
-        return torch.empty(shape, dtype=dtype, device=place.device)
-    return _empty_strided_cuda(shape, _strides(shape), dtype)
+        return [torch.empty(shape, dtype=dtype, device=place.device) for shape, _, dtype in rooms]
+    return [*starmap(_empty_strided_cuda, rooms)]
 
 
 @lru_cache(4096)
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of a contiguous tensor."""
-    return torch.empty(shape, device="meta").stride()
+def _room(shape: tuple[int, ...], dtype: torch.dtype) -> Room:
+    """What a contiguous tensor of this shape needs."""
+    return shape, torch.empty(shape, device="meta").stride(), dtype
 
 
 def _located(session: Session, value: Tensor | iree.HalBufferView) -> Range:

@@ -276,7 +276,7 @@ class Session:
             arguments.push_ref(view.ref)
         results = iree.VmVariantList(4)
         if not self.on_host:
-            if torch.cuda.is_current_stream_capturing():
+            if self.is_captured():
                 raise RunError(
                     "a CUDA graph is being captured, and this call is no graph itself yet: make it twice "
                     "with tensors of these shapes before; explain_call() says whether it then is one"
@@ -293,10 +293,14 @@ class Session:
         """The handle of torch's current stream."""
         return 0 if self.on_host else torch._C._cuda_getCurrentRawStream(self.place.index)
 
+    def is_captured(self) -> bool:
+        """Tell whether what torch's current stream is given now is recorded for later, and not done."""
+        return not self.on_host and torch.cuda.is_current_stream_capturing()
+
     def ordered_after(self, last: int | None) -> int:
         """Have torch's current stream go on where the stream ``last`` ends; returns the current one."""
         current = self.stream()
-        if last not in (None, current) and not torch.cuda.is_current_stream_capturing():
+        if last not in (None, current) and not self.is_captured():
             torch.cuda.synchronize(self.place.device)
         return current
 

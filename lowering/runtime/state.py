@@ -142,7 +142,10 @@ class State:
             return
         for number, name in begun.names.items():
             value = results[number]
-            if value is None:
+            if value is None and self._session.is_captured():
+                # Whoever plays it again reads and writes the same memory each time.
+                self._memory[name][0].copy_(begun.after[number][0])
+            elif value is None:
                 self._memory[name], self._spare[name] = begun.after[number], begun.before[number]
             else:
                 self.put(name, value)

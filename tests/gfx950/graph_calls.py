@@ -52,13 +52,6 @@ class Remembering(nn.Module):
         return self.cache.float().sum(0) + self.count, torch.zeros(8, 4).index_put((at[:1],), torch.ones(4))
 
 
-class Finding(nn.Module):
-    """A result whose size only the call tells."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.nonzero(x)
-
-
 def pair(path: Path) -> tuple[lowering.Program, lowering.Program]:
     """A program whose calls become graphs, and the same whose calls do not."""
     return lowering.load(path, device="hip"), lowering.load(path, device="hip", graphs="off")
@@ -208,14 +201,6 @@ def threads_and_programs(chain: Path, remembering: Path) -> None:
     assert program.explain_call(*rows(2)).startswith("a graph")
 
 
-def a_call_that_tells_sizes_is_left_to_iree(finding: Path) -> None:
-    program = lowering.load(finding, device="hip")
-    for _ in range(4):
-        x = torch.randn(9).relu()
-        assert torch.equal(program(x), torch.nonzero(x))
-    assert program.explain_call(x).startswith("no graph: the call itself tells sizes")
-
-
 CHECKS = (
     results_are_the_same_bits,
     arguments_of_every_kind,
@@ -223,7 +208,6 @@ CHECKS = (
     a_program_that_is_closed_is_refused,
     the_state_is_updated_once,
     threads_and_programs,
-    a_call_that_tells_sizes_is_left_to_iree,
 )
 
 

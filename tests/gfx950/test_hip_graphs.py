@@ -12,7 +12,7 @@ import torch
 
 import lowering
 from tests.gfx950 import graph_calls
-from tests.gfx950.graph_calls import CHECKS, HIDDEN, Chain, Finding, Remembering
+from tests.gfx950.graph_calls import CHECKS, HIDDEN, Chain, Remembering
 from tests.gfx950.test_hip_programs import emulated
 
 
@@ -23,7 +23,6 @@ def programs(tmp_path_factory) -> Path:
     for name, model, example, shapes in (
         ("chain", Chain(), (x, x.clone()), (by_rows, by_rows)),
         ("remembering", Remembering(), (x[:2], torch.arange(2), page), None),
-        ("finding", Finding(), (torch.randn(9),), None),
     ):
         compiled = lowering.compile(model.eval(), example, dynamic_shapes=shapes, target="gfx950")
         compiled.save(directory / f"{name}.vmfb")

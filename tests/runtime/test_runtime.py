@@ -55,6 +55,16 @@ def test_functions(program):
         program["forward"]
 
 
+def test_a_call_says_why_it_is_no_graph(program, double):
+    assert program.explain_call(torch.ones(2, 4)) == "no graph: it runs on the CPU"
+    # It has no memory to put its results in.
+    assert "the call itself tells sizes" in program["main"]._why_no_graph()
+    with pytest.raises(RunError):
+        program.explain_call(torch.ones(2, 5))
+    with pytest.raises(UsageError, match="graphs is 'auto' or 'off', not 'on'"):
+        runtime.load(double, graphs="on")
+
+
 def test_bytes_and_plain_device_names(double):
     x = torch.ones(2, 4)
     for device in ("cpu", torch.device("cpu"), None):

@@ -61,10 +61,6 @@ _Static_assert(sizeof(struct copy_node) == 200, "CUDA_MEMCPY3D");
   X(cuMemFreeHost, VERSION, (void *))                                                                         \
   X(cuMemFreeAsync, VERSION, (address, void *))                                                               \
   X(cuMemPrefetchAsync, VERSION, (address, size_t, int, void *))                                              \
-  X(cuEventRecord, VERSION, (void *, void *))                                                                 \
-  X(cuEventSynchronize, VERSION, (void *))                                                                    \
-  X(cuEventQuery, VERSION, (void *))                                                                          \
-  X(cuStreamSynchronize, VERSION, (void *))                                                                   \
   X(cuLaunchHostFunc, VERSION, (void *, void (*)(void *), void *))                                            \
   X(cuGraphCreate, VERSION, (void **, unsigned))                                                              \
   X(cuGraphDestroy, VERSION, (void *))                                                                        \
@@ -196,30 +192,6 @@ static result prefetch_hook(address base, size_t size, int device, void *stream)
   return cuda.cuMemPrefetchAsync(base, size, device, stream);
 }
 
-static result record_hook(void *event, void *stream) {
-  note_recorded(event);
-  return cuda.cuEventRecord(event, stream);
-}
-
-static result event_wait_hook(void *event) {
-  result error = cuda.cuEventSynchronize(event);
-  note_waited(event);
-  return error;
-}
-
-static result query_hook(void *event) {
-  result error = cuda.cuEventQuery(event);
-  if (error == 0)
-    note_waited(event);
-  return error;
-}
-
-static result stream_wait_hook(void *stream) {
-  result error = cuda.cuStreamSynchronize(stream);
-  note_waited(NULL);
-  return error;
-}
-
 static result callback_hook(void *stream, void (*function)(void *), void *data) {
   note_other("a function of the host");
   return cuda.cuLaunchHostFunc(stream, function, data);
@@ -249,10 +221,6 @@ static const struct {
     {"cuMemFreeHost", free_host_hook},
     {"cuMemFreeAsync", free_async_hook},
     {"cuMemPrefetchAsync", prefetch_hook},
-    {"cuEventRecord", record_hook},
-    {"cuEventSynchronize", event_wait_hook},
-    {"cuEventQuery", query_hook},
-    {"cuStreamSynchronize", stream_wait_hook},
     {"cuLaunchHostFunc", callback_hook},
     {"cuGraphLaunch", graph_hook},
 };

@@ -61,10 +61,6 @@ _Static_assert(sizeof(struct fill_node) == 48, "hipMemsetParams");
   X(hipHostFree, (void *))                                                                                    \
   X(hipFreeAsync, (address, void *))                                                                          \
   X(hipMemPrefetchAsync, (const void *, size_t, int, void *))                                                 \
-  X(hipEventRecord, (void *, void *))                                                                         \
-  X(hipEventSynchronize, (void *))                                                                            \
-  X(hipEventQuery, (void *))                                                                                  \
-  X(hipStreamSynchronize, (void *))                                                                           \
   X(hipLaunchHostFunc, (void *, void (*)(void *), void *))                                                    \
   X(hipGraphCreate, (void **, unsigned))                                                                      \
   X(hipGraphDestroy, (void *))                                                                                \
@@ -243,30 +239,6 @@ EXPORT result hipFreeAsync(address base, void *stream) {
 EXPORT result hipMemPrefetchAsync(const void *base, size_t size, int device, void *stream) {
   note_other("hipMemPrefetchAsync");
   return hip.hipMemPrefetchAsync(base, size, device, stream);
-}
-
-EXPORT result hipEventRecord(void *event, void *stream) {
-  note_recorded(event);
-  return hip.hipEventRecord(event, stream);
-}
-
-EXPORT result hipEventSynchronize(void *event) {
-  result error = hip.hipEventSynchronize(event);
-  note_waited(event);
-  return error;
-}
-
-EXPORT result hipEventQuery(void *event) {
-  result error = hip.hipEventQuery(event);
-  if (error == 0)
-    note_waited(event);
-  return error;
-}
-
-EXPORT result hipStreamSynchronize(void *stream) {
-  result error = hip.hipStreamSynchronize(stream);
-  note_waited(NULL);
-  return error;
 }
 
 EXPORT result hipLaunchHostFunc(void *stream, void (*function)(void *), void *data) {

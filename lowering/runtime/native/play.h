@@ -115,6 +115,7 @@ EXPORT int tape_play(struct tape *tape, const uint64_t *addresses, void *stream)
   if (error == 0) {
     tape->plays++;
     error = capturing(stream, &captured);
+    tape->captured |= captured != 0;
     if (error == 0)
       error = captured ? play_launches(tape, addresses, stream) : play_graph(tape, addresses, stream);
     leave();

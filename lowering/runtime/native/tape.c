@@ -5,8 +5,7 @@
  * that is not found here.  While a recording is on, what passes by is kept in IREE's order, which is the order of
  * its one stream.  A recording is given the memory that the caller passes; each address in it must lie there, or
  * in memory that was allocated when the program was loaded (weights), or the recording is refused.  So is one that
- * allocates, reads back, or issues anything after the host has waited for something of it: what is issued then may
- * depend on what was computed.
+ * allocates, or uses memory that the host can read: what is issued then may depend on what was computed.
  */
 #define _GNU_SOURCE
 #include "tape.h"
@@ -19,7 +18,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { VARIANTS = 4, EVENTS = 64 };
+enum { VARIANTS = 4 };
 enum { STALE = -1, NO_MEMORY = -2 };
 
 struct range {
@@ -49,13 +48,12 @@ struct tape {
   pthread_mutex_t lock;
   void *context, *stream; /* IREE's */
   struct range *buffers;
-  unsigned buffer_count, operation_count, relocation_count, fixed_count, event_count, variant_count;
+  unsigned buffer_count, operation_count, relocation_count, fixed_count, variant_count;
   struct operation *operations;
   struct relocation *relocations;
   struct allocation *fixed; /* what addresses that stay the same lie in */
-  void *events[EVENTS];     /* recorded behind something of the tape */
-  bool waited;
   uint64_t owner, epoch, plays;
+  bool captured;
   uint64_t constants; /* device memory of what was copied from the host */
   void *graph;
   struct variant variants[VARIANTS];
@@ -90,8 +88,6 @@ static void *grown(void *array, unsigned count, size_t size) {
 
 /* A new operation with `slots` slots at the end of the tape; hold `lock`. */
 static struct operation *append(struct tape *tape, enum kind kind, unsigned slots, void *stream) {
-  if (tape->waited)
-    refuse(tape, "it goes on after it has waited for a value");
   if (tape->operation_count > 0 && tape->stream != stream)
     refuse(tape, "it uses several streams");
   tape->stream = stream;
@@ -188,30 +184,6 @@ void note_fill(uint64_t target, unsigned value, unsigned width, size_t count, vo
   pthread_mutex_unlock(&lock);
 }
 
-void note_recorded(void *event) {
-  struct tape *tape = open_tape();
-  if (tape == NULL)
-    return;
-  if (tape->operation_count > 0) {
-    if (tape->event_count < EVENTS)
-      tape->events[tape->event_count++] = event;
-    else
-      refuse(tape, "it is issued in more than %d parts", EVENTS);
-  }
-  pthread_mutex_unlock(&lock);
-}
-
-void note_waited(void *event) {
-  struct tape *tape = open_tape();
-  if (tape == NULL)
-    return;
-  bool ours = event == NULL && tape->operation_count > 0;
-  for (unsigned i = 0; i < tape->event_count; i++)
-    ours |= tape->events[i] == event;
-  tape->waited |= ours;
-  pthread_mutex_unlock(&lock);
-}
-
 void note_other(const char *what) {
   struct tape *tape = open_tape();
   if (tape == NULL)
@@ -253,7 +225,7 @@ static bool holds(struct range range, uint64_t address) {
   return address >= range.base && address - range.base < range.size;
 }
 
-/* Note what memory of the program's `address` lies in; false if it lies in none of it. */
+/* Note what memory of the program's `address` lies in; false if it lies in none of it, or the host can read it. */
 static bool is_fixed(struct tape *tape, uint64_t address) {
   for (unsigned i = 0; i < tape->fixed_count; i++)
     if (holds(tape->fixed[i].range, address))
@@ -298,7 +270,7 @@ static void locate_all(struct tape *tape) {
     operation->first = tape->relocation_count;
     for (unsigned slot = 0; slot < operation->slots; slot++)
       if (operation->bytes[slot] == 8 && !(operation->host && slot == 1) && !locate(tape, i, slot))
-        return refuse(tape, "it uses memory that is neither the caller's nor the program's");
+        return refuse(tape, "it uses memory that is neither the caller's nor the program's own on the device");
   }
 }
 
@@ -394,6 +366,9 @@ EXPORT void tape_end(struct tape *tape) {
 EXPORT const char *tape_reason(const struct tape *tape) { return tape->reason; }
 
 EXPORT unsigned tape_operations(const struct tape *tape) { return tape->operation_count; }
+
+/* Whether it was played on a stream that was being captured: a graph of the caller's has its operations then. */
+EXPORT int tape_captured(const struct tape *tape) { return tape->captured; }
 
 #include "play.h"
 

@@ -35,8 +35,6 @@ void note_launch(void *function, const unsigned *grid, const unsigned *block, un
 void note_copy(uint64_t target, uint64_t source, size_t size, void *stream);
 void note_update(uint64_t target, const void *source, size_t size, void *stream);
 void note_fill(uint64_t target, unsigned value, unsigned width, size_t count, void *stream);
-void note_recorded(void *event);
-void note_waited(void *event); /* NULL: for everything */
 void note_other(const char *what);
 void note_allocated(uint64_t base, size_t size, bool of_host);
 void note_freed(uint64_t base);
