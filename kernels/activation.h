@@ -77,4 +77,6 @@ ACTIVATION Reals gelu_tanh(Reals g) {
   return over(g, one_plus_exp(times(all(-1.59576912160573071176f), cubic)));  // -2 sqrt(2/pi)
 }
 
+#ifdef ACT
 ACTIVATION Reals activation(Reals g) { return ACT == SILU ? silu(g) : ACT == GELU ? gelu(g) : gelu_tanh(g); }
+#endif

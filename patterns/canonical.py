@@ -21,6 +21,7 @@ and those that a kernel computes, made of them by the fusion:
 ``vmfuse.linear``                a, b, [bias], [residual] -> out                            spec: LinearSpec
 ``vmfuse.packed``                a, codes, scale, [zero], [bias], [residual] -> out         spec: PackedSpec
 ``vmfuse.selection``             x -> values, places                                     spec: SelectionSpec
+``vmfuse.attention``             q, k, v, [mask] -> parts; parts -> out                  spec: AttentionSpec
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ LINEAR = "vmfuse.linear"
 PACKED_MATMUL = "vmfuse.packed_matmul"
 PACKED = "vmfuse.packed"
 SELECTION = "vmfuse.selection"
+ATTENTION = "vmfuse.attention"
 PHYSICAL_SCALE = "vmfuse.physical_scale"
 
 # A site's number in the ledger, and the numbers of the sites a fused operation stands for.

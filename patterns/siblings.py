@@ -104,8 +104,10 @@ def _groups(block: ir.Block, known: Mapping[str, Form]) -> list[Group]:
 def _can_be_joined(op: ir.Operation, form: Form) -> bool:
     """Tell whether a kernel computes the product, and a slice can stand for its result without a copy."""
     result = op.results[0]
-    types = [torch_ir.tensor_type(value) for value in (op.operands[_WEIGHT], result)]
-    if any(type_ is None or not type_.shape[-1] for type_ in types):
+    weight, type_ = torch_ir.tensor_type(op.operands[_WEIGHT]), torch_ir.tensor_type(result)
+    if weight is None or len(weight.shape) != 2 or not all(weight.shape) or type_ is None:
+        return False
+    if not type_.shape or type_.shape[-1] != weight.shape[0]:
         return False
     if add_behind(result) is not None or _is_returned(result):
         return False
@@ -242,6 +244,8 @@ def _rows(group: Group, number: int) -> list[int] | None:
         return rows
     weight = torch_ir.tensor_type(group[0].operands[_WEIGHT])
     assert weight is not None and weight.shape[1] is not None
+    if any(type_ is None or len(type_.shape) != 2 for type_ in types):
+        return None
     columns, depth = [_columns(op) for op in group], weight.shape[1]
     kinds = [scale_kind(type_.shape, n, depth) for type_, n in zip(types, columns, strict=True) if type_]
     groups = (types[0].shape[1] if types[0] is not None else None) or 1

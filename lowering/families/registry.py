@@ -19,7 +19,7 @@ from patterns.operation import Operation
 
 from ..errors import UsageError
 from ..targets import Target
-from . import grouped_topk, linear, packed, row, selection
+from . import attention, grouped_topk, linear, packed, row, selection
 from .base import Family, Reference
 from .instance import KernelInstance
 from .matmul import family as matmul
@@ -33,6 +33,7 @@ FAMILIES: tuple[Family, ...] = (
     packed.FAMILY,
     linear.FAMILY,
     selection.FAMILY,
+    attention.FAMILY,
 )
 
 

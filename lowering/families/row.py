@@ -392,6 +392,7 @@ FAMILY = Family(
             "norm.h",
             "statistic_cpu.h",
             "quantize_cpu.h",
+            "reals_cpu.h",
             "activation.h",
         ),
         "row.cu": _GPU_HEADERS,

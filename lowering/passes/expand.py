@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from iree.compiler import ir
 
-from patterns import canonical, torch_ir, weight_layouts
+from patterns import attention, canonical, torch_ir, weight_layouts
 
 from .. import ops
 from ..errors import CompileError
 from ..families import registry
 from ..importing.importer import Program, import_module, parse_module
 from ..ops.shuffle_weight import shuffle_weight_reference, unshuffle_weight_reference
-from . import attention
+from . import attention as spelling
 from .normalize import normalize
 
 
@@ -74,9 +74,9 @@ class Expander:
     def _meaning(self, op: ir.Operation) -> _Meaning | None:
         found = attention.attention(op)
         if found is not None and (self.spell_attention or found.masked):
-            operands, spelled = attention.tensors(op), attention.guarded
+            operands, spelled = attention.tensors(op), spelling.guarded
             if self.spell_attention:
-                (found, operands), spelled = attention.shared(op, found), attention.reference
+                (found, operands), spelled = attention.shared(op, found), spelling.reference
             axes = found.axes([len(type_.shape) for type_ in _types(operands)])
             return _Meaning(spelled(found), (spelled, found), operands, axes)
         reference = _reference(op)

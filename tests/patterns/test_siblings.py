@@ -84,7 +84,7 @@ class Layer(nn.Module):
         self.layers = nn.ModuleList(make(n, depth) for n in WIDTHS)
         self.up, self.gate = make(192, depth), make(192, depth)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         heads, *rest = (layer(x) for layer in self.layers)
         heads = heads.view(-1, 3, 64).transpose(0, 1) * 3
         up, gate = self.up(x), self.gate(x)
@@ -281,7 +281,7 @@ def test_functions_share_one_joined_weight_or_none(alone: bool) -> None:
 
 def test_a_scale_that_is_no_number_is_named_as_before() -> None:
     model = Model("blocks")
-    model.layers[0].layers[1].scale[0, 1] = torch.nan
+    model.get_buffer("layers.0.layers.1.scale")[0, 1] = torch.nan
     with pytest.raises(
         lowering.CompileError, match=r"the scale 'layers.0.layers.1.scale' .* is nan at \[0, 1\]"
     ):
