@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .session import Session
 
-_Kept = tuple[weakref.ref[Tensor], int, Any]
-"""A tensor, its address, and its view."""
+_Kept = tuple[weakref.ref[Tensor], int, list[Any]]
+"""A tensor, its address, and a list of its view, which lets go of that when the tensor dies."""
 
 
 class Views:
@@ -39,7 +39,7 @@ class Views:
                 and kept[1] == value.data_ptr()
                 and value.is_contiguous()
             ):
-                passed.append(kept[2])
+                passed.append(kept[2][0])
             elif isinstance(value, Tensor):
                 passed.append(self._new(number, value, session))
             else:
@@ -54,19 +54,8 @@ class Views:
             self._seen[number] = now
             return session.to_iree(tensor)
         # Of another Python object, which the view keeps alive, so that this one may die.
-        view = session.to_iree(tensor.detach())
-        alive = weakref.ref(tensor, partial(_forget, weakref.ref(self), number))
+        view: list[Any] = [session.to_iree(tensor.detach())]
+        # In C alone: an interrupt that Python raised in a callback would be lost.
+        alive = weakref.ref(tensor, partial(view.__setitem__, 0))
         self._kept[number] = alive, tensor.data_ptr(), view
-        return view
-
-    def forget(self, number: int, dead: weakref.ref[Tensor]) -> None:
-        """Let go of the memory of a tensor that nobody else has."""
-        kept = self._kept.get(number)
-        if kept is not None and kept[0] is dead:
-            self._kept.pop(number, None)
-
-
-def _forget(views: weakref.ref[Views], number: int, dead: weakref.ref[Tensor]) -> None:
-    kept = views()
-    if kept is not None:
-        kept.forget(number, dead)
+        return view[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,5 +76,8 @@ def test_memory_is_free_when_its_tensor_is(program: lowering.Program) -> None:
     for _ in range(4):
         assert torch.equal(program(x), x + x)
     assert program["main"]._plan((x,)).views._kept and alive() is not None
+    # An interrupt in a callback of Python's would be lost, so there is none.
+    callbacks: list[Any] = [ref.__callback__ for ref in weakref.getweakrefs(x) if ref.__callback__]
+    assert [type(callback.func) for callback in callbacks] == [type([].__setitem__)]
     del x
     assert alive() is None
