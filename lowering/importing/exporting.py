@@ -21,6 +21,8 @@ from torch._dynamo.exc import UserError
 from torch.export import ExportedProgram
 from torch.fx.experimental import _config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..signature import evaluate
@@ -61,14 +63,34 @@ def _on_host(call: Call) -> bool:
 def _exported(
     module: torch.nn.Module, call: Call, dynamic_shapes: Any, *, deferred: bool = False
 ) -> ExportedProgram:
-    return torch.export.export(
-        module,
-        call.args,
-        call.kwargs,
-        dynamic_shapes=dynamic_shapes,
-        strict=False,
-        prefer_deferred_runtime_asserts_over_guards=deferred,
-    )
+    with _AttentionSizes():
+        return torch.export.export(
+            module,
+            call.args,
+            call.kwargs,
+            dynamic_shapes=dynamic_shapes,
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=deferred,
+        )
+
+
+class _AttentionSizes(TorchFunctionMode):
+    """Compares the sizes that an attention needs to be equal, since PyTorch's own shape function does not.
+
+    So torch.export knows that they are, as it does of the operands of a product.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is scaled_dot_product_attention:
+            query, key, value = _attended(*args, **kwargs or {})
+            torch._check(key.shape[-2] == value.shape[-2])
+            torch._check(key.shape[-1] == query.shape[-1])
+        return func(*args, **kwargs or {})
+
+
+def _attended(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
+    """The operands of an attention that have to be of equal sizes, however they are passed."""
+    return query, key, value
 
 
 def _divisors(error: UserError) -> list[int] | None:

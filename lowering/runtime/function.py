@@ -51,6 +51,8 @@ from .writing import Writing
 
 # Calls with new shapes are checked and planned; the plans of this many are kept, then all are made anew.
 _REMEMBERED_PLANS = 1024
+# Bytes of scratch memory that a plan keeps between calls.
+_SMALL = 1 << 16
 
 
 class Function:
@@ -158,9 +160,9 @@ class Function:
             with self._reported:
                 return playing.results(self._session, tape, values, plan.storage, plan.scratch or 0)
         call = self._prepared(plan, values, {})
-        self._invoke(call, values)
+        self._invoke(call, values, ())
         results = self._results(call)
-        plan.keep(call.storage)
+        plan.keep(call)
         return results
 
     def _run_writing(self, values: Sequence[Any]) -> list[Tensor]:
@@ -168,18 +170,17 @@ class Function:
         writing, state = self._writing, self._state
         plan = self._plan(values)  # refuses what cannot be passed before anything is made of it
         passed, bring_back = writing.lend(values, self._session)
-        passed += state.views(self._remembered)
         spare = state.spare(writing.state)
         call = self._prepared(plan, values, spare)
         state.begin(writing.state, spare, lambda: self._results(call) if call.outcome else None)
-        self._invoke(call, passed)
+        self._invoke(call, passed, state.views(self._remembered))
         results = self._results(call)
         for argument, number in writing.results.items():
             values[argument].detach().copy_(results[number])
         for each in bring_back:
             each()
         state.finish(results)
-        plan.keep(call.storage)
+        plan.keep(call)
         return results[: writing.first]
 
     def _prepared(self, plan: _Plan, values: Sequence[Any], spare: Mapping[int, Memory]) -> _Call:
@@ -188,34 +189,40 @@ class Function:
         session, storage = self._session, []
         allocate = session.allocate if tape is None else partial(playing.room, session)
         with self._reported:
-            for (number, *_), each, kept in zip(self.signature.placed, plan.storage, plan.kept, strict=True):
-                memory = spare.get(number) or _taken(kept) or allocate(each)
-                storage.append(memory if kept is None else _legible(memory))
+            for number, each, kept in plan.placed:
+                if number in spare:
+                    storage.append(spare[number])
+                elif kept is None:
+                    storage.append(allocate(each))
+                else:
+                    storage.append(_taken(kept) or _legible(allocate(each)))
         return _Call(plan, values, spare, storage, tape)
 
-    def _invoke(self, call: _Call, passed: Sequence[Any]) -> None:
-        """Run the program with what is ``passed`` for the arguments and the state."""
-        session = self._session
-        if call.plan.all_empty and not session.place.driver.on_host:
+    def _invoke(self, call: _Call, passed: Sequence[Any], state: Sequence[Any]) -> None:
+        """Run the program with what is ``passed`` for the arguments, and the memory of the state."""
+        session, plan = self._session, call.plan
+        if plan.all_empty and not session.place.driver.on_host:
             return
         with self._reported:
             if call.tape is not None:
                 self._play(call.tape, call, passed)
                 return
             memory: list[Any] = [view for _, view in call.storage]
-            if call.plan.scratch is not None:
-                memory.append(session.scratch(call.plan.scratch))
-            if self._graphs.due(call.plan):
-                playing.record(session, self._graphs, call.plan, self._function, passed, memory, call.outcome)
+            if plan.scratch is not None:
+                call.scratch = _taken(plan.kept_scratch) or session.scratch(plan.scratch)
+                memory.append(call.scratch)
+            if self._graphs.due(plan):
+                playing.record(
+                    session, self._graphs, plan, self._function, [*passed, *state], memory, call.outcome
+                )
             else:
-                passed = call.plan.views.of(passed, session)
-                session.invoke(self._function, passed, memory, call.outcome)
+                memory = [*state, *memory]
+                session.invoke(self._function, plan.views.of(passed, session), memory, call.outcome)
 
     def _play(self, tape: Tape, call: _Call, passed: Sequence[Any]) -> None:
         """Do what ``_invoke`` does with what was recorded of another call with this plan."""
         session, state = self._session, self._state
-        arguments = passed[: len(passed) - len(self._remembered)]
-        given = [playing.presented(session, value) for value in arguments]
+        given = [playing.presented(session, value) for value in passed]
         given += [state.tensor(name) for name in self._remembered]
         given += [tensor for tensor, _ in call.storage]
         if call.plan.scratch is not None:
@@ -227,10 +234,10 @@ class Function:
         session, plan = self._session, call.plan
         if not call.outcome:
             return self._empty(plan)
-        views = returned(call.outcome)
+        numbers = self._returned
+        views = returned(call.outcome) if numbers or self.tensor_outputs is None else ()
         if self.tensor_outputs is None:
             return self._apart([session.to_torch(view, None) for view in views], call.values)
-        numbers = self._returned
         if len(numbers) != len(views):
             raise RunError(f"{self.name} returned {len(views)} tensors, its signature says {len(numbers)}")
         results: list[Any] = [None] * len(self._dtypes)
@@ -238,11 +245,11 @@ class Function:
             given = [*map(session.to_torch, views, self._returned_dtypes)]
             for number, tensor in zip(numbers, self._apart(given, call.values), strict=True):
                 results[number] = tensor
-        for placed, (tensor, _) in zip(self.signature.placed, call.storage, strict=True):
-            if placed[0] not in call.spare:
-                results[placed[0]] = tensor
-            for number in placed[1:]:
-                results[number] = tensor.view(self._dtypes[number])
+        for (number, *others), (tensor, _) in zip(self.signature.placed, call.storage, strict=True):
+            if number not in call.spare:
+                results[number] = tensor
+            for other in others:
+                results[other] = tensor.view(self._dtypes[other])
         for number, layout in self._strided:
             results[number] = ops.from_physical(results[number], plan.leading(number), layout)
         return self._checked(results) if self.signature.checks else results
@@ -292,16 +299,17 @@ class Function:
         for numbers in self.signature.placed:
             number = numbers[0]
             shape = ops.physical_shape(plan.shape(number), layouts.get(number, "row"))
-            plan.storage.append(session.storage(shape, self._dtypes[number]))
             keeps = session.place.driver.on_host and min(numbers) >= self._first_check
-            plan.kept.append([] if keeps else None)
-            plan.keeps |= keeps
+            storage = session.storage(shape, self._dtypes[number])
+            plan.storage.append(storage)
+            plan.placed.append((number, storage, [] if keeps else None))
         if self._scratch_size is not None:
             with self._reported:
                 state = self._state.views(self._remembered)
-                plan.scratch = session.query(self._scratch_size, [*values, *state], len(plan.storage) + 1)
-        elif plan.storage:
+                plan.scratch = session.query(self._scratch_size, [*values, *state], len(plan.placed) + 1)
+        elif plan.placed:
             plan.scratch = 0
+        plan.keeps_scratch = session.place.driver.on_host and 0 < (plan.scratch or 0) <= _SMALL
         return plan
 
     def _are_leaves(self, args: tuple[Any, ...]) -> bool:
@@ -383,8 +391,8 @@ def _legible(memory: Memory) -> Memory:
     return (tensor.view(-1).numpy().data if isinstance(tensor, Tensor) else tensor), view
 
 
-def _taken(kept: list[Memory] | None) -> Memory | None:
-    """Memory that no other call has, if there is any; another thread may take it first."""
+def _taken(kept: list[Any]) -> Any:
+    """Memory that no other call has, or None; another thread may take the last first."""
     try:
         return kept.pop() if kept else None
     except IndexError:
@@ -401,6 +409,7 @@ class _Call:
     storage: list[Memory]
     tape: Tape | None
     outcome: Outcome = field(default_factory=list)
+    scratch: Any = None
 
 
 class _Plan:
@@ -414,19 +423,22 @@ class _Plan:
         self.all_empty = bool(self.sizes) and all(0 in sizes and None not in sizes for sizes in self.sizes)
         self.storage: list[Storage] = []
         """The memory to pass for results."""
-        self.kept: list[list[Memory] | None] = []
-        """Memory for each of them, between calls; None where the caller of each gets memory of its own."""
-        self.keeps = False
+        self.placed: list[tuple[int, Storage, list[Memory] | None]] = []
+        """For each of them the number of a result, and what is kept of it between calls; None where each call
+        needs memory of its own, to hand it out."""
+        self.kept_scratch: list[Any] = []
+        self.keeps_scratch = False
         self.views = Views()
         self.scratch: int | None = None
         """The bytes of scratch memory to pass behind it; None where nothing is passed."""
 
-    def keep(self, storage: Sequence[Memory]) -> None:
+    def keep(self, call: _Call) -> None:
         """Have the memory of a call, which is over, for later ones, as far as it is nobody's."""
-        if self.keeps:
-            for kept, memory in zip(self.kept, storage, strict=True):
-                if kept is not None:
-                    kept.append(memory)
+        for (_, _, kept), memory in zip(self.placed, call.storage, strict=True):
+            if kept is not None:
+                kept.append(memory)
+        if self.keeps_scratch and call.scratch is not None:
+            self.kept_scratch.append(call.scratch)
 
     def shape(self, number: int) -> tuple[int, ...]:
         """Give the shape of result ``number``; RunError where a size does not follow from the arguments."""

@@ -13,6 +13,8 @@ from ..signature import Signature, TensorSpec
 from .arguments import passed
 from .session import Session
 
+_Range = tuple[int, int]
+
 
 class Writing:
     """Say what a function writes: in the memory it is passed, or as a tensor that it returns.
@@ -32,7 +34,8 @@ class Writing:
             for item in signature.written
             if item.result is not None and item.argument >= len(arguments)
         }
-        self._apart: list[tuple[int, int]] = []
+        self._apart: tuple[list[_Range], list[_Range]] = [], []
+        """Of the last call, whose tensors share no memory: addresses and bytes, and between which it lies."""
         self.first = sum(isinstance(leaf, TensorSpec) for leaf in signature.outputs or ())
 
     def lend(self, values: Sequence[Any], session: Session) -> tuple[list[Any], list[Callable[[], Any]]]:
@@ -45,10 +48,9 @@ class Writing:
         if not self.arguments:
             return prepared, finish
         # Of the same addresses it was found out before: a graph may have hundreds of weights.
-        addresses = [(x.data_ptr(), x.nbytes) for x in values if isinstance(x, Tensor)]
-        if addresses != self._apart:
-            self._check_apart(values)
-            self._apart = addresses
+        addresses = [(x.data_ptr(), x.nbytes) if isinstance(x, Tensor) else (0, 0) for x in values]
+        if addresses != self._apart[0]:
+            self._apart = addresses, self._spans(values, addresses)
         for number in self.arguments:
             if not values[number].is_contiguous():
                 self._check_elements(number, values[number])
@@ -65,16 +67,24 @@ class Writing:
                 "(expand): pass a tensor of its own"
             )
 
-    def _check_apart(self, values: Sequence[Any]) -> None:
-        spans = [_span(value) if isinstance(value, Tensor) else (0, 0) for value in values]
+    def _spans(self, values: Sequence[Any], addresses: list[_Range]) -> list[_Range]:
+        """Where the tensors are, those that have moved compared with the others.  Raises as ``lend``."""
+        known, spans = self._apart
+        every = range(len(addresses))
+        moved = every if len(known) != len(every) else [i for i in every if known[i] != addresses[i]]
+        spans = list(spans) if len(known) == len(every) else [(0, 0) for _ in every]
+        for number in moved:
+            spans[number] = _span(values[number]) if isinstance(values[number], Tensor) else (0, 0)
         for number in self.arguments:
             begin, end = spans[number]
-            for other, (first, last) in enumerate(spans):
+            for other in every if number in moved else moved:
+                first, last = spans[other]
                 if other != number and first < end and begin < last:
                     raise ArgumentError(
                         f"argument {self._names[number]} is written and shares memory with argument "
                         f"{self._names[other]}: pass a copy of one of them"
                     )
+        return spans
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

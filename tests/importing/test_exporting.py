@@ -149,3 +149,18 @@ def test_a_top_k_along_an_open_axis_is_named_with_its_line_and_a_way_out() -> No
     said = str(refused.value)
     assert f"{THIS}:{line}: aten.topk.default is along an axis of open size" in said, said
     assert "leave it out of dynamic_shapes" in said and "\n" not in said, said
+
+
+class Attends(nn.Module):
+    def forward(self, query, key, value):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_keys_and_values_have_one_length(known: bool) -> None:
+    """PyTorch's own shape function takes any two, and a program would read behind the shorter."""
+    shapes = ({}, {} if known else {2: Dim.AUTO}, {2: Dim.AUTO})
+    query, key = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 23, 8)
+    exported, _ = export(Attends(), Call((query, key, key.clone()), {}), shapes)
+    _, keys, values = (node.meta["val"].shape for node in exported.graph.nodes if node.op == "placeholder")
+    assert keys == values and str(values[2]).isdigit() == known
