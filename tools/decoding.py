@@ -53,7 +53,7 @@ Decoder = lowering.Program | Eager
 def read(decoder: Decoder, ids: Tensor) -> Tensor:
     """Empty the cache and append ids [1, T]; the logits [1, V] behind them."""
     decoder.reset()
-    return decoder.prefill(ids, torch.tensor([ids.shape[1]]))
+    return decoder.prefill(ids, torch.tensor([ids.shape[1]], device=ids.device))
 
 
 def greedy(decoder: Decoder, ids: Tensor) -> Iterator[Tensor]:
