@@ -191,12 +191,8 @@ DEVICE void copy4(float *to, const float *from, bool there) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
                ::"r"(address_of(to)), "l"(from), "r"(there ? 4 : 0) : "memory");
 }
-// This thread's copies until here, from the end before, are a group.
-DEVICE void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until this thread's groups are done but for so many of the last.
-template <int GROUPS> DEVICE void wait_for_copies_but() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
-}
+// Until this thread's copies are done, other threads' being waited for by those.
+DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 // What was written by threads and copies before is seen by wgmma after.
 DEVICE void order_for_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

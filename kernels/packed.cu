@@ -2,15 +2,15 @@
 // w = (code - zero) * scale, rounded to the dtype of the scales and then to that of a.  HAS_RESIDUAL: residual[m, n] is
 // added to the rounded result.
 //
-// Few rows take as long as the codes do to arrive, so these are on their way all the time, SLOTS blocks ahead, and all
-// else fits beside: b as shuffle_weight(b, (16, 16)) lays its bytes out has 16 bytes of a row in one piece, which a lane
-// copies to shared memory for itself and unpacks from there.
+// Few rows take as long as the codes do to arrive, so these go from global memory straight to the registers they are
+// multiplied from, and all else fits beside: b as shuffle_weight(b, (16, 16)) lays its bytes out has 16 bytes of a row in
+// one piece, which a lane unpacks by itself.
 //
 //   columns     weights are the left operand of a matrix instruction, 16 rows of b; the tokens, 8 to TOKENS of them, are
 //               the columns of the right one.  Where k lies does not matter as long as both agree: of a block a lane
 //               multiplies a chunk of its own, and a chunk lies in one group.
-//   tokens      of more than 8, up to STAGED_TOKENS, a wave copies a block ahead to shared memory as well: lines of them
-//               arrive whole, and lanes, which each want another chunk, read from all banks at once.
+//   tokens      of more than 8, up to STAGED_TOKENS, a wave copies to shared memory, a block ahead: lines of them arrive
+//               whole, and lanes, which each want another chunk, read from all banks at once.
 //   unit        COLUMNS of the result x TOKENS rows, a workgroup's.  ACROSS waves stand beside each other; ALONG of
 //               them, and the workgroups of a TEAM, take every so-manieth block of K, and add up their sums in the
 //               order of their ranks.  Up to MOST_SPLIT rows a team is a cluster, beyond there are workgroups enough.
@@ -31,10 +31,9 @@ constexpr int BLOCKS = K / BLOCK;
 constexpr int ROW_BYTES = K / 8 * BITS;
 constexpr int COLUMNS = SIDE * TILES * ACROSS;
 constexpr int COLUMN_GROUPS = (N + COLUMNS - 1) / COLUMNS, COLUMN_TILES = (N + SIDE - 1) / SIDE;
-constexpr int MOST_SPLIT = 32, STAGED_TOKENS = 16, SLOTS = 2;
+constexpr int MOST_SPLIT = 32, STAGED_TOKENS = 16;
 constexpr int PITCH = COLUMNS + 4;               // floats between rows of sums: no two lanes in one bank when they write
 constexpr int BAND = 8;                          // groups of tokens whose units come before all others
-constexpr int WAVES = ACROSS * ALONG, PIECES = BLOCK / 8, TOKEN_BYTES = STAGED_TOKENS * PIECES * 16;
 static_assert(K % BLOCK == 0 && SCALED % CODES == 0, "a chunk lies in a group");
 static_assert(TILES <= COLUMN_TILES, "a wave has whole tiles");
 
@@ -85,12 +84,14 @@ DEVICE Grid grid_of(u32 scale, u32 zero) {
   }
 }
 
-// Scales and zero points of a block.
-DEVICE void load_scales(const Product &p, int tile, int block, Stage &stage) {
+DEVICE Stage load_stage(const Product &p, int tile, int block) {
+  Stage stage;
   const int lane = thread() % WAVE, chunk = block * CHUNKS + lane % CHUNKS;
+  const u8 *codes = p.b + (u64)tile * (SIDE * ROW_BYTES) + chunk * 256 + lane / CHUNKS * 16;
   const int first = tile * SIDE + lane / CHUNKS;
   const u64 group = (u64)(chunk * CODES / SCALED) * N + first;
-  UNROLL for (int j = 0; j < TILES; ++j)
+  UNROLL for (int j = 0; j < TILES; ++j) {
+    UNROLL for (int i = 0; i < 2; ++i) load16_once(codes + j * (SIDE * ROW_BYTES) + 128 * i, stage.codes[j][i]);
     UNROLL for (int i = 0; i < 2; ++i) {
       const int n = SIDE * j + 8 * i;  // those beyond the last column have the last one's
       const u64 at = group + (N % SIDE == 0 || first + n < N ? n : N - 1 - first);
@@ -98,25 +99,8 @@ DEVICE void load_scales(const Product &p, int tile, int block, Stage &stage) {
       if constexpr (SCALE_DTYPE == F32) stage.scale[j][i] = ((const u32 *)p.scale)[at], stage.zero[j][i] = zero;
       else stage.scale[j][i] = ((const u16 *)p.scale)[at] | zero << 16;
     }
-}
-
-// Where a lane's codes of a block are, one of SLOTS.
-DEVICE u8 *staged_codes(int slot) {
-  const int first = (thread() / WAVE * SLOTS + slot) * TILES * 2 * WAVE;
-  return shared_memory() + WAVES * TOKEN_BYTES + (first + thread() % WAVE) * 16;
-}
-
-DEVICE void copy_codes(const Product &p, int tile, int block, int slot) {
-  const int lane = thread() % WAVE, chunk = block * CHUNKS + lane % CHUNKS;
-  const u8 *codes = p.b + (u64)tile * (SIDE * ROW_BYTES) + chunk * 256 + lane / CHUNKS * 16;
-  UNROLL for (int j = 0; j < TILES; ++j)
-    UNROLL for (int i = 0; i < 2; ++i)
-      copy16(staged_codes(slot) + (2 * j + i) * (WAVE * 16), codes + j * (SIDE * ROW_BYTES) + 128 * i, true);
-}
-
-DEVICE void load_codes(int slot, Stage &stage) {
-  UNROLL for (int j = 0; j < TILES; ++j)
-    UNROLL for (int i = 0; i < 2; ++i) load16_shared(staged_codes(slot) + (2 * j + i) * (WAVE * 16), stage.codes[j][i]);
+  }
+  return stage;
 }
 
 // Eight codes are a word of four bits each, whose pairs are 4 apart, or two words of eight, whose pairs are neighbours.
@@ -170,9 +154,9 @@ template <bool ALIGNED> DEVICE void load_token(const Product &p, int token, int 
 }
 
 // A wave's tokens of a block: 16 bytes are a piece, of which a token has PIECES.
-constexpr int TOKENS_AT_ONCE = WAVE / PIECES;
+constexpr int PIECES = CHUNKS * OCTETS, TOKENS_AT_ONCE = WAVE / PIECES;
 
-DEVICE u8 *staged_tokens() { return shared_memory() + thread() / WAVE * TOKEN_BYTES; }
+DEVICE u8 *staged_tokens() { return shared_memory() + thread() / WAVE * (STAGED_TOKENS * PIECES * 16); }
 
 // Where a token has a piece: lanes 0 to 7, which read together, have 2 tokens and 4 chunks, and find them in 8 places.
 DEVICE int place_of(int token, int piece) { return (token * PIECES + (piece ^ piece / 8 * 2 ^ token % 2)) * 16; }
@@ -285,8 +269,9 @@ DEVICE Unit unit_of(int team, int groups, int tokens) {
 
 template <int TOKEN_TILES, bool ALIGNED, int TEAM> DEVICE void run(const Product &p) {
   constexpr int TOKENS = 8 * TOKEN_TILES, PARTS = TEAM * ALONG;
-  // There are registers for all of them of a block.
-  constexpr bool STAGED = ALIGNED && TOKENS > 8 && TOKENS <= STAGED_TOKENS;
+  // With few sums there are registers for two stages, and for more octets of tokens than one.
+  constexpr bool AHEAD = TILES * TOKEN_TILES <= 4, STAGED = ALIGNED && TOKENS > 8 && TOKENS <= STAGED_TOKENS;
+  constexpr int AT_ONCE = TOKEN_TILES < 4 ? OCTETS : 1;
   const int lane = thread() % WAVE, wave = thread() / WAVE, across = wave % ACROSS, along = wave / ACROSS;
   const int groups = (p.rows + TOKENS - 1) / TOKENS, team = block() / TEAM;
   if (team >= groups * COLUMN_GROUPS) return;
@@ -300,45 +285,33 @@ template <int TOKEN_TILES, bool ALIGNED, int TEAM> DEVICE void run(const Product
     tokens[i] = token < p.rows ? token : p.rows - 1;  // nobody stores what comes of it
   }
   float sums[TILES][TOKEN_TILES][4] = {};
-  const int blocks = part < BLOCKS ? (BLOCKS - part + PARTS - 1) / PARTS : 0;
-  Stage stage, next;
-  // Copies are done in the order of their groups: of each block its codes, which come SLOTS blocks ahead, and tokens
-  // before the codes of the last block that may still be on its way.
-  UNROLL for (int slot = 0; slot < SLOTS; ++slot) {
-    if (STAGED && slot == SLOTS - 1) {
-      if (blocks) copy_tokens<TOKENS>(p, unit.token, part);
-      end_of_copies();
-    }
-    if (slot < blocks) copy_codes(p, tile, part + slot * PARTS, slot);
-    end_of_copies();
-  }
-  if (blocks) load_scales(p, tile, part, next);
-  int slot = 0;
-  ROLLED for (int number = 0; number < blocks; ++number) {
-    const int block = part + number * PARTS;
-    stage = next;
-    wait_for_copies_but<STAGED ? 1 : SLOTS - 1>();
-    if (number + 1 < blocks) load_scales(p, tile, block + PARTS, next);
-    load_codes(slot, stage);
-    u32 rights[STAGED ? OCTETS : 1][TOKEN_TILES][4];
-    wave_barrier();
+  Stage stage;
+  if (STAGED && part < BLOCKS) copy_tokens<TOKENS>(p, unit.token, part);
+  if (AHEAD && part < BLOCKS) stage = load_stage(p, tile, part);
+  ROLLED for (int block = part; block < BLOCKS; block += PARTS) {
+    Stage next;
+    const bool last = block + PARTS >= BLOCKS;
+    if (AHEAD) next = load_stage(p, tile, last ? block : block + PARTS);
+    else stage = load_stage(p, tile, block);
+    u32 rights[AT_ONCE][TOKEN_TILES][4];
     if constexpr (STAGED) {
+      wait_for_copies(), wave_barrier();
       UNROLL for (int octet = 0; octet < OCTETS; ++octet)
         UNROLL for (int i = 0; i < TOKEN_TILES; ++i) load_staged(8 * i + lane / CHUNKS, octet, rights[octet][i]);
       wave_barrier();
-      if (number + 1 < blocks) copy_tokens<TOKENS>(p, unit.token, block + PARTS);
-      end_of_copies();
+      if (!last) copy_tokens<TOKENS>(p, unit.token, block + PARTS);
     }
-    if (number + SLOTS < blocks) copy_codes(p, tile, block + SLOTS * PARTS, slot);
-    end_of_copies();
-    slot = slot + 1 == SLOTS ? 0 : slot + 1;
     UNROLL for (int octet = 0; octet < OCTETS; ++octet) {
-      const int k = (block * CHUNKS + lane % CHUNKS) * CODES + 8 * octet;
-      if (!STAGED) UNROLL for (int i = 0; i < TOKEN_TILES; ++i) load_token<ALIGNED>(p, tokens[i], k, rights[0][i]);
-      add_octet<TOKEN_TILES>(stage, octet, rights[STAGED ? octet : 0], sums);
+      if (!STAGED && octet % AT_ONCE == 0) {
+        const int k = (block * CHUNKS + lane % CHUNKS) * CODES + 8 * octet;
+        UNROLL for (int more = 0; more < AT_ONCE; ++more)
+          UNROLL for (int i = 0; i < TOKEN_TILES; ++i) load_token<ALIGNED>(p, tokens[i], k + 8 * more, rights[more][i]);
+      }
+      add_octet<TOKEN_TILES>(stage, octet, rights[octet % AT_ONCE], sums);
     }
+    if (AHEAD) stage = next;
   }
-  barrier();  // the sums lie where codes and tokens did
+  if (STAGED) barrier();  // the sums lie where the tokens did
   UNROLL for (int i = 0; i < TOKEN_TILES; ++i) {
     UNROLL for (int j = 0; j < TILES; ++j) {
       const int column = (tile + j) * SIDE - unit.column;

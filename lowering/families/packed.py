@@ -37,7 +37,6 @@ _CHUNKS = 4  # of a row that are read together
 _MOST_WAVES = 8  # of a workgroup
 _TOKENS = 8  # rows of a whose sums are stored at once
 _STAGED_TOKENS = 16  # of which a wave on an NVIDIA GPU copies a block to shared memory
-_SLOTS = 2  # blocks of codes there
 _MOST_TOKENS = {"cuda": 32, "hip": 64}  # of a unit
 _LANES = {"cuda": 512, "hip": 1024}  # of a multiprocessor that are at work at once, with 128 registers each
 _ENOUGH = 32  # KiB of codes on their way to a multiprocessor take its part of the bandwidth
@@ -128,9 +127,8 @@ def _on_gpu(spec: PackedSpec, target: Target, tile: PackedTile | None) -> Specia
     values = {"TILES": tile.tiles, "ACROSS": tile.across, "ALONG": tile.along}
     groups, shared = -(-spec.columns // tile.columns), 0
     if target.backend == "cuda":
-        tokens = _STAGED_TOKENS * _CHUNKS * _CHUNK_BITS // spec.bits * 2
-        codes = _SLOTS * tile.tiles * _SIDE * _CHUNKS * _CHUNK_BITS // 8
-        shared = max(threads // target.wave * (tokens + codes), tile.along * _TOKENS * (tile.columns + 4) * 4)
+        staged = threads // target.wave * _STAGED_TOKENS * _CHUNKS * _CHUNK_BITS // spec.bits * 2
+        shared = max(staged, tile.along * _TOKENS * (tile.columns + 4) * 4)
         resident = max(1, _LANES[target.backend] // threads)
         values |= {"CLUSTER": tile.split, "RESIDENT": resident, "SHARED": shared}
     grid_rule = GridRule(_MOST_TOKENS[target.backend], columns=groups * tile.split)

@@ -58,28 +58,18 @@ DEVICE void load16_shared(const u8 *from, u32 *words) {
   load16(from, words);
 }
 
-// -- copies: none is done before its group is waited for ---------------------------------------------------------------
+// -- copies: none is done before it is waited for ------------------------------------------------------------------------
 
-struct Copies {
-  std::vector<std::function<void()>> begun;
-  std::deque<std::vector<std::function<void()>>> groups;
-};
-static std::vector<Copies> copies;  // of each thread
+static std::vector<std::vector<std::function<void()>>> copies;  // of each thread
 
 DEVICE void copy16(u8 *to, const u8 *from, bool there) {
   check((u64)to % 16 == 0 && (!there || (u64)from % 16 == 0));
   address_of(to);
-  copies[current_thread].begun.push_back([=] { there ? memcpy(to, from, 16) : memset(to, 0, 16); });
+  copies[current_thread].push_back([=] { there ? memcpy(to, from, 16) : memset(to, 0, 16); });
 }
-DEVICE void end_of_copies() {
-  Copies &mine = copies[current_thread];
-  mine.groups.push_back(std::move(mine.begun));
-  mine.begun.clear();
-}
-template <int GROUPS> DEVICE void wait_for_copies_but() {
-  auto &groups = copies[current_thread].groups;
-  for (; groups.size() > GROUPS; groups.pop_front())
-    for (auto &copy : groups.front()) copy();
+DEVICE void wait_for_copies() {
+  for (auto &copy : copies[current_thread]) copy();
+  copies[current_thread].clear();
 }
 
 #include "packed.cu"
