@@ -43,7 +43,7 @@ from ..signature import (
 )
 from ..targets import Target
 from ..weights.recipes import Recipe
-from . import checkpoints, python_numbers, refusals
+from . import checkpoints, python_numbers, refusals, single_sizes
 from .conditions import conditions, forget_multiples
 from .decompositions import decompositions
 from .exporting import drop_assertions, export
@@ -220,6 +220,7 @@ def _made_functional(
         # torch copies its own tree specs in a way it has deprecated.
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
         exported = _functional(without_containers(exported))
+        asserted += single_sizes.write_out(exported)
         inputs = _leaves(exported, exported.graph_signature.input_specs, InputKind.USER_INPUT)
         all_outputs = _leaves(exported, exported.graph_signature.output_specs, OutputKind.USER_OUTPUT)
         numbers, tree = chosen(as_exported.call_spec.out_spec or pytree.tree_structure(()), output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,30 @@ def test_a_top_k_along_an_open_axis_is_named_with_its_line_and_a_way_out() -> No
     said = str(refused.value)
     assert f"{THIS}:{line}: aten.topk.default is along an axis of open size" in said, said
     assert "leave it out of dynamic_shapes" in said and "\n" not in said, said
+
+
+class Biased(nn.Module):
+    """As MPT cuts what it adds to scores out of a longer table, along an axis of size 1 as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Buffer(torch.randn(4, 1, 128))
+
+    def forward(self, x):
+        time = x.shape[1]
+        first, key = (max(0, self.table.size(axis) - time) for axis in (1, 2))
+        return (x[:, None] @ x[:, None].mT) + self.table[:, first:, key:]
+
+
+def test_an_axis_that_is_one_by_computing_is_stretched() -> None:
+    model = Biased()
+    compiled = lowering.compile(model, (torch.randn(2, 13, 8),), dynamic_shapes=TIME)
+    program = lowering.load(compiled.vmfb)
+    for batch, time in ((2, 13), (3, 1), (1, 100)):
+        x = torch.randn(batch, time, 8)
+        torch.testing.assert_close(program(x), model(x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(RunError, match=re.escape("1 - Max(0, 1 - x.shape[1]) == 1")):
+        program(torch.randn(2, 0, 8))
 
 
 class Attends(nn.Module):
