@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
@@ -55,6 +56,8 @@ def row_major(exported: ExportedProgram) -> frozenset[int]:
 
 def _is_row_major(value: Tensor) -> bool:
     """Tell whether the strides are those of rows behind each other, also where an axis has one element."""
+    if value.layout is not torch.strided:
+        return False  # it has none, and is refused by name
     step: Any = 1
     for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
         if not statically_known_true(stride == step):

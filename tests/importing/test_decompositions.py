@@ -125,7 +125,11 @@ def test_an_element_of_a_slice_that_is_a_number() -> None:
 
 @pytest.mark.parametrize(
     ("function", "what"),
-    [(lambda x: x.to_sparse(), "torch.sparse_coo"), (lambda x: x.to(torch.uint16), "torch.uint16")],
+    [
+        (lambda x: x.to_sparse(), "torch.sparse_coo"),
+        (lambda x: x.to_sparse_csr(), "torch.sparse_csr"),
+        (lambda x: x.to(torch.uint16), "torch.uint16"),
+    ],
 )
 def test_tensors_without_a_type_are_refused_with_their_line(
     function: Callable[[Tensor], Tensor], what: str
