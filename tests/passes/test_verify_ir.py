@@ -12,6 +12,7 @@ from lowering.families.registry import families
 from lowering.passes.verify import InvalidIR, verify
 from lowering.steps import Step
 from patterns import canonical, torch_ir
+from patterns.attention import AttentionSpec
 from patterns.contracts import (
     BlockScaledMatmul,
     GatedActivation,
@@ -74,8 +75,20 @@ VALID = {
         [EXPERTS],
         [CHOSEN, TensorType((None, 8), "int64")],
     ),
+    "vmfuse.attention": (
+        AttentionSpec(1, 2, 1, 1, 128, 32, 16, "bfloat16", 0.25, mask=(1, 1, 1)),
+        [
+            TensorType((2, 32), "bfloat16"),
+            TensorType((128, 32), "bfloat16"),
+            TensorType((128, 16), "bfloat16"),
+            TensorType((1, 128), "float32"),
+        ],
+        [TensorType((2, 2 * 18), "float32")],
+    ),
 }
-OF_KERNELS = {f"vmfuse.{name}" for name in ("row", "topk", "matmul", "linear", "packed", "selection")}
+OF_KERNELS = {
+    f"vmfuse.{name}" for name in ("row", "topk", "matmul", "linear", "packed", "selection", "attention")
+}
 
 Made = tuple[object, list[TensorType], list[TensorType]]
 

@@ -23,7 +23,8 @@ from torch import Tensor
 import lowering
 from tools.decoding import Decoder, Eager, medians, read
 
-CAPACITY, GROUP, LARGEST = 1024, 64, 3e-2  # of the range of the logits: steps of fp8 that sums decide
+CAPACITY, GROUP = 1024, 64
+LARGEST = 6e-2  # of the range of the logits: bfloat16 sums decide steps of fp8, in each of 30 layers
 
 
 def model() -> Any:
