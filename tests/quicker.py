@@ -17,6 +17,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         _remember_operators()
 
 
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # so that what the libraries' bindings hold is let go of before they look for leaks
+
+
 def _collect_garbage_seldom() -> None:
     """What is loaded by now, a million objects, stays until the end; no use in going through it."""
     gc.collect()
